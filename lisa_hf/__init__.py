@@ -1,0 +1,17 @@
+"""lisa_hf: teach any Hugging Face vision-language model to answer with segmentation masks."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_lisa import LisaConfig
+from .modeling_lisa import LisaForConditionalGeneration
+from .processing_lisa import LisaProcessor
+
+
+AutoConfig.register("lisa", LisaConfig)
+AutoModel.register(LisaConfig, LisaForConditionalGeneration)
+AutoModelForImageTextToText.register(LisaConfig, LisaForConditionalGeneration)
+AutoProcessor.register(LisaConfig, LisaProcessor)
+# What a saved model needs in order to load where this package is not installed.
+LisaConfig.register_for_auto_class()
+LisaForConditionalGeneration.register_for_auto_class("AutoModel")
+LisaProcessor.register_for_auto_class()

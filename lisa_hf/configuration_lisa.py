@@ -1,0 +1,48 @@
+"""Configuration of a LISA model: a vision-language model (VLM), a SAM-family mask model and what joins them."""
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class LisaConfig(PreTrainedConfig):
+    """Configuration of [`LisaForConditionalGeneration`].
+
+    Args:
+        vlm_config: configuration (or dict with `model_type`) of any transformers image-text-to-text model.
+        mask_config: configuration (or dict with `model_type`) of a SAM-family model: `sam`, `sam_hq` or `sam2`.
+        seg_token_id: id of `[SEG]`, the token whose predicting hidden state becomes a mask (LISA, section 3.2).
+        ce_loss_weight, mask_bce_loss_weight, mask_dice_loss_weight: weights of the three loss parts; the defaults are
+            those of LISA's training script.
+        suppress_tokens: ids that are never predicted: their logits are minus infinity in loss and generation. For
+            rows that a conversion appended to a vocabulary (`<image>`, `<pad>`) and that the original did not have.
+    """
+
+    model_type = "lisa"
+    sub_configs_defaults = {
+        "vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava"),
+        "mask_config": SubConfigSpec(config_class=AutoConfig, model_type="sam"),
+    }
+
+    vlm_config: dict | PreTrainedConfig | None = None
+    mask_config: dict | PreTrainedConfig | None = None
+    seg_token_id: int | None = None
+    ce_loss_weight: float = 1.0
+    mask_bce_loss_weight: float = 2.0
+    mask_dice_loss_weight: float = 0.5
+    suppress_tokens: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        # SAM 2 replaces an unstable single mask by one of its three others in evaluation only. LISA trains the single
+        # mask alone, so that choice would return untrained masks.
+        if self.mask_config.model_type == "sam2":
+            self.mask_config.mask_decoder_config.dynamic_multimask_via_stability = False
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        """The configuration of the VLM's language model, where transformers looks for sizes and cache settings."""
+        return self.vlm_config.get_text_config(*args, **kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model; DeepSpeed's "auto" values are computed from it."""
+        return self.get_text_config().hidden_size

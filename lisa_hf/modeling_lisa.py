@@ -1,0 +1,479 @@
+"""LISA: a vision-language model that answers with segmentation masks (arXiv 2308.00692, section 3).
+
+The language model emits `[SEG]`; the hidden state that predicts it goes through a small MLP and becomes the prompt of
+a SAM-family mask decoder. This file and what it imports travel to the Hub as remote code.
+"""
+
+import inspect
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoModelForMaskGeneration, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from .configuration_lisa import LisaConfig
+from .mask_backbone import (
+    SUPPORTED_MASK_MODELS,
+    decode_prompts,
+    encode_images,
+    padded_side,
+    prompt_size,
+    select_images,
+    upscale_masks,
+)
+
+
+IGNORE_INDEX = -100  # of labels, as everywhere in transformers
+MASK_IGNORE_INDEX = 255  # of mask labels: pixels that count neither as object nor as background
+
+
+@dataclass
+class LisaOutput(ModelOutput):
+    """Output of [`LisaForConditionalGeneration`] for B images, N rows and M_b masks of image b.
+
+    Args:
+        loss: scalar, the sum of the three weighted parts that follow.
+        ce_loss, mask_bce_loss, mask_dice_loss: scalars, each already multiplied by its weight, as LISA logs them.
+        logits: `(N, L, V)`; None if labels were given and `output_logits` was not.
+        pred_masks: list of B tensors `(M_b, H_b, W_b)`, logits at the original sizes; None without `output_masks`.
+        low_res_masks: `(M, h, w)` logits of all masks, image by image, in the order of the `[SEG]` tokens.
+        iou_scores: `(M,)`, the mask decoder's own estimate of each mask's IoU (LISA does not train it).
+        last_hidden_state: `(N, L, hidden_size)` of the language model, after its final norm.
+        seg_embeddings: `(M, C)`, the prompts of the mask decoder.
+    """
+
+    loss: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    mask_bce_loss: torch.Tensor | None = None
+    mask_dice_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    pred_masks: list[torch.Tensor] | None = None
+    low_res_masks: torch.Tensor | None = None
+    iou_scores: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    seg_embeddings: torch.Tensor | None = None
+
+
+@dataclass
+class LisaGenerateOutput(ModelOutput):
+    """Output of [`LisaForConditionalGeneration.generate`] for N rows in whose answers there are M `[SEG]` tokens.
+
+    Args:
+        sequences: `(N, L)` int64, prompt and answer.
+        low_res_masks: `(M, h, w)` mask logits, row by row, in the order of the `[SEG]` tokens; see
+            [`LisaProcessor.post_process_masks`].
+        seg_row_indices: `(M,)` int64, the row that each mask belongs to.
+        iou_scores: `(M,)`, the mask decoder's own estimate of each mask's IoU.
+        seg_embeddings: `(M, C)`, the prompts of the mask decoder.
+    """
+
+    sequences: torch.Tensor | None = None
+    low_res_masks: torch.Tensor | None = None
+    seg_row_indices: torch.Tensor | None = None
+    iou_scores: torch.Tensor | None = None
+    seg_embeddings: torch.Tensor | None = None
+
+
+class LisaSegProjector(nn.Module):
+    """The MLP between the language model and the mask decoder (LISA: `text_hidden_fcs`)."""
+
+    def __init__(self, config: LisaConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.linear_2 = nn.Linear(config.hidden_size, prompt_size(config.mask_config))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(M, hidden_size)` to `(M, C)`."""
+        return self.linear_2(F.relu(self.linear_1(hidden_states)))
+
+
+def mask_losses(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-pixel cross-entropy and dice loss of the masks of one image, each summed over the masks.
+
+    Args:
+        mask_logits: `(M, H, W)` float.
+        mask_labels: `(M, H, W)`, 1 object, 0 background, 255 neither: such pixels are left out of both losses
+            (LISA trained them as background).
+
+    Returns:
+        Two float32 scalars: sum over masks of the mean binary cross-entropy, and of the dice loss. LISA divides
+        numerator and denominator of the dice loss by 1000 before it adds 1e-6, which is an epsilon of 1e-3.
+    """
+    logits = mask_logits.flatten(1).float()
+    labels = mask_labels.flatten(1)
+    valid = (labels != MASK_IGNORE_INDEX).float()
+    targets = (labels == 1).float()
+    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    bce = (bce * valid).sum(1) / valid.sum(1).clamp(min=1)
+    probabilities = logits.sigmoid() * valid
+    overlap = 2 * (probabilities * targets).sum(1)
+    dice = 1 - (overlap + 1e-3) / (probabilities.sum(1) + targets.sum(1) + 1e-3)
+    return bce.sum(), dice.sum()
+
+
+class LisaForConditionalGeneration(PreTrainedModel):
+    """Any transformers VLM joined to any SAM-family mask model. See [`forward`] and [`generate`]."""
+
+    config_class = LisaConfig
+    base_model_prefix = "lisa"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # The loss is normalised by the counts that LisaTrainer passes. Trainer must be told so, or it divides once more.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: LisaConfig):
+        super().__init__(config)
+        if config.mask_config.model_type not in SUPPORTED_MASK_MODELS:
+            raise ValueError(
+                f"mask_config.model_type must be one of {', '.join(SUPPORTED_MASK_MODELS)}; got "
+                f"'{config.mask_config.model_type}'."
+            )
+        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+        self.mask_model = AutoModelForMaskGeneration.from_config(config.mask_config)
+        self.seg_projector = LisaSegProjector(config)
+        if "mm_encoder_outputs" not in inspect.signature(self.vlm.forward).parameters:
+            raise ValueError(
+                f"{type(self.vlm).__name__} does not take precomputed vision features (`mm_encoder_outputs`), which "
+                "LISA needs to encode an image once for all its questions. Choose a VLM that does, for example LLaVA, "
+                "Idefics3, Gemma 3 or Qwen2.5-VL."
+            )
+        # One object each, so that resizing the vocabulary of the VLM is written into this configuration.
+        config.vlm_config = self.vlm.config
+        config.mask_config = self.mask_model.config
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        # PyTorch's own initialisation, as LISA: a projector of standard deviation 0.02 starts with prompts near zero.
+        if isinstance(module, LisaSegProjector):
+            module.linear_1.reset_parameters()
+            module.linear_2.reset_parameters()
+        elif not any(module is child for child in (self.seg_projector.linear_1, self.seg_projector.linear_2)):
+            super()._init_weights(module)
+
+    @classmethod
+    def from_vlm_mask_model_pretrained(cls, vlm: str, mask_model: str, *, seg_token_id: int, dtype=None, **kwargs):
+        """Joins a pretrained VLM and a pretrained mask model; the projector between them is new.
+
+        Args:
+            vlm, mask_model: Hub ids or directories in transformers' format.
+            seg_token_id: id of `[SEG]`; the vocabulary is the caller's to resize.
+            dtype: of all weights, as in `from_pretrained`.
+            kwargs: further fields of [`LisaConfig`].
+        """
+        vlm_model = AutoModelForImageTextToText.from_pretrained(vlm, dtype=dtype)
+        sam_model = AutoModelForMaskGeneration.from_pretrained(mask_model, dtype=dtype)
+        config = LisaConfig(
+            vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id, **kwargs
+        )
+        # Only the projector needs memory and random numbers: the two halves are replaced at once.
+        with torch.device("meta"):
+            model = cls(config)
+        model.vlm, model.mask_model = vlm_model, sam_model
+        model.config.vlm_config, model.config.mask_config = vlm_model.config, sam_model.config
+        model.seg_projector = LisaSegProjector(config).to(vlm_model.dtype)
+        model.generation_config = vlm_model.generation_config
+        model.tie_weights()
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.vlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.vlm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.vlm.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        return self.vlm.resize_token_embeddings(*args, **kwargs)
+
+    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
+        """As in transformers, but the keys stay as they are in memory.
+
+        The "original format" renames the nested VLM's keys, and Trainer, which loads checkpoints without renaming,
+        would resume with an untrained VLM.
+        """
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
+    # ---- vision -----------------------------------------------------------------------------------------------------
+
+    def _split_vision_inputs(self, kwargs: dict) -> tuple[dict, dict]:
+        """Separates the VLM's per-image vision inputs from its per-row text inputs, by the former's signature."""
+        names = set(inspect.signature(self.vlm.base_model.get_image_features).parameters)
+        vision = {key: value for key, value in kwargs.items() if key in names and value is not None}
+        text = {key: value for key, value in kwargs.items() if key not in names and value is not None}
+        return vision, text
+
+    def _encode_vlm_images(self, input_ids: torch.Tensor, image_indices: torch.Tensor, vision_inputs: dict) -> dict:
+        """Runs the VLM's vision tower once per image and hands each row the features of its image.
+
+        Args:
+            input_ids: `(N, L)`; the number of image tokens of a row is the length of its image's features.
+            image_indices: `(N,)` int64, row to image.
+
+        Returns:
+            The `mm_encoder_outputs` argument of transformers' VLMs.
+        """
+        output = self.vlm.base_model.get_image_features(**vision_inputs, return_dict=True)
+        lengths = (input_ids == self.config.vlm_config.image_token_id).sum(1)
+        num_images = len(vision_inputs["pixel_values"]) if "image_grid_thw" not in vision_inputs else None
+        num_images = len(vision_inputs["image_grid_thw"]) if num_images is None else num_images
+        image_lengths = lengths.new_zeros(num_images).scatter_(0, image_indices, lengths).tolist()
+
+        def per_row(features):
+            is_list = isinstance(features, (list, tuple))
+            flat = torch.cat(list(features)) if is_list else features.flatten(0, -2)
+            if len(flat) != sum(image_lengths):
+                raise ValueError(
+                    f"{num_images} images give {len(flat)} vision features, but their rows hold {image_lengths} image "
+                    "tokens. Each row needs the image tokens of its one image, and each image at least one row."
+                )
+            pieces = flat.split(image_lengths)
+            rows = [pieces[index] for index in image_indices.tolist()]
+            return rows if is_list else torch.cat(rows)
+
+        rows = BaseModelOutputWithPooling(pooler_output=per_row(output.pooler_output))
+        if getattr(output, "deepstack_features", None) is not None:  # Qwen3-VL adds features inside the language model
+            rows.deepstack_features = [per_row([features]) for features in output.deepstack_features]
+        return {"image": rows}
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_indices: torch.Tensor | None = None,
+        mask_pixel_values: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | list | None = None,
+        labels: torch.Tensor | None = None,
+        mask_labels: list[torch.Tensor] | None = None,
+        original_sizes: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        num_masks_in_batch: torch.Tensor | int | None = None,
+        output_logits: bool = False,
+        output_masks: bool | None = None,
+        **kwargs,
+    ) -> LisaOutput:
+        """One pass over B images and N rows of text, each row about one image.
+
+        Args:
+            input_ids, attention_mask, labels: `(N, L)` int64; image tokens are expanded in `input_ids`; labels are
+                -100 outside of the answers.
+            pixel_values: the VLM's vision input, one entry per *image*, as its own processor makes it; its other
+                vision inputs (`image_grid_thw`, ...) and its per-row text inputs (`token_type_ids`, ...) pass through.
+            image_indices: `(N,)` int64, row to image; by default row n is about image n.
+            mask_pixel_values: `(B, 3, S, S)` float, the mask model's input.
+            image_embeddings: instead of `mask_pixel_values`, what the mask model's encoder made of them.
+            mask_labels: list of B tensors `(M_b, H_b, W_b)`, 0, 1 or 255 (ignore), in the order of the `[SEG]` tokens
+                in the answers of image b's rows.
+            original_sizes, reshaped_input_sizes: `(B, 2)` int64, (H, W) before and after the mask model's resize.
+            num_items_in_batch, num_masks_in_batch: global counts of labels and masks to divide the loss parts by; by
+                default this batch's own, as in LISA.
+            output_logits: also return all logits when labels are given.
+            output_masks: return masks at the original sizes; by default outside of training.
+
+        Raises:
+            ValueError: the number of `[SEG]` tokens of an image is not the number of its masks.
+        """
+        device = input_ids.device
+        num_images = len(original_sizes) if original_sizes is not None else len(pixel_values)
+        if image_indices is None:
+            if num_images != len(input_ids):
+                raise ValueError(
+                    f"{len(input_ids)} rows and {num_images} images: pass `image_indices` (N,), row to image."
+                )
+            image_indices = torch.arange(num_images, device=device)
+        vision_inputs, text_inputs = self._split_vision_inputs({"pixel_values": pixel_values, **kwargs})
+        hidden_states = self.vlm.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            mm_encoder_outputs=self._encode_vlm_images(input_ids, image_indices, vision_inputs),
+            use_cache=False,
+            **text_inputs,
+        ).last_hidden_state
+
+        # [SEG] counts in answers only: it is looked for in the labels. The state that predicts it is one before it.
+        targets = (input_ids if labels is None else labels)[:, 1:]
+        seg_rows, seg_positions = (targets == self.config.seg_token_id).nonzero(as_tuple=True)
+        seg_images = image_indices[seg_rows]
+        by_image = torch.argsort(seg_images, stable=True)
+        seg_rows, seg_positions, seg_images = seg_rows[by_image], seg_positions[by_image], seg_images[by_image]
+        masks_per_image = torch.bincount(seg_images, minlength=num_images).tolist()
+        if mask_labels is not None:
+            self._check_mask_counts(mask_labels, masks_per_image, image_indices)
+
+        if image_embeddings is None:
+            image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
+        low_res_masks, iou_scores, seg_embeddings, unused = self._decode(
+            hidden_states, seg_rows, seg_positions, seg_images, image_embeddings
+        )
+
+        loss_parts = {}
+        if labels is not None:
+            loss_parts["ce_loss"] = self._text_loss(hidden_states, labels, num_items_in_batch)
+        if output_masks is None:
+            output_masks = not self.training
+        pred_masks = [] if output_masks else None
+        if mask_labels is not None or output_masks:
+            sizes = list(zip(reshaped_input_sizes.tolist(), original_sizes.tolist()))
+            bce, dice = unused, unused
+            for image, masks in enumerate(low_res_masks.split(masks_per_image)):
+                full_masks = upscale_masks(masks, *sizes[image], padded_side(self.config.mask_config))
+                if output_masks:
+                    pred_masks.append(full_masks)
+                if mask_labels is not None and len(masks):
+                    image_bce, image_dice = mask_losses(full_masks, mask_labels[image].to(device))
+                    bce, dice = bce + image_bce, dice + image_dice
+            if mask_labels is not None:
+                num_masks = sum(masks_per_image) if num_masks_in_batch is None else num_masks_in_batch
+                num_masks = torch.as_tensor(num_masks, device=device).clamp(min=1)
+                loss_parts["mask_bce_loss"] = self.config.mask_bce_loss_weight * bce / num_masks
+                loss_parts["mask_dice_loss"] = self.config.mask_dice_loss_weight * dice / num_masks
+
+        return LisaOutput(
+            loss=sum(loss_parts.values()) if loss_parts else None,
+            **loss_parts,
+            logits=self._logits(hidden_states) if labels is None or output_logits else None,
+            pred_masks=pred_masks,
+            low_res_masks=low_res_masks,
+            iou_scores=iou_scores,
+            last_hidden_state=hidden_states,
+            seg_embeddings=seg_embeddings,
+        )
+
+    def _check_mask_counts(self, mask_labels: list, masks_per_image: list[int], image_indices: torch.Tensor):
+        expected = [len(masks) for masks in mask_labels]
+        if expected == masks_per_image:
+            return
+        if len(expected) != len(masks_per_image):
+            raise ValueError(f"mask_labels has {len(expected)} entries for {len(masks_per_image)} images.")
+        image = next(i for i, count in enumerate(masks_per_image) if count != expected[i])
+        rows = (image_indices == image).nonzero().flatten().tolist()
+        raise ValueError(
+            f"Image {image} (rows {rows}) has {masks_per_image[image]} [SEG] tokens in its answers but "
+            f"{expected[image]} masks. Give one mask per [SEG], in the order of the answers; if a text was cut at "
+            "`max_length`, raise it."
+        )
+
+    def _decode(self, hidden_states, seg_rows, seg_positions, seg_images, image_embeddings):
+        """Projects the states at (row, position) to prompts and decodes them on their images' embeddings.
+
+        Without a single prompt, projector and decoder still run once, on a dummy: a rank that skips them is an error
+        under DDP and a hang under ZeRO-3. The dummy's masks are dropped; the last value returned is 0 and keeps its
+        graph.
+        """
+        is_empty = len(seg_rows) == 0
+        if is_empty:
+            seg_rows = seg_positions = seg_images = seg_rows.new_zeros(1)
+        seg_embeddings = self.seg_projector(hidden_states[seg_rows, seg_positions])
+        low_res_masks, iou_scores = decode_prompts(
+            self.mask_model, select_images(image_embeddings, seg_images), seg_embeddings
+        )
+        unused = 0.0 * low_res_masks.float().sum() if is_empty else low_res_masks.new_zeros((), dtype=torch.float32)
+        num_masks = 0 if is_empty else len(seg_rows)
+        return low_res_masks[:num_masks], iou_scores[:num_masks], seg_embeddings[:num_masks], unused
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = self.vlm.get_output_embeddings()(hidden_states)
+        if self.config.suppress_tokens:
+            logits[..., self.config.suppress_tokens] = torch.finfo(logits.dtype).min
+        return logits
+
+    def _text_loss(self, hidden_states, labels, num_items_in_batch) -> torch.Tensor:
+        """Cross-entropy of the next token; only the supervised positions go through the vocabulary projection."""
+        supervised = labels[:, 1:] != IGNORE_INDEX
+        logits = self._logits(hidden_states[:, :-1][supervised])
+        total = F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="sum")
+        num_items = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+        return self.config.ce_loss_weight * total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _record_predicting_states(self):
+        """Collects, per generated token, the state `(N, hidden_size)` that predicted it: what enters the lm_head."""
+        states = []
+
+        def record(_, inputs):
+            states.append(inputs[0][:, -1])
+
+        handle = self.vlm.get_output_embeddings().register_forward_pre_hook(record)
+        try:
+            yield states
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_indices: torch.Tensor | None = None,
+        mask_pixel_values: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | list | None = None,
+        original_sizes: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        **kwargs,
+    ) -> LisaGenerateOutput:
+        """Answers N prompts about B images and decodes a mask for every `[SEG]` in the answers.
+
+        The arguments are those of [`forward`], with prompts padded on the left; all further ones go to the VLM's own
+        `generate` (`max_new_tokens`, `do_sample`, `num_beams`, ...). The sizes are accepted, so that a processor's
+        output can be passed whole; [`LisaProcessor.post_process_masks`] needs them.
+        """
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            raise ValueError(
+                "Prompts are padded on the right; generation continues from the last column. Pad on the left "
+                '(`processor(..., padding_side="left")`).'
+            )
+        if image_indices is None:
+            image_indices = torch.arange(len(input_ids), device=input_ids.device)
+        vision_inputs, generate_kwargs = self._split_vision_inputs({"pixel_values": pixel_values, **kwargs})
+        if self.config.suppress_tokens:
+            generate_kwargs.setdefault("suppress_tokens", self.config.suppress_tokens)
+        with self._record_predicting_states() as states:
+            output = self.vlm.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                mm_encoder_outputs=self._encode_vlm_images(input_ids, image_indices, vision_inputs),
+                return_dict_in_generate=True,
+                **generate_kwargs,
+            )
+        answers = output.sequences[:, input_ids.shape[1] :]
+        copies = len(answers) // len(input_ids)  # num_return_sequences
+        seg_rows, seg_steps = (answers == self.config.seg_token_id).nonzero(as_tuple=True)
+        states = torch.stack(states, dim=1)
+        state_rows = seg_rows
+        if output.get("beam_indices") is not None:
+            state_rows = output.beam_indices[seg_rows, seg_steps]
+        elif len(states) != len(answers):
+            raise ValueError(f"{len(states)} rows were decoded for {len(answers)} answers: an unsupported strategy.")
+        if image_embeddings is None:
+            image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
+        low_res_masks, iou_scores, seg_embeddings, _ = self._decode(
+            states, state_rows, seg_steps, image_indices[seg_rows // copies], image_embeddings
+        )
+        return LisaGenerateOutput(
+            sequences=output.sequences,
+            low_res_masks=low_res_masks,
+            seg_row_indices=seg_rows,
+            iou_scores=iou_scores,
+            seg_embeddings=seg_embeddings,
+        )

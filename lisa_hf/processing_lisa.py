@@ -1,0 +1,314 @@
+"""LisaProcessor: the VLM's own processor, whatever it is, beside the mask model's image processor."""
+
+import os
+
+import torch
+import transformers
+from transformers import AddedToken, AutoImageProcessor, AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .mask_backbone import upscale_masks
+
+
+SEG_TOKEN = "[SEG]"
+IGNORE_INDEX = -100
+TEXT_INPUT_NAMES = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "labels",
+    "text_replacement_offsets",
+)
+
+
+class TextTooLongError(ValueError):
+    """A conversation is longer than `max_length` and cutting it would cut a `[SEG]` off."""
+
+
+def add_tokens(tokenizer, tokens=(SEG_TOKEN,)) -> None:
+    """Adds tokens the way LISA's slow tokenizer treats them: they swallow the spaces around them, so that `[SEG].` is
+    one `[SEG]`, and they are ordinary text for `decode(skip_special_tokens=True)`."""
+    tokenizer.add_tokens([AddedToken(token, lstrip=True, rstrip=True, normalized=False) for token in tokens])
+
+
+class LisaProcessor(ProcessorMixin):
+    """Turns images and texts into the inputs of [`LisaForConditionalGeneration`].
+
+    Args:
+        vlm_processor: the processor of the VLM; its tokenizer must know `[SEG]` (see [`add_tokens`]).
+        mask_image_processor: the image processor of the mask model.
+        chat_template: Jinja template of conversations; by default the VLM processor's own.
+    """
+
+    def __init__(self, vlm_processor=None, mask_image_processor=None, chat_template=None):
+        chat_template = chat_template or vlm_processor.chat_template or vlm_processor.tokenizer.chat_template
+        super().__init__(mask_image_processor=mask_image_processor, chat_template=chat_template)
+        self.vlm_processor = vlm_processor
+        self.tokenizer = vlm_processor.tokenizer
+        self.seg_token_id = self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
+        if self.seg_token_id is None or self.seg_token_id == self.tokenizer.unk_token_id:
+            raise ValueError(f"The tokenizer does not know {SEG_TOKEN}: call `add_tokens(tokenizer)` first.")
+
+    # ---- loading and saving -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_vlm_mask_model_pretrained(cls, vlm: str, mask_model: str, chat_template: str | None = None):
+        """Builds the processor of a new LISA model from two Hub ids or directories; adds `[SEG]` to the tokenizer."""
+        vlm_processor = AutoProcessor.from_pretrained(vlm)
+        add_tokens(vlm_processor.tokenizer)
+        return cls(
+            vlm_processor=vlm_processor,
+            mask_image_processor=AutoImageProcessor.from_pretrained(mask_model),
+            chat_template=chat_template,
+        )
+
+    def to_dict(self) -> dict:
+        # Both processors share one file at the root: a sub-folder for the VLM's would hide its tokenizer from
+        # AutoTokenizer.
+        own = super().to_dict()
+        return {
+            **self.vlm_processor.to_dict(),
+            **own,
+            "vlm_processor_class": type(self.vlm_processor).__name__,
+        }
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        self.vlm_processor.save_pretrained(save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        processor_dict, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "vlm_processor_class" not in processor_dict:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {processor_dict.get('processor_class', 'processor')}, not a "
+                "LisaProcessor. For a new model from a VLM and a mask model use "
+                "`LisaProcessor.from_vlm_mask_model_pretrained`."
+            )
+        vlm_class = getattr(transformers, processor_dict["vlm_processor_class"])
+        mask_processor = processor_dict["mask_image_processor"]
+        return cls(
+            vlm_processor=vlm_class.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            mask_image_processor=getattr(transformers, mask_processor["image_processor_type"])(**mask_processor),
+            chat_template=processor_dict.get("chat_template"),
+        )
+
+    # ---- images and texts -------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, images, text=None, image_indices=None, padding_side: str = "left", return_tensors: str = "pt", **kwargs
+    ) -> BatchFeature:
+        """Prepares B images and N prompts for [`LisaForConditionalGeneration.generate`].
+
+        Args:
+            images: PIL image, or list of B of them (one nested list per conversation is accepted too).
+            text: prompt or list of N prompts, each with the VLM's image token once. Without it, only the images'
+                inputs are returned.
+            image_indices: list of N ints, row to image; by default row n is about image n.
+            padding_side: "left" for generation; "right" for training.
+
+        Returns:
+            The VLM's vision inputs (one entry per image), its text inputs (N, L), `image_indices` (N,),
+            `mask_pixel_values` (B, 3, S, S), `original_sizes` and `reshaped_input_sizes` (B, 2).
+        """
+        features, _ = self._encode(images, text, image_indices, padding_side, **kwargs)
+        return BatchFeature(features, tensor_type=return_tensors)
+
+    def encode_conversations(
+        self, images, conversations, image_indices=None, max_length: int | None = None, padding_side: str = "right"
+    ) -> BatchFeature:
+        """Prepares B images and N finished conversations for training, with labels on the assistant's turns.
+
+        Args:
+            images: list of B PIL images.
+            conversations: list of N lists of messages (`role`, `content`), each with one image.
+            image_indices: list of N ints, row to image.
+            max_length: longest row in tokens, image tokens included; longer rows lose their end.
+
+        Returns:
+            As [`__call__`], plus `labels` (N, L) int64: -100 outside of the assistant's turns, end token included.
+
+        Raises:
+            TextTooLongError: cutting at `max_length` would cut a `[SEG]` of an answer off.
+            ValueError: the chat template changes earlier turns when later ones are added, so that the assistant's
+                turns cannot be found.
+        """
+        texts, spans = zip(*(self._render_with_spans(messages) for messages in conversations))
+        features, offsets = self._encode(images, list(texts), image_indices, padding_side)
+        labels = [
+            self._labels(ids, row_offsets, row_spans)
+            for ids, row_offsets, row_spans in zip(features["input_ids"], offsets, self._shift(spans, offsets))
+        ]
+        features["labels"] = labels
+        if max_length is not None and len(labels[0]) > max_length:
+            self._truncate(features, max_length, padding_side)
+        return BatchFeature(features, tensor_type="pt")
+
+    def _encode(self, images, text, image_indices, padding_side, **kwargs):
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        images = [image[0] if isinstance(image, (list, tuple)) else image for image in images]
+        images = [image.convert("RGB") for image in images]
+        # A text of nothing but the placeholder shows what the VLM's processor makes of each image: its vision inputs
+        # and the text that the placeholder becomes. So an image is processed once, however many rows are about it.
+        probe = self.vlm_processor(
+            images=[[image] for image in images],
+            text=[self.vlm_processor.image_token] * len(images),
+            return_text_replacement_offsets=True,
+            **kwargs,
+        )
+        features = {key: value for key, value in probe.items() if key not in TEXT_INPUT_NAMES}
+        mask_inputs = self.mask_image_processor(images)
+        features["mask_pixel_values"] = mask_inputs["pixel_values"]
+        features["original_sizes"] = [[image.height, image.width] for image in images]
+        # SAM 2's processor stretches images to its square and therefore reports no sizes.
+        stretched = [[self.mask_image_processor.size["height"], self.mask_image_processor.size["width"]]]
+        features["reshaped_input_sizes"] = mask_inputs.get("reshaped_input_sizes", stretched * len(images))
+        if text is None:
+            return features, None
+
+        text = [text] if isinstance(text, str) else list(text)
+        image_indices = list(range(len(text))) if image_indices is None else [int(index) for index in image_indices]
+        counts = [row.count(self.vlm_processor.image_token) for row in text]
+        if set(counts) - {1} or len(image_indices) != len(text) or max(image_indices) >= len(images):
+            raise ValueError(
+                f"Every text must hold the image token {self.vlm_processor.image_token} once and point to an image; "
+                f"got {counts} image tokens in {len(text)} texts, image_indices {image_indices} and {len(images)} "
+                "images."
+            )
+        replacements = [offsets[0]["replacement"] for offsets in probe["text_replacement_offsets"]]
+        text, replaced = self.vlm_processor.get_text_with_replacements(
+            text, images_replacements=[replacements[index] for index in image_indices]
+        )
+        bos = self.tokenizer.bos_token
+        encoding = self.tokenizer(
+            text,
+            add_special_tokens=not (bos and text[0].startswith(bos)),
+            padding=True,
+            padding_side=padding_side,
+            return_offsets_mapping=True,
+            return_attention_mask=True,
+        )
+        features["input_ids"], features["attention_mask"] = encoding["input_ids"], encoding["attention_mask"]
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in probe:
+                features[name] = self.vlm_processor.create_mm_token_type_ids(encoding["input_ids"])
+        features["image_indices"] = image_indices
+        return features, [
+            {"tokens": tokens, "span": row[0]["span"], "new_span": row[0]["new_span"]}
+            for tokens, row in zip(encoding["offset_mapping"], replaced)
+        ]
+
+    # ---- labels -----------------------------------------------------------------------------------------------------
+
+    def _render(self, messages, **kwargs) -> tuple[list[str], list]:
+        return render_jinja_template(
+            conversations=[messages],
+            chat_template=self.chat_template,
+            **kwargs,
+            **self.tokenizer.special_tokens_map,
+        )
+
+    def _render_with_spans(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation and the character spans of the assistant's turns in it.
+
+        A template with `{% generation %}` says where they are. Otherwise each turn is what it adds to the text of the
+        turns before it, the generation prompt included.
+        """
+        if "generation %}" in self.chat_template or "generation -%}" in self.chat_template:
+            (text,), (spans,) = self._render(messages, return_assistant_tokens_mask=True)
+            return text, [tuple(span) for span in spans]
+        (text,), _ = self._render(messages)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            (before,), _ = self._render(messages[:index], add_generation_prompt=True)
+            (after,), _ = self._render(messages[: index + 1])
+            if not (after.startswith(before) and text.startswith(after.rstrip())):
+                raise ValueError(
+                    "This chat template rewrites earlier turns when a turn is added, so the assistant's turns cannot "
+                    "be found in its text. Wrap what the assistant says in `{% generation %}` and `{% endgeneration "
+                    "%}` and pass the template as `chat_template`."
+                )
+            spans.append((len(before), len(after.rstrip())))
+        return text, spans
+
+    @staticmethod
+    def _shift(spans, offsets):
+        """Moves spans behind the image placeholder by what its expansion added."""
+        for row_spans, row in zip(spans, offsets):
+            end, gained = row["span"][1], row["new_span"][1] - row["span"][1]
+            yield [tuple(char + gained if char >= end else char for char in span) for span in row_spans]
+
+    @staticmethod
+    def _labels(input_ids, offsets, spans) -> list[int]:
+        labels = [IGNORE_INDEX] * len(input_ids)
+        for position, (start, end) in enumerate(offsets["tokens"]):
+            if any(start < span_end and end > span_start for span_start, span_end in spans):
+                labels[position] = input_ids[position]
+        return labels
+
+    def _truncate(self, features: dict, max_length: int, padding_side: str) -> None:
+        """Cuts rows at their end, in place, to `max_length` tokens."""
+        keep = slice(0, max_length)
+        if padding_side == "left":
+            raise ValueError('`max_length` cuts the end of rows; it needs padding_side="right".')
+        for row, labels in enumerate(features["labels"]):
+            if self.seg_token_id in labels[max_length:]:
+                raise TextTooLongError(
+                    f"Row {row} has {sum(features['attention_mask'][row])} tokens and max_length={max_length} would "
+                    f"cut a {SEG_TOKEN} off. Raise max_length or shorten the text: "
+                    f"'{self.tokenizer.decode(features['input_ids'][row][-60:])}'."
+                )
+        for name in ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids"):
+            if name in features:
+                features[name] = [row[keep] for row in features[name]]
+
+    # ---- outputs ----------------------------------------------------------------------------------------------------
+
+    def post_process_masks(
+        self,
+        low_res_masks: torch.Tensor,
+        original_sizes: torch.Tensor,
+        reshaped_input_sizes: torch.Tensor,
+        seg_row_indices: torch.Tensor | None = None,
+        image_indices: torch.Tensor | None = None,
+        mask_threshold: float = 0.0,
+        binarize: bool = True,
+    ) -> list[torch.Tensor]:
+        """Masks at the original sizes, row by row.
+
+        Args:
+            low_res_masks: `(M, h, w)` logits, as [`LisaForConditionalGeneration.generate`] returns them.
+            original_sizes, reshaped_input_sizes: `(B, 2)`, as this processor returns them.
+            seg_row_indices: `(M,)`, mask to row; by default mask m belongs to row m.
+            image_indices: `(N,)`, row to image; by default row n is about image n.
+            mask_threshold: of the logits.
+            binarize: False returns the logits.
+
+        Returns:
+            List of N tensors `(M_n, H, W)`, bool (or float32 logits).
+        """
+        if image_indices is None:
+            image_indices = torch.arange(len(original_sizes))
+        if seg_row_indices is None:
+            seg_row_indices = torch.arange(len(low_res_masks))
+        pad_size = self.mask_image_processor.pad_size
+        side = pad_size["height"] if pad_size else None
+        masks = []
+        for row, image in enumerate(image_indices.tolist()):
+            row_masks = low_res_masks[seg_row_indices == row]
+            size, original_size = reshaped_input_sizes[image].tolist(), original_sizes[image].tolist()
+            if len(row_masks) == 0:
+                full = low_res_masks.new_zeros((0, *original_size), dtype=torch.float32)
+            else:
+                full = upscale_masks(row_masks, size, original_size, side)
+            masks.append(full > mask_threshold if binarize else full)
+        return masks
+
+    @property
+    def model_input_names(self) -> list[str]:
+        own = ["image_indices", "mask_pixel_values", "original_sizes", "reshaped_input_sizes"]
+        return list(self.vlm_processor.model_input_names) + own
