@@ -1,0 +1,326 @@
+"""Arguments of the recipes: three dataclasses, read from a YAML file and the command line.
+
+    python recipes/train.py --config recipes/quickstart.yaml --learning_rate 1e-4 --sources "{shapes: 1.0}"
+
+As in trl and the alignment-handbook, the keys of the file are the names of the arguments, and the command line wins
+over the file. A value in the file means what the same text means on the command line, so `5e-4` is a number and `no` a
+string. Mappings are written in YAML or JSON in both places. Whatever is wrong is said in one line, with exit code 2.
+"""
+
+import dataclasses
+import difflib
+import json
+import logging
+import re
+import sys
+from argparse import ArgumentTypeError, Namespace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+TRAINABLE_PARTS = (
+    "seg_projector",
+    "mask_decoder",
+    "embeddings",
+    "vision_tower",
+    "multi_modal_projector",
+    "mask_encoder",
+    "language_model",
+)
+
+
+@dataclass
+class ModelArguments:
+    """Which model is built or loaded, and which parts of it learn.
+
+    Either `model`, or one of `vlm` and `vlm_config` together with one of `mask_model` and `mask_config`.
+    """
+
+    model: str | None = field(default=None, metadata={"help": "LISA model to continue from: Hub id or path."})
+    vlm: str | None = field(default=None, metadata={"help": "Vision-language model to start from: Hub id or path."})
+    mask_model: str | None = field(default=None, metadata={"help": "SAM-family model to start from: Hub id or path."})
+    vlm_config: dict | None = field(
+        default=None, metadata={"help": "Configuration, with `model_type`, of a VLM with random weights."}
+    )
+    mask_config: dict | None = field(
+        default=None, metadata={"help": "Configuration, with `model_type`, of a mask model with random weights."}
+    )
+    language_model: str | None = field(
+        default=None,
+        metadata={"help": "Language model whose weights go into the VLM of `vlm_config`: Hub id or path."},
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer: Hub id or path; default: the VLM's."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "`llava_v1`, `llava_llama_2` or a Jinja file; default: the VLM's."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of LoRA in the language model; 0: no LoRA."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout probability at the input of LoRA."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"],
+        metadata={"help": "Linear layers of the language model that get LoRA, by the last part of their name."},
+    )
+    trainable: list[str] = field(
+        default_factory=lambda: ["seg_projector", "mask_decoder", "embeddings"],
+        metadata={"help": f"Parts that are trained in full, among {', '.join(TRAINABLE_PARTS)}."},
+    )
+    ce_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the text's cross entropy; default: the model's (1.0, as LISA)."}
+    )
+    mask_bce_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the masks' cross entropy; default: the model's (2.0, as LISA)."}
+    )
+    mask_dice_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the masks' dice loss; default: the model's (0.5, as LISA)."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of the VLM (sdpa, eager, ...); default: transformers' choice."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "Type in which weights are loaded (float32, bfloat16, ...); default: as saved."},
+    )
+
+    def __post_init__(self):
+        for pair in (("vlm", "vlm_config"), ("mask_model", "mask_config")):
+            given = [name for name in ("model", *pair) if getattr(self, name) is not None]
+            if len(given) != 1:
+                raise ValueError(
+                    f"expected one of model, {pair[0]} and {pair[1]}, found {' and '.join(given) or 'none of them'}"
+                )
+        if (self.vlm_config is None) != (self.mask_config is None):
+            raise ValueError("vlm_config and mask_config: expected both (a model from nothing) or none, found one")
+        for name in ("vlm_config", "mask_config"):
+            config = getattr(self, name)
+            if config is not None and "model_type" not in config:
+                raise ValueError(f"{name}: expected a `model_type` among its keys, found {list(config)}")
+        if self.language_model is not None and self.vlm_config is None:
+            raise ValueError("language_model: expected beside vlm_config only, since a loaded VLM brings its own")
+        for part in self.trainable:
+            if part not in TRAINABLE_PARTS:
+                raise ValueError(f"trainable: unknown part `{part}`, {_nearest(part, TRAINABLE_PARTS)}")
+        for name in ("lora_r", "ce_loss_weight", "mask_bce_loss_weight", "mask_dice_loss_weight"):
+            _check_range(self, name, 0)
+        _check_range(self, "lora_dropout", 0, 1)
+
+
+@dataclass
+class DataArguments:
+    """What the model is trained and evaluated on.
+
+    After initialisation, each value of `sources` is a mapping with `weight`, `split` and the builder's own options,
+    each value of `eval_sources` one with `split` and the builder's own options.
+    """
+
+    data_dir: str | None = field(default=None, metadata={"help": "Directory of the data sets."})
+    sources: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Training sources, e.g. {reason_seg: 1, shapes: {weight: 9, split: train}}: each has its weight's "
+            "share of the items; other keys are options of the source's builder."
+        },
+    )
+    eval_sources: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Evaluation sources, e.g. {reason_seg: {split: validation}}, which is also the default split."
+        },
+    )
+    num_questions: int = field(default=3, metadata={"help": "Questions sampled about one image."})
+    explanatory_probability: float = field(
+        default=0.1, metadata={"help": "Share of reasoning questions that ask for an explanation, where there is one."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest text row, in tokens with the image's; default: the model's limit."}
+    )
+    on_bad_row: Literal["skip", "raise"] = field(
+        default="skip", metadata={"help": "What to do about an unreadable image or mask: skip and count it, or stop."}
+    )
+    num_train_items: int | None = field(
+        default=None, metadata={"help": "Items (images with questions) per epoch; default: the rows of all sources."}
+    )
+    max_eval_items: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first so many rows of each source; default: all."}
+    )
+
+    def __post_init__(self):
+        self.sources = _complete_options(self, "sources", {"weight": 1.0, "split": "train"})
+        self.eval_sources = _complete_options(self, "eval_sources", {"split": "validation"})
+        for name in ("num_questions", "max_length", "num_train_items", "max_eval_items"):
+            _check_range(self, name, 1)
+        _check_range(self, "explanatory_probability", 0, 1)
+
+
+@dataclass
+class LisaTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments`, with the defaults that LISA needs and its own settings."""
+
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Keep False: the collator needs columns that the model's forward does not take."},
+    )
+    metric_for_best_model: str | None = field(default="giou", metadata={"help": "Metric that chooses the best model."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that metric is better."})
+    full_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the parts trained in full; default: learning_rate, LoRA's."}
+    )
+    eval_generate: bool = field(
+        default=False, metadata={"help": "Evaluate with generated answers too, not only with the true text given."}
+    )
+    generation_max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer, in tokens."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_range(self, "full_learning_rate", 0)
+        _check_range(self, "generation_max_new_tokens", 1)
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, LisaTrainingArguments]:
+    """Reads the file given by `--config`, if any, then the command line over it.
+
+    Args:
+        argv: The command line without the program's name; default: `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: With code 2, after one line on stderr: an unknown key or flag (with the nearest valid name), a
+            value of a wrong type, a missing or malformed file, values that contradict each other.
+    """
+    parser = _Parser((ModelArguments, DataArguments, LisaTrainingArguments), allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are the names of the arguments.")
+    try:
+        config = parser.parse_args(argv).config
+        values = vars(parser.parse_args(argv, parser.parse_config(config) if config else None))
+        del values["config"]
+        return parser.parse_dict(values)
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+
+
+@contextmanager
+def exit_with_one_line():
+    """Turns what is wrong with the user's input (`ValueError`, `OSError`) into one line on stderr and exit code 2.
+
+    The trace goes to the debug log.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        logger.debug("The full trace:", exc_info=True)
+        # A loader worker hands its trace over as text; its last line is the error.
+        text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}")
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Reads 5e-4 as a number, as YAML 1.2 and JSON do; PyYAML follows YAML 1.1, where it is a string."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that takes mappings and empty lists, reads YAML, and raises `ValueError` for any mistake."""
+
+    def add_argument(self, *flags, **kwargs):
+        if kwargs.get("nargs") == "+":
+            kwargs["nargs"] = "*"
+        if kwargs.get("type") is dict:
+            kwargs["type"] = _mapping
+        return super().add_argument(*flags, **kwargs)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse_args(self, args=None, namespace=None) -> Namespace:
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown and unknown[0].startswith("--"):
+            flag = unknown[0].split("=")[0]
+            raise ValueError(f"unknown argument {flag}, {_nearest(flag.lstrip('-').replace('-', '_'), self._hints())}")
+        if unknown:
+            raise ValueError(f"unexpected value `{unknown[0]}`: no argument takes it")
+        return namespace
+
+    def parse_config(self, path: str) -> Namespace:
+        """The namespace of all arguments, defaults overridden by the YAML file at `path`."""
+        with open(path, encoding="utf-8") as stream:
+            root = yaml.compose(stream, Loader=_YamlLoader)
+        if not isinstance(root, yaml.MappingNode):
+            found = f"a {root.id}" if root else "nothing"
+            raise ValueError(f"{path}: expected a mapping of arguments to values, found {found}")
+        namespace, hints = self.parse_args([]), self._hints()
+        for key_node, node in root.value:
+            key, where = key_node.value, f"{path}, line {key_node.start_mark.line + 1}"
+            if key not in hints:
+                raise ValueError(f"{where}: unknown key `{key}`, {_nearest(str(key), hints)}")
+            if node.tag == "tag:yaml.org,2002:null":
+                if type(None) not in get_args(hints[key]):
+                    raise ValueError(f"{where}: {key}: expected a value, found null")
+                setattr(namespace, key, None)
+                continue
+            is_list = isinstance(node, yaml.SequenceNode)
+            tokens = [f"--{key}", *map(_as_text, node.value)] if is_list else [f"--{key}={_as_text(node)}"]
+            try:
+                self.parse_args(tokens, namespace)
+            except ValueError as error:
+                raise ValueError(f"{where}: {key}: {error}") from error
+        return namespace
+
+    def _hints(self) -> dict[str, Any]:
+        """Type of every argument, by its name."""
+        hints = {}
+        for dataclass_type in self.dataclass_types:
+            types = get_type_hints(dataclass_type)
+            hints |= {field.name: types[field.name] for field in dataclasses.fields(dataclass_type) if field.init}
+        return hints
+
+
+def _as_text(node: yaml.Node) -> str:
+    """The text of a YAML node as on the command line; if nested, the JSON that TrainingArguments wants."""
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    return json.dumps(yaml.load(yaml.serialize(node), Loader=_YamlLoader))
+
+
+def _mapping(text: str) -> dict:
+    try:
+        value = yaml.load(text, Loader=_YamlLoader)
+    except yaml.YAMLError as error:
+        raise ArgumentTypeError(f"expected a mapping in YAML or JSON, found `{text}`") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"expected a mapping such as {{name: value}}, found `{text}`")
+    return value
+
+
+def _nearest(name: str, names) -> str:
+    return f"the nearest valid name is `{difflib.get_close_matches(name, names, n=1, cutoff=0)[0]}`"
+
+
+def _complete_options(arguments: DataArguments, field_name: str, defaults: dict) -> dict[str, dict]:
+    completed = {}
+    for name, options in getattr(arguments, field_name).items():
+        if isinstance(options, (int, float)):
+            options = {"weight": options}
+        if not isinstance(options, dict | None):
+            raise ValueError(f"{field_name}: {name}: expected a mapping of options, found {options!r}")
+        completed[name] = defaults | (options or {})
+        weight = completed[name].get("weight")
+        if weight is not None and "weight" not in defaults:
+            raise ValueError(f"{field_name}: {name}: expected no weight, found {weight}: every row is evaluated")
+        if "weight" in defaults and not (isinstance(weight, (int, float)) and weight > 0):
+            raise ValueError(f"{field_name}: {name}: expected a weight above 0, found {weight!r}")
+    return completed
+
+
+def _check_range(arguments, name: str, low: float, high: float = float("inf")):
+    value = getattr(arguments, name)
+    if value is not None and not low <= value <= high:
+        raise ValueError(f"{name}: expected a number from {low} to {high}, found {value}")
