@@ -1,0 +1,146 @@
+"""Metrics: parity with the original, ignore regions and empty masks, the interval, several processes."""
+
+import json
+import math
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lisa_hf.metrics import SegmentationMetric, intersection_and_union
+
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "metrics.json").read_text())
+ALL_CASES = CASES.pop("__all_samples_in_order__")
+QUESTIONS = [  # intersections, unions, [SEG] tokens
+    ([648, 30], [648, 168], 2),
+    ([], [], 0),
+    ([0], [0], 1),
+    ([0], [25], 0),
+    ([], [], 1),
+    ([19], [24], 1),
+    ([70], [136], 1),
+]
+
+
+@pytest.fixture(scope="module")
+def golden_tensors():
+    return load_file(GOLDEN / "metrics.safetensors")
+
+
+@pytest.fixture
+def metric(tmp_path):
+    return SegmentationMetric(cache_dir=str(tmp_path))
+
+
+def as_columns(questions):
+    intersections, unions, num_seg_tokens = (list(column) for column in zip(*questions))
+    return {"intersections": intersections, "unions": unions, "num_seg_tokens": num_seg_tokens}
+
+
+def counts(golden_tensors, case):
+    prediction, target = golden_tensors[f"{case}_pred"] > 0, golden_tensors[f"{case}_gt"]
+    return tuple(count.tolist() for count in intersection_and_union(prediction, target))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pixel_counts_equal_the_original(golden_tensors, case):
+    expected = CASES[case]["per_mask"]
+    intersections, unions = counts(golden_tensors, case)
+    assert intersections == [mask["intersection"][1] for mask in expected]
+    assert unions == [mask["union"][1] for mask in expected]
+
+
+@pytest.mark.parametrize(
+    "cases, expected", [([case], CASES[case]) for case in CASES] + [(ALL_CASES["order"], ALL_CASES)]
+)
+def test_giou_and_ciou_equal_the_original(golden_tensors, metric, cases, expected):
+    for case in cases:
+        intersections, unions = counts(golden_tensors, case)
+        metric.add(intersections=intersections, unions=unions, num_seg_tokens=len(unions))
+    result = metric.compute()
+    assert result["giou"] == pytest.approx(expected["giou"], rel=1e-4)
+    assert result["ciou"] == pytest.approx(expected["ciou"], rel=1e-4)
+    assert result["num_masks"] == expected.get("total_masks", len(expected.get("per_mask", ())))
+
+
+def test_counts_take_any_leading_shape_and_leave_ignored_pixels_out():
+    prediction = torch.tensor([[True, True], [False, True]]).expand(3, 2, 2, 2)
+    target = torch.tensor([[1, 255], [1, 0]], dtype=torch.uint8).expand(3, 2, 2, 2)
+    intersection, union = intersection_and_union(prediction, target)
+    assert intersection.dtype == union.dtype == torch.int64
+    assert torch.equal(intersection, torch.full((3, 2), 1)) and torch.equal(union, torch.full((3, 2), 3))
+    assert intersection_and_union(prediction[0, :0], target[0, :0])[0].shape == (0,)
+
+
+def test_logits_and_wrong_sizes_are_refused():
+    target = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"\(1, 4, 4\), found torch.float32 of shape \(1, 4, 4\)"):
+        intersection_and_union(torch.zeros(1, 4, 4), target)
+    with pytest.raises(ValueError, match=r"\(1, 4, 4\), found torch.bool of shape \(1, 2, 2\)"):
+        intersection_and_union(torch.zeros(1, 2, 2, dtype=torch.bool), target)
+
+
+def test_figures_of_mixed_questions(metric):
+    result = metric.compute(**as_columns(QUESTIONS))
+    assert result["giou"] == pytest.approx((1 + 30 / 168 + 1 + 0 + 19 / 24 + 70 / 136) / 6)
+    assert result["ciou"] == pytest.approx((648 + 30 + 19 + 70) / (648 + 168 + 25 + 24 + 136))
+    assert result["seg_rate"] == 4 / 5 and result["false_seg_rate"] == 1 / 2
+    assert result["num_masks"] == 6 and result["num_questions"] == 7
+
+
+@pytest.mark.parametrize("questions", [[], [([], [], 1), ([], [], 0)]])
+def test_no_masks_give_zeros_not_nan(metric, questions):
+    if questions:
+        metric.add_batch(**as_columns(questions))
+    result = metric.compute()
+    assert all(math.isfinite(value) for value in result.values())
+    assert result["giou"] == result["giou_high"] == result["num_masks"] == 0
+    assert result["num_questions"] == len(questions) and json.dumps(result)
+
+
+def test_counts_that_do_not_match_are_refused(metric):
+    with pytest.raises(ValueError, match="Question 1 has 2 intersections and 1 unions"):
+        metric.compute(**as_columns([([1], [2], 1), ([1, 1], [2], 1)]))
+
+
+def test_interval_resamples_questions_and_follows_the_seed(tmp_path):
+    ious = np.random.default_rng(1).uniform(size=200)
+
+    def interval(repeats, seed=0):
+        questions = [([int(1000 * iou)] * repeats, [1000] * repeats, repeats) for iou in ious]
+        result = SegmentationMetric(cache_dir=str(tmp_path)).compute(**as_columns(questions), bootstrap=500, seed=seed)
+        assert result["giou_low"] < result["giou"] < result["giou_high"]
+        return result["giou_low"], result["giou_high"]
+
+    low, high = interval(repeats=1)
+    assert high - low == pytest.approx(2 * 1.96 * ious.std() / 200**0.5, rel=0.2)
+    assert interval(repeats=4) == pytest.approx((low, high))  # repeating a question's masks adds no information
+    assert interval(repeats=1) == (low, high) != interval(repeats=1, seed=1)
+
+
+def compute_share(process_id, num_process, cache_dir, results):
+    metric = SegmentationMetric(
+        num_process=num_process, process_id=process_id, experiment_id="shares", cache_dir=cache_dir, timeout=60
+    )
+    share = QUESTIONS[process_id :: num_process - 1] if process_id < num_process - 1 else []
+    if share:
+        metric.add_batch(**as_columns(share))
+    results.put((process_id, metric.compute()))
+
+
+def test_processes_add_up_exactly_also_when_one_has_nothing(metric, tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=compute_share, args=(i, 3, str(tmp_path), results)) for i in range(3)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    assert found[1] is None and found[2] is None
+    assert found[0] == pytest.approx(metric.compute(**as_columns(QUESTIONS)), rel=1e-12)
