@@ -1,0 +1,225 @@
+"""Several data sets of rows as one data set of training items, and rows as evaluation items.
+
+Both are map-style: item k is a pure function of the rows, the arguments and k, so the Trainer's own samplers shard,
+shuffle and resume them, and the number of loader workers changes nothing. An item is one image with its questions:
+`{"image": PIL image (RGB, upright), "image_id", "source", "questions": list of Question, "ignore": RLE or None,
+"num_skipped": int}`.
+"""
+
+import difflib
+import logging
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from datasets import Dataset, Image
+from torch.utils.data import Dataset as TorchDataset
+
+from .prompts import Question, evaluation_questions, sample_questions
+from .schema import decode_mask
+
+
+logger = logging.getLogger(__name__)
+
+ON_BAD_ROW = ("skip", "raise")
+# How many rows of one source an item may draw before it gives up: enough for a source of which half is unusable.
+MAX_DRAWS = 100
+
+_RGB = Image(mode="RGB")
+
+
+class MixtureDataset(TorchDataset):
+    """Item k: a source drawn by weight, a row of it drawn uniformly, and questions drawn from the row.
+
+    A row that cannot be used (its image is missing or unreadable, a mask is damaged or of another size than the image)
+    is redrawn from the same source, so that the weights hold whatever is broken; so is a row that gives no question.
+
+    Args:
+        sources (`dict[str, datasets.Dataset]`): Rows of `lisa_hf.schema.FEATURES` by the name of their source.
+        length (`int`): The number of items.
+        weights (`dict[str, float]`, *optional*): Relative frequency of every source; equal by default.
+        seed (`int`): Non-negative; another seed is another sequence of items.
+        num_questions (`int`), explanatory_probability (`float`), merge_instances (`bool`): As in
+            [`~prompts.sample_questions`].
+        on_bad_row (`str`): "skip" redraws a row that cannot be used and counts it in the item's `num_skipped`;
+            "raise" stops at the first one. A row that gives no question is redrawn, and not counted, in both.
+
+    Raises:
+        ValueError: For arguments that contradict each other; by an item, for the first bad row with
+            `on_bad_row="raise"`, else when `MAX_DRAWS` rows of one source could not be used.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Dataset],
+        length: int,
+        weights: dict[str, float] | None = None,
+        seed: int = 0,
+        num_questions: int = 3,
+        explanatory_probability: float = 0.1,
+        merge_instances: bool = True,
+        on_bad_row: str = "skip",
+    ):
+        if not sources:
+            raise ValueError("A mixture needs at least one source, got none.")
+        for name, rows in sources.items():
+            if len(rows) == 0:
+                raise ValueError(f"Source {name!r} has no rows. Check its data directory and split, or leave it out.")
+        if length < 1:
+            raise ValueError(f"length must be at least 1 item, got {length}.")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}.")
+        if num_questions < 1:
+            raise ValueError(f"num_questions must be at least 1, got {num_questions}.")
+        if not 0 <= explanatory_probability <= 1:
+            raise ValueError(f"explanatory_probability must lie in [0, 1], got {explanatory_probability}.")
+        if on_bad_row not in ON_BAD_ROW:
+            raise ValueError(f"on_bad_row must be one of {ON_BAD_ROW}, got {on_bad_row!r}.")
+        self.names = list(sources)
+        self.sources = [_undecoded(rows) for rows in sources.values()]
+        self.probabilities = _probabilities(self.names, weights)
+        self.length = length
+        self.seed = seed
+        self.num_questions = num_questions
+        self.explanatory_probability = explanatory_probability
+        self.merge_instances = merge_instances
+        self.on_bad_row = on_bad_row
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"Item {index} of a mixture of {self.length} items.")
+        rng = np.random.default_rng([self.seed, index])
+        source = rng.choice(len(self.names), p=self.probabilities)
+        rows = self.sources[source]
+        num_skipped = 0
+        error = None
+        for _ in range(MAX_DRAWS):
+            row = rows[int(rng.integers(len(rows)))]
+            try:
+                image = _load_image(row)
+                questions = sample_questions(
+                    row, rng, self.num_questions, self.explanatory_probability, self.merge_instances
+                )
+                _check_masks(questions, row["ignore"])
+            except ValueError as bad_row:
+                error = ValueError(f"{_where(row)}: {bad_row}")
+                if self.on_bad_row == "raise":
+                    raise error from bad_row
+                logger.warning("Skipped: %s", error)
+                num_skipped += 1
+                continue
+            if questions:
+                return _item(row, image, questions, num_skipped)
+        raise ValueError(
+            f"Source {self.names[source]!r}: none of {MAX_DRAWS} drawn rows could be used, {num_skipped} bad and the "
+            f"others without a target. Check its data directory. The last bad row: {error}"
+        ) from error
+
+
+class EvaluationDataset(TorchDataset):
+    """Item k: row k with its evaluation questions. A bad row raises, because a score over fewer rows is another score.
+
+    Args:
+        rows (`datasets.Dataset`): Rows of `lisa_hf.schema.FEATURES`.
+        merge_instances (`bool`): As in [`~prompts.evaluation_questions`].
+
+    Raises:
+        ValueError: By an item, if its row gives no question or cannot be used.
+    """
+
+    def __init__(self, rows: Dataset, merge_instances: bool = True):
+        self.rows = _undecoded(rows)
+        self.merge_instances = merge_instances
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self.rows):
+            raise IndexError(f"Item {index} of {len(self.rows)} evaluation rows.")
+        row = self.rows[int(index)]
+        try:
+            image = _load_image(row)
+            questions = evaluation_questions(row, self.merge_instances)
+            _check_masks(questions, row["ignore"])
+            if not questions:
+                raise ValueError("it has no target, so there is nothing to ask. Filter such rows out.")
+        except ValueError as error:
+            raise ValueError(f"{_where(row)}: {error}") from error
+        return _item(row, image, questions, num_skipped=0)
+
+
+def _item(row: dict, image: PIL.Image.Image, questions: list[Question], num_skipped: int) -> dict[str, Any]:
+    return {
+        "image": image,
+        "image_id": row["image_id"],
+        "source": row["source"],
+        "questions": questions,
+        "ignore": row["ignore"],
+        "num_skipped": num_skipped,
+    }
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    # Decoding while a row is read would fail before the row can say which file it is.
+    return rows.cast_column("image", Image(decode=False))
+
+
+def _probabilities(names: list[str], weights: dict[str, float] | None) -> np.ndarray:
+    """Normalised weights in the order of the names, shape (len(names),)."""
+    if weights is None:
+        weights = dict.fromkeys(names, 1.0)
+    for name in weights:
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"Weight for an unknown source {name!r}. Did you mean {nearest!r}? Sources: {names}.")
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise ValueError(f"weights must name every source, but {missing} have none. Give 0 to leave a source out.")
+    values = np.array([weights[name] for name in names], dtype=np.float64)
+    if not np.isfinite(values).all() or values.min() < 0 or values.sum() == 0:
+        raise ValueError(f"weights must be finite, not negative and not all 0, got {weights}.")
+    return values / values.sum()
+
+
+def _load_image(row: dict) -> PIL.Image.Image:
+    """The image of a row, RGB and turned upright as its EXIF orientation says.
+
+    Raises:
+        ValueError: If the image cannot be read, or a mask of the row has another size.
+    """
+    if row["image"] is None:
+        raise ValueError("it has no image. Remove it.")
+    try:
+        image = _RGB.decode_example(row["image"])
+    except Exception as error:
+        # Pillow has no exception of its own for broken files: a bad PNG chunk is a SyntaxError, a bomb a plain
+        # Exception, and a damaged EXIF block a struct.error, an AttributeError or a TypeError.
+        raise ValueError(
+            f"cannot read the image, {type(error).__name__}: {error}. Restore the file or remove its annotation."
+        ) from error
+    size = [image.height, image.width]
+    rles = [target["rle"] for target in row["targets"]]
+    if row["ignore"] is not None:
+        rles.append(row["ignore"])
+    for rle in rles:
+        if list(rle["size"]) != size:
+            raise ValueError(
+                f"expected masks of the image's size {size} (height, width), found one of {list(rle['size'])}. "
+                "Restore the image that was annotated, or remove the annotation."
+            )
+    return image
+
+
+def _check_masks(questions: list[Question], ignore: dict | None):
+    # A damaged encoding would otherwise stop the training later, in the collator, which knows no file names.
+    for rle in [rle for question in questions for rle in question.masks] + ([ignore] if ignore else []):
+        decode_mask(rle)
+
+
+def _where(row: dict) -> str:
+    path = (row["image"] or {}).get("path")
+    return f"Row {row['image_id']!r} of {row['source']!r}" + (f" (file {path})" if path else "")

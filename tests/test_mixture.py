@@ -1,0 +1,343 @@
+"""The mixture of data sets: item k is a function of seed and k, weights hold, and bad rows are skipped or named."""
+
+import io
+import logging
+import pickle
+from collections import Counter
+
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from lisa_hf import mixture
+from lisa_hf.mixture import EvaluationDataset, MixtureDataset
+from lisa_hf.schema import FEATURES, decode_mask, encode_mask, make_row
+
+
+HEIGHT, WIDTH = 6, 9
+
+
+def image_file(path, size=(WIDTH, HEIGHT), mode="RGB", **kwargs):
+    PIL.Image.new(mode, size, 200 if mode == "L" else None).save(path, **kwargs)
+    return str(path)
+
+
+def mask(index, size=(HEIGHT, WIDTH)):
+    array = np.zeros(size, dtype=np.uint8)
+    array[:, index] = 1
+    return encode_mask(array)
+
+
+def segmentation_row(source, index, image, num_targets=4, **kwargs):
+    targets = [{"phrases": [f"class {i}"], "rle": mask(i)} for i in range(num_targets)]
+    return make_row(image, f"{source}/{index}", source, "semantic", targets=targets, **kwargs)
+
+
+def vqa_row(source, index, image):
+    messages = [{"role": "user", "content": "<image>\nWhy?"}, {"role": "assistant", "content": "Because."}]
+    return make_row(image, f"{source}/{index}", source, "vqa", messages=messages)
+
+
+def dataset(*rows):
+    return Dataset.from_list(list(rows), features=FEATURES)
+
+
+NO_ROWS = Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Three sources of 5, 3 and 4 rows: masks, one explained question, conversations."""
+    image = image_file(tmp_path_factory.mktemp("images") / "image.png")
+    explained = make_row(
+        image,
+        "reasons/0",
+        "reasons",
+        "reasoning",
+        targets=[{"phrases": ["what rolls", "what is round"], "rle": mask(1)}],
+        ignore=mask(2),
+        explanation="It is round.",
+    )
+    return {
+        "classes": dataset(*[segmentation_row("classes", index, image) for index in range(5)]),
+        "reasons": dataset(explained, explained, explained),
+        "talk": dataset(*[vqa_row("talk", index, image) for index in range(4)]),
+    }
+
+
+def comparable(item):
+    return {**item, "image": (item["image"].mode, item["image"].size, item["image"].tobytes())}
+
+
+@given(seed=st.integers(0, 2**40), order=st.lists(st.integers(0, 2**20), min_size=1, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_an_item_is_a_function_of_seed_and_index_alone(sources, seed, order):
+    data = MixtureDataset(sources, length=2**20 + 1, seed=seed)
+    np.random.seed(0)
+    expected = {index: comparable(data[index]) for index in order}
+    np.random.seed(1)
+    again = pickle.loads(pickle.dumps(data))
+    for index in reversed(order):
+        assert comparable(again[index]) == expected[index]
+    # A longer mixture begins with the same items, so that a run can be extended.
+    assert comparable(MixtureDataset(sources, length=2**21, seed=seed)[order[0]]) == expected[order[0]]
+
+
+def test_items_do_not_depend_on_the_number_of_loader_workers(sources):
+    data = MixtureDataset(sources, length=24, seed=3)
+    expected = [comparable(data[index]) for index in range(24)]
+    loader = DataLoader(data, batch_size=5, num_workers=2, collate_fn=list)
+    assert [comparable(item) for batch in loader for item in batch] == expected
+
+
+def test_another_seed_and_another_index_give_other_items(sources):
+    def drawn(seed):
+        return [(item["image_id"], str(item["questions"])) for item in MixtureDataset(sources, length=60, seed=seed)]
+
+    assert len(set(drawn(0))) > 30
+    assert sum(a == b for a, b in zip(drawn(0), drawn(1))) < 20
+
+
+@given(index=st.integers(0, 9999), num_questions=st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_every_seg_token_has_its_mask_of_the_size_of_the_image(sources, index, num_questions):
+    item = MixtureDataset(sources, length=10_000, num_questions=num_questions)[index]
+
+    assert item["image"].mode == "RGB" and item["image"].size == (WIDTH, HEIGHT)
+    assert 1 <= len(item["questions"]) <= num_questions
+    for question in item["questions"]:
+        answers = [m["content"][0]["text"] for m in question.messages if m["role"] == "assistant"]
+        assert sum(answer.count("[SEG]") for answer in answers) == len(question.masks)
+        assert all(decode_mask(rle).shape == (HEIGHT, WIDTH) for rle in question.masks)
+    assert item["ignore"] == (mask(2) if item["source"] == "reasons" else None)
+    assert item["num_skipped"] == 0
+
+
+@pytest.mark.parametrize(
+    "weights, shares",
+    [
+        (None, {"classes": 1 / 3, "reasons": 1 / 3, "talk": 1 / 3}),
+        ({"talk": 1, "classes": 9, "reasons": 0}, {"classes": 0.9, "reasons": 0, "talk": 0.1}),
+    ],
+)
+def test_sources_come_in_the_proportions_of_their_weights(sources, weights, shares):
+    length = 900
+    items = list(MixtureDataset(sources, length=length, weights=weights))
+    counts = Counter(item["source"] for item in items)
+    for name, share in shares.items():
+        # Five standard deviations of a binomial count.
+        assert abs(counts[name] - share * length) <= 5 * (share * (1 - share) * length) ** 0.5
+    rows = Counter(item["image_id"] for item in items if item["source"] == "classes")
+    assert len(rows) == 5 and min(rows.values()) > 0.6 * max(rows.values())
+
+
+def broken_image(kind, path):
+    """An image file that is broken in one way, and a part of what is said about it."""
+    if kind == "missing":
+        return str(path), "FileNotFoundError"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return str(path), "UnidentifiedImageError"
+    if kind == "no image":
+        path.write_text("<html>404</html>")
+        return str(path), "UnidentifiedImageError"
+    if kind == "truncated jpeg":
+        noise = np.random.default_rng(0).integers(0, 256, (HEIGHT * 20, WIDTH * 20, 3), dtype=np.uint8)
+        PIL.Image.fromarray(noise).save(path, format="JPEG")
+        path.write_bytes(path.read_bytes()[:1500])
+        return str(path), "truncated"
+    if kind == "damaged png":
+        content = bytearray(open(image_file(path, format="PNG"), "rb").read())
+        content[content.index(b"IDAT") - 1] = 0
+        path.write_bytes(content)
+        return str(path), "SyntaxError"
+    if kind == "damaged exif":
+        exif = PIL.Image.Exif()
+        exif[PIL.ExifTags.Base.Orientation], exif[PIL.ExifTags.Base.XResolution] = 6, 2.5
+        content = bytearray(open(image_file(path, format="JPEG", exif=exif), "rb").read())
+        # The type of the resolution's entry becomes one that does not exist.
+        content[content.index(b"MM\0*") + 23] = 0
+        path.write_bytes(content)
+        return str(path), "cannot read the image, error"
+    if kind == "bomb":
+        return image_file(path, size=(60, 60), format="PNG"), "DecompressionBombError"
+    assert kind == "other size"
+    return image_file(path, size=(WIDTH + 1, HEIGHT), format="PNG"), f"found one of [{HEIGHT}, {WIDTH}]"
+
+
+KINDS = ("missing", "empty", "no image", "truncated jpeg", "damaged png", "damaged exif", "bomb", "other size")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_image_is_skipped_and_counted_or_named(kind, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000 if kind == "bomb" else 10**6)
+    path, reason = broken_image(kind, tmp_path / "bad.file")
+    good = segmentation_row("classes", "good", image_file(tmp_path / "good.png"))
+    rows = dataset(segmentation_row("classes", "bad", path), good)
+    data = MixtureDataset({"classes": rows}, length=40)
+
+    with caplog.at_level(logging.WARNING):
+        items = list(data)
+    assert {item["image_id"] for item in items} == {"classes/good"}
+    # Half of the draws are bad: 40 items skip 40 rows on average.
+    assert 10 < sum(item["num_skipped"] for item in items) < 120
+    assert len(caplog.records) == sum(item["num_skipped"] for item in items)
+    assert comparable(data[7]) == comparable(items[7])
+
+    for strict in (MixtureDataset({"classes": rows}, length=40, on_bad_row="raise"), EvaluationDataset(rows)):
+        with pytest.raises(ValueError) as error:
+            list(strict)
+        for part in ("'classes/bad'", "of 'classes'", path, reason):
+            assert part in str(error.value)
+
+
+def damaged(**changes):
+    row = segmentation_row("classes", "bad", "")
+    for key, value in changes.items():
+        if key == "ignore":
+            row["ignore"] = value
+        else:
+            for target in row["targets"]:
+                target["rle"] = {**target["rle"], key: value}
+    return row
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        (damaged(counts=mask(0)["counts"][:-1]), "counts"),
+        (damaged(size=[WIDTH, HEIGHT]), f"[{WIDTH}, {HEIGHT}]"),
+        (damaged(ignore=mask(0, size=(HEIGHT + 1, WIDTH))), f"[{HEIGHT + 1}, {WIDTH}]"),
+        (damaged(ignore={"size": [HEIGHT, WIDTH], "counts": b"~"}), "counts"),
+    ],
+    ids=["counts cut off", "transposed", "ignore of another size", "ignore damaged"],
+)
+def test_a_bad_mask_is_skipped_and_counted_or_named(row, reason, tmp_path):
+    row["image"]["path"] = path = image_file(tmp_path / "image.png")
+    rows = dataset(row, segmentation_row("classes", "good", path))
+
+    items = list(MixtureDataset({"classes": rows}, length=20))
+    assert {item["image_id"] for item in items} == {"classes/good"}
+    assert sum(item["num_skipped"] for item in items) > 0
+    for strict in (MixtureDataset({"classes": rows}, length=40, on_bad_row="raise"), EvaluationDataset(rows)):
+        with pytest.raises(ValueError, match="Row 'classes/bad' of 'classes'") as error:
+            list(strict)
+        assert reason in str(error.value) and path in str(error.value)
+
+
+def test_a_row_without_an_image_is_bad(tmp_path):
+    row = {**segmentation_row("classes", "bad", ""), "image": None}
+    with pytest.raises(ValueError, match="Row 'classes/bad' of 'classes': it has no image"):
+        EvaluationDataset(dataset(row))[0]
+
+
+def test_bad_rows_do_not_change_the_weights(sources, tmp_path):
+    image = image_file(tmp_path / "image.png")
+    missing = [segmentation_row("classes", index, str(tmp_path / "missing.png")) for index in range(3)]
+    half_broken = {**sources, "classes": dataset(segmentation_row("classes", "good", image), *missing)}
+    items = list(MixtureDataset(half_broken, length=300))
+    assert abs(sum(item["source"] == "classes" for item in items) - 100) < 45
+
+
+@pytest.mark.parametrize("on_bad_row", ["skip", "raise"])
+def test_a_row_without_a_target_is_redrawn_but_is_not_bad(on_bad_row, tmp_path):
+    image = image_file(tmp_path / "image.png")
+    empty = {**segmentation_row("classes", "empty", image), "targets": []}
+    rows = dataset(empty, segmentation_row("classes", "good", image))
+    items = list(MixtureDataset({"classes": rows}, length=20, on_bad_row=on_bad_row))
+
+    assert {item["image_id"] for item in items} == {"classes/good"}
+    assert {item["num_skipped"] for item in items} == {0}
+    with pytest.raises(ValueError, match="'classes/empty' of 'classes' .*has no target"):
+        EvaluationDataset(rows)[0]
+
+
+def test_a_source_without_a_usable_row_raises_instead_of_looping(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture, "MAX_DRAWS", 10)
+    missing = dataset(segmentation_row("lost", 0, str(tmp_path / "missing.png")))
+    with pytest.raises(ValueError, match="'lost': none of 10 drawn rows .* 10 bad .*missing.png"):
+        MixtureDataset({**sources, "lost": missing}, weights={**dict.fromkeys(sources, 0), "lost": 1}, length=1)[0]
+    image = image_file(tmp_path / "image.png")
+    empty = dataset({**segmentation_row("void", 0, image), "targets": []})
+    with pytest.raises(ValueError, match="'void': none of 10 drawn rows .* 0 bad"):
+        MixtureDataset({"void": empty}, length=1)[0]
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1"])
+def test_images_of_every_mode_become_rgb(mode, tmp_path):
+    image = image_file(tmp_path / "image", mode=mode, format="TIFF" if mode == "CMYK" else "PNG")
+    assert EvaluationDataset(dataset(segmentation_row("classes", 0, image)))[0]["image"].mode == "RGB"
+
+
+def test_a_photo_is_turned_upright_before_its_masks_are_compared(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    image = image_file(tmp_path / "turned.jpg", size=(HEIGHT, WIDTH), exif=exif)
+    assert EvaluationDataset(dataset(segmentation_row("classes", 0, image)))[0]["image"].size == (WIDTH, HEIGHT)
+
+
+def test_images_may_be_stored_in_the_rows(tmp_path):
+    encoded = io.BytesIO()
+    PIL.Image.new("RGB", (WIDTH, HEIGHT), "red").save(encoded, format="PNG")
+    item = MixtureDataset({"made": dataset(segmentation_row("made", 0, encoded.getvalue()))}, length=1)[0]
+    assert item["image"].getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_evaluation_goes_through_the_rows_in_order(sources):
+    data = EvaluationDataset(sources["reasons"])
+    assert len(data) == 3
+    for item in data:
+        (question,) = item["questions"]
+        assert question.messages[0]["content"][1]["text"].startswith(" What is what rolls in this image?")
+        assert question.masks == [mask(1)] and item["ignore"] == mask(2)
+    assert [len(item["questions"]) for item in EvaluationDataset(sources["classes"])] == [4] * 5
+    with pytest.raises(IndexError):
+        data[3]
+
+
+def test_settings_reach_the_questions(sources):
+    explained = MixtureDataset({"reasons": sources["reasons"]}, length=20, explanatory_probability=1.0)
+    assert all(not question.masks for item in explained for question in item["questions"])
+
+    image = sources["classes"].cast_column("image", mixture.Image(decode=False))[0]["image"]["path"]
+    twice = make_row(image, "0", "cups", "semantic", targets=[{"phrases": ["cup"], "rle": mask(i)} for i in range(2)])
+    for merge_instances, expected in ((True, 1), (False, 2)):
+        for data in (
+            MixtureDataset({"cups": dataset(twice)}, length=1, merge_instances=merge_instances),
+            EvaluationDataset(dataset(twice), merge_instances=merge_instances),
+        ):
+            assert len(data[0]["questions"]) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"weights": {"clases": 1.0}}, "unknown source 'clases'. Did you mean 'classes'?"),
+        ({"weights": {"classes": 1.0}}, r"\['reasons', 'talk'\] have none"),
+        ({"weights": {"classes": 1.0, "reasons": -1, "talk": 0}}, "not negative"),
+        ({"weights": dict.fromkeys(("classes", "reasons", "talk"), 0)}, "not all 0"),
+        ({"weights": {"classes": float("nan"), "reasons": 1, "talk": 0}}, "finite"),
+        ({"sources": {}}, "at least one source"),
+        ({"sources": {"void": NO_ROWS}}, "'void' has no rows"),
+        ({"length": 0}, "length must be at least 1 item, got 0"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"num_questions": 0}, "num_questions must be at least 1, got 0"),
+        ({"explanatory_probability": -1}, r"in \[0, 1\], got -1"),
+        ({"on_bad_row": "ignore"}, r"'skip', 'raise'.*got 'ignore'"),
+    ],
+)
+def test_contradictory_arguments_are_refused(sources, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MixtureDataset(**{"sources": sources, "length": 10, **arguments})
+
+
+def test_an_index_outside_is_refused(sources):
+    data = MixtureDataset(sources, length=3)
+    for index in (3, -1):
+        with pytest.raises(IndexError):
+            data[index]
