@@ -2,9 +2,11 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from .collator import LisaDataCollator
 from .configuration_lisa import LisaConfig
 from .modeling_lisa import LisaForConditionalGeneration
 from .processing_lisa import LisaProcessor
+from .trainer import LisaTrainer
 
 
 AutoConfig.register("lisa", LisaConfig)
@@ -15,3 +17,5 @@ AutoProcessor.register(LisaConfig, LisaProcessor)
 LisaConfig.register_for_auto_class()
 LisaForConditionalGeneration.register_for_auto_class("AutoModel")
 LisaProcessor.register_for_auto_class()
+
+__all__ = ["LisaConfig", "LisaDataCollator", "LisaForConditionalGeneration", "LisaProcessor", "LisaTrainer"]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
 # Sub-modules of the decoder that a single-mask, text-prompted LISA never takes a gradient through: the IoU head, the
 # hypernetworks of the three unused masks and, in SAM 2, the object score and the two convolutions that belong to image
 # encoding. They stay frozen, otherwise DDP waits for their gradients.

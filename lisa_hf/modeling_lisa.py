@@ -161,20 +161,22 @@ class LisaForConditionalGeneration(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_vlm_mask_model_pretrained(cls, vlm: str, mask_model: str, *, seg_token_id: int, dtype=None, **kwargs):
+    def from_vlm_mask_model_pretrained(
+        cls, vlm: str, mask_model: str, *, seg_token_id: int, dtype="auto", attn_implementation: str | None = None
+    ):
         """Joins a pretrained VLM and a pretrained mask model; the projector between them is new.
 
         Args:
             vlm, mask_model: Hub ids or directories in transformers' format.
             seg_token_id: id of `[SEG]`; the vocabulary is the caller's to resize.
-            dtype: of all weights, as in `from_pretrained`.
-            kwargs: further fields of [`LisaConfig`].
+            dtype: of all weights; by default the VLM's own, which the mask model then takes too.
+            attn_implementation: of the VLM, as in `from_pretrained`.
         """
-        vlm_model = AutoModelForImageTextToText.from_pretrained(vlm, dtype=dtype)
-        sam_model = AutoModelForMaskGeneration.from_pretrained(mask_model, dtype=dtype)
-        config = LisaConfig(
-            vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id, **kwargs
+        vlm_model = AutoModelForImageTextToText.from_pretrained(
+            vlm, dtype=dtype, attn_implementation=attn_implementation
         )
+        sam_model = AutoModelForMaskGeneration.from_pretrained(mask_model, dtype=vlm_model.dtype)
+        config = LisaConfig(vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id)
         # Only the projector needs memory and random numbers: the two halves are replaced at once.
         with torch.device("meta"):
             model = cls(config)

@@ -1,0 +1,91 @@
+"""From the recipes' model arguments to a model and its processor."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
+
+from .arguments import ModelArguments
+from .configuration_lisa import LisaConfig
+from .modeling_lisa import LisaForConditionalGeneration
+from .processing_lisa import LisaProcessor
+from .scratch import CHAT_TEMPLATES, build_from_scratch, train_tokenizer
+
+
+def load_chat_template(name: str | None) -> str | None:
+    """The Jinja text of a template of this package (`llava_v1`, ...) or of a file; None stays None."""
+    if name is None:
+        return None
+    path = CHAT_TEMPLATES / f"{name}.jinja"
+    if not path.exists():
+        path = Path(name)
+    if not path.is_file():
+        names = ", ".join(sorted(template.stem for template in CHAT_TEMPLATES.glob("*.jinja")))
+        raise ValueError(f"chat_template: expected one of {names} or a Jinja file, found '{name}'")
+    return path.read_text(encoding="utf-8")
+
+
+def load_lisa(path: str, **kwargs) -> tuple[LisaForConditionalGeneration, LisaProcessor]:
+    """Loads a LISA model and its processor from a directory or the Hub.
+
+    Args:
+        kwargs: of `from_pretrained` (`dtype`, `attn_implementation`, ...).
+
+    Raises:
+        ValueError: the checkpoint is of another architecture, or an adapter without its base.
+    """
+    if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
+        raise ValueError(
+            f"{path} holds a LoRA adapter, not a whole model. Resume its training with `resume_from_checkpoint`, or "
+            "load the merged model that the end of the training saves."
+        )
+    config = AutoConfig.from_pretrained(path)
+    if not isinstance(config, LisaConfig):
+        raise ValueError(
+            f"{path} is a '{config.model_type}' checkpoint, expected 'lisa'. To start a LISA model from a "
+            "vision-language model give it as `vlm`, and a SAM-family model as `mask_model`."
+        )
+    return LisaForConditionalGeneration.from_pretrained(path, **kwargs), LisaProcessor.from_pretrained(path)
+
+
+def load_model_and_processor(
+    arguments: ModelArguments, texts: Iterable[str] = ()
+) -> tuple[LisaForConditionalGeneration, LisaProcessor]:
+    """Loads or builds what the arguments name: a LISA model, a VLM and a mask model, or both halves from nothing.
+
+    Args:
+        texts: what a tokenizer is made from if a model from nothing names none.
+    """
+    chat_template = load_chat_template(arguments.chat_template)
+    kwargs = {"dtype": arguments.dtype} if arguments.dtype else {}
+    if arguments.attn_implementation:
+        kwargs["attn_implementation"] = arguments.attn_implementation
+    if arguments.model is not None:
+        model, processor = load_lisa(arguments.model, **kwargs)
+        processor.chat_template = chat_template or processor.chat_template
+    elif arguments.vlm is not None:
+        processor = LisaProcessor.from_vlm_mask_model_pretrained(arguments.vlm, arguments.mask_model, chat_template)
+        model = LisaForConditionalGeneration.from_vlm_mask_model_pretrained(
+            arguments.vlm, arguments.mask_model, seg_token_id=processor.seg_token_id, **kwargs
+        )
+        if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(processor.tokenizer))
+    else:
+        tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else train_tokenizer(texts)
+        model, processor = build_from_scratch(
+            arguments.vlm_config, arguments.mask_config, tokenizer, chat_template, arguments.language_model
+        )
+        if arguments.dtype:
+            model.to(getattr(torch, arguments.dtype))
+    for name in ("ce_loss_weight", "mask_bce_loss_weight", "mask_dice_loss_weight"):
+        if getattr(arguments, name) is not None:
+            setattr(model.config, name, getattr(arguments, name))
+    return model, processor
+
+
+def load_tokenizer(path: str):
+    """A tokenizer from the Hub, a directory, or one sentencepiece file (`tokenizer.model`) of the Llama family."""
+    if Path(path).is_file():
+        return LlamaTokenizer.from_pretrained(str(Path(path).parent), vocab_file=path)
+    return AutoTokenizer.from_pretrained(path)

@@ -1,0 +1,133 @@
+"""A LISA model from nothing: LLaVA and SAM of any size with random weights, and a tokenizer made from texts.
+
+For the quick start, for tests and for trying a mixture before the real weights are there.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SamImageProcessorPil,
+)
+
+from .configuration_lisa import LisaConfig
+from .modeling_lisa import LisaForConditionalGeneration
+from .processing_lisa import SEG_TOKEN, LisaProcessor, add_tokens
+from .prompts import ANSWERS, EXPLANATORY_QUESTIONS, LONG_QUESTIONS, SHORT_QUESTIONS
+
+
+CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer whose frequent words are one token each and that spells all others."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_from_scratch(
+    vlm_config: dict, mask_config: dict, tokenizer, chat_template: str, language_model: str | None = None, **kwargs
+) -> tuple[LisaForConditionalGeneration, LisaProcessor]:
+    """Builds a LLaVA + SAM LISA with random weights and its processor.
+
+    Args:
+        vlm_config: fields of `LlavaConfig`, with CLIP-like `vision_config` and any `text_config`; the vocabulary and
+            image token follow from the tokenizer.
+        mask_config: fields of `SamConfig`; one `image_size` and `patch_size` for its parts is enough, in
+            `vision_config`.
+        tokenizer: gets `<image>`, `[SEG]` and, for the templates that use them, `<im_start>` and `<im_end>`.
+        chat_template: Jinja text.
+        language_model: directory of a causal language model whose weights the VLM's language model starts from;
+            `text_config` is then its configuration.
+        kwargs: further fields of [`LisaConfig`].
+    """
+    tokenizer.add_tokens([AddedToken("<image>", normalized=False, special=True)])
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", normalized=False, special=True)})
+    add_tokens(tokenizer, ["[SEG]"] + [token for token in ("<im_start>", "<im_end>") if token in chat_template])
+
+    causal_lm = AutoModelForCausalLM.from_pretrained(language_model) if language_model else None
+    text_config = causal_lm.config.to_dict() if language_model else dict(vlm_config["text_config"])
+    text_config |= {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vlm_config = {
+        "model_type": "llava",
+        **vlm_config,
+        "text_config": text_config,
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+    }
+    vision = mask_config["vision_config"]
+    sizes = {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
+    width = {"hidden_size": vision["output_channels"]}
+    mask_config = {
+        "model_type": "sam",
+        **mask_config,
+        "vision_config": {"num_pos_feats": vision["output_channels"] // 2, **vision},
+        "prompt_encoder_config": {**sizes, **width, **mask_config.get("prompt_encoder_config", {})},
+        "mask_decoder_config": {**width, **mask_config.get("mask_decoder_config", {})},
+    }
+    config = LisaConfig(
+        vlm_config=AutoConfig.for_model(**vlm_config),
+        mask_config=AutoConfig.for_model(**mask_config),
+        seg_token_id=tokenizer.convert_tokens_to_ids("[SEG]"),
+        **kwargs,
+    )
+    model = LisaForConditionalGeneration(config)
+    if causal_lm is not None:
+        causal_lm.resize_token_embeddings(len(tokenizer))
+        model.vlm.base_model.language_model.load_state_dict(causal_lm.base_model.state_dict())
+        model.get_output_embeddings().load_state_dict(causal_lm.get_output_embeddings().state_dict())
+        model.tie_weights()
+
+    clip = config.vlm_config.vision_config
+    vlm_processor = LlavaProcessor(
+        CLIPImageProcessorPil(
+            size={"shortest_edge": clip.image_size}, crop_size={"height": clip.image_size, "width": clip.image_size}
+        ),
+        tokenizer,
+        patch_size=clip.patch_size,
+        vision_feature_select_strategy=config.vlm_config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
+    side = vision["image_size"]
+    mask_image_processor = SamImageProcessorPil(size={"longest_edge": side}, pad_size={"height": side, "width": side})
+    return model, LisaProcessor(vlm_processor=vlm_processor, mask_image_processor=mask_image_processor)
+
+
+def row_texts(rows) -> Iterable[str]:
+    """All texts of rows and of the templates around them: what [`train_tokenizer`] learns its words from."""
+    # As often as a template is used, roughly; a word that is seen once is not worth a token.
+    for text in (*SHORT_QUESTIONS, *LONG_QUESTIONS, *EXPLANATORY_QUESTIONS, *ANSWERS):
+        yield from [text.replace(SEG_TOKEN, "").replace("{phrase}", "")] * 100
+    for row in rows.remove_columns("image"):
+        yield from (phrase for target in row["targets"] for phrase in target["phrases"])
+        yield from (message["content"] for message in row["messages"])
+        if row["explanation"]:
+            yield row["explanation"]

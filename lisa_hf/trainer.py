@@ -1,0 +1,226 @@
+"""LisaTrainer: transformers' Trainer with loss parts in the log, mask metrics in the evaluation and exact counts."""
+
+import logging
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import EvalPrediction, Trainer
+
+from .metrics import SegmentationMetric, intersection_and_union
+from .processing_lisa import IGNORE_INDEX, LisaProcessor
+
+
+logger = logging.getLogger(__name__)
+
+LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
+PADDING = -100  # of the per-item rows that an evaluation gathers, as Trainer pads
+ROW_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+class LisaTrainer(Trainer):
+    """Trains and evaluates a [`LisaForConditionalGeneration`], plain or inside a `PeftModel`.
+
+    Args are those of `Trainer`; `args` is a [`LisaTrainingArguments`] and `processing_class` the [`LisaProcessor`].
+
+    The loss is divided by the labels and masks of the whole step, counted over accumulation steps and processes, so it
+    does not depend on how a step is cut; LISA averages micro-batches of unequal weight.
+
+    Evaluation has two protocols. Teacher-forced, as LISA validates: the true answer is given and its `[SEG]` are
+    decoded (`giou`, `ciou`, ...). Generated, with `args.eval_generate`: the model answers by itself, a mask that is
+    due and not given counts as empty (`generated_giou`, ..., and the `[SEG]` rates).
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, compute_metrics=compute_metrics, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {self.args.n_gpu} GPUs, and torch's DataParallel cannot split rows and images that "
+                "differ in number. Start one process per GPU: `accelerate launch recipes/train.py ...`."
+            )
+        self.num_skipped_rows = 0
+        self._loss_parts = dict.fromkeys(LOSS_PARTS, 0.0)
+        self._loss_parts_since = 0
+        self._num_masks_in_batch = None
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Skipped rows are counted in loader workers and travel with the batch; the model does not know them.
+        skipped = sum(batch.pop("num_skipped", 0) for batch in batches)
+        num_masks = sum(len(masks) for batch in batches for masks in batch["mask_labels"])
+        counts = self.accelerator.reduce(torch.tensor([num_masks, skipped], device=device), reduction="sum")
+        self._num_masks_in_batch = counts[0]
+        self.num_skipped_rows += int(counts[1])
+        return batches, num_items_in_batch
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if num_items_in_batch is None:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        inputs = {**inputs, "num_masks_in_batch": self._num_masks_in_batch}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        for part in LOSS_PARTS:
+            # Trainer multiplies the loss by the number of processes, whose gradients it averages; so do the parts.
+            self._loss_parts[part] += outputs[part].detach() * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            steps = max(self.state.global_step - self._loss_parts_since, 1)
+            parts = torch.stack(
+                [torch.as_tensor(value, device=self.args.device) for value in self._loss_parts.values()]
+            )
+            parts = self.accelerator.reduce(parts.float(), reduction="mean") / steps
+            logs |= dict(zip(LOSS_PARTS, parts.tolist()))
+            if self.num_skipped_rows:
+                logs["num_skipped_rows"] = self.num_skipped_rows
+            self._loss_parts = dict.fromkeys(LOSS_PARTS, 0.0)
+            self._loss_parts_since = self.state.global_step
+        super().log(logs, start_time)
+
+    def train(self, *args, **kwargs):
+        self._loss_parts_since = 0
+        return super().train(*args, **kwargs)
+
+    # ---- optimizer --------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model=None):
+        """As Trainer, with a learning rate of their own for the parts that are trained in full beside LoRA."""
+        rate = self.args.full_learning_rate
+        optimizer = super().create_optimizer(model)
+        if rate is None:
+            return optimizer
+        model = self.model if model is None else model
+        lora = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+        for group in list(optimizer.param_groups):
+            full = [parameter for parameter in group["params"] if parameter not in lora]
+            group["params"] = [parameter for parameter in group["params"] if parameter in lora]
+            if full:
+                options = {key: value for key, value in group.items() if key != "params"}
+                optimizer.add_param_group({**options, "params": full, "lr": rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """One evaluation batch, reduced to integers: one line per image, so that no gather can tear masks apart.
+
+        Returns:
+            The loss; a dict of int64 tensors `(B, ...)` padded with -100: `masks_due` and `num_seg_tokens` per
+            question, `intersections`, `unions` and, with `eval_generate`, `generated_*` per mask; and `masks_due`
+            again in the place of labels, without which Trainer computes no metrics.
+        """
+        inputs = self._prepare_inputs(inputs)
+        inputs.pop("num_skipped", None)
+        labels, image_indices = inputs["labels"], inputs["image_indices"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        num_images = len(inputs["mask_labels"])
+        masks_due = (labels == self.processing_class.seg_token_id).sum(1)
+        predictions = {"masks_due": _by_image(masks_due, image_indices, num_images)}
+        predictions |= _count_pixels("", [masks > 0 for masks in outputs.pred_masks], inputs["mask_labels"])
+        if self.args.eval_generate:
+            masks, num_seg_tokens = self.generate_masks(model, inputs)
+            due = masks_due.tolist()
+            per_image = [
+                torch.cat(
+                    [_exactly(masks[row], due[row]) for row in (image_indices == image).nonzero().flatten().tolist()]
+                )
+                for image in range(num_images)
+            ]
+            predictions |= _count_pixels("generated_", per_image, inputs["mask_labels"])
+            predictions["num_seg_tokens"] = _by_image(num_seg_tokens, image_indices, num_images)
+        return outputs.loss.detach(), predictions, predictions["masks_due"]
+
+    def generate_masks(self, model, inputs: dict) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Answers the first question of every row of a training batch.
+
+        Returns:
+            List of N bool tensors `(M_n, H, W)`, the masks in each answer, and their number `(N,)`.
+        """
+        rows = cut_prompts(inputs, self.processing_class)
+        shared = {
+            key: value
+            for key, value in inputs.items()
+            if key not in (*ROW_INPUTS, "labels", "mask_labels", "num_skipped")
+        }
+        output = self.accelerator.unwrap_model(model).generate(
+            **shared,
+            **rows,
+            max_new_tokens=self.args.generation_max_new_tokens,
+            do_sample=False,
+        )
+        masks = self.processing_class.post_process_masks(
+            output.low_res_masks,
+            inputs["original_sizes"],
+            inputs["reshaped_input_sizes"],
+            output.seg_row_indices,
+            inputs["image_indices"],
+        )
+        return masks, torch.bincount(output.seg_row_indices, minlength=len(masks))
+
+
+def cut_prompts(inputs: dict, processor: LisaProcessor) -> dict[str, torch.Tensor]:
+    """The rows of a training batch up to their first answer, `(N, L)`, padded on the left for generation."""
+    labels = inputs["labels"]
+    answers = labels != IGNORE_INDEX
+    lengths = torch.where(answers.any(1), answers.long().argmax(1), inputs["attention_mask"].sum(1)).tolist()
+    pad_ids = {"input_ids": processor.tokenizer.pad_token_id}
+    rows = {}
+    for name in ROW_INPUTS:
+        if name in inputs:
+            cut = [row[:length].flip(0) for row, length in zip(inputs[name], lengths)]
+            pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=pad_ids.get(name, 0))
+            rows[name] = pad(cut).flip(1)
+    return rows
+
+
+def _by_image(values: torch.Tensor, image_indices: torch.Tensor, num_images: int) -> torch.Tensor:
+    """Values of rows `(N,)`, one line per image, padded."""
+    return _pad([values[image_indices == image] for image in range(num_images)])
+
+
+def _pad(lines: list[torch.Tensor]) -> torch.Tensor:
+    lines = [*lines, lines[0].new_zeros(1)]  # at least one column, which a gather over processes needs
+    return torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=PADDING)[:-1].long()
+
+
+def _exactly(masks: torch.Tensor, number: int) -> torch.Tensor:
+    """The first `number` masks of `(M, H, W)`, empty ones where there are fewer."""
+    missing = masks.new_zeros((max(number - len(masks), 0), *masks.shape[1:]))
+    return torch.cat([masks[:number], missing])
+
+
+def _count_pixels(prefix: str, masks: list[torch.Tensor], mask_labels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    counts = [intersection_and_union(predicted, labels) for predicted, labels in zip(masks, mask_labels)]
+    intersections, unions = zip(*counts)
+    return {f"{prefix}intersections": _pad(intersections), f"{prefix}unions": _pad(unions)}
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Figures of [`SegmentationMetric`] from the gathered lines of [`LisaTrainer.prediction_step`]."""
+    lines = prediction.predictions
+    masks_due = [line[line != PADDING] for line in lines["masks_due"]]
+    generated = "num_seg_tokens" in lines
+    metrics = {}
+    for prefix in ("", "generated_") if generated else ("",):
+        pixels = {
+            name: [
+                part.tolist()
+                for line, due in zip(lines[prefix + name], masks_due)
+                for part in np.split(line[: due.sum()], np.cumsum(due)[:-1])
+            ]
+            for name in ("intersections", "unions")
+        }
+        seg_tokens = lines["num_seg_tokens"] if prefix else lines["masks_due"]
+        figures = SegmentationMetric(keep_in_memory=True).compute(
+            **pixels, num_seg_tokens=seg_tokens[seg_tokens != PADDING].tolist()
+        )
+        if not prefix:  # with the true answer given, the [SEG] rates say nothing
+            figures = {key: value for key, value in figures.items() if "seg_rate" not in key}
+        else:
+            figures = {key: value for key, value in figures.items() if not key.startswith("num_")}
+        metrics |= {prefix + key: value for key, value in figures.items()}
+    return metrics

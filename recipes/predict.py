@@ -1,0 +1,46 @@
+"""Asks a LISA model about an image: prints the answer, writes the masks and an overlay.
+
+python recipes/predict.py outputs/quickstart --image scene.png --question "What is blue?"
+"""
+
+import argparse
+from pathlib import Path
+
+import PIL.Image
+
+from lisa_hf.arguments import exit_with_one_line
+from lisa_hf.inference import answer_questions, question_messages
+from lisa_hf.loading import load_lisa
+from lisa_hf.visualization import overlay_masks
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="LISA model: directory or Hub id")
+    parser.add_argument("--image", required=True, help="image file")
+    parser.add_argument("--question", required=True, help="e.g. 'Please segment the red circle in this image.'")
+    parser.add_argument("--output_dir", default="outputs/predict", help="where masks and overlay are written")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--dtype", default="auto", help="of the weights: float32, bfloat16, ...")
+    args = parser.parse_args()
+    with exit_with_one_line():
+        try:
+            image = PIL.Image.open(args.image).convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"--image: cannot read '{args.image}': {error}") from error
+        model, processor = load_lisa(args.model, dtype=args.dtype)
+        (answer,) = answer_questions(
+            model.to(args.device), processor, image, [question_messages(args.question)], args.max_new_tokens
+        )
+        print(answer.text)
+        output_dir = Path(args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for index, mask in enumerate(answer.masks.numpy()):
+            PIL.Image.fromarray(mask).save(output_dir / f"mask_{index}.png")
+        overlay_masks(image, answer.masks.numpy()).save(output_dir / "overlay.png")
+        print(f"{len(answer.masks)} masks and overlay.png: {output_dir.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

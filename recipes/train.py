@@ -1,0 +1,134 @@
+"""Fine-tunes a LISA model.
+
+    accelerate launch recipes/train.py --config recipes/quickstart.yaml
+    accelerate launch recipes/train.py --config recipes/quickstart.yaml --max_steps 20 --output_dir outputs/try
+
+The keys of the YAML file are the arguments of `lisa_hf.arguments`; the command line wins over the file.
+"""
+
+import itertools
+import logging
+from pathlib import Path
+
+import transformers
+from datasets import Dataset
+
+from data_scripts import load_source
+from lisa_hf import LisaDataCollator, LisaTrainer
+from lisa_hf.arguments import DataArguments, LisaTrainingArguments, exit_with_one_line, parse_arguments
+from lisa_hf.collator import mask_labels
+from lisa_hf.inference import answer_questions
+from lisa_hf.loading import load_model_and_processor
+from lisa_hf.lora import merge_lora, prepare_for_training, trainable_summary
+from lisa_hf.mixture import EvaluationDataset, MixtureDataset
+from lisa_hf.scratch import row_texts
+from lisa_hf.visualization import Prediction, contact_sheet
+
+
+logger = logging.getLogger("train")
+
+SHEET_ROWS = 12
+
+
+def load_rows(sources: dict[str, dict], data_args: DataArguments) -> dict[str, Dataset]:
+    rows = {}
+    for name, options in sources.items():
+        options = {key: value for key, value in options.items() if key != "weight"}
+        rows[name] = load_source(name, data_dir=data_args.data_dir, **options)
+    return rows
+
+
+def build_datasets(train_rows: dict[str, Dataset], data_args: DataArguments, training_args: LisaTrainingArguments):
+    """The mixture to train on and, per source, the data set to evaluate on."""
+    train_dataset = MixtureDataset(
+        train_rows,
+        length=data_args.num_train_items or sum(len(rows) for rows in train_rows.values()),
+        weights={name: options["weight"] for name, options in data_args.sources.items()},
+        seed=training_args.data_seed if training_args.data_seed is not None else training_args.seed,
+        num_questions=data_args.num_questions,
+        explanatory_probability=data_args.explanatory_probability,
+        on_bad_row=data_args.on_bad_row,
+    )
+    eval_datasets = {}
+    for name, rows in load_rows(data_args.eval_sources, data_args).items():
+        if data_args.max_eval_items is not None:
+            rows = rows.select(range(min(data_args.max_eval_items, len(rows))))
+        eval_datasets[name] = EvaluationDataset(rows)
+    return train_dataset, eval_datasets
+
+
+def draw_predictions(model, processor, eval_dataset, max_new_tokens: int):
+    """A contact sheet of generated answers to the first evaluation items, one question of each."""
+    predictions = []
+    for item in itertools.islice((eval_dataset[index] for index in range(len(eval_dataset))), SHEET_ROWS):
+        question = item["questions"][0]
+        prompt = question.messages[:1]
+        (answer,) = answer_questions(model, processor, item["image"], [prompt], max_new_tokens)
+        predictions.append(
+            Prediction(
+                image=item["image"],
+                question=prompt[0]["content"][-1]["text"].strip(),
+                answer=answer.text,
+                masks=answer.masks.numpy(),
+                mask_labels=mask_labels(item, [question]).numpy(),
+            )
+        )
+    return contact_sheet(predictions)
+
+
+def main():
+    model_args, data_args, training_args = parse_arguments()
+    logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
+    transformers.set_seed(training_args.seed)
+    with exit_with_one_line():
+        if not data_args.sources:
+            raise ValueError("sources: expected at least one training source, found none")
+        with training_args.main_process_first(desc="data preparation"):
+            train_rows = load_rows(data_args.sources, data_args)
+            train_dataset, eval_datasets = build_datasets(train_rows, data_args, training_args)
+        texts = itertools.chain.from_iterable(row_texts(rows) for rows in train_rows.values())
+        model, processor = load_model_and_processor(model_args, texts)
+        model = prepare_for_training(
+            model,
+            model_args.trainable,
+            model_args.lora_r,
+            model_args.lora_alpha,
+            model_args.lora_dropout,
+            model_args.lora_target_modules,
+        )
+        logger.info(trainable_summary(model))
+        eval_dataset = eval_datasets if len(eval_datasets) > 1 else next(iter(eval_datasets.values()), None)
+        trainer = LisaTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=LisaDataCollator(processor, data_args.max_length, data_args.on_bad_row),
+            processing_class=processor,
+        )
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.save_state()
+        if trainer.num_skipped_rows:
+            logger.warning("%d rows could not be used and were skipped.", trainer.num_skipped_rows)
+        if eval_dataset is not None:
+            metrics = trainer.evaluate()
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
+
+        output_dir = Path(training_args.output_dir)
+        if trainer.is_world_process_zero():
+            model = merge_lora(trainer.accelerator.unwrap_model(trainer.model))
+            model.save_pretrained(output_dir)
+            processor.save_pretrained(output_dir)
+            done = f"Done. Model, processor and metrics: {output_dir.resolve()}"
+            if eval_datasets:
+                sheet = draw_predictions(
+                    model, processor, next(iter(eval_datasets.values())), training_args.generation_max_new_tokens
+                )
+                sheet.save(output_dir / "predictions.png")
+                done += f"; predictions on held-out images: {(output_dir / 'predictions.png').resolve()}"
+            print(done)
+
+
+if __name__ == "__main__":
+    main()
