@@ -1,0 +1,196 @@
+"""ReasonSeg: implicit questions about photos, whose answers are masks (LISA, arXiv 2308.00692).
+
+    from data_scripts import load_source
+    rows = load_source("reason_seg", data_dir="dataset", split="val")
+
+Mirrors `get_mask_from_json` and the ReasonSeg data sets of the original.
+"""
+
+import os
+from typing import Any
+
+import cv2
+import datasets
+import numpy as np
+import PIL.Image
+
+from lisa_hf.schema import encode_mask, make_row
+
+from .source import SourceBuilder, errors_naming, read_json, split_into_shards
+
+
+SPLITS = ("train", "val", "test")
+TARGET, IGNORE = 1, 255
+
+
+def paint_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarray:
+    """Paints labelled polygons over each other, the largest first, so that smaller ones stay visible.
+
+    Args:
+        shapes: Dicts of `label` ("target", something with "ignore", or the obsolete "flag", which is skipped; in any
+            case) and `points` [[x, y], ...] in pixels; fractions are cut off.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+
+    Returns:
+        Labels of shape (height, width), uint8: 1 target, 255 ignored, 0 neither.
+    """
+    polygons = []
+    for shape in shapes:
+        label = shape["label"].lower()
+        if label == "flag":
+            continue
+        points = np.array(shape["points"], dtype=np.float64)
+        if points.ndim != 2 or points.shape[1] != 2:
+            raise ValueError(f"Expected polygons of points [x, y], but found the points {shape['points']!r}.")
+        inside = fill_polygon(points.astype(np.int32), height, width)
+        polygons.append((int(inside.sum()), len(polygons), inside, IGNORE if "ignore" in label else TARGET))
+
+    labels = np.zeros((height, width), dtype=np.uint8)
+    # Of equal areas the original paints the later one first.
+    for _, _, inside, value in sorted(polygons, key=lambda polygon: polygon[:2], reverse=True):
+        labels[inside] = value
+    return labels
+
+
+def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Fills a polygon with its outline, by the even-odd rule, as OpenCV up to 4.10 did.
+
+    The published scores on ReasonSeg were measured on such masks. Since OpenCV 4.11 `cv2.fillPoly` leaves out some
+    pixels beside slanted edges, and more of them beside edges that cross the border of the image.
+
+    Args:
+        points: Corners (x, y), (num_corners, 2) int32.
+        height: Height of the mask in pixels.
+        width: Width of the mask in pixels.
+
+    Returns:
+        Mask of shape (height, width), bool.
+    """
+    outline = np.zeros((height, width), dtype=np.uint8)
+    cv2.polylines(outline, [points], isClosed=True, color=1)
+
+    edges = []
+    for (x0, y0), (x1, y1) in zip(np.roll(points, 1, axis=0).tolist(), points.tolist()):
+        if y0 == y1:
+            continue
+        # Positions x in 16 bits of fraction, at the heights y0 and y1 of the corners or of where the edge is clipped.
+        half = 1 << 15
+        first, last = (y0, (x0 << 16) + half), (y1, (x1 << 16) + half)
+        if not (0 <= min(x0, x1) and max(x0, x1) < width and 0 <= min(y0, y1) and max(y0, y1) < height):
+            _, start, end = cv2.clipLine((0, 0, width, height), (x0, y0), (x1, y1))
+            first, last = (y0, x0 << 16), (y1, x1 << 16)
+            if start[1] != end[1]:
+                first, last = (start[1], start[0] << 16), (end[1], end[0] << 16)
+        rise, run = last[0] - first[0], last[1] - first[1]
+        step = abs(run) // abs(rise) * (1 if run * rise >= 0 else -1)
+        y, x = first if y0 < y1 else last
+        edges.append((min(y0, y1), max(y0, y1), x + (min(y0, y1) - y) * step, step))
+    if not edges:
+        return outline.astype(bool)
+
+    top, bottom, x, step = np.array(edges, dtype=np.int64).T
+    rows = np.arange(height)[:, None]
+    crossed = (top <= rows) & (rows < bottom)
+    beyond = width << 16
+    crossings = np.where(crossed, x + step * (rows - top), beyond)
+    crossings = np.clip(np.sort(crossings, axis=1) >> 16, -1, width)
+    crossings = np.pad(crossings, ((0, 0), (0, crossings.shape[1] % 2)), constant_values=width)
+    # A span goes from an odd crossing to the next even one, both included.
+    changes = np.zeros((height, width + 2), dtype=np.int16)
+    np.add.at(changes, (rows, np.maximum(crossings[:, 0::2], 0)), 1)
+    np.add.at(changes, (rows, crossings[:, 1::2] + 1), -1)
+    return (changes.cumsum(axis=1, dtype=np.int16)[:, :width] > 0) | (outline > 0)
+
+
+def read_image_size(path: str) -> tuple[int, int]:
+    """Height and width in pixels of an image as it is shown, turned as its EXIF data say, from its header."""
+    try:
+        with PIL.Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) >= 5
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"The image {path!r} cannot be read: {error}. Download it again, or remove it.") from error
+    return (width, height) if turned else (height, width)
+
+
+class ReasonSeg(SourceBuilder):
+    """ReasonSeg: 239 images for training, 200 for validation, 779 for test. One row per image, one target per row.
+
+    Splits: train, val, test, those of which the directory is there. `ignore` holds ambiguous pixels.
+
+        <data_dir>/reason_seg/ReasonSeg/
+            train/*.jpg *.json              a JSON beside each image: shapes, text, is_sentence
+            val/*.jpg *.json
+            test/*.jpg *.json
+            explanatory/train.json          optional: explanations of training images
+    """
+
+    DOWNLOAD_PAGE = "https://github.com/dvlab-research/LISA#dataset"
+    LICENCE = "Apache-2.0 as the LISA repository; the photos keep their own licences."
+
+    def annotation_files(self, data_dir):
+        root = self.find(data_dir, "reason_seg/ReasonSeg")
+        images = [image for split in SPLITS for image in _list_images(root, split)]
+        if not images:
+            raise FileNotFoundError(f"ReasonSeg looked for {SPLITS} with *.jpg in {root!r}, but found no image.")
+        explanations = os.path.join(root, "explanatory", "train.json")
+        # The images decide too: the polygons are cut off at their borders.
+        return [
+            *images,
+            *(path for path in map(_annotation_path, images) if os.path.exists(path)),
+            *([explanations] if os.path.exists(explanations) else []),
+        ]
+
+    def _split_generators(self, dl_manager):
+        root = self.find(self.config.data_dir, "reason_seg/ReasonSeg")
+        path = os.path.join(root, "explanatory", "train.json")
+        explanations = {}
+        if os.path.exists(path):
+            records = read_json(path)
+            with errors_naming(path):
+                explanations = {record["image"]: record["outputs"] for record in records}
+        images = {split: _list_images(root, split) for split in SPLITS}
+        return [
+            datasets.SplitGenerator(
+                name=split,
+                gen_kwargs={"image_paths": split_into_shards(images[split]), "explanations": explanations},
+            )
+            for split in SPLITS
+            if images[split]
+        ]
+
+    def _generate_examples(self, image_paths, explanations):
+        for image_path in (path for shard in image_paths for path in shard):
+            yield image_path, _make_row(image_path, explanations.get(os.path.basename(image_path)))
+
+
+def _make_row(image_path: str, explanation: str | None) -> dict[str, Any]:
+    path = _annotation_path(image_path)
+    if not os.path.exists(path):
+        raise ValueError(f"The image {image_path!r} has no annotation {path!r}. Download it, or remove the image.")
+    annotation = read_json(path)
+    with errors_naming(path):
+        labels = paint_polygons(annotation["shapes"], *read_image_size(image_path))
+        return make_row(
+            image=image_path,
+            image_id=os.path.splitext(os.path.basename(image_path))[0],
+            source="reason_seg",
+            task="reasoning",
+            targets=[{"phrases": annotation["text"], "rle": encode_mask(labels == TARGET)}],
+            # The original trains on these pixels as background and ignores them in evaluation only.
+            ignore=encode_mask(labels == IGNORE) if (labels == IGNORE).any() else None,
+            is_sentence=annotation["is_sentence"],
+            explanation=explanation,
+        )
+
+
+def _list_images(root: str, split: str) -> list[str]:
+    directory = os.path.join(root, split)
+    if not os.path.isdir(directory):
+        return []
+    return sorted(entry.path for entry in os.scandir(directory) if entry.name.endswith(".jpg"))
+
+
+def _annotation_path(image_path: str) -> str:
+    return os.path.splitext(image_path)[0] + ".json"

@@ -1,0 +1,401 @@
+"""Drawn scenes with all four kinds of task: a data set that needs no download.
+
+    from data_scripts import load_source
+    rows = load_source("shapes", split="train", num_train_scenes=2000, image_size=128, seed=0)
+
+A scene holds two to five shapes in named colours on a mottled background; later shapes cover parts of earlier ones.
+Scene i is a pure function of (seed, split, i), so a larger set begins with the smaller one. Each scene is one row:
+
+- semantic: every shape is a target, called "red circle", "circle" and "red object"; shapes may share a phrase.
+- referring: phrases that only place or size decides: "leftmost circle", "circle above the red star".
+- reasoning: a question about what such shapes and colours are in the world, with an explanation.
+- vqa: a conversation about the scene, without masks.
+"""
+
+import dataclasses
+import itertools
+import re
+
+import cv2
+import datasets
+import numpy as np
+
+from lisa_hf.schema import encode_mask, make_row, merge_masks
+
+from .source import SourceBuilder, split_into_shards
+
+
+SPLITS = ("train", "validation")
+TASK_PROPORTIONS = {"semantic": 0.4, "referring": 0.3, "reasoning": 0.2, "vqa": 0.1}
+
+COLOURS = {
+    "red": (205, 30, 35),
+    "orange": (245, 135, 15),
+    "yellow": (245, 220, 30),
+    "green": (40, 160, 60),
+    "blue": (40, 85, 215),
+    "purple": (125, 40, 160),
+    "pink": (250, 150, 190),
+    "white": (245, 245, 245),
+}
+
+
+def _polygon(num_corners: int, radii: tuple[float, ...] = (1.0,), turn: float = 0.0) -> np.ndarray:
+    """Corners of a polygon around the origin, (num_corners, 2); their distances repeat `radii`."""
+    angles = np.arange(num_corners) * 2 * np.pi / num_corners - np.pi / 2 + turn
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.resize(radii, num_corners)[:, None]
+
+
+# Closed outlines in the unit circle; what lies inside two of them is a hole.
+OUTLINES = {
+    "circle": [_polygon(64)],
+    "square": [_polygon(4, turn=np.pi / 4)],
+    "triangle": [_polygon(3)],
+    "star": [_polygon(10, radii=(1.0, 0.45))],
+    "ring": [_polygon(64), 0.5 * _polygon(64)],
+    # Every third corner of this 12-gon is an inner one.
+    "cross": [_polygon(12, radii=(0.5, 1.0, 1.0), turn=np.pi / 4)],
+}
+PLURALS = {shape: "crosses" if shape == "cross" else shape + "s" for shape in OUTLINES}
+NUMBERS = ("no", "one", "two", "three", "four", "five")
+
+
+@dataclasses.dataclass(frozen=True)
+class Concept:
+    """What the world knows about some shapes or colours (`names`): questions that they answer, and why they do."""
+
+    names: tuple[str, ...]
+    questions: tuple[str, ...]
+    reason: str
+
+
+CONCEPTS = (
+    Concept(
+        ("circle", "ring"),
+        ("Which object could roll away?", "What would roll down a hill?", "What could be used as a wheel?"),
+        "round things roll",
+    ),
+    Concept(
+        ("ring",),
+        ("What could you look through?", "What has a hole in the middle?", "Which object would fit on a finger?"),
+        "a ring has a hole",
+    ),
+    Concept(
+        ("triangle",),
+        ("What has three corners?", "Which object could be the roof of a house?", "What looks like a pyramid?"),
+        "a triangle has three corners",
+    ),
+    Concept(
+        ("square",),
+        ("What has four equal sides?", "Which object could be used as a tile?", "What looks like a box?"),
+        "a square has four equal sides",
+    ),
+    Concept(
+        ("star",),
+        ("What can be seen in the sky at night?", "Which object belongs on top of a tree?", "What has five points?"),
+        "a star has five points",
+    ),
+    Concept(
+        ("cross",),
+        ("What has four arms?", "Which object could mark a hospital?", "What looks like the sign for addition?"),
+        "a cross has four arms",
+    ),
+    Concept(
+        ("red",),
+        ("What has the colour of blood?", "Which object could be a ripe tomato?", "What tells drivers to stop?"),
+        "blood is red",
+    ),
+    Concept(
+        ("orange",),
+        ("What has the colour of a carrot?", "Which object could be a pumpkin?", "What is coloured like a fox?"),
+        "a carrot is orange",
+    ),
+    Concept(
+        ("yellow",),
+        ("What has the colour of a banana?", "Which object could be a lemon?", "What is coloured like the sun?"),
+        "a banana is yellow",
+    ),
+    Concept(
+        ("green",),
+        ("What has the colour of grass?", "Which object could be a frog?", "What is coloured like a leaf?"),
+        "grass is green",
+    ),
+    Concept(
+        ("blue",),
+        ("What has the colour of the sea?", "Which object could be a lake?", "What is coloured like a clear sky?"),
+        "the sea is blue",
+    ),
+    Concept(
+        ("purple",),
+        ("What has the colour of grapes?", "Which object could be a plum?", "What is coloured like lavender?"),
+        "grapes are purple",
+    ),
+    Concept(
+        ("pink",),
+        ("What has the colour of a pig?", "Which object could be a flamingo?", "What is coloured like bubble gum?"),
+        "a pig is pink",
+    ),
+    Concept(
+        ("white",),
+        ("What has the colour of snow?", "Which object could be a glass of milk?", "What is coloured like salt?"),
+        "snow is white",
+    ),
+)
+
+_TEMPLATE_WORDS = "object How many are there There is What colour shape Is Yes No It They because and The the a . , ?"
+
+
+@dataclasses.dataclass
+class Item:
+    """One drawn shape. Lengths are fractions of the image's side; `mask` (S, S) bool holds the visible pixels."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+    turn: float
+    mask: np.ndarray | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def phrases(self) -> list[str]:
+        return [self.name, self.shape, f"{self.colour} object"]
+
+
+# What the item that deserves a superlative has most of. A size is both extent and visible area, which a ring has
+# little of; their logarithms turn a difference into a ratio.
+SUPERLATIVES = {
+    "largest": lambda item: np.array([np.log(item.radius), np.log(item.mask.sum()) / 2]),
+    "smallest": lambda item: -np.array([np.log(item.radius), np.log(item.mask.sum()) / 2]),
+    "leftmost": lambda item: -item.x,
+    "rightmost": lambda item: item.x,
+    "highest": lambda item: -item.y,
+    "lowest": lambda item: item.y,
+}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+MARGIN = 0.12  # Places that differ by less than this part of the side (lengths: of themselves) decide nothing.
+
+WORDS = sorted(
+    {
+        word
+        for text in (
+            *(text for concept in CONCEPTS for text in (*concept.questions, concept.reason)),
+            *(*COLOURS, *PLURALS, *PLURALS.values(), *NUMBERS, *SUPERLATIVES, *RELATIONS),
+            _TEMPLATE_WORDS,
+        )
+        for word in re.findall(r"\w+|[^\w\s]", text)
+    }
+)
+"""Every word and punctuation mark of the rows' texts, for a word-level tokenizer."""
+
+
+def draw_items(rng: np.random.Generator) -> list[Item]:
+    """Draws a layout of two to five shapes of which each one's larger part stays visible."""
+    items = []
+    num_items = rng.choice([2, 3, 4, 5], p=[0.2, 0.35, 0.3, 0.15])
+    for _ in range(20 * num_items):
+        if len(items) == num_items:
+            break
+        colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(list(OUTLINES)))
+        if items and rng.random() < 0.4:  # Without look-alikes a shape or a colour alone would answer everything.
+            twin = items[rng.integers(len(items))]
+            colour, shape = (colour, twin.shape) if rng.random() < 0.6 else (twin.colour, shape)
+        radius = rng.uniform(0.12, 0.28)
+        x, y = rng.uniform(radius, 1 - radius, size=2)
+        if all(np.hypot(x - other.x, y - other.y) > 0.7 * (radius + other.radius) for other in items):
+            items.append(Item(colour, shape, x, y, radius, turn=rng.uniform(-0.35, 0.35)))
+    return items
+
+
+def draw_scene(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, list[Item]]:
+    """Draws a picture, (S, S, 3) uint8 RGB, and its items with the masks of what is visible of them."""
+    items = draw_items(rng)
+    # Four samples per pixel and axis; each holds the last shape that covers it, so the masks never overlap.
+    side = 4 * image_size
+    cover = np.zeros((side, side), dtype=np.uint8)
+    for number, item in enumerate(items, start=1):
+        turn = np.array([[np.cos(item.turn), np.sin(item.turn)], [-np.sin(item.turn), np.cos(item.turn)]])
+        outlines = [((outline @ turn) * item.radius + (item.x, item.y)) * side for outline in OUTLINES[item.shape]]
+        cv2.fillPoly(cover, [np.round(outline).astype(np.int32) for outline in outlines], number)
+    shares = np.stack(
+        [
+            cv2.resize((cover == number).astype(np.float32), (image_size, image_size), interpolation=cv2.INTER_AREA)
+            for number in range(len(items) + 1)
+        ]
+    )
+    owner = shares.argmax(axis=0)
+    for number, item in enumerate(items, start=1):
+        item.mask = owner == number
+
+    picture = shares[0][..., None] * _shade(rng, rng.uniform(60, 170) + rng.uniform(-20, 20, size=3), 25, image_size)
+    for share, item in zip(shares[1:], items):
+        colour = np.array(COLOURS[item.colour]) + rng.uniform(-14, 14, size=3)
+        picture += share[..., None] * _shade(rng, colour, 14, image_size)
+    blotches = cv2.resize(rng.normal(0, 9, size=(12, 12, 3)), (image_size, image_size), interpolation=cv2.INTER_CUBIC)
+    grain = rng.normal(0, 3, size=(image_size, image_size, 1))
+    return np.clip(np.round(picture + blotches + grain), 0, 255).astype(np.uint8), items
+
+
+def _shade(rng: np.random.Generator, colour: np.ndarray, strength: float, image_size: int) -> np.ndarray:
+    """A colour that gets brighter by 2 x `strength` in some direction across the picture, (S, S, 3) float."""
+    angle = rng.uniform(0, 2 * np.pi)
+    ramp = np.linspace(-1, 1, image_size)
+    light = (np.cos(angle) * ramp[None, :] + np.sin(angle) * ramp[:, None]) * strength
+    return colour + light[..., None]
+
+
+def referring_phrases(items: list[Item]) -> list[tuple[str, Item]]:
+    """All phrases that name a shape or a colour several items have, and of these exactly one by place or size."""
+    found = []
+    nouns = {phrase for item in items for phrase in (item.shape, f"{item.colour} object")} | {"object"}
+    for noun in sorted(nouns):
+        group = [item for item in items if noun == "object" or noun in item.phrases]
+        if len(group) < 2:
+            continue
+        for superlative, score in SUPERLATIVES.items():
+            for item in group:
+                if all(np.min(score(item) - score(other)) >= MARGIN for other in group if other is not item):
+                    found.append((f"{superlative} {noun}", item))
+        for anchor, (relation, direction) in itertools.product(items, RELATIONS.items()):
+            others = [item for item in group if item is not anchor]
+            if len(others) < 2 or sum(item.name == anchor.name for item in items) > 1:
+                continue
+            verdicts = [_relation_holds(item, anchor, direction) for item in others]
+            if verdicts.count(True) == 1 and None not in verdicts:
+                found.append((f"{noun} {relation} the {anchor.name}", others[verdicts.index(True)]))
+    return found
+
+
+def _relation_holds(item: Item, anchor: Item, direction: tuple[int, int]) -> bool | None:
+    """Whether the item lies in the direction (x, y) of the anchor; None if people might disagree."""
+    dx, dy = item.x - anchor.x, item.y - anchor.y
+    along, across = dx * direction[0] + dy * direction[1], abs(dx * direction[1]) + abs(dy * direction[0])
+    if along >= MARGIN and along >= 0.6 * across:
+        return True
+    return False if along <= 0 else None
+
+
+def _list_names(items: list[Item]) -> str:
+    """Names items in a sentence: "the red circle and the blue stars"."""
+    names = [item.name for item in items]
+    parts = [
+        f"the {name}" if names.count(name) == 1 else f"the {item.colour} {PLURALS[item.shape]}"
+        for name, item in dict(zip(names, items)).items()
+    ]
+    return " and ".join(parts)
+
+
+def draw_conversation(rng: np.random.Generator, items: list[Item]) -> list[dict[str, str]]:
+    """Two turns of questions about counts, colours, shapes and presence."""
+    shapes, colours = [item.shape for item in items], [item.colour for item in items]
+    turns = []
+    for shape in (str(rng.choice(shapes)), str(rng.choice(list(OUTLINES)))):
+        count = shapes.count(shape)
+        noun = f"is one {shape}" if count == 1 else f"are {NUMBERS[count]} {PLURALS[shape]}"
+        turns.append((f"How many {PLURALS[shape]} are there?", f"There {noun}."))
+    for item in items:
+        if shapes.count(item.shape) == 1:
+            turns.append((f"What colour is the {item.shape}?", f"The {item.shape} is {item.colour}."))
+        if colours.count(item.colour) == 1:
+            turns.append((f"What shape is the {item.colour} object?", f"The {item.colour} object is a {item.shape}."))
+    names = {item.name for item in items}
+    for name in (str(rng.choice(sorted(names))), f"{rng.choice(list(COLOURS))} {rng.choice(list(OUTLINES))}"):
+        answer = f"Yes, there is a {name}." if name in names else f"No, there is no {name}."
+        turns.append((f"Is there a {name}?", answer))
+    chosen = rng.permutation(len(turns))[:2]
+    return [
+        {"role": role, "content": content}
+        for turn in chosen
+        for role, content in zip(("user", "assistant"), turns[turn])
+    ]
+
+
+def _annotate(rng: np.random.Generator, task: str, items: list[Item]) -> dict | None:
+    """The columns of the scene's row that depend on the task, or None if the scene does not suit it."""
+    if task == "vqa":
+        return {"messages": draw_conversation(rng, items)}
+    rles = {id(item): encode_mask(item.mask) for item in items}
+    if task == "semantic":
+        phrases = [rng.permutation(item.phrases).tolist() for item in items]
+        return {"targets": [{"phrases": names, "rle": rles[id(item)]} for names, item in zip(phrases, items)]}
+    if task == "referring":
+        found = referring_phrases(items)
+        targets = []
+        for item in items:
+            phrases = [phrase for phrase, which in found if which is item]
+            if phrases:
+                targets.append({"phrases": rng.permutation(phrases)[:3].tolist(), "rle": rles[id(item)]})
+        return {"targets": targets} if targets else None
+    answers = [[item for item in items if {item.shape, item.colour} & {*concept.names}] for concept in CONCEPTS]
+    suitable = [pair for pair in zip(CONCEPTS, answers) if 0 < len(pair[1]) < len(items)]
+    if not suitable:
+        return None
+    concept, answer = suitable[rng.integers(len(suitable))]
+    subject = "It is" if len(answer) == 1 else "They are"
+    rle = merge_masks([rles[id(item)] for item in answer])
+    return {
+        "targets": [{"phrases": rng.permutation(concept.questions).tolist(), "rle": rle}],
+        "is_sentence": True,
+        "explanation": f"{subject} {_list_names(answer)} because {concept.reason}.",
+    }
+
+
+def make_scene_row(seed: int, split: str, index: int, image_size: int) -> dict:
+    """The row of scene `index`, a pure function of the arguments."""
+    rng = np.random.default_rng((seed, SPLITS.index(split), index))
+    task = str(rng.choice(list(TASK_PROPORTIONS), p=list(TASK_PROPORTIONS.values())))
+    columns = None
+    while columns is None:  # Ends: more than half of all scenes suit any task.
+        picture, items = draw_scene(rng, image_size)
+        columns = _annotate(rng, task, items) if len(items) > 1 else None
+    _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    return make_row(png.tobytes(), image_id=f"{split}-{index:06d}", source="shapes", task=task, **columns)
+
+
+@dataclasses.dataclass
+class ShapesConfig(datasets.BuilderConfig):
+    """Number of scenes per split, side of the square images in pixels, and the seed of everything that is drawn."""
+
+    num_train_scenes: int = 2000
+    num_validation_scenes: int = 200
+    image_size: int = 128
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image_size < 32:
+            raise ValueError(f"`image_size` is at least 32 (pixels), to tell shapes apart, but got {self.image_size}.")
+        if min(self.num_train_scenes, self.num_validation_scenes) < 1:
+            raise ValueError(
+                "Both splits need at least one scene, but got "
+                f"{self.num_train_scenes=} and {self.num_validation_scenes=}."
+            )
+
+
+class Shapes(SourceBuilder):
+    """Drawn scenes of coloured shapes with semantic, referring, reasoning and VQA rows. Splits: train, validation."""
+
+    BUILDER_CONFIG_CLASS = ShapesConfig
+
+    def __init__(self, data_dir=None, **kwargs):
+        super().__init__(**kwargs)  # Nothing is read, so the directory must not split the cache.
+
+    def annotation_files(self, data_dir):
+        return []
+
+    def _split_generators(self, dl_manager):
+        num_scenes = {"train": self.config.num_train_scenes, "validation": self.config.num_validation_scenes}
+        return [
+            datasets.SplitGenerator(
+                name=split, gen_kwargs={"split": split, "scenes": split_into_shards(range(num_scenes[split]))}
+            )
+            for split in SPLITS
+        ]
+
+    def _generate_examples(self, split, scenes):
+        for index in itertools.chain.from_iterable(scenes):
+            yield index, make_scene_row(self.config.seed, split, index, self.config.image_size)
