@@ -1,0 +1,120 @@
+"""The original segment_anything SAM becomes transformers' `SamModel`."""
+
+from transformers import SamConfig
+
+
+SAM_KEY_TABLE = [
+    (r"image_encoder\.pos_embed", "vision_encoder.pos_embed"),
+    (r"image_encoder\.patch_embed\.proj\.(weight|bias)", r"vision_encoder.patch_embed.projection.\1"),
+    (r"image_encoder\.blocks\.(\d+)\.norm([12])\.(weight|bias)", r"vision_encoder.layers.\1.layer_norm\2.\3"),
+    (
+        r"image_encoder\.blocks\.(\d+)\.(attn\.rel_pos_[hw]|(?:attn\.qkv|attn\.proj|mlp\.lin[12])\.(?:weight|bias))",
+        r"vision_encoder.layers.\1.\2",
+    ),
+    (r"image_encoder\.neck\.0\.weight", "vision_encoder.neck.conv1.weight"),
+    (r"image_encoder\.neck\.1\.(weight|bias)", r"vision_encoder.neck.layer_norm1.\1"),
+    (r"image_encoder\.neck\.2\.weight", "vision_encoder.neck.conv2.weight"),
+    (r"image_encoder\.neck\.3\.(weight|bias)", r"vision_encoder.neck.layer_norm2.\1"),
+    (
+        r"prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix",
+        ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding"),
+    ),
+    (r"prompt_encoder\.point_embeddings\.([0-3])\.weight", r"prompt_encoder.point_embed.\1.weight"),
+    (r"prompt_encoder\.(not_a_point_embed|no_mask_embed)\.weight", r"prompt_encoder.\1.weight"),
+    (r"prompt_encoder\.mask_downscaling\.0\.(weight|bias)", r"prompt_encoder.mask_embed.conv1.\1"),
+    (r"prompt_encoder\.mask_downscaling\.1\.(weight|bias)", r"prompt_encoder.mask_embed.layer_norm1.\1"),
+    (r"prompt_encoder\.mask_downscaling\.3\.(weight|bias)", r"prompt_encoder.mask_embed.conv2.\1"),
+    (r"prompt_encoder\.mask_downscaling\.4\.(weight|bias)", r"prompt_encoder.mask_embed.layer_norm2.\1"),
+    (r"prompt_encoder\.mask_downscaling\.6\.(weight|bias)", r"prompt_encoder.mask_embed.conv3.\1"),
+    (r"mask_decoder\.(iou_token|mask_tokens)\.weight", r"mask_decoder.\1.weight"),
+    (
+        r"mask_decoder\.transformer\.layers\.(\d+)\.norm([1-4])\.(weight|bias)",
+        r"mask_decoder.transformer.layers.\1.layer_norm\2.\3",
+    ),
+    (
+        r"mask_decoder\.transformer\.(layers\.\d+\.(?:mlp\.lin[12]"
+        r"|(?:self_attn|cross_attn_token_to_image|cross_attn_image_to_token)\.(?:[qkv]|out)_proj)"
+        r"|final_attn_token_to_image\.(?:[qkv]|out)_proj)\.(weight|bias)",
+        r"mask_decoder.transformer.\1.\2",
+    ),
+    (
+        r"mask_decoder\.transformer\.norm_final_attn\.(weight|bias)",
+        r"mask_decoder.transformer.layer_norm_final_attn.\1",
+    ),
+    (r"mask_decoder\.output_upscaling\.0\.(weight|bias)", r"mask_decoder.upscale_conv1.\1"),
+    (r"mask_decoder\.output_upscaling\.1\.(weight|bias)", r"mask_decoder.upscale_layer_norm.\1"),
+    (r"mask_decoder\.output_upscaling\.3\.(weight|bias)", r"mask_decoder.upscale_conv2.\1"),
+    # The heads are MLPs of three layers: the first, one in the middle, the last.
+    (
+        r"mask_decoder\.(output_hypernetworks_mlps\.\d+|iou_prediction_head)\.layers\.0\.(weight|bias)",
+        r"mask_decoder.\1.proj_in.\2",
+    ),
+    (
+        r"mask_decoder\.(output_hypernetworks_mlps\.\d+|iou_prediction_head)\.layers\.1\.(weight|bias)",
+        r"mask_decoder.\1.layers.0.\2",
+    ),
+    (
+        r"mask_decoder\.(output_hypernetworks_mlps\.\d+|iou_prediction_head)\.layers\.2\.(weight|bias)",
+        r"mask_decoder.\1.proj_out.\2",
+    ),
+]
+
+# Fixed in segment_anything's code; no tensor shows it.
+NUM_DECODER_HEADS = 8
+
+
+def _count_layers(state_dict: dict, prefix: str) -> int:
+    """Number of different n among the keys `{prefix}n.*`."""
+    return len({key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)})
+
+
+def sam_config(state_dict: dict) -> SamConfig:
+    """Configuration of an original SAM, read off the shapes of its tensors.
+
+    Args:
+        state_dict: of `Sam`, in the original's names (`image_encoder.*`, `prompt_encoder.*`, `mask_decoder.*`).
+    """
+    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    width, _, _, patch_size = shapes["image_encoder.patch_embed.proj.weight"]
+    grid = shapes["image_encoder.pos_embed"][1]  # patches along each side of the square image
+    depth = _count_layers(shapes, "image_encoder.blocks.")
+    # A block's relative positions span 2 * side - 1 offsets of what it attends to: a window, or the whole grid.
+    rel_pos = [shapes[f"image_encoder.blocks.{layer}.attn.rel_pos_h"] for layer in range(depth)]
+    sides = [(length + 1) // 2 for length, _ in rel_pos]
+    windows = sorted(set(sides) - {grid})
+    if len(windows) > 1:
+        raise ValueError(f"SAM's image encoder has one window size; the relative positions show {windows}.")
+
+    hidden_size = shapes["mask_decoder.mask_tokens.weight"][1]
+    cross_attention_width = shapes["mask_decoder.transformer.final_attn_token_to_image.q_proj.weight"][0]
+    return SamConfig(
+        vision_config={
+            "hidden_size": width,
+            "output_channels": shapes["image_encoder.neck.0.weight"][0],
+            "num_hidden_layers": depth,
+            "num_attention_heads": width // rel_pos[0][1],
+            "image_size": grid * patch_size,
+            "patch_size": patch_size,
+            "window_size": windows[0] if windows else grid,
+            "global_attn_indexes": [layer for layer, side in enumerate(sides) if side == grid],
+            "num_pos_feats": shapes["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"][1],
+            "mlp_dim": shapes["image_encoder.blocks.0.mlp.lin1.weight"][0],
+        },
+        prompt_encoder_config={
+            "hidden_size": hidden_size,
+            "image_size": grid * patch_size,
+            "patch_size": patch_size,
+            "mask_input_channels": shapes["prompt_encoder.mask_downscaling.3.weight"][0],
+        },
+        mask_decoder_config={
+            "hidden_size": hidden_size,
+            "mlp_dim": shapes["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0],
+            "num_hidden_layers": _count_layers(shapes, "mask_decoder.transformer.layers."),
+            "num_attention_heads": NUM_DECODER_HEADS,
+            "attention_downsample_rate": hidden_size // cross_attention_width,
+            "num_multimask_outputs": shapes["mask_decoder.mask_tokens.weight"][0] - 1,
+            "iou_head_hidden_dim": shapes["mask_decoder.iou_prediction_head.layers.0.weight"][0],
+            # The original's decoder uses PyTorch's default, its encoder does not; transformers has 1e-6 for both.
+            "layer_norm_eps": 1e-5,
+        },
+    )
