@@ -1,12 +1,15 @@
-"""Ask a LISA model about one image: text and masks."""
+"""Ask a LISA model about images: text and masks, or a contact sheet of them."""
 
 from dataclasses import dataclass
 
 import PIL.Image
 import torch
 
+from .collator import mask_labels
+from .mixture import EvaluationDataset
 from .modeling_lisa import LisaForConditionalGeneration
 from .processing_lisa import LisaProcessor
+from .visualization import Prediction, contact_sheet
 
 
 @dataclass
@@ -54,3 +57,29 @@ def answer_questions(
 def question_messages(question: str) -> list[dict]:
     """The conversation that asks one question about an image."""
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
+def draw_predictions(
+    model: LisaForConditionalGeneration,
+    processor: LisaProcessor,
+    dataset: EvaluationDataset,
+    max_new_tokens: int = 256,
+    num_items: int = 12,
+) -> PIL.Image.Image:
+    """A contact sheet of generated answers to one question of each of the first `num_items` items."""
+    predictions = []
+    for index in range(min(num_items, len(dataset))):
+        item = dataset[index]
+        question = item["questions"][0]
+        prompt = question.messages[:1]
+        (answer,) = answer_questions(model, processor, item["image"], [prompt], max_new_tokens)
+        predictions.append(
+            Prediction(
+                image=item["image"],
+                question=prompt[0]["content"][-1]["text"].strip(),
+                answer=answer.text,
+                masks=answer.masks.numpy(),
+                mask_labels=mask_labels(item, [question]).numpy(),
+            )
+        )
+    return contact_sheet(predictions)

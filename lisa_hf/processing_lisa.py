@@ -23,7 +23,7 @@ TEXT_INPUT_NAMES = (
 
 
 class TextTooLongError(ValueError):
-    """A conversation is longer than `max_length` and cutting it would cut a `[SEG]` off."""
+    """A conversation is longer than `max_length`, and cutting it would cut a `[SEG]` or the image off."""
 
 
 def add_tokens(tokenizer, tokens=(SEG_TOKEN,)) -> None:
@@ -130,7 +130,7 @@ class LisaProcessor(ProcessorMixin):
             As [`__call__`], plus `labels` (N, L) int64: -100 outside of the assistant's turns, end token included.
 
         Raises:
-            TextTooLongError: cutting at `max_length` would cut a `[SEG]` of an answer off.
+            TextTooLongError: cutting at `max_length` would cut a `[SEG]` of an answer or the image off.
             ValueError: the chat template changes earlier turns when later ones are added, so that the assistant's
                 turns cannot be found.
         """
@@ -255,12 +255,13 @@ class LisaProcessor(ProcessorMixin):
         keep = slice(0, max_length)
         if padding_side == "left":
             raise ValueError('`max_length` cuts the end of rows; it needs padding_side="right".')
-        for row, labels in enumerate(features["labels"]):
-            if self.seg_token_id in labels[max_length:]:
+        image_token_id = self.vlm_processor.image_token_id
+        for row, (ids, labels) in enumerate(zip(features["input_ids"], features["labels"])):
+            if self.seg_token_id in labels[max_length:] or image_token_id in ids[max_length:]:
                 raise TextTooLongError(
                     f"Row {row} has {sum(features['attention_mask'][row])} tokens and max_length={max_length} would "
-                    f"cut a {SEG_TOKEN} off. Raise max_length or shorten the text: "
-                    f"'{self.tokenizer.decode(features['input_ids'][row][-60:])}'."
+                    f"cut a {SEG_TOKEN} or the image off. Raise max_length or shorten the text: "
+                    f"'...{self.tokenizer.decode(ids[-60:])}'."
                 )
         for name in ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids"):
             if name in features:

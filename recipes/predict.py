@@ -3,8 +3,15 @@
 python recipes/predict.py outputs/quickstart --image scene.png --question "What is blue?"
 """
 
-import argparse
+import sys
 from pathlib import Path
+
+
+# This directory comes first on the path, where evaluate.py would hide the package of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
+
+import argparse
 
 import PIL.Image
 

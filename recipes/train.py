@@ -6,39 +6,39 @@
 The keys of the YAML file are the arguments of `lisa_hf.arguments`; the command line wins over the file.
 """
 
+import sys
+from pathlib import Path
+
+
+# This directory comes first on the path, where evaluate.py would hide the package of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
+
 import itertools
 import logging
-from pathlib import Path
 
 import transformers
 from datasets import Dataset
 
-from data_scripts import load_source
+from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.arguments import DataArguments, LisaTrainingArguments, exit_with_one_line, parse_arguments
-from lisa_hf.collator import mask_labels
-from lisa_hf.inference import answer_questions
+from lisa_hf.inference import draw_predictions
 from lisa_hf.loading import load_model_and_processor
 from lisa_hf.lora import merge_lora, prepare_for_training, trainable_summary
 from lisa_hf.mixture import EvaluationDataset, MixtureDataset
 from lisa_hf.scratch import row_texts
-from lisa_hf.visualization import Prediction, contact_sheet
 
 
 logger = logging.getLogger("train")
 
-SHEET_ROWS = 12
 
-
-def load_rows(sources: dict[str, dict], data_args: DataArguments) -> dict[str, Dataset]:
-    rows = {}
-    for name, options in sources.items():
-        options = {key: value for key, value in options.items() if key != "weight"}
-        rows[name] = load_source(name, data_dir=data_args.data_dir, **options)
-    return rows
-
-
-def build_datasets(train_rows: dict[str, Dataset], data_args: DataArguments, training_args: LisaTrainingArguments):
+def build_datasets(
+    train_rows: dict[str, Dataset],
+    eval_rows: dict[str, Dataset],
+    data_args: DataArguments,
+    training_args: LisaTrainingArguments,
+):
     """The mixture to train on and, per source, the data set to evaluate on."""
     train_dataset = MixtureDataset(
         train_rows,
@@ -49,31 +49,7 @@ def build_datasets(train_rows: dict[str, Dataset], data_args: DataArguments, tra
         explanatory_probability=data_args.explanatory_probability,
         on_bad_row=data_args.on_bad_row,
     )
-    eval_datasets = {}
-    for name, rows in load_rows(data_args.eval_sources, data_args).items():
-        if data_args.max_eval_items is not None:
-            rows = rows.select(range(min(data_args.max_eval_items, len(rows))))
-        eval_datasets[name] = EvaluationDataset(rows)
-    return train_dataset, eval_datasets
-
-
-def draw_predictions(model, processor, eval_dataset, max_new_tokens: int):
-    """A contact sheet of generated answers to the first evaluation items, one question of each."""
-    predictions = []
-    for item in itertools.islice((eval_dataset[index] for index in range(len(eval_dataset))), SHEET_ROWS):
-        question = item["questions"][0]
-        prompt = question.messages[:1]
-        (answer,) = answer_questions(model, processor, item["image"], [prompt], max_new_tokens)
-        predictions.append(
-            Prediction(
-                image=item["image"],
-                question=prompt[0]["content"][-1]["text"].strip(),
-                answer=answer.text,
-                masks=answer.masks.numpy(),
-                mask_labels=mask_labels(item, [question]).numpy(),
-            )
-        )
-    return contact_sheet(predictions)
+    return train_dataset, {name: EvaluationDataset(rows) for name, rows in eval_rows.items()}
 
 
 def main():
@@ -84,8 +60,9 @@ def main():
         if not data_args.sources:
             raise ValueError("sources: expected at least one training source, found none")
         with training_args.main_process_first(desc="data preparation"):
-            train_rows = load_rows(data_args.sources, data_args)
-            train_dataset, eval_datasets = build_datasets(train_rows, data_args, training_args)
+            train_rows = load_sources(data_args.sources, data_args.data_dir)
+            eval_rows = load_sources(data_args.eval_sources, data_args.data_dir, data_args.max_eval_items)
+        train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)
         texts = itertools.chain.from_iterable(row_texts(rows) for rows in train_rows.values())
         model, processor = load_model_and_processor(model_args, texts)
         model = prepare_for_training(
