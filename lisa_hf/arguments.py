@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
+from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments
 
 
@@ -168,6 +169,12 @@ class LisaTrainingArguments(TrainingArguments):
     )
     metric_for_best_model: str | None = field(default="giou", metadata={"help": "Metric that chooses the best model."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that metric is better."})
+    train_sampling_strategy: str = field(
+        default="sequential",
+        metadata={
+            "help": "Order of the items; those of a mixture are random draws already, so they come in sequence."
+        },
+    )
     full_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the parts trained in full; default: learning_rate, LoRA's."}
     )
@@ -215,7 +222,8 @@ def exit_with_one_line():
         logger.debug("The full trace:", exc_info=True)
         # A loader worker hands its trace over as text; its last line is the error.
         text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}")
+        tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 class _YamlLoader(yaml.SafeLoader):

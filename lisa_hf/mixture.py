@@ -31,6 +31,8 @@ _RGB = Image(mode="RGB")
 class MixtureDataset(TorchDataset):
     """Item k: a source drawn by weight, a row of it drawn uniformly, and questions drawn from the row.
 
+    The items are random draws already: read them in sequence, and item k is what step k sees on any machine.
+
     A row that cannot be used (its image is missing or unreadable, a mask is damaged or of another size than the image)
     is redrawn from the same source, so that the weights hold whatever is broken; so is a row that gives no question.
 
@@ -84,14 +86,22 @@ class MixtureDataset(TorchDataset):
         self.explanatory_probability = explanatory_probability
         self.merge_instances = merge_instances
         self.on_bad_row = on_bad_row
+        self.first = 0
 
     def __len__(self) -> int:
         return self.length
 
+    def set_epoch(self, epoch: int):
+        """Moves on to items `epoch * length` and following, so that no epoch repeats another's.
+
+        Trainer calls it. Persistent loader workers do not hear of it.
+        """
+        self.first = epoch * self.length
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.length:
             raise IndexError(f"Item {index} of a mixture of {self.length} items.")
-        rng = np.random.default_rng([self.seed, index])
+        rng = np.random.default_rng([self.seed, self.first + index])
         source = rng.choice(len(self.names), p=self.probabilities)
         rows = self.sources[source]
         num_skipped = 0

@@ -341,3 +341,9 @@ def test_an_index_outside_is_refused(sources):
     for index in (3, -1):
         with pytest.raises(IndexError):
             data[index]
+
+
+def test_epochs_continue_the_sequence(sources):
+    short, long = (MixtureDataset(sources, length=length, seed=3) for length in (4, 8))
+    short.set_epoch(1)
+    assert [comparable(short[index]) for index in range(4)] == [comparable(long[index]) for index in range(4, 8)]
