@@ -3,12 +3,30 @@
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
+from .label_maps import Ade20k, CocoStuff, Mapillary
+from .llava_instruct import LlavaInstruct
+from .paco_lvis import PacoLvis
 from .pascal_part import PascalPart
 from .reason_seg import ReasonSeg
+from .refer_seg import GRefCoco, RefClef, RefCoco, RefCocoG, RefCocoPlus
 from .shapes import Shapes
 
 
-SOURCES = {"shapes": Shapes, "pascal_part": PascalPart, "reason_seg": ReasonSeg}
+SOURCES = {
+    "shapes": Shapes,
+    "ade20k": Ade20k,
+    "cocostuff": CocoStuff,
+    "mapillary": Mapillary,
+    "paco_lvis": PacoLvis,
+    "pascal_part": PascalPart,
+    "refcoco": RefCoco,
+    "refcoco+": RefCocoPlus,
+    "refcocog": RefCocoG,
+    "refclef": RefClef,
+    "grefcoco": GRefCoco,
+    "llava_instruct": LlavaInstruct,
+    "reason_seg": ReasonSeg,
+}
 
 
 def load_source(

@@ -53,10 +53,29 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
             )
         return found
 
+    def make_splits(self, records: dict[str, Sequence], **kwargs) -> list[datasets.SplitGenerator]:
+        """The splits that have records; `_generate_examples` gets them as `records`, in shards, beside the `kwargs`.
+
+        Raises:
+            ValueError: If there is no record at all.
+        """
+        if not any(records.values()):
+            raise ValueError(
+                f"{type(self).__name__} found nothing to make rows of in {self.config.data_dir!r} "
+                f"(splits: {sorted(records)}). Check that the files are complete, or get them from "
+                f"{self.DOWNLOAD_PAGE}."
+            )
+        return [
+            datasets.SplitGenerator(name=split, gen_kwargs={"records": split_into_shards(found), **kwargs})
+            for split, found in records.items()
+            if found
+        ]
+
     def _fingerprint(self, data_dir: str | None) -> str:
         digest = hashlib.sha256()
-        for code in (type(self), SourceBuilder, schema):
-            digest.update(inspect.getsource(inspect.getmodule(code)).encode())
+        builders = [base for base in type(self).__mro__ if issubclass(base, SourceBuilder)]
+        for module in dict.fromkeys([*map(inspect.getmodule, builders), schema]):
+            digest.update(inspect.getsource(module).encode())
         for path in self.annotation_files(data_dir):
             status = os.stat(path)
             digest.update(f"{path}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
@@ -79,12 +98,11 @@ def split_into_shards(items: Sequence) -> list[list]:
 
 def read_json(path: str) -> Any:
     """Reads a JSON file in UTF-8, or in cp1252 as some annotations were written on Windows."""
-    content = pathlib.Path(path).read_bytes()
     try:
         try:
-            return json.loads(content.decode("utf-8"))
+            return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError:
-            return json.loads(content.decode("cp1252"))
+            return json.loads(pathlib.Path(path).read_text(encoding="cp1252"))
     except ValueError as error:  # Both of wrong JSON and of bytes that neither encoding knows.
         raise ValueError(f"{path!r} is not a JSON file in UTF-8 or cp1252 ({error}). Download it again.") from error
 
@@ -96,7 +114,7 @@ def errors_naming(where: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise ValueError(f"{where}: the key {error} is missing.") from error
-    except (TypeError, ValueError) as error:
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
@@ -126,12 +144,13 @@ def encode_segmentation(segmentation: dict | list, height: int, width: int) -> d
             lengths = [len(polygon) for polygon in segmentation]
             raise ValueError(f"Expected polygons of at least three points (x, y), but found {lengths} numbers.")
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        return {"size": [height, width], "counts": rle["counts"]}
+    if list(segmentation["size"]) != [height, width]:
+        raise ValueError(f"Expected a mask of {[height, width]}, but found one of {list(segmentation['size'])}.")
+    counts = segmentation["counts"]
+    if isinstance(counts, list):
+        rle = coco_mask.frPyObjects(segmentation, height, width)
     else:
-        if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"Expected a mask of {[height, width]}, but found one of {list(segmentation['size'])}.")
-        counts = segmentation["counts"]
-        if isinstance(counts, list):
-            rle = coco_mask.frPyObjects(segmentation, height, width)
-        else:
-            rle = {"size": [height, width], "counts": counts.encode()}
-    return schema.encode_mask(schema.decode_mask(rle))
+        rle = {"size": [height, width], "counts": counts.encode()}
+    schema.decode_mask(rle)  # Raises if the counts describe a mask of another size.
+    return {"size": [height, width], "counts": rle["counts"]}

@@ -1,0 +1,209 @@
+"""Semantic segmentation from label maps, images whose pixels are class numbers: ADE20K, COCO-Stuff, Mapillary Vistas.
+
+    from data_scripts import load_source
+    rows = load_source("ade20k", data_dir="dataset", split="validation")
+
+Mirrors the semantic data sets of the original. The class names of ADE20K and COCO-Stuff beside this file are LISA's
+(github.com/dvlab-research/LISA, Apache-2.0): released checkpoints were trained on exactly these.
+"""
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from pycocotools import mask as coco_mask
+
+from lisa_hf.schema import make_row
+
+from .coco import CocoBuilder
+from .source import SourceBuilder, errors_naming, read_json
+
+
+IGNORED, UNKNOWN = -1, -2
+
+
+def read_label_map(path: str) -> np.ndarray:
+    """Reads a label map, grey or with a palette, as labels of shape (height, width), dtype uint8."""
+    try:
+        with PIL.Image.open(path) as image:
+            image.load()
+    except Exception as error:  # Pillow has no exception of its own for broken files.
+        raise ValueError(f"The label map cannot be read: {error}. Download it again.") from error
+    if image.mode not in ("L", "P"):
+        raise ValueError(
+            f"Expected a label map with one channel of 8 bits (mode L or P), but found the mode {image.mode}. "
+            "Download it again."
+        )
+    return np.asarray(image)
+
+
+def encode_labels(labels: np.ndarray) -> dict[int, dict[str, Any]]:
+    """Encodes the region of every label, all in one pass over the runs of equal labels.
+
+    Args:
+        labels: (height, width), any integer dtype.
+
+    Returns:
+        RLE by label, for the labels that occur, in ascending order.
+    """
+    height, width = labels.shape
+    pixels = labels.ravel(order="F")
+    bounds = np.concatenate([[0], np.flatnonzero(pixels[1:] != pixels[:-1]) + 1, [pixels.size]])
+    values = pixels[bounds[:-1]]
+    rles = {}
+    for value in np.unique(values).tolist():
+        runs = np.flatnonzero(values == value)
+        # Where the region begins and ends, in turn; an RLE begins with the pixels before it.
+        edges = np.stack([bounds[runs], bounds[runs + 1]], axis=1).ravel()
+        counts = np.diff(np.append(edges, pixels.size), prepend=0)
+        counts = counts if counts[-1] else counts[:-1]
+        rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+        rles[value] = {"size": [height, width], "counts": rle["counts"]}
+    return rles
+
+
+class LabelMapBuilder(SourceBuilder):
+    """Base of the sources that label every pixel. One row per image that shows a named class, one target per name.
+
+    Classes of one name are one target: the original asks for such a class and answers with the mask of the first of
+    that name, mostly an empty one. `ignore` holds the pixels without a named class: the original trains on them as
+    background.
+    """
+
+    SOURCE = ""
+
+    def find_pairs(self, data_dir: str | None) -> dict[str, list[tuple[str, str]]]:
+        """Paths (image, label map) of every split."""
+        raise NotImplementedError
+
+    def find_classes(self, data_dir: str | None) -> str:
+        """Path of the file with the class names."""
+        raise NotImplementedError
+
+    def read_names(self, path: str) -> list[str | None]:
+        """Reads the name of every pixel value from 0; None is ignored, as is the pixel value 255 in any case."""
+        raise NotImplementedError
+
+    def pair_with_images(self, data_dir: str | None, label_maps: str, images: str) -> list[tuple[str, str]]:
+        """Paths (image, label map) of the label maps in a directory."""
+        label_maps, images = self.find(data_dir, label_maps), self.find(data_dir, images)
+        stems = sorted(name.removesuffix(".png") for name in os.listdir(label_maps) if name.endswith(".png"))
+        return [(os.path.join(images, f"{stem}.jpg"), os.path.join(label_maps, f"{stem}.png")) for stem in stems]
+
+    def annotation_files(self, data_dir):
+        pairs = self.find_pairs(data_dir)
+        return [self.find_classes(data_dir), *(label_map for split in pairs.values() for _, label_map in split)]
+
+    def _split_generators(self, dl_manager):
+        path = self.find_classes(self.config.data_dir)
+        with errors_naming(path):
+            names = tuple(self.read_names(path))
+        return self.make_splits(self.find_pairs(self.config.data_dir), names=names)
+
+    def _generate_examples(self, records, names):
+        classes = np.full(max(len(names), 256), UNKNOWN, dtype=np.int16)
+        classes[: len(names)] = [IGNORED if name is None else names.index(name) for name in names]
+        classes[255] = IGNORED
+        for image_path, path in (pair for shard in records for pair in shard):
+            with errors_naming(path):
+                labels = read_label_map(path)
+                rles = encode_labels(classes[labels])
+                if UNKNOWN in rles:
+                    unknown = np.unique(labels[classes[labels] == UNKNOWN]).tolist()
+                    raise ValueError(f"Expected labels below {len(names)}, or 255, but found {unknown}.")
+                ignore = rles.pop(IGNORED, None)
+                if not rles:
+                    continue
+                image_id = os.path.splitext(os.path.basename(image_path))[0]
+                targets = [{"phrases": [names[index]], "rle": rle} for index, rle in rles.items()]
+                row = make_row(image_path, image_id, self.SOURCE, "semantic", targets, ignore)
+            yield image_id, row
+
+
+class Ade20k(LabelMapBuilder):
+    """ADE20K, scene parsing: 150 classes, 20210 images for training, 2000 for validation.
+
+    Splits: train, validation, those of which the label maps are there.
+
+        <data_dir>/ade20k/
+            images/training/*.jpg           the directories of ADEChallengeData2016
+            images/validation/*.jpg
+            annotations/training/*.png
+            annotations/validation/*.png    pixels: 0 another object, ignored; 1 to 150 the classes
+    """
+
+    SOURCE = "ade20k"
+    DOWNLOAD_PAGE = "http://sceneparsing.csail.mit.edu"
+    LICENCE = "Images: non-commercial research and education; annotations: BSD-3-Clause."
+
+    def find_pairs(self, data_dir):
+        root = self.find(data_dir, "ade20k/annotations")
+        return {
+            split: self.pair_with_images(data_dir, f"ade20k/annotations/{part}", f"ade20k/images/{part}")
+            for split, part in (("train", "training"), ("validation", "validation"))
+            if os.path.isdir(os.path.join(root, part))
+        }
+
+    def find_classes(self, data_dir):
+        return str(pathlib.Path(__file__).with_name("ade20k_classes.json"))
+
+    def read_names(self, path):
+        return [None, *read_json(path)]
+
+
+class CocoStuff(LabelMapBuilder, CocoBuilder):
+    """COCO-Stuff: things and stuff on the 118287 photos of COCO train2017. Split: train.
+
+    Of 171 classes that occur the 143 without a "-" are asked for, as by the original; "wall-brick" is ignored.
+
+        <data_dir>/
+            cocostuff/train2017/*.png       stuffthingmaps_trainval2017; pixels: 0 to 181 the classes, 255 unlabelled
+            coco/train2017/*.jpg
+    """
+
+    SOURCE = "cocostuff"
+    DOWNLOAD_PAGE = "https://github.com/nightrome/cocostuff#downloads"
+    LICENCE = "Annotations: CC BY 4.0; photos: Flickr's terms of use."
+
+    def find_pairs(self, data_dir):
+        return {"train": self.pair_with_images(data_dir, "cocostuff/train2017", "coco/train2017")}
+
+    def annotation_files(self, data_dir):
+        return [*super().annotation_files(data_dir), *self.held_out_files(data_dir)]
+
+    def photo(self, record):
+        return record[0]
+
+    def find_classes(self, data_dir):
+        return str(pathlib.Path(__file__).with_name("cocostuff_classes.json"))
+
+    def read_names(self, path):
+        return [None if "-" in name else name for name in read_json(path)]
+
+
+class Mapillary(LabelMapBuilder):
+    """Mapillary Vistas 2.0, street scenes: 124 classes, 18000 images for training.
+
+    Split: train.
+
+        <data_dir>/mapillary/
+            config_v2.0.json                `labels`: `readable` names in the order of the pixel values
+            training/images/*.jpg
+            training/v2.0/labels/*.png
+    """
+
+    SOURCE = "mapillary"
+    DOWNLOAD_PAGE = "https://www.mapillary.com/dataset/vistas"
+    LICENCE = "Mapillary Vistas research edition: CC BY-NC-SA."
+
+    def find_pairs(self, data_dir):
+        pairs = self.pair_with_images(data_dir, "mapillary/training/v2.0/labels", "mapillary/training/images")
+        return {"train": pairs}
+
+    def find_classes(self, data_dir):
+        return self.find(data_dir, "mapillary/config_v2.0.json")
+
+    def read_names(self, path):
+        return [label["readable"].lower() for label in read_json(path)["labels"]]

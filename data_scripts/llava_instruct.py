@@ -1,0 +1,71 @@
+"""LLaVA-Instruct-150k: conversations about COCO photos (LLaVA, arXiv 2304.08485), without masks.
+
+    from data_scripts import load_source
+    rows = load_source("llava_instruct", data_dir="dataset")
+
+Mirrors the VQA data set of the original.
+"""
+
+import os
+from typing import Any
+
+from lisa_hf.schema import make_row
+
+from .coco import CocoBuilder
+from .source import errors_naming, join_inside, read_json
+
+
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class LlavaInstruct(CocoBuilder):
+    """LLaVA-Instruct-150k: 157712 conversations about photos of COCO train2017.
+
+    One row per conversation. Split: train.
+
+        <data_dir>/
+            llava_dataset/llava_instruct_150k.json
+            coco/train2017/*.jpg
+    """
+
+    DOWNLOAD_PAGE = "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K"
+    LICENCE = "CC BY-NC 4.0, and OpenAI's terms of use; photos: Flickr's terms of use."
+
+    def annotation_files(self, data_dir):
+        self.find(data_dir, "coco/train2017")
+        return [self._find_conversations(data_dir), *self.held_out_files(data_dir)]
+
+    def _find_conversations(self, data_dir):
+        return self.find(data_dir, "llava_dataset/llava_instruct_150k.json")
+
+    def photo(self, record):
+        _, conversation = record
+        return conversation["image"]
+
+    def _split_generators(self, dl_manager):
+        path = self._find_conversations(self.config.data_dir)
+        with errors_naming(path):
+            # Conversations about one photo share their id, so that only the position names one.
+            records = list(enumerate(read_json(path)))
+        return self.make_splits({"train": records}, path=path)
+
+    def _generate_examples(self, records, path):
+        directory = self.find(self.config.data_dir, "coco/train2017")
+        for index, conversation in (record for shard in records for record in shard):
+            with errors_naming(f"{path!r}, record {index}"):
+                row = _make_row(directory, conversation)
+            yield index, row
+
+
+def _make_row(directory: str, conversation: dict[str, Any]) -> dict[str, Any]:
+    turns = conversation["conversations"]
+    if turns and turns[0]["from"] == "gpt":
+        turns = turns[1:]  # As the original: an answer to nothing.
+    name = conversation["image"]
+    return make_row(
+        image=join_inside(directory, name),
+        image_id=os.path.splitext(name)[0],
+        source="llava_instruct",
+        task="vqa",
+        messages=[{"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns],
+    )

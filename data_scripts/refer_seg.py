@@ -1,0 +1,184 @@
+"""Referring expressions: refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO.
+
+    from data_scripts import load_source
+    rows = load_source("refcoco", data_dir="dataset", split="testA")
+
+Mirrors `REFER` and `G_REFER` as the original uses them. A row holds all refs of one image in one split, a target
+each, whose phrases are the ref's expressions as they are in the file. The published scores ask for every expression of
+every ref, also where two refs of an image share one: evaluate with `merge_instances=False`.
+"""
+
+import collections
+from typing import Any
+
+import numpy as np
+
+from lisa_hf.schema import encode_mask, make_row, merge_masks
+
+from .coco import CocoBuilder, read_refs
+from .source import encode_segmentation, errors_naming, join_inside, read_json
+
+
+def splits_of(split: str) -> list[str]:
+    """The splits that hold a ref of this split: "testAB" is a part of testA, of testB and of test."""
+    return ["test", *(f"test{part}" for part in split[4:])] if split.startswith("test") else [split]
+
+
+def encode_object(segmentations: list[Any], height: int, width: int) -> dict[str, Any]:
+    """Encodes what one expression means, as the RLE of one mask.
+
+    Args:
+        segmentations: COCO segmentations, or lists of RLEs as in refCLEF. Without any, or with empty ones, the mask is
+            empty: the expression means nothing in the image (gRefCOCO), or nobody outlined it.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+    """
+    parts = []
+    for segmentation in filter(None, segmentations):
+        several = isinstance(segmentation, list) and isinstance(segmentation[0], dict)
+        parts += segmentation if several else [segmentation]
+    rles = [encode_segmentation(part, height, width) for part in parts]
+    if not rles:
+        return encode_mask(np.zeros((height, width), dtype=np.uint8))
+    # The original adds up polygons and RLEs, so that a mask is 2 where they overlap.
+    return merge_masks(rles) if len(rles) > 1 else rles[0]
+
+
+class ReferSeg(CocoBuilder):
+    """Base of the referring data sets: `DIRECTORY`, `REFS` and `IMAGES` are paths below `<data_dir>/refer_seg`."""
+
+    DIRECTORY = ""
+    REFS = "refs(unc).p"
+    IMAGES = "images/mscoco/images/train2014"
+    DOWNLOAD_PAGE = "https://github.com/lichengunc/refer"
+    LICENCE = "The expressions: Apache-2.0 as the repository; photos: Flickr's terms of use."
+
+    def annotation_files(self, data_dir):
+        self.find(data_dir, f"refer_seg/{self.IMAGES}")
+        return [*self._find_annotations(data_dir), *self.held_out_files(data_dir)]
+
+    def _find_annotations(self, data_dir):
+        return [self.find(data_dir, f"refer_seg/{self.DIRECTORY}/{name}") for name in (self.REFS, "instances.json")]
+
+    def photo(self, record):
+        image, _ = record
+        return image["file_name"]
+
+    def _split_generators(self, dl_manager):
+        refs_path, instances_path = self._find_annotations(self.config.data_dir)
+        refs, instances = read_refs(refs_path), read_json(instances_path)
+        with errors_naming(instances_path):
+            images = {image["id"]: image for image in instances["images"]}
+            segmentations = {annotation["id"]: annotation["segmentation"] for annotation in instances["annotations"]}
+        splits = collections.defaultdict(dict)
+        with errors_naming(refs_path):
+            for ref in refs:
+                image_id, ref_id = ref["image_id"], ref["ref_id"]
+                annotations = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+                annotations = [] if annotations == [-1] else annotations
+                missing = [annotation for annotation in annotations if annotation not in segmentations]
+                if image_id not in images or missing:
+                    raise ValueError(
+                        f"Ref {ref_id} needs the image {image_id} and the annotations {annotations} of "
+                        f"{instances_path!r}, which lacks some of them. Download both files again."
+                    )
+                phrases = [sentence["sent"] for sentence in ref["sentences"]]
+                for split in splits_of(ref["split"]):
+                    _, objects = splits[split].setdefault(image_id, (images[image_id], []))
+                    objects.append((phrases, [segmentations[annotation] for annotation in annotations]))
+        return self.make_splits({split: list(rows.values()) for split, rows in splits.items()})
+
+    def _generate_examples(self, records):
+        refs_path, instances_path = self._find_annotations(self.config.data_dir)
+        directory = self.find(self.config.data_dir, f"refer_seg/{self.IMAGES}")
+        for image, objects in (record for shard in records for record in shard):
+            with errors_naming(f"{refs_path!r} or {instances_path!r}, image {image['id']}"):
+                height, width = image["height"], image["width"]
+                row = make_row(
+                    image=join_inside(directory, image["file_name"]),
+                    image_id=str(image["id"]),
+                    source=self.DIRECTORY,
+                    task="referring",
+                    targets=[
+                        {"phrases": phrases, "rle": encode_object(segmentations, height, width)}
+                        for phrases, segmentations in objects
+                    ],
+                )
+            yield image["id"], row
+
+
+class RefCoco(ReferSeg):
+    """refCOCO: 142210 expressions for 50000 objects in 19994 photos.
+
+    Splits: train, val, testA (people), testB (other objects), test (both).
+
+        <data_dir>/refer_seg/
+            refcoco/refs(unc).p
+            refcoco/instances.json
+            images/mscoco/images/train2014/*.jpg
+    """
+
+    DIRECTORY = "refcoco"
+
+
+class RefCocoPlus(ReferSeg):
+    """refCOCO+: 141564 expressions without places for 49856 objects in 19992 photos.
+
+    Splits: train, val, testA (people), testB (other objects), test (both).
+
+        <data_dir>/refer_seg/
+            refcoco+/refs(unc).p
+            refcoco+/instances.json
+            images/mscoco/images/train2014/*.jpg
+    """
+
+    DIRECTORY = "refcoco+"
+
+
+class RefCocoG(ReferSeg):
+    """refCOCOg as split by UMD: 95010 longer expressions for 49822 objects in 25799 photos.
+
+    Splits: train, val, test.
+
+        <data_dir>/refer_seg/
+            refcocog/refs(umd).p
+            refcocog/instances.json
+            images/mscoco/images/train2014/*.jpg
+    """
+
+    DIRECTORY = "refcocog"
+    REFS = "refs(umd).p"
+
+
+class RefClef(ReferSeg):
+    """refCLEF: about 130000 expressions for objects and regions in 19997 photos of ImageCLEF.
+
+    Splits: train, val, testA, testB, testC, test (all three). `exclude_refer_val` finds no photo of COCO to leave out.
+    19579.jpg is a GIF, which the original cannot read.
+
+        <data_dir>/refer_seg/
+            refclef/refs(unc).p
+            refclef/instances.json
+            images/saiapr_tc-12/*.jpg
+    """
+
+    DIRECTORY = "refclef"
+    IMAGES = "images/saiapr_tc-12"
+    LICENCE = "The expressions: Apache-2.0 as the repository; photos: those of SAIAPR TC-12, for research."
+
+
+class GRefCoco(ReferSeg):
+    """gRefCOCO: 278232 expressions for one object, several or none, in 19994 photos.
+
+    Splits: train, val, and testA, testB, test (both) once published. An expression for nothing has an empty mask.
+
+        <data_dir>/refer_seg/
+            grefcoco/grefs(unc).json
+            grefcoco/instances.json
+            images/mscoco/images/train2014/*.jpg
+    """
+
+    DIRECTORY = "grefcoco"
+    REFS = "grefs(unc).json"
+    DOWNLOAD_PAGE = "https://github.com/henghuiding/gRefCOCO"
+    LICENCE = "The expressions: see the download page; photos: Flickr's terms of use."
