@@ -75,7 +75,7 @@ def prepare_for_training(
             lora_dropout=lora_dropout,
             target_modules=rf"{re.escape(language_model)}\..*\.({names})",
             modules_to_save=[path for part in trainable for path in parts[part]],
-            ensure_weight_tying=tied,
+            ensure_weight_tying=tied and "embeddings" in trainable,
         )
         try:
             model = get_peft_model(model, config)

@@ -130,6 +130,7 @@ class LisaForConditionalGeneration(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _tied_weights_keys = {}  # those of the two halves count; PEFT looks into them only if the whole has a mapping
     # The loss is normalised by the counts that LisaTrainer passes. Trainer must be told so, or it divides once more.
     accepts_loss_kwargs = True
 
@@ -152,6 +153,7 @@ class LisaForConditionalGeneration(PreTrainedModel):
         # One object each, so that resizing the vocabulary of the VLM is written into this configuration.
         config.vlm_config = self.vlm.config
         config.mask_config = self.mask_model.config
+        self.generation_config = self.vlm.generation_config
         self.post_init()
 
     @torch.no_grad()
@@ -167,7 +169,7 @@ class LisaForConditionalGeneration(PreTrainedModel):
     def from_vlm_mask_model_pretrained(
         cls, vlm: str, mask_model: str, *, seg_token_id: int, dtype="auto", attn_implementation: str | None = None
     ):
-        """Joins a pretrained VLM and a pretrained mask model; the projector between them is new.
+        """Joins a pretrained VLM and a pretrained mask model, in evaluation mode; the projector between them is new.
 
         Args:
             vlm, mask_model: Hub ids or directories in transformers' format.
@@ -188,7 +190,7 @@ class LisaForConditionalGeneration(PreTrainedModel):
         model.seg_projector = LisaSegProjector(config).to(vlm_model.dtype)
         model.generation_config = vlm_model.generation_config
         model.tie_weights()
-        return model
+        return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
@@ -213,13 +215,25 @@ class LisaForConditionalGeneration(PreTrainedModel):
         """
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        # This class is no GenerationMixin, its VLM is; so transformers saves and loads the generation_config.
+        return True
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        """Loads `generation_config.json`, the VLM's; `from_pretrained` calls this."""
+        self.vlm.adjust_generation_fn(*args, **kwargs)
+        self.generation_config = self.vlm.generation_config
+
     # ---- vision -----------------------------------------------------------------------------------------------------
 
-    def _split_vision_inputs(self, kwargs: dict) -> tuple[dict, dict]:
+    def _split_vision_inputs(self, kwargs: dict, image_indices: torch.Tensor) -> tuple[dict, dict]:
         """Separates the VLM's per-image vision inputs from its per-row text inputs, by the former's signature."""
         names = set(inspect.signature(self.vlm.base_model.get_image_features).parameters)
         vision = {key: value for key, value in kwargs.items() if key in names and value is not None}
         text = {key: value for key, value in kwargs.items() if key not in names and value is not None}
+        if "image_grid_thw" in vision:  # the positions of Qwen's M-RoPE follow the grid of each row's image
+            text["image_grid_thw"] = vision["image_grid_thw"][image_indices]
         return vision, text
 
     def _encode_vlm_images(self, input_ids: torch.Tensor, image_indices: torch.Tensor, vision_inputs: dict) -> dict:
@@ -234,19 +248,20 @@ class LisaForConditionalGeneration(PreTrainedModel):
         """
         output = self.vlm.base_model.get_image_features(**vision_inputs, return_dict=True)
         lengths = (input_ids == self.config.vlm_config.image_token_id).sum(1)
-        num_images = len(vision_inputs["pixel_values"]) if "image_grid_thw" not in vision_inputs else None
-        num_images = len(vision_inputs["image_grid_thw"]) if num_images is None else num_images
+        num_images = len(vision_inputs.get("image_grid_thw", vision_inputs["pixel_values"]))
         image_lengths = lengths.new_zeros(num_images).scatter_(0, image_indices, lengths).tolist()
 
         def per_row(features):
+            # A list has one (tokens, width) per image; a tensor is (crops, tokens, width), as beam search needs it.
             is_list = isinstance(features, (list, tuple))
-            flat = torch.cat(list(features)) if is_list else features.flatten(0, -2)
-            if len(flat) != sum(image_lengths):
+            features = torch.cat(list(features)) if is_list else features
+            num_features = features.shape[:-1].numel()
+            if num_features != sum(image_lengths):
                 raise ValueError(
-                    f"{num_images} images give {len(flat)} vision features, but their rows hold {image_lengths} image "
-                    "tokens. Each row needs the image tokens of its one image, and each image at least one row."
+                    f"{num_images} images give {num_features} vision features, but their rows hold {image_lengths} "
+                    "image tokens. Each row needs the image tokens of its one image, and each image at least one row."
                 )
-            pieces = flat.split(image_lengths)
+            pieces = features.split([length * len(features) // num_features for length in image_lengths])
             rows = [pieces[index] for index in image_indices.tolist()]
             return rows if is_list else torch.cat(rows)
 
@@ -304,7 +319,7 @@ class LisaForConditionalGeneration(PreTrainedModel):
                     f"{len(input_ids)} rows and {num_images} images: pass `image_indices` (N,), row to image."
                 )
             image_indices = torch.arange(num_images, device=device)
-        vision_inputs, text_inputs = self._split_vision_inputs({"pixel_values": pixel_values, **kwargs})
+        vision_inputs, text_inputs = self._split_vision_inputs({"pixel_values": pixel_values, **kwargs}, image_indices)
         hidden_states = self.vlm.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -450,7 +465,9 @@ class LisaForConditionalGeneration(PreTrainedModel):
             )
         if image_indices is None:
             image_indices = torch.arange(len(input_ids), device=input_ids.device)
-        vision_inputs, generate_kwargs = self._split_vision_inputs({"pixel_values": pixel_values, **kwargs})
+        vision_inputs, generate_kwargs = self._split_vision_inputs(
+            {"pixel_values": pixel_values, **kwargs}, image_indices
+        )
         if self.config.suppress_tokens:
             generate_kwargs.setdefault("suppress_tokens", self.config.suppress_tokens)
         with self._record_predicting_states() as states:

@@ -1,0 +1,164 @@
+"""What trains beside LoRA, merging it, and adapters on disk."""
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_training import Items, build_model, copy_state
+from transformers import AutoModel
+
+from lisa_hf import LisaDataCollator
+from lisa_hf.arguments import TRAINABLE_PARTS
+from lisa_hf.lora import find_parts, merge_lora, prepare_for_training, trainable_summary
+from lisa_hf.trainer import cut_prompts
+
+
+PARTS = ["seg_projector", "mask_decoder", "embeddings", "multi_modal_projector"]
+
+
+def adapted_model(tied: bool = False):
+    """A model with LoRA whose trained weights are all away from their start, and its processor."""
+    model, processor = build_model(tie_word_embeddings=tied)
+    model = prepare_for_training(model, PARTS, lora_r=4)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight), alpha=0.05)
+    return model.eval(), processor
+
+
+def outputs(model, processor) -> dict[str, torch.Tensor]:
+    """Teacher-forced logits and masks, and masks of generated answers in which every third token is a `[SEG]`."""
+    batch = LisaDataCollator(processor)([Items()[index] for index in range(4)])
+    vision = {key: batch[key] for key in ("pixel_values", "mask_pixel_values", "image_indices")}
+
+    def answer(row, ids):
+        return [processor.seg_token_id] if len(ids) % 3 == 0 else [10, 11]
+
+    with torch.no_grad():
+        forward = model(**batch, output_logits=True)
+        generated = model.generate(
+            **vision,
+            **cut_prompts(batch, processor),
+            max_new_tokens=6,
+            do_sample=False,
+            prefix_allowed_tokens_fn=answer,
+        )
+    assert len(generated.low_res_masks) >= 2 * len(batch["input_ids"])
+    return {
+        "logits": forward.logits[batch["attention_mask"].bool()],
+        "pred_masks": torch.cat([masks.flatten() for masks in forward.pred_masks]),
+        "sequences": generated.sequences,
+        "generated_masks": generated.low_res_masks,
+        "seg_row_indices": generated.seg_row_indices,
+    }
+
+
+def assert_outputs_close(found: dict, expected: dict, tolerance: float):
+    for name, value in expected.items():
+        assert found[name].shape == value.shape
+        assert (found[name] - value).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_equals_unmerged_also_from_disk(tied, tmp_path):
+    model, processor = adapted_model(tied)
+    fresh, _ = build_model(tie_word_embeddings=tied)
+    start = outputs(fresh.eval(), processor)
+    unmerged = outputs(model, processor)
+    assert (unmerged["logits"] - start["logits"]).abs().max() > 0.1
+    assert (unmerged["pred_masks"] - start["pred_masks"]).abs().max() > 0.01
+
+    merged = merge_lora(model)
+    assert not isinstance(merged, PeftModel)
+    assert copy_state(merged).keys() == copy_state(fresh).keys()
+    assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == tied
+    in_memory = outputs(merged, processor)
+    assert_outputs_close(in_memory, unmerged, 1e-5)
+
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(loaded) is type(merged)
+    assert_outputs_close(outputs(loaded, processor), in_memory, 0.0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_and_fully_trained_parts_reload_exactly(tied, tmp_path):
+    model, processor = adapted_model(tied)
+    model.save_pretrained(tmp_path)
+    base, _ = build_model(tie_word_embeddings=tied)
+    loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    expected, found = copy_state(model), copy_state(loaded)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert_outputs_close(outputs(loaded.eval(), processor), outputs(model, processor), 0.0)
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_tied_embeddings_stay_tied_in_training(lora_r):
+    model, processor = build_model(tie_word_embeddings=True)
+    model = prepare_for_training(model, ["embeddings"], lora_r).train()
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    model(**LisaDataCollator(processor)([Items()[0]])).loss.backward()
+    optimizer.step()
+    assert torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    plain, _ = build_model()
+    assert not torch.equal(plain.get_input_embeddings().weight, plain.get_output_embeddings().weight)
+    merged = merge_lora(model)
+    assert torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
+
+
+def test_lora_is_in_the_language_model_alone(tiny):
+    model, _ = tiny
+    # The vision tower and the mask model have layers of these names too.
+    elsewhere = {name for name, _ in model.named_modules() if name.endswith(("q_proj", "v_proj"))}
+    assert any("vision_tower" in name for name in elsewhere)
+    assert any("mask_decoder" in name for name in elsewhere)
+    model = prepare_for_training(model, ["seg_projector"], lora_r=4, lora_target_modules=["q_proj", "v_proj"])
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+    prefix = "base_model.model.vlm.model.language_model.layers"
+    assert adapted == {f"{prefix}.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "v_proj")}
+
+
+def test_parts_cover_the_model_without_overlap(tiny):
+    model, _ = tiny
+    parts = find_parts(model)
+    assert set(parts) == set(TRAINABLE_PARTS)
+    owners = {name: [] for name, _ in model.named_parameters()}
+    for part, paths in parts.items():
+        for name in owners:
+            if any(name.startswith(path + ".") for path in paths):
+                owners[name].append(part)
+    several = {tuple(parts) for parts in owners.values() if len(parts) > 1}
+    assert several == {("embeddings", "language_model")}  # the input embeddings are a layer of the language model
+    nobodys = {name.split(".")[1] for name, parts in owners.items() if not parts}
+    assert nobodys == {"shared_image_embedding", "prompt_encoder"}
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_heads_without_a_loss_are_frozen(lora_r, tiny):
+    model = prepare_for_training(tiny[0], ["mask_decoder"], lora_r)
+    heads = ("iou_prediction_head", *(f"output_hypernetworks_mlps.{index}" for index in (1, 2, 3)))
+    decoder = {name: weight for name, weight in model.named_parameters() if "mask_decoder" in name}
+    for head in heads:
+        weights = [weight for name, weight in decoder.items() if f".{head}." in name]
+        assert weights and not any(weight.requires_grad for weight in weights)
+    trained = [name for name, weight in decoder.items() if weight.requires_grad]
+    assert any("upscale_conv1" in name for name in trained)
+    assert any("output_hypernetworks_mlps.0" in name for name in trained)
+
+
+def test_errors(tiny):
+    with pytest.raises(ValueError, match="`trainable` names the language model and lora_r is 4.*lora_r 0"):
+        prepare_for_training(tiny[0], ["language_model"], lora_r=4)
+    with pytest.raises(ValueError, match="no layer of the language model named query"):
+        prepare_for_training(tiny[0], ["seg_projector"], lora_r=4, lora_target_modules=["query"])
+
+
+def test_summary_counts_what_trains(tiny):
+    model = prepare_for_training(tiny[0], PARTS, lora_r=4)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    *lines, last = trainable_summary(model).splitlines()
+    assert sum(int(line.split()[-1].replace(",", "")) for line in lines) == trained
+    assert f"{trained:,} of" in last
+    assert any(line.startswith("LoRA") for line in lines)
