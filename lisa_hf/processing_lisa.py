@@ -1,9 +1,11 @@
 """LisaProcessor: the VLM's own processor, whatever it is, beside the mask model's image processor."""
 
 import os
+import re
 
 import torch
 import transformers
+from PIL.Image import Image
 from transformers import AddedToken, AutoImageProcessor, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -26,10 +28,11 @@ class TextTooLongError(ValueError):
     """A conversation is longer than `max_length`, and cutting it would cut a `[SEG]` or the image off."""
 
 
-def add_tokens(tokenizer, tokens=(SEG_TOKEN,)) -> None:
+def add_tokens(tokenizer, tokens=(SEG_TOKEN,), lstrip: bool = True) -> None:
     """Adds tokens the way LISA's slow tokenizer treats them: they swallow the spaces around them, so that `[SEG].` is
-    one `[SEG]`, and they are ordinary text for `decode(skip_special_tokens=True)`."""
-    tokenizer.add_tokens([AddedToken(token, lstrip=True, rstrip=True, normalized=False) for token in tokens])
+    one `[SEG]`, and they are ordinary text for `decode(skip_special_tokens=True)`. Without `lstrip` they leave the
+    spaces before them."""
+    tokenizer.add_tokens([AddedToken(token, lstrip=lstrip, rstrip=True, normalized=False) for token in tokens])
 
 
 class LisaProcessor(ProcessorMixin):
@@ -56,7 +59,13 @@ class LisaProcessor(ProcessorMixin):
     def from_vlm_mask_model_pretrained(cls, vlm: str, mask_model: str, chat_template: str | None = None):
         """Builds the processor of a new LISA model from two Hub ids or directories; adds `[SEG]` to the tokenizer."""
         vlm_processor = AutoProcessor.from_pretrained(vlm)
-        add_tokens(vlm_processor.tokenizer)
+        chat_template = chat_template or vlm_processor.chat_template or vlm_processor.tokenizer.chat_template
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+        prompt = vlm_processor.apply_chat_template(
+            [question], chat_template=chat_template, add_generation_prompt=True, tokenize=False
+        )
+        # An answer's first [SEG] must not swallow the line break that ends many prompts: generation starts behind it.
+        add_tokens(vlm_processor.tokenizer, lstrip=not prompt[-1].isspace())
         return cls(
             vlm_processor=vlm_processor,
             mask_image_processor=AutoImageProcessor.from_pretrained(mask_model),
@@ -149,6 +158,10 @@ class LisaProcessor(ProcessorMixin):
         if not isinstance(images, (list, tuple)):
             images = [images]
         images = [image[0] if isinstance(image, (list, tuple)) else image for image in images]
+        if not all(isinstance(image, Image) for image in images):
+            raise ValueError(
+                f"Every row is about an image: expected PIL images, got {[type(image).__name__ for image in images]}."
+            )
         images = [image.convert("RGB") for image in images]
         # A text of nothing but the placeholder shows what the VLM's processor makes of each image: its vision inputs
         # and the text that the placeholder becomes. So an image is processed once, however many rows are about it.
@@ -216,7 +229,7 @@ class LisaProcessor(ProcessorMixin):
         A template with `{% generation %}` says where they are. Otherwise each turn is what it adds to the text of the
         turns before it, the generation prompt included.
         """
-        if "generation %}" in self.chat_template or "generation -%}" in self.chat_template:
+        if re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template):
             (text,), (spans,) = self._render(messages, return_assistant_tokens_mask=True)
             return text, [tuple(span) for span in spans]
         (text,), _ = self._render(messages)
@@ -255,9 +268,9 @@ class LisaProcessor(ProcessorMixin):
         keep = slice(0, max_length)
         if padding_side == "left":
             raise ValueError('`max_length` cuts the end of rows; it needs padding_side="right".')
-        image_token_id = self.vlm_processor.image_token_id
+        image_token_ids = set(self.vlm_processor.image_token_ids)
         for row, (ids, labels) in enumerate(zip(features["input_ids"], features["labels"])):
-            if self.seg_token_id in labels[max_length:] or image_token_id in ids[max_length:]:
+            if self.seg_token_id in labels[max_length:] or image_token_ids.intersection(ids[max_length:]):
                 raise TextTooLongError(
                     f"Row {row} has {sum(features['attention_mask'][row])} tokens and max_length={max_length} would "
                     f"cut a {SEG_TOKEN} or the image off. Raise max_length or shorten the text: "
@@ -291,11 +304,19 @@ class LisaProcessor(ProcessorMixin):
 
         Returns:
             List of N tensors `(M_n, H, W)`, bool (or float32 logits).
+
+        Raises:
+            ValueError: a mask belongs to a row that `image_indices` does not have.
         """
         if image_indices is None:
             image_indices = torch.arange(len(original_sizes))
         if seg_row_indices is None:
             seg_row_indices = torch.arange(len(low_res_masks))
+        if len(seg_row_indices) and seg_row_indices.max() >= len(image_indices):
+            raise ValueError(
+                f"A mask belongs to row {seg_row_indices.max()}, but image_indices has {len(image_indices)} rows. "
+                "Pass one per sequence; with `num_return_sequences=k` that is `image_indices.repeat_interleave(k)`."
+            )
         pad_size = self.mask_image_processor.pad_size
         side = pad_size["height"] if pad_size else None
         masks = []

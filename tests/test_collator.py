@@ -1,0 +1,143 @@
+"""Items become batches: what is in them, what is skipped, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import IMAGE_SIZE, MASKS_DUE, Items, make_item
+from torch.utils.data import DataLoader
+
+from lisa_hf import LisaDataCollator
+from lisa_hf.collator import mask_labels
+from lisa_hf.processing_lisa import TextTooLongError
+from lisa_hf.schema import decode_mask, encode_mask
+
+
+def with_long_question(item: dict, number: int, words: int = 40) -> dict:
+    """Makes one question of an item so long that its `[SEG]` lies behind those of all others."""
+    item["questions"][number].messages[0]["content"][1]["text"] += " Why?" * words
+    return item
+
+
+@pytest.fixture
+def processor(tiny):
+    return tiny[1]
+
+
+@pytest.fixture
+def max_length(processor) -> int:
+    """Longest row of the first eight items."""
+    return LisaDataCollator(processor)(list(Items(8)))["input_ids"].shape[1]
+
+
+def test_batch(processor):
+    items = list(Items(6))
+    batch = LisaDataCollator(processor)(items)
+    rows = [(index, question) for index, item in enumerate(items) for question in item["questions"]]
+    num_images, num_rows = len(items), len(rows)
+    assert batch.keys() == {
+        *("input_ids", "attention_mask", "labels", "image_indices", "pixel_values"),
+        *("mask_pixel_values", "original_sizes", "reshaped_input_sizes", "mask_labels"),
+    }
+    assert batch["pixel_values"].shape == batch["mask_pixel_values"].shape == (num_images, 3, IMAGE_SIZE, IMAGE_SIZE)
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    assert batch["image_indices"].tolist() == [index for index, _ in rows]
+    assert batch["original_sizes"].tolist() == [[item["image"].height, item["image"].width] for item in items]
+
+    tokenizer = processor.tokenizer
+    assert len(batch["input_ids"]) == num_rows
+    for row, (_, question) in enumerate(rows):
+        supervised = batch["labels"][row] != -100
+        assert torch.equal(batch["labels"][row][supervised], batch["input_ids"][row][supervised])
+        answer = question.messages[1]["content"][0]["text"]
+        # "[SEG]" swallows the spaces around it.
+        text = tokenizer.decode(batch["labels"][row][supervised])
+        assert text.replace(" ", "") == answer.replace(" ", "") + tokenizer.eos_token
+        assert (batch["labels"][row] == processor.seg_token_id).sum() == len(question.masks)
+        assert not supervised[batch["attention_mask"][row] == 0].any()
+
+
+def test_masks_are_in_the_order_of_the_seg_tokens_and_ignored_where_nothing_else_is_said(processor):
+    items = [make_item(index, due) for index, due in enumerate(MASKS_DUE[:6])]
+    assert {item["ignore"] is None for item in items} == {True, False}
+    batch = LisaDataCollator(processor)(items)
+    for item, masks in zip(items, batch["mask_labels"], strict=True):
+        rles = [rle for question in item["questions"] for rle in question.masks]
+        assert masks.dtype == torch.uint8
+        assert masks.shape == (len(rles), item["image"].height, item["image"].width)
+        for mask, rle in zip(masks.numpy(), rles):
+            target = decode_mask(rle) == 1
+            ignore = np.zeros_like(target) if item["ignore"] is None else decode_mask(item["ignore"]) == 1
+            assert (mask == np.where(target, 1, np.where(ignore, 255, 0))).all()
+        assert (masks == 255).any() == (item["ignore"] is not None and len(masks) > 0)
+
+
+def test_text_too_long_for_its_seg_stops(processor, max_length):
+    items = [make_item(0, [1]), with_long_question(make_item(1, [1, 1]), 1)]
+    with pytest.raises(TextTooLongError, match=rf"max_length={max_length} would cut a \[SEG\].*Raise max_length"):
+        LisaDataCollator(processor, max_length)(items)
+    LisaDataCollator(processor, max_length + 200)(items)
+
+
+def test_text_too_long_for_its_seg_is_skipped_and_counted(processor, max_length, caplog):
+    collator = LisaDataCollator(processor, max_length, on_bad_row="skip")
+    items = [
+        make_item(0, [1]),
+        with_long_question(make_item(1, [1, 1, 0]), 1),
+        with_long_question(make_item(2, [1]), 0),
+        make_item(3, [0]),
+    ]
+    items[3]["num_skipped"] = 2
+    batch = collator(items)
+    assert batch["num_skipped"] == 2 + 2
+    assert batch["image_indices"].tolist() == [0, 1, 1, 2]
+    assert batch["original_sizes"].tolist() == [
+        [item["image"].height, item["image"].width] for item in (items[0], items[1], items[3])
+    ]
+    kept = [items[1]["questions"][0], items[1]["questions"][2]]
+    assert [len(masks) for masks in batch["mask_labels"]] == [1, 1, 0]
+    assert torch.equal(batch["mask_labels"][1], mask_labels(items[1], kept))
+    assert "num_skipped" not in collator(items[:1])
+    assert "image_1 of drawn" in caplog.text and "image_2 of drawn" in caplog.text
+
+    with pytest.raises(TextTooLongError):
+        collator([items[2]])
+
+
+def test_text_without_a_seg_at_its_end_is_cut(processor, max_length):
+    (item,) = (make_item(0, [0]),)
+    item["questions"][0].messages[1]["content"][0]["text"] += " The answer is red." * 40
+    whole = LisaDataCollator(processor)([item])
+    cut = LisaDataCollator(processor, max_length)([item])
+    for name in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(cut[name], whole[name][:, :max_length])
+    assert whole["input_ids"].shape[1] > max_length
+
+
+def test_mask_of_another_size_names_its_image(processor):
+    item = make_item(0, [1])
+    item["questions"][0].masks[0] = encode_mask(np.ones((7, 9), dtype=bool))
+    height, width = item["image"].height, item["image"].width
+    with pytest.raises(ValueError, match=rf"image_0 of drawn: a mask of \[7, 9\] .* \[{height}, {width}\]"):
+        LisaDataCollator(processor)([item])
+
+
+def test_unknown_setting():
+    with pytest.raises(ValueError, match="'skip' or 'raise', got 'ignore'"):
+        LisaDataCollator(None, on_bad_row="ignore")
+
+
+def test_batches_are_the_same_from_loader_workers(processor):
+    items = Items(8)
+    items.items[5]["num_skipped"] = 3
+    collator = LisaDataCollator(processor)
+    here = list(DataLoader(items, batch_size=4, collate_fn=collator))
+    there = list(DataLoader(items, batch_size=4, collate_fn=collator, num_workers=2))
+    for batch, expected in zip(there, here, strict=True):
+        assert batch.keys() == expected.keys()
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(batch[name], value)
+            elif isinstance(value, list):
+                assert all(torch.equal(mask, other) for mask, other in zip(batch[name], value, strict=True))
+            else:
+                assert batch[name] == value == 3
