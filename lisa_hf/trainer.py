@@ -28,7 +28,8 @@ class LisaTrainer(Trainer):
 
     Evaluation has two protocols. Teacher-forced, as LISA validates: the true answer is given and its `[SEG]` are
     decoded (`giou`, `ciou`, ...). Generated, with `args.eval_generate`: the model answers by itself, a mask that is
-    due and not given counts as empty (`generated_giou`, ..., and the `[SEG]` rates).
+    due and not given counts as empty (`generated_giou`, ..., and the `[SEG]` rates). These figures are exact on any
+    number of processes; `eval_loss` is Trainer's mean over batches, which depends a little on how they are cut.
     """
 
     def __init__(self, *args, **kwargs):
@@ -38,9 +39,19 @@ class LisaTrainer(Trainer):
                 f"One process sees {self.args.n_gpu} GPUs, and torch's DataParallel cannot split rows and images that "
                 "differ in number. Start one process per GPU: `accelerate launch recipes/train.py ...`."
             )
+        if not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices is False, expected True: the loss is divided by the labels and masks "
+                "of all processes. Leave it out."
+            )
+        metric, names = self.args.metric_for_best_model, self.eval_dataset
+        if isinstance(names, dict) and metric and self.args.eval_strategy != "no":
+            if not any(metric.removeprefix("eval_").startswith(f"{name}_") for name in names):
+                raise ValueError(
+                    f"metric_for_best_model is {metric}, expected it to begin with the data set that decides, one of "
+                    f"{', '.join(names)}: {next(iter(names))}_{metric}, for example."
+                )
         self.num_skipped_rows = 0
-        self._loss_parts = dict.fromkeys(LOSS_PARTS, 0.0)
-        self._loss_parts_since = 0
         self._num_masks_in_batch = None
 
     # ---- loss -------------------------------------------------------------------------------------------------------
@@ -53,6 +64,7 @@ class LisaTrainer(Trainer):
         counts = self.accelerator.reduce(torch.tensor([num_masks, skipped], device=device), reduction="sum")
         self._num_masks_in_batch = counts[0]
         self.num_skipped_rows += int(counts[1])
+        self._loss_parts_steps += 1
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -67,21 +79,22 @@ class LisaTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            steps = max(self.state.global_step - self._loss_parts_since, 1)
             parts = torch.stack(
                 [torch.as_tensor(value, device=self.args.device) for value in self._loss_parts.values()]
             )
-            parts = self.accelerator.reduce(parts.float(), reduction="mean") / steps
+            parts = self.accelerator.reduce(parts.float(), reduction="mean") / self._loss_parts_steps
             logs |= dict(zip(LOSS_PARTS, parts.tolist()))
             if self.num_skipped_rows:
                 logs["num_skipped_rows"] = self.num_skipped_rows
-            self._loss_parts = dict.fromkeys(LOSS_PARTS, 0.0)
-            self._loss_parts_since = self.state.global_step
+            self._reset_loss_parts()
         super().log(logs, start_time)
 
     def train(self, *args, **kwargs):
-        self._loss_parts_since = 0
+        self._reset_loss_parts()
         return super().train(*args, **kwargs)
+
+    def _reset_loss_parts(self):
+        self._loss_parts, self._loss_parts_steps = dict.fromkeys(LOSS_PARTS, 0.0), 0
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
 
@@ -104,6 +117,11 @@ class LisaTrainer(Trainer):
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
+    def evaluation_loop(self, *args, **kwargs):
+        # Iterating over a loader draws a seed; without the fork, dropout after an evaluation would be another one.
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """One evaluation batch, reduced to integers: one line per image, so that no gather can tear masks apart.
 
@@ -111,9 +129,15 @@ class LisaTrainer(Trainer):
             The loss; a dict of int64 tensors `(B, ...)` padded with -100: `masks_due` and `num_seg_tokens` per
             question, `intersections`, `unions` and, with `eval_generate`, `generated_*` per mask; and `masks_due`
             again in the place of labels, without which Trainer computes no metrics.
+
+        Raises:
+            ValueError: the collator skipped a row, and a score over fewer rows is another score.
         """
         inputs = self._prepare_inputs(inputs)
-        inputs.pop("num_skipped", None)
+        if skipped := inputs.pop("num_skipped", 0):
+            raise ValueError(
+                f"{skipped} evaluation rows were skipped, see the warnings above. Raise `max_length` or remove them."
+            )
         labels, image_indices = inputs["labels"], inputs["image_indices"]
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)

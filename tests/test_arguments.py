@@ -166,7 +166,10 @@ def test_mistake_on_the_command_line(fails, argv, expected):
         ({}, "expected one of model, vlm and vlm_config, found none of them"),
         ({"vlm": "a"}, "expected one of model, mask_model and mask_config, found none of them"),
         ({"vlm": "a", "vlm_config": {}, "mask_model": "b"}, "found vlm and vlm_config"),
-        ({"vlm_config": {"hidden_size": 8}, "mask_model": "b"}, "expected a `model_type` among its keys, found"),
+        (
+            {"vlm_config": {"hidden_size": 8}, "mask_config": {"model_type": "sam"}},
+            "expected a `model_type` among its keys, found",
+        ),
         ({"vlm": "a", "mask_model": "b", "language_model": "c"}, "language_model: expected beside vlm_config only"),
         ({"model": "a", "lora_dropout": 2.0}, "lora_dropout: expected a number from 0 to 1, found 2.0"),
     ],
