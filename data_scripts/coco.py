@@ -1,19 +1,21 @@
-"""What the sources on COCO photos share: training without the photos that a referring benchmark evaluates on.
+"""What the sources on COCO photos and in COCO's form share: reading annotations, and leaving out evaluation photos.
 
     load_source("cocostuff", data_dir="dataset", exclude_refer_val=True)
 
-The original declares `--exclude_val` for this and does not use it.
+trains without the photos that a referring benchmark evaluates on. The original declares `--exclude_val` for this and
+does not use it.
 """
 
 import dataclasses
 import logging
 import os
 import pickle
+from collections.abc import Callable
 from typing import Any
 
-import datasets
+from lisa_hf.schema import make_row
 
-from .source import SourceBuilder, errors_naming, read_json
+from .source import SourceBuilder, SourceConfig, encode_segmentation, errors_naming, join_inside, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -47,8 +49,62 @@ def read_refs(path: str) -> list[dict[str, Any]]:
         ) from error
 
 
+def read_instances(path: str) -> list[dict[str, Any]]:
+    """Reads annotations in COCO's form.
+
+    Returns:
+        A record per image that has annotations: `image` as it is in the file, and `objects`, the annotations' category
+        id, category name (None if it has none) and segmentation.
+    """
+    content = read_json(path)
+    with errors_naming(path):
+        images = {image["id"]: image for image in content["images"]}
+        names = {category["id"]: category.get("name") for category in content["categories"]}
+        objects = {image_id: [] for image_id in images}
+        for annotation in content["annotations"]:
+            category = annotation["category_id"]
+            # An image that is not in the file gives a record that lacks its name and size.
+            objects.setdefault(annotation["image_id"], []).append(
+                (category, names.get(category), annotation.get("segmentation"))
+            )
+        return [
+            {"image": images.get(image_id, {"id": image_id}), "objects": found}
+            for image_id, found in objects.items()
+            if found
+        ]
+
+
+def make_instances_row(
+    record: dict[str, Any], path: str, directory: str, source: str, phrases_of: Callable[[str], list[str]]
+) -> dict[str, Any]:
+    """Makes the row of a record of `read_instances`, with one target per annotation.
+
+    Args:
+        record: What was read.
+        path: The file it was read from, for messages.
+        directory: The directory of the images.
+        source: Name of the source.
+        phrases_of: Gives the phrases of a category's name.
+    """
+    image = record["image"]
+    with errors_naming(f"{path!r}, image {image['id']}"):
+        targets = []
+        for category, name, segmentation in record["objects"]:
+            if name is None:
+                raise ValueError(f"The category {category} has no name. Add it to `categories`.")
+            rle = encode_segmentation(segmentation, image["height"], image["width"])
+            targets.append({"phrases": phrases_of(name), "rle": rle})
+        return make_row(
+            image=join_inside(directory, image["file_name"]),
+            image_id=str(image["id"]),
+            source=source,
+            task="semantic",
+            targets=targets,
+        )
+
+
 @dataclasses.dataclass
-class CocoConfig(datasets.BuilderConfig):
+class CocoConfig(SourceConfig):
     """Whether training leaves out the COCO photos in a val or test split of the refer sources in `data_dir`."""
 
     exclude_refer_val: bool = False
@@ -59,14 +115,9 @@ class CocoBuilder(SourceBuilder):
 
     BUILDER_CONFIG_CLASS = CocoConfig
 
-    def __init__(self, data_dir=None, exclude_refer_val=False, **kwargs):
-        # Which files decide the rows is asked before there is a config.
-        self.exclude_refer_val = exclude_refer_val
-        super().__init__(data_dir=data_dir, exclude_refer_val=exclude_refer_val, **kwargs)
-
     def held_out_files(self, data_dir: str) -> list[str]:
         """Paths of the refs that say which photos to leave out; none unless `exclude_refer_val`."""
-        if not self.exclude_refer_val:
+        if not self.config.exclude_refer_val:
             return []
         root = os.path.join(data_dir, "refer_seg")
         found = [path for path in (os.path.join(root, name) for name in COCO_REFS) if os.path.exists(path)]
@@ -78,10 +129,10 @@ class CocoBuilder(SourceBuilder):
         return found
 
     def photo(self, record: Any) -> str:
-        """File name of the COCO photo of a record."""
+        """File name of the COCO photo of a record, empty if the record is bad and names none."""
         raise NotImplementedError
 
-    def make_splits(self, records, **kwargs):
+    def write_records(self, records):
         paths = self.held_out_files(self.config.data_dir)
         if paths and "train" in records:
             held_out = set()
@@ -93,10 +144,10 @@ class CocoBuilder(SourceBuilder):
             kept = [r for r in records["train"] if os.path.splitext(self.photo(r))[0][-12:] not in held_out]
             logger.warning(
                 "%s: left out %d of %d training records, because a val or test split of %s shows their photo.",
-                type(self).__name__,
+                self.source,
                 len(records["train"]) - len(kept),
                 len(records["train"]),
                 ", ".join(os.path.basename(os.path.dirname(path)) for path in paths),
             )
             records = records | {"train": kept}
-        return super().make_splits(records, **kwargs)
+        super().write_records(records)

@@ -7,6 +7,7 @@ Mirrors the semantic data sets of the original. The class names of ADE20K and CO
 (github.com/dvlab-research/LISA, Apache-2.0): released checkpoints were trained on exactly these.
 """
 
+import functools
 import os
 import pathlib
 from typing import Any
@@ -72,8 +73,6 @@ class LabelMapBuilder(SourceBuilder):
     background.
     """
 
-    SOURCE = ""
-
     def find_pairs(self, data_dir: str | None) -> dict[str, list[tuple[str, str]]]:
         """Paths (image, label map) of every split."""
         raise NotImplementedError
@@ -96,30 +95,37 @@ class LabelMapBuilder(SourceBuilder):
         pairs = self.find_pairs(data_dir)
         return [self.find_classes(data_dir), *(label_map for split in pairs.values() for _, label_map in split)]
 
-    def _split_generators(self, dl_manager):
+    @functools.cached_property
+    def names(self) -> list[str | None]:
+        """The name of every pixel value from 0."""
         path = self.find_classes(self.config.data_dir)
         with errors_naming(path):
-            names = tuple(self.read_names(path))
-        return self.make_splits(self.find_pairs(self.config.data_dir), names=names)
+            return self.read_names(path)
 
-    def _generate_examples(self, records, names):
-        classes = np.full(max(len(names), 256), UNKNOWN, dtype=np.int16)
-        classes[: len(names)] = [IGNORED if name is None else names.index(name) for name in names]
+    def read_records(self, data_dir):
+        if not self.names:
+            raise ValueError(f"{self.find_classes(data_dir)!r} names no class. Download it again.")
+        return self.find_pairs(data_dir)
+
+    def make_row(self, record):
+        image_path, path = record
+        classes = np.full(max(len(self.names), 256), UNKNOWN, dtype=np.int16)
+        classes[: len(self.names)] = [IGNORED if name is None else self.names.index(name) for name in self.names]
         classes[255] = IGNORED
-        for image_path, path in (pair for shard in records for pair in shard):
-            with errors_naming(path):
-                labels = read_label_map(path)
-                rles = encode_labels(classes[labels])
-                if UNKNOWN in rles:
-                    unknown = np.unique(labels[classes[labels] == UNKNOWN]).tolist()
-                    raise ValueError(f"Expected labels below {len(names)}, or 255, but found {unknown}.")
-                ignore = rles.pop(IGNORED, None)
-                if not rles:
-                    continue
-                image_id = os.path.splitext(os.path.basename(image_path))[0]
-                targets = [{"phrases": [names[index]], "rle": rle} for index, rle in rles.items()]
-                row = make_row(image_path, image_id, self.SOURCE, "semantic", targets, ignore)
-            yield image_id, row
+        with errors_naming(path):
+            labels = read_label_map(path)
+            rles = encode_labels(classes[labels])
+            if UNKNOWN in rles:
+                unknown = np.unique(labels[classes[labels] == UNKNOWN]).tolist()
+                raise ValueError(
+                    f"Expected labels below {len(self.names)}, or 255, but found {unknown}. Download it again."
+                )
+            ignore = rles.pop(IGNORED, None)
+            if not rles:
+                return None
+            image_id = os.path.splitext(os.path.basename(image_path))[0]
+            targets = [{"phrases": [self.names[index]], "rle": rle} for index, rle in rles.items()]
+            return make_row(image_path, image_id, self.source, "semantic", targets, ignore)
 
 
 class Ade20k(LabelMapBuilder):

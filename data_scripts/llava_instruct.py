@@ -7,7 +7,6 @@ Mirrors the VQA data set of the original.
 """
 
 import os
-from typing import Any
 
 from lisa_hf.schema import make_row
 
@@ -28,6 +27,7 @@ class LlavaInstruct(CocoBuilder):
             coco/train2017/*.jpg
     """
 
+    SOURCE = "llava_instruct"
     DOWNLOAD_PAGE = "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K"
     LICENCE = "CC BY-NC 4.0, and OpenAI's terms of use; photos: Flickr's terms of use."
 
@@ -40,32 +40,27 @@ class LlavaInstruct(CocoBuilder):
 
     def photo(self, record):
         _, conversation = record
-        return conversation["image"]
+        return conversation.get("image", "")
 
-    def _split_generators(self, dl_manager):
-        path = self._find_conversations(self.config.data_dir)
+    def read_records(self, data_dir):
+        path = self._find_conversations(data_dir)
+        conversations = read_json(path)
         with errors_naming(path):
             # Conversations about one photo share their id, so that only the position names one.
-            records = list(enumerate(read_json(path)))
-        return self.make_splits({"train": records}, path=path)
+            return {"train": list(enumerate(conversations))}
 
-    def _generate_examples(self, records, path):
+    def make_row(self, record):
+        index, conversation = record
         directory = self.find(self.config.data_dir, "coco/train2017")
-        for index, conversation in (record for shard in records for record in shard):
-            with errors_naming(f"{path!r}, record {index}"):
-                row = _make_row(directory, conversation)
-            yield index, row
-
-
-def _make_row(directory: str, conversation: dict[str, Any]) -> dict[str, Any]:
-    turns = conversation["conversations"]
-    if turns and turns[0]["from"] == "gpt":
-        turns = turns[1:]  # As the original: an answer to nothing.
-    name = conversation["image"]
-    return make_row(
-        image=join_inside(directory, name),
-        image_id=os.path.splitext(name)[0],
-        source="llava_instruct",
-        task="vqa",
-        messages=[{"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns],
-    )
+        with errors_naming(f"{self._find_conversations(self.config.data_dir)!r}, record {index}"):
+            turns = conversation["conversations"]
+            if turns and turns[0]["from"] == "gpt":
+                turns = turns[1:]  # As the original: an answer to nothing.
+            name = conversation["image"]
+            return make_row(
+                image=join_inside(directory, name),
+                image_id=os.path.splitext(name)[0],
+                source=self.source,
+                task="vqa",
+                messages=[{"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns],
+            )

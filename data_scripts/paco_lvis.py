@@ -6,13 +6,8 @@
 Rows keep one target per annotation, where the original takes one instance at random.
 """
 
-import collections
-
-from lisa_hf.schema import make_row
-
-from .coco import CocoBuilder
+from .coco import CocoBuilder, make_instances_row, read_instances
 from .pascal_part import part_phrases
-from .source import encode_segmentation, errors_naming, join_inside, read_json
 
 
 def category_phrases(category: str) -> list[str]:
@@ -31,6 +26,7 @@ class PacoLvis(CocoBuilder):
     Targets of one category share their phrases: which of them a question means is decided when it is drawn.
     """
 
+    SOURCE = "paco_lvis"
     DOWNLOAD_PAGE = "https://github.com/facebookresearch/paco"
     LICENCE = "Annotations: MIT as the repository; photos: Flickr's terms of use."
 
@@ -42,33 +38,12 @@ class PacoLvis(CocoBuilder):
         return self.find(data_dir, "vlpart/paco/annotations/paco_lvis_v1_train.json")
 
     def photo(self, record):
-        image, _ = record
-        return image["file_name"]
+        return record["image"].get("file_name", "")
 
-    def _split_generators(self, dl_manager):
+    def read_records(self, data_dir):
+        return {"train": read_instances(self._find_annotations(data_dir))}
+
+    def make_row(self, record):
         path = self._find_annotations(self.config.data_dir)
-        content = read_json(path)
-        with errors_naming(path):
-            phrases = {category["id"]: category_phrases(category["name"]) for category in content["categories"]}
-            objects = collections.defaultdict(list)
-            for annotation in content["annotations"]:
-                objects[annotation["image_id"]].append((annotation["category_id"], annotation["segmentation"]))
-            records = [(image, objects[image["id"]]) for image in content["images"] if objects[image["id"]]]
-        return self.make_splits({"train": records}, phrases=phrases, path=path)
-
-    def _generate_examples(self, records, phrases, path):
         directory = self.find(self.config.data_dir, "coco")
-        for image, objects in (record for shard in records for record in shard):
-            with errors_naming(f"{path!r}, image {image['id']}"):
-                height, width = image["height"], image["width"]
-                row = make_row(
-                    image=join_inside(directory, image["file_name"]),
-                    image_id=str(image["id"]),
-                    source="paco_lvis",
-                    task="semantic",
-                    targets=[
-                        {"phrases": phrases[category], "rle": encode_segmentation(segmentation, height, width)}
-                        for category, segmentation in objects
-                    ],
-                )
-            yield image["id"], row
+        return make_instances_row(record, path, directory, self.source, category_phrases)

@@ -6,14 +6,8 @@
 Rows keep one target per annotation, where the original takes one instance at random.
 """
 
-import collections
-from typing import Any
-
-import datasets
-
-from lisa_hf.schema import make_row
-
-from .source import SourceBuilder, encode_segmentation, errors_naming, join_inside, read_json, split_into_shards
+from .coco import make_instances_row, read_instances
+from .source import SourceBuilder
 
 
 def part_phrases(category: str) -> list[str]:
@@ -34,50 +28,23 @@ class PascalPart(SourceBuilder):
     Targets of one category share their phrases: which of them a question means is decided when it is drawn.
     """
 
+    SOURCE = "pascal_part"
     DOWNLOAD_PAGE = "https://github.com/facebookresearch/VLPart/tree/main/datasets#pascal-part"
     LICENCE = "PASCAL VOC: the photos are subject to Flickr's terms of use; PASCAL-Part states none."
 
     def annotation_files(self, data_dir):
-        self.find(data_dir, "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages")
-        return [self.find(data_dir, "vlpart/pascal_part/train.json")]
+        self._find_photos(data_dir)
+        return [self._find_annotations(data_dir)]
 
-    def _split_generators(self, dl_manager):
-        path = self.find(self.config.data_dir, "vlpart/pascal_part/train.json")
-        content = read_json(path)
-        with errors_naming(path):
-            phrases = {category["id"]: part_phrases(category["name"]) for category in content["categories"]}
-            parts = collections.defaultdict(list)
-            for annotation in content["annotations"]:
-                parts[annotation["image_id"]].append(annotation)
-            records = [(image, parts[image["id"]]) for image in content["images"] if parts[image["id"]]]
-        return [
-            datasets.SplitGenerator(
-                name="train",
-                gen_kwargs={"records": split_into_shards(records), "phrases": phrases, "path": path},
-            )
-        ]
+    def _find_annotations(self, data_dir):
+        return self.find(data_dir, "vlpart/pascal_part/train.json")
 
-    def _generate_examples(self, records, phrases, path):
-        directory = self.find(self.config.data_dir, "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages")
-        for image, annotations in (record for shard in records for record in shard):
-            with errors_naming(f"{path!r}, image {image['id']}"):
-                row = _make_row(directory, image, annotations, phrases)
-            yield image["id"], row
+    def _find_photos(self, data_dir):
+        return self.find(data_dir, "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages")
 
+    def read_records(self, data_dir):
+        return {"train": read_instances(self._find_annotations(data_dir))}
 
-def _make_row(
-    directory: str, image: dict[str, Any], annotations: list[dict[str, Any]], phrases: dict[int, list[str]]
-) -> dict[str, Any]:
-    return make_row(
-        image=join_inside(directory, image["file_name"]),
-        image_id=str(image["id"]),
-        source="pascal_part",
-        task="semantic",
-        targets=[
-            {
-                "phrases": phrases[annotation["category_id"]],
-                "rle": encode_segmentation(annotation["segmentation"], image["height"], image["width"]),
-            }
-            for annotation in annotations
-        ],
-    )
+    def make_row(self, record):
+        path = self._find_annotations(self.config.data_dir)
+        return make_instances_row(record, path, self._find_photos(self.config.data_dir), self.source, part_phrases)

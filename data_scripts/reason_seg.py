@@ -10,13 +10,12 @@ import os
 from typing import Any
 
 import cv2
-import datasets
 import numpy as np
 import PIL.Image
 
 from lisa_hf.schema import encode_mask, make_row
 
-from .source import SourceBuilder, errors_naming, read_json, split_into_shards
+from .source import SourceBuilder, errors_naming, read_json
 
 
 SPLITS = ("train", "val", "test")
@@ -117,7 +116,8 @@ def read_image_size(path: str) -> tuple[int, int]:
 class ReasonSeg(SourceBuilder):
     """ReasonSeg: 239 images for training, 200 for validation, 779 for test. One row per image, one target per row.
 
-    Splits: train, val, test, those of which the directory is there. `ignore` holds ambiguous pixels.
+    Splits: train, val, test, those of which the directory is there; val_short, test_short with short phrases for
+    questions, val_long, test_long with whole sentences. `ignore` holds ambiguous pixels.
 
         <data_dir>/reason_seg/ReasonSeg/
             train/*.jpg *.json              a JSON beside each image: shapes, text, is_sentence
@@ -126,6 +126,7 @@ class ReasonSeg(SourceBuilder):
             explanatory/train.json          optional: explanations of training images
     """
 
+    SOURCE = "reason_seg"
     DOWNLOAD_PAGE = "https://github.com/dvlab-research/LISA#dataset"
     LICENCE = "Apache-2.0 as the LISA repository; the photos keep their own licences."
 
@@ -142,47 +143,54 @@ class ReasonSeg(SourceBuilder):
             *([explanations] if os.path.exists(explanations) else []),
         ]
 
-    def _split_generators(self, dl_manager):
-        root = self.find(self.config.data_dir, "reason_seg/ReasonSeg")
+    def read_records(self, data_dir):
+        root = self.find(data_dir, "reason_seg/ReasonSeg")
         path = os.path.join(root, "explanatory", "train.json")
         explanations = {}
         if os.path.exists(path):
-            records = read_json(path)
+            content = read_json(path)
             with errors_naming(path):
-                explanations = {record["image"]: record["outputs"] for record in records}
-        images = {split: _list_images(root, split) for split in SPLITS}
-        return [
-            datasets.SplitGenerator(
-                name=split,
-                gen_kwargs={"image_paths": split_into_shards(images[split]), "explanations": explanations},
+                explanations = {record["image"]: record["outputs"] for record in content}
+        records = {}
+        for split in SPLITS:
+            images = _list_images(root, split)
+            records[split] = [(image, explanations.get(os.path.basename(image))) for image in images]
+            if split != "train":
+                records[f"{split}_short"] = [
+                    record for record in records[split] if _is_sentence(record[0]) is not True
+                ]
+                records[f"{split}_long"] = [
+                    record for record in records[split] if _is_sentence(record[0]) is not False
+                ]
+        return records
+
+    def make_row(self, record):
+        image_path, explanation = record
+        path = _annotation_path(image_path)
+        if not os.path.exists(path):
+            raise ValueError(f"The image {image_path!r} has no annotation {path!r}. Download it, or remove the image.")
+        annotation = read_json(path)
+        with errors_naming(path):
+            labels = paint_polygons(annotation["shapes"], *read_image_size(image_path))
+            return make_row(
+                image=image_path,
+                image_id=os.path.splitext(os.path.basename(image_path))[0],
+                source=self.source,
+                task="reasoning",
+                targets=[{"phrases": annotation["text"], "rle": encode_mask(labels == TARGET)}],
+                # The original trains on these pixels as background and ignores them in evaluation only.
+                ignore=encode_mask(labels == IGNORE) if (labels == IGNORE).any() else None,
+                is_sentence=annotation["is_sentence"],
+                explanation=explanation,
             )
-            for split in SPLITS
-            if images[split]
-        ]
-
-    def _generate_examples(self, image_paths, explanations):
-        for image_path in (path for shard in image_paths for path in shard):
-            yield image_path, _make_row(image_path, explanations.get(os.path.basename(image_path)))
 
 
-def _make_row(image_path: str, explanation: str | None) -> dict[str, Any]:
-    path = _annotation_path(image_path)
-    if not os.path.exists(path):
-        raise ValueError(f"The image {image_path!r} has no annotation {path!r}. Download it, or remove the image.")
-    annotation = read_json(path)
-    with errors_naming(path):
-        labels = paint_polygons(annotation["shapes"], *read_image_size(image_path))
-        return make_row(
-            image=image_path,
-            image_id=os.path.splitext(os.path.basename(image_path))[0],
-            source="reason_seg",
-            task="reasoning",
-            targets=[{"phrases": annotation["text"], "rle": encode_mask(labels == TARGET)}],
-            # The original trains on these pixels as background and ignores them in evaluation only.
-            ignore=encode_mask(labels == IGNORE) if (labels == IGNORE).any() else None,
-            is_sentence=annotation["is_sentence"],
-            explanation=explanation,
-        )
+def _is_sentence(image_path: str) -> bool | None:
+    """Whether the question is a whole sentence; None if that cannot be read, so that no split is a row short."""
+    try:
+        return bool(read_json(_annotation_path(image_path))["is_sentence"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _list_images(root: str, split: str) -> list[str]:

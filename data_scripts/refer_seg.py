@@ -9,6 +9,7 @@ every ref, also where two refs of an image share one: evaluate with `merge_insta
 """
 
 import collections
+import os
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,8 @@ def encode_object(segmentations: list[Any], height: int, width: int) -> dict[str
 
 
 class ReferSeg(CocoBuilder):
-    """Base of the referring data sets: `DIRECTORY`, `REFS` and `IMAGES` are paths below `<data_dir>/refer_seg`."""
+    """Base of the referring data sets: `SOURCE` names the directory, `REFS` and `IMAGES` lie below `refer_seg`."""
 
-    DIRECTORY = ""
     REFS = "refs(unc).p"
     IMAGES = "images/mscoco/images/train2014"
     DOWNLOAD_PAGE = "https://github.com/lichengunc/refer"
@@ -58,14 +58,13 @@ class ReferSeg(CocoBuilder):
         return [*self._find_annotations(data_dir), *self.held_out_files(data_dir)]
 
     def _find_annotations(self, data_dir):
-        return [self.find(data_dir, f"refer_seg/{self.DIRECTORY}/{name}") for name in (self.REFS, "instances.json")]
+        return [self.find(data_dir, f"refer_seg/{self.SOURCE}/{name}") for name in (self.REFS, "instances.json")]
 
     def photo(self, record):
-        image, _ = record
-        return image["file_name"]
+        return record["image"].get("file_name", "")
 
-    def _split_generators(self, dl_manager):
-        refs_path, instances_path = self._find_annotations(self.config.data_dir)
+    def read_records(self, data_dir):
+        refs_path, instances_path = self._find_annotations(data_dir)
         refs, instances = read_refs(refs_path), read_json(instances_path)
         with errors_naming(instances_path):
             images = {image["id"]: image for image in instances["images"]}
@@ -73,38 +72,41 @@ class ReferSeg(CocoBuilder):
         splits = collections.defaultdict(dict)
         with errors_naming(refs_path):
             for ref in refs:
-                image_id, ref_id = ref["image_id"], ref["ref_id"]
+                image_id = ref["image_id"]
                 annotations = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
                 annotations = [] if annotations == [-1] else annotations
-                missing = [annotation for annotation in annotations if annotation not in segmentations]
-                if image_id not in images or missing:
-                    raise ValueError(
-                        f"Ref {ref_id} needs the image {image_id} and the annotations {annotations} of "
-                        f"{instances_path!r}, which lacks some of them. Download both files again."
-                    )
-                phrases = [sentence["sent"] for sentence in ref["sentences"]]
+                missing = [f"annotation {number}" for number in annotations if number not in segmentations]
+                referred = {
+                    "ref_id": ref["ref_id"],
+                    "phrases": [sentence["sent"] for sentence in ref.get("sentences", [])],
+                    "segmentations": [segmentations.get(number) for number in annotations],
+                    "missing": ", ".join(missing if image_id in images else [f"image {image_id}", *missing]),
+                }
                 for split in splits_of(ref["split"]):
-                    _, objects = splits[split].setdefault(image_id, (images[image_id], []))
-                    objects.append((phrases, [segmentations[annotation] for annotation in annotations]))
-        return self.make_splits({split: list(rows.values()) for split, rows in splits.items()})
+                    record = {"image": images.get(image_id, {"id": image_id}), "refs": []}
+                    splits[split].setdefault(image_id, record)["refs"].append(referred)
+        return {split: list(records.values()) for split, records in splits.items()}
 
-    def _generate_examples(self, records):
+    def make_row(self, record):
         refs_path, instances_path = self._find_annotations(self.config.data_dir)
         directory = self.find(self.config.data_dir, f"refer_seg/{self.IMAGES}")
-        for image, objects in (record for shard in records for record in shard):
-            with errors_naming(f"{refs_path!r} or {instances_path!r}, image {image['id']}"):
-                height, width = image["height"], image["width"]
-                row = make_row(
-                    image=join_inside(directory, image["file_name"]),
-                    image_id=str(image["id"]),
-                    source=self.DIRECTORY,
-                    task="referring",
-                    targets=[
-                        {"phrases": phrases, "rle": encode_object(segmentations, height, width)}
-                        for phrases, segmentations in objects
-                    ],
-                )
-            yield image["id"], row
+        image, targets = record["image"], []
+        with errors_naming(f"{refs_path!r} or {instances_path!r}, image {image['id']}"):
+            for ref in record["refs"]:
+                if ref["missing"]:
+                    raise ValueError(
+                        f"Ref {ref['ref_id']} needs the {ref['missing']}, which {os.path.basename(instances_path)} "
+                        "lacks. Download both files again."
+                    )
+                rle = encode_object(ref["segmentations"], image["height"], image["width"])
+                targets.append({"phrases": ref["phrases"], "rle": rle})
+            return make_row(
+                image=join_inside(directory, image["file_name"]),
+                image_id=str(image["id"]),
+                source=self.source,
+                task="referring",
+                targets=targets,
+            )
 
 
 class RefCoco(ReferSeg):
@@ -118,7 +120,7 @@ class RefCoco(ReferSeg):
             images/mscoco/images/train2014/*.jpg
     """
 
-    DIRECTORY = "refcoco"
+    SOURCE = "refcoco"
 
 
 class RefCocoPlus(ReferSeg):
@@ -132,7 +134,7 @@ class RefCocoPlus(ReferSeg):
             images/mscoco/images/train2014/*.jpg
     """
 
-    DIRECTORY = "refcoco+"
+    SOURCE = "refcoco+"
 
 
 class RefCocoG(ReferSeg):
@@ -146,7 +148,7 @@ class RefCocoG(ReferSeg):
             images/mscoco/images/train2014/*.jpg
     """
 
-    DIRECTORY = "refcocog"
+    SOURCE = "refcocog"
     REFS = "refs(umd).p"
 
 
@@ -162,7 +164,7 @@ class RefClef(ReferSeg):
             images/saiapr_tc-12/*.jpg
     """
 
-    DIRECTORY = "refclef"
+    SOURCE = "refclef"
     IMAGES = "images/saiapr_tc-12"
     LICENCE = "The expressions: Apache-2.0 as the repository; photos: those of SAIAPR TC-12, for research."
 
@@ -178,7 +180,7 @@ class GRefCoco(ReferSeg):
             images/mscoco/images/train2014/*.jpg
     """
 
-    DIRECTORY = "grefcoco"
+    SOURCE = "grefcoco"
     REFS = "grefs(unc).json"
     DOWNLOAD_PAGE = "https://github.com/henghuiding/gRefCOCO"
     LICENCE = "The expressions: see the download page; photos: Flickr's terms of use."

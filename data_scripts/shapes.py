@@ -17,12 +17,11 @@ import itertools
 import re
 
 import cv2
-import datasets
 import numpy as np
 
 from lisa_hf.schema import encode_mask, make_row, merge_masks
 
-from .source import SourceBuilder, split_into_shards
+from .source import SourceBuilder, SourceConfig
 
 
 SPLITS = ("train", "validation")
@@ -357,7 +356,7 @@ def make_scene_row(seed: int, split: str, index: int, image_size: int) -> dict:
 
 
 @dataclasses.dataclass
-class ShapesConfig(datasets.BuilderConfig):
+class ShapesConfig(SourceConfig):
     """Number of scenes per split, side of the square images in pixels, and the seed of everything that is drawn."""
 
     num_train_scenes: int = 2000
@@ -380,6 +379,7 @@ class Shapes(SourceBuilder):
     """Drawn scenes of coloured shapes with semantic, referring, reasoning and VQA rows. Splits: train, validation."""
 
     BUILDER_CONFIG_CLASS = ShapesConfig
+    SOURCE = "shapes"
 
     def __init__(self, data_dir=None, **kwargs):
         super().__init__(**kwargs)  # Nothing is read, so the directory must not split the cache.
@@ -387,15 +387,10 @@ class Shapes(SourceBuilder):
     def annotation_files(self, data_dir):
         return []
 
-    def _split_generators(self, dl_manager):
+    def read_records(self, data_dir):
         num_scenes = {"train": self.config.num_train_scenes, "validation": self.config.num_validation_scenes}
-        return [
-            datasets.SplitGenerator(
-                name=split, gen_kwargs={"split": split, "scenes": split_into_shards(range(num_scenes[split]))}
-            )
-            for split in SPLITS
-        ]
+        return {split: [(split, index) for index in range(num_scenes[split])] for split in SPLITS}
 
-    def _generate_examples(self, split, scenes):
-        for index in itertools.chain.from_iterable(scenes):
-            yield index, make_scene_row(self.config.seed, split, index, self.config.image_size)
+    def make_row(self, record):
+        split, index = record
+        return make_scene_row(self.config.seed, split, index, self.config.image_size)

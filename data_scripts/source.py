@@ -1,37 +1,85 @@
-"""What the builders share: rows of one format, clear errors, and a cache that notices when annotations change."""
+"""What the builders share: rows of one format, clear errors, and caches that notice when annotations change."""
 
+import collections
 import contextlib
+import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import datasets
+import numpy as np
+from filelock import FileLock
 from pycocotools import mask as coco_mask
 
 from lisa_hf import schema
 
 
+logger = logging.getLogger(__name__)
+
 NUM_SHARDS = 16
+MAX_BAD_SHARE = 0.01
+
+
+@dataclasses.dataclass
+class SourceConfig(datasets.BuilderConfig):
+    """What to do about a record of which no row can be made: "raise", or "skip" it, count it and log it.
+
+    Even "skip" raises when more than `MAX_BAD_SHARE` of the records are bad; a file that cannot be read always does.
+    """
+
+    on_bad_row: Literal["skip", "raise"] = "raise"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.on_bad_row not in ("skip", "raise"):
+            raise ValueError(f"`on_bad_row` is 'skip' or 'raise', but found {self.on_bad_row!r}.")
 
 
 class SourceBuilder(datasets.GeneratorBasedBuilder):
-    """Base of the builders: a subclass names its files in `annotation_files` and yields rows of `schema.FEATURES`.
+    """Base of the builders: a subclass names its files, reads their records, and makes a row of each.
+
+    A record is what the annotations say of one row, anything that JSON can hold. Records are read once per machine,
+    in the process that comes first, and written beside the cache in shards; whoever makes rows, be it the preparation
+    or a worker of a stream, reads them from there one by one, so that its memory does not grow with the annotations.
 
     Its docstring holds the expected tree, with what the authors publish about rows and licence.
     """
 
+    BUILDER_CONFIG_CLASS = SourceConfig
+    # What the rows call their source; without, it is what the user calls it: `config.name`.
+    SOURCE = ""
     DOWNLOAD_PAGE = ""
     LICENCE = ""
 
-    def __init__(self, data_dir: str | os.PathLike | None = None, **kwargs):
+    def __init__(
+        self,
+        data_dir: str | os.PathLike | None = None,
+        config_name: str | None = None,
+        cache_dir: str | None = None,
+        **options,
+    ):
         if data_dir is not None:
             # The rows hold paths, and the cache outlives the working directory.
             data_dir = os.path.abspath(os.path.expanduser(data_dir))
-        super().__init__(data_dir=data_dir, hash=self._fingerprint(data_dir), **kwargs)
+        # The options say which files decide the rows, which is asked before `datasets` has made its config of them.
+        self.config = self.BUILDER_CONFIG_CLASS(name=config_name or "default", data_dir=data_dir, **options)
+        super().__init__(
+            cache_dir=cache_dir,
+            config_name=config_name,
+            data_dir=data_dir,
+            hash=self._fingerprint(data_dir),
+            **options,
+        )
+        self.records_dir = f"{self.cache_dir}.records"
+        # Places of the bad records that this process has met, by split; a second epoch of a stream meets them again.
+        self.bad_records = collections.defaultdict(set)
 
     def annotation_files(self, data_dir: str | None) -> list[str]:
         """Paths of the files that decide the rows: if one of them changes, the rows are made anew.
@@ -40,6 +88,27 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
             FileNotFoundError: If the data is not there.
         """
         raise NotImplementedError
+
+    def read_records(self, data_dir: str | None) -> dict[str, Sequence]:
+        """Reads the records of every split.
+
+        Raises:
+            ValueError: If a file is damaged as a whole; what is wrong with one record is for `make_row` to find.
+        """
+        raise NotImplementedError
+
+    def make_row(self, record: Any) -> dict[str, Any] | None:
+        """Makes the row of a record (`schema.make_row`), or None if there is nothing to ask about.
+
+        Raises:
+            ValueError: If the record is bad; the message names the file and the record.
+        """
+        raise NotImplementedError
+
+    @property
+    def source(self) -> str:
+        """Name of the source in its rows."""
+        return self.SOURCE or self.config.name
 
     def find(self, data_dir: str | None, path: str) -> str:
         """Path of a file or directory below `data_dir`, of which it must be known that it exists."""
@@ -53,8 +122,8 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
             )
         return found
 
-    def make_splits(self, records: dict[str, Sequence], **kwargs) -> list[datasets.SplitGenerator]:
-        """The splits that have records; `_generate_examples` gets them as `records`, in shards, beside the `kwargs`.
+    def write_records(self, records: dict[str, Sequence]):
+        """Writes the records as shards below `records_dir`, which is there when all of them are.
 
         Raises:
             ValueError: If there is no record at all.
@@ -65,14 +134,71 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                 f"(splits: {sorted(records)}). Check that the files are complete, or get them from "
                 f"{self.DOWNLOAD_PAGE}."
             )
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(self.records_dir)) as directory:
+            directory = os.path.join(directory, "records")
+            for split, found in records.items():
+                os.makedirs(os.path.join(directory, split))
+                for index, shard in enumerate(split_into_shards(found)):
+                    with open(os.path.join(directory, split, f"{index:02d}.jsonl"), "w", encoding="utf-8") as file:
+                        file.writelines(f"{json.dumps(record)}\n" for record in shard)
+            with open(os.path.join(directory, "num_records.json"), "w", encoding="utf-8") as file:
+                json.dump({split: len(found) for split, found in records.items() if found}, file)
+            os.replace(directory, self.records_dir)
+
+    def _split_generators(self, dl_manager):
+        os.makedirs(os.path.dirname(self.records_dir), exist_ok=True)
+        with FileLock(f"{self.records_dir}.lock"):
+            if not os.path.isdir(self.records_dir):
+                self.write_records(self.read_records(self.config.data_dir))
+        splits = read_json(os.path.join(self.records_dir, "num_records.json"))
         return [
-            datasets.SplitGenerator(name=split, gen_kwargs={"records": split_into_shards(found), **kwargs})
-            for split, found in records.items()
-            if found
+            datasets.SplitGenerator(
+                name=split,
+                gen_kwargs={
+                    "shards": sorted(str(path) for path in pathlib.Path(self.records_dir, split).iterdir()),
+                    "split": split,
+                    "num_records": num_records,
+                },
+            )
+            for split, num_records in splits.items()
         ]
 
+    def _generate_examples(self, shards, split, num_records):
+        num_bad = len(self.bad_records[split])
+        for path in shards:
+            with open(path, encoding="utf-8") as file:
+                for index, line in enumerate(file):
+                    place = f"{os.path.basename(path)}, {index}"
+                    try:
+                        row = self.make_row(json.loads(line))
+                    except ValueError as error:
+                        if self.config.on_bad_row == "raise":
+                            raise
+                        logger.warning("Skipped: %s", error)
+                        self.bad_records[split].add(place)
+                        self._check_bad_share(split, num_records, error)
+                        continue
+                    if row is not None:
+                        yield place, row
+        if len(self.bad_records[split]) > num_bad:
+            logger.warning(
+                "%s: %d of %d records of the split %r are bad and were skipped.",
+                self.source,
+                len(self.bad_records[split]),
+                num_records,
+                split,
+            )
+
+    def _check_bad_share(self, split: str, num_records: int, error: ValueError):
+        num_bad = len(self.bad_records[split])
+        if num_bad > MAX_BAD_SHARE * num_records:
+            raise ValueError(
+                f"{self.source}: at least {num_bad} of {num_records} records of the split {split!r} are bad, and no "
+                f"more than {MAX_BAD_SHARE:.0%} may be skipped. Mend or remove them; the last one: {error}"
+            ) from error
+
     def _fingerprint(self, data_dir: str | None) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(type(self).__name__.encode())
         builders = [base for base in type(self).__mro__ if issubclass(base, SourceBuilder)]
         for module in dict.fromkeys([*map(inspect.getmodule, builders), schema]):
             digest.update(inspect.getsource(module).encode())
@@ -90,10 +216,10 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         )
 
 
-def split_into_shards(items: Sequence) -> list[list]:
-    """Cuts items into at most `NUM_SHARDS` runs. As a list in `gen_kwargs` they are what workers and ranks divide."""
+def split_into_shards(items: Sequence) -> list[Sequence]:
+    """Cuts items into at most `NUM_SHARDS` runs, which workers and ranks divide among them."""
     size = -(-len(items) // NUM_SHARDS)
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+    return [items[start : start + size] for start in range(0, len(items), size)] if size else []
 
 
 def read_json(path: str) -> Any:
@@ -138,11 +264,24 @@ def encode_segmentation(segmentation: dict | list, height: int, width: int) -> d
         height: Height of the image in pixels.
         width: Width of the image in pixels.
     """
+    if not isinstance(segmentation, list | dict):
+        raise ValueError(f"Expected polygons (a list) or an RLE (a mapping) as a mask, but found {segmentation!r}.")
     if isinstance(segmentation, list):
         # pycocotools takes four numbers for a box.
         if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
             lengths = [len(polygon) for polygon in segmentation]
             raise ValueError(f"Expected polygons of at least three points (x, y), but found {lengths} numbers.")
+        for polygon in segmentation:
+            points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+            if (
+                not np.isfinite(points).all()
+                or (points.max(axis=0) < 0).any()
+                or (points.min(axis=0) > (width, height)).any()
+            ):
+                raise ValueError(
+                    f"Expected polygons in an image of {width} x {height} pixels, but found one from "
+                    f"{points.min(axis=0).tolist()} to {points.max(axis=0).tolist()}. It belongs to another image."
+                )
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
         return {"size": [height, width], "counts": rle["counts"]}
     if list(segmentation["size"]) != [height, width]:
