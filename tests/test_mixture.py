@@ -1,6 +1,7 @@
 """The mixture of data sets: item k is a function of seed and k, weights hold, and bad rows are skipped or named."""
 
 import io
+import itertools
 import logging
 import pickle
 from collections import Counter
@@ -9,13 +10,13 @@ import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Image, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from lisa_hf import mixture
-from lisa_hf.mixture import EvaluationDataset, MixtureDataset
+from lisa_hf.mixture import EvaluationDataset, MixtureDataset, default_weights
 from lisa_hf.schema import FEATURES, decode_mask, encode_mask, make_row
 
 
@@ -121,7 +122,7 @@ def test_every_seg_token_has_its_mask_of_the_size_of_the_image(sources, index, n
 @pytest.mark.parametrize(
     "weights, shares",
     [
-        (None, {"classes": 1 / 3, "reasons": 1 / 3, "talk": 1 / 3}),
+        (None, {"classes": 9 / 13, "reasons": 1 / 13, "talk": 3 / 13}),
         ({"talk": 1, "classes": 9, "reasons": 0}, {"classes": 0.9, "reasons": 0, "talk": 0.1}),
     ],
 )
@@ -134,6 +135,34 @@ def test_sources_come_in_the_proportions_of_their_weights(sources, weights, shar
         assert abs(counts[name] - share * length) <= 5 * (share * (1 - share) * length) ** 0.5
     rows = Counter(item["image_id"] for item in items if item["source"] == "classes")
     assert len(rows) == 5 and min(rows.values()) > 0.6 * max(rows.values())
+
+
+def test_lisa_draws_kinds_9_3_3_1_and_the_sources_of_a_kind_equally(sources):
+    def of_task(task):
+        return dataset({**sources["classes"].cast_column("image", Image(decode=False))[0], "task": task})
+
+    # The table of LISA's training sets; a source whose image cannot be read has a kind all the same.
+    names = {
+        "semantic": ["ade20k", "cocostuff", "pascal_part", "paco_lvis", "mapillary"],
+        "referring": ["refclef", "refcoco", "refcoco+", "refcocog"],
+        "vqa": ["llava_instruct"],
+        "reasoning": ["reason_seg"],
+    }
+    lisa = {name: of_task(task) for task, group in names.items() for name in group}
+    weights = default_weights(lisa)
+    assert list(weights) == list(lisa)
+    for task, share in {"semantic": 9, "referring": 3, "vqa": 3, "reasoning": 1}.items():
+        assert {weights[name] for name in names[task]} == {share / len(names[task])}
+    assert MixtureDataset(lisa, length=1).probabilities.sum() == pytest.approx(1)
+    np.testing.assert_allclose(MixtureDataset(lisa, length=1).probabilities, np.array([*weights.values()]) / 16)
+
+    # Without VQA, the others keep their proportions; weights of one's own start from LISA's.
+    del lisa["llava_instruct"]
+    assert default_weights(lisa) == {name: weight for name, weight in weights.items() if name in lisa}
+    data = MixtureDataset(lisa, length=1, weights=default_weights(lisa) | {"reason_seg": 12})
+    assert dict(zip(data.names, data.probabilities))["reason_seg"] == 0.5
+    with pytest.raises(ValueError, match="'void' has no rows"):
+        default_weights({"void": NO_ROWS})
 
 
 def broken_image(kind, path):
@@ -236,12 +265,39 @@ def test_a_row_without_an_image_is_bad(tmp_path):
         EvaluationDataset(dataset(row))[0]
 
 
-def test_bad_rows_do_not_change_the_weights(sources, tmp_path):
+def test_bad_rows_do_not_change_the_weights(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture, "MAX_BAD_SHARE", 1)
     image = image_file(tmp_path / "image.png")
     missing = [segmentation_row("classes", index, str(tmp_path / "missing.png")) for index in range(3)]
     half_broken = {**sources, "classes": dataset(segmentation_row("classes", "good", image), *missing)}
-    items = list(MixtureDataset(half_broken, length=300))
+    items = list(MixtureDataset(half_broken, length=300, weights=dict.fromkeys(sources, 1)))
     assert abs(sum(item["source"] == "classes" for item in items) - 100) < 45
+
+
+def partly_broken(num_bad, num_rows, tmp_path):
+    image = image_file(tmp_path / "image.png")
+    paths = [str(tmp_path / "missing.png")] * num_bad + [image] * (num_rows - num_bad)
+    return dataset(*[segmentation_row("classes", index, path) for index, path in enumerate(paths)])
+
+
+@pytest.mark.parametrize("num_bad", [2, 10, 40])
+def test_more_than_one_percent_of_bad_rows_raises(sources, num_bad, tmp_path):
+    broken = {**sources, "classes": partly_broken(num_bad, 100, tmp_path)}
+    data = MixtureDataset(broken, length=3000, seed=1)
+    with pytest.raises(ValueError, match="'classes': .* drawn rows are bad, more than 1%.*missing.png") as error:
+        for index in range(len(data)):
+            data[index]
+    num_found, num_drawn = (int(word) for word in str(error.value).split() if word.isdigit())
+    assert num_drawn >= 100 and num_found / num_drawn > 0.01
+    # The others go on, and so does a worker that has not seen enough yet.
+    others = MixtureDataset(broken, length=300, weights={"classes": 0, "reasons": 1, "talk": 1})
+    assert sum(item["num_skipped"] for item in others) == 0
+    assert len(list(MixtureDataset(broken, length=50))) == 50
+
+
+def test_a_few_bad_rows_never_raise(tmp_path):
+    data = MixtureDataset({"classes": partly_broken(1, 200, tmp_path)}, length=2000)
+    assert 2 < sum(item["num_skipped"] for item in data) < 30
 
 
 @pytest.mark.parametrize("on_bad_row", ["skip", "raise"])
@@ -304,7 +360,7 @@ def test_settings_reach_the_questions(sources):
     explained = MixtureDataset({"reasons": sources["reasons"]}, length=20, explanatory_probability=1.0)
     assert all(not question.masks for item in explained for question in item["questions"])
 
-    image = sources["classes"].cast_column("image", mixture.Image(decode=False))[0]["image"]["path"]
+    image = sources["classes"].cast_column("image", Image(decode=False))[0]["image"]["path"]
     twice = make_row(image, "0", "cups", "semantic", targets=[{"phrases": ["cup"], "rle": mask(i)} for i in range(2)])
     for merge_instances, expected in ((True, 1), (False, 2)):
         for data in (
@@ -324,6 +380,7 @@ def test_settings_reach_the_questions(sources):
         ({"weights": {"classes": float("nan"), "reasons": 1, "talk": 0}}, "finite"),
         ({"sources": {}}, "at least one source"),
         ({"sources": {"void": NO_ROWS}}, "'void' has no rows"),
+        ({"sources": {"flow": IterableDataset.from_generator(list)}}, "'flow' is of the type IterableDataset"),
         ({"length": 0}, "length must be at least 1 item, got 0"),
         ({"seed": -1}, "seed must not be negative, got -1"),
         ({"num_questions": 0}, "num_questions must be at least 1, got 0"),
@@ -347,3 +404,38 @@ def test_epochs_continue_the_sequence(sources):
     short, long = (MixtureDataset(sources, length=length, seed=3) for length in (4, 8))
     short.set_epoch(1)
     assert [comparable(short[index]) for index in range(4)] == [comparable(long[index]) for index in range(4, 8)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_workers_hear_of_a_new_epoch(sources, num_workers):
+    data = MixtureDataset(sources, length=6, seed=3)
+    expected = [comparable(item) for item in MixtureDataset(sources, length=12, seed=3)]
+    loader = DataLoader(
+        data, batch_size=2, num_workers=num_workers, collate_fn=list, persistent_workers=num_workers > 0
+    )
+    found = []
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        found += [comparable(item) for batch in loader for item in batch]
+    assert found == expected
+
+
+def anonymous_memory(_):
+    """Bytes of this process that no file backs."""
+    with open("/proc/self/smaps_rollup") as lines:
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous"))
+
+
+def test_a_loader_worker_does_not_grow_with_the_annotations(tmp_path):
+    image = image_file(tmp_path / "image.png")
+    row = segmentation_row("classes", 0, image, explanation="x" * 50_000)
+    memory, message = {}, {}
+    for num_rows in (20, 2000):  # 1 and 100 MB
+        cache_dir = str(tmp_path / str(num_rows))
+        rows = Dataset.from_generator(lambda: itertools.repeat(row, num_rows), FEATURES, cache_dir=cache_dir)
+        data = MixtureDataset({"classes": rows}, length=400)
+        message[num_rows] = len(pickle.dumps(data))
+        loader = DataLoader(data, batch_size=100, num_workers=1, collate_fn=anonymous_memory)
+        *_, memory[num_rows] = loader
+    assert message[2000] < message[20] + 1000 < 50_000  # what goes to a worker that is spawned
+    assert memory[2000] < memory[20] + 30e6
