@@ -1,0 +1,107 @@
+"""Checks that sources are complete before a training needs them.
+
+    from data_scripts.check import check_source
+    print(check_source("refcoco", data_dir="dataset"))
+
+A source is opened as the training opens it. What takes time, preparing its rows, the training need not do again.
+"""
+
+import dataclasses
+import inspect
+import os
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from . import SOURCES, load_source
+
+
+# Rows (photos, in LLaVA-Instruct conversations) that the authors publish. A row less is one without anything to ask.
+PUBLISHED_ROWS = {
+    "ade20k": {"train": 20210, "validation": 2000},
+    "cocostuff": {"train": 118287},
+    "mapillary": {"train": 18000},
+    "paco_lvis": {"train": 45790},
+    "refcoco": {"train": 16994, "val": 1500, "testA": 750, "testB": 750, "test": 1500},
+    "refcoco+": {"train": 16992, "val": 1500, "testA": 750, "testB": 750, "test": 1500},
+    "refcocog": {"train": 21899, "val": 1300, "test": 2600},
+    "grefcoco": {"train": 16994, "val": 1500, "testA": 750, "testB": 750, "test": 1500},
+    "llava_instruct": {"train": 157712},
+    "reason_seg": {"train": 239, "val": 200, "test": 779},
+}
+
+
+@dataclasses.dataclass
+class Report:
+    """What was found of one source.
+
+    Args:
+        name: What the source is called.
+        builder: Key of `SOURCES`.
+        num_rows: Rows by split.
+        num_images: Different image files that the rows name.
+        missing_images: Paths of those that are not there, or are empty.
+        error: Why the source cannot be opened, in one line.
+    """
+
+    name: str
+    builder: str
+    num_rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    num_images: int = 0
+    missing_images: list[str] = dataclasses.field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.error is None and not self.missing_images
+
+    def __str__(self) -> str:
+        builder = SOURCES[self.builder]
+        published = PUBLISHED_ROWS.get(self.builder, {})
+        lines = [("source", inspect.getdoc(builder).splitlines()[0])]
+        if self.error:
+            lines.append(("missing", self.error))
+        for split, found in self.num_rows.items():
+            expected = f", {published[split]} published" if split in published else ""
+            lines.append((split, f"{found} rows{expected}"))
+        if self.num_images:
+            lines.append(("images", f"{self.num_images - len(self.missing_images)} of {self.num_images} found"))
+        if self.missing_images:
+            lines.append(("missing", _list_some(self.missing_images)))
+        if builder.DOWNLOAD_PAGE:
+            lines += [("page", builder.DOWNLOAD_PAGE), ("licence", builder.LICENCE)]
+        title = f"{self.name}: {'ready' if self.is_ready else 'NOT READY'}"
+        return "\n".join([title, *(f"  {key:<10}  {text}" for key, text in lines)])
+
+
+def check_source(name: str, data_dir: str | None = None, split: str | None = None, **options: Any) -> Report:
+    """Opens a source and looks for every image that its rows name.
+
+    Args:
+        name, data_dir, options: As in [`load_source`].
+        split: The split to check; default: all.
+    """
+    report = Report(name, builder=options.get("builder") or name)
+    try:
+        loaded = load_source(name, data_dir, split=split, **options)
+    except (OSError, ValueError) as error:
+        report.error = str(error).splitlines()[0]
+        return report
+    splits = loaded if isinstance(loaded, DatasetDict) else {split: loaded}
+    report.num_rows = {split: len(rows) for split, rows in splits.items()}
+    paths = sorted({path for rows in splits.values() for path in image_paths(rows) if path})
+    report.num_images = len(paths)
+    report.missing_images = [path for path in paths if not os.path.isfile(path) or os.path.getsize(path) == 0]
+    return report
+
+
+def image_paths(rows: Dataset) -> list[str | None]:
+    """Path of the image file of every row; None for an image that the row itself holds."""
+    tables = rows.select_columns("image").with_format("arrow").iter(batch_size=10_000)
+    images = [image for table in tables for image in table["image"].to_pylist()]
+    return [image["path"] if image and image["bytes"] is None else None for image in images]
+
+
+def _list_some(paths: list[str], number: int = 3) -> str:
+    more = f" and {len(paths) - number} more" if len(paths) > number else ""
+    return ", ".join(paths[:number]) + more

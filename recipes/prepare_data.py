@@ -1,0 +1,93 @@
+"""Prepares the data sets of a mixture: fetches them, checks them, shows them, converts them to Parquet.
+
+    python recipes/prepare_data.py download ade20k refcoco --data_dir dataset
+    python recipes/prepare_data.py check --config recipes/real_samples.yaml --data_dir ../shared/real_samples
+    python recipes/prepare_data.py preview refcoco --data_dir dataset
+    python recipes/prepare_data.py convert refcoco reason_seg --data_dir dataset --output_dir parquet
+
+Each takes the names of sources, or the `--config` of a recipe for the sources of its mixture and its evaluation.
+"""
+
+import sys
+from pathlib import Path
+
+
+# This directory comes first on the path, where evaluate.py would hide the package of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
+
+import argparse
+import logging
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from data_scripts import SOURCES
+from data_scripts.check import check_source
+from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
+from lisa_hf.arguments import DataArguments, exit_with_one_line
+
+
+def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """Names and options of the sources that are named, or of the recipe; sets the recipe's `data_dir`."""
+    if bool(args.sources) == bool(args.config):
+        raise ValueError("expected the names of sources, or --config with a recipe that has sources")
+    if args.config:
+        (data_args,) = HfArgumentParser(DataArguments).parse_yaml_file(args.config, allow_extra_keys=True)
+        args.data_dir = args.data_dir or data_args.data_dir
+        found = [*data_args.sources.items(), *data_args.eval_sources.items()]
+    else:
+        found = [(name, {}) for name in args.sources]
+    known = SOURCES | WEB_FILES if args.command == "download" else SOURCES
+    for name in (options.get("builder") or name for name, options in found):
+        if name not in known:
+            raise ValueError(f"expected sources among {', '.join(sorted(known))}, found {name}")
+    return [(name, {key: value for key, value in options.items() if key != "weight"}) for name, options in found]
+
+
+def run_download(args: argparse.Namespace):
+    names = list(dict.fromkeys(name for name, _ in find_sources(args)))
+    if args.data_dir is None:
+        raise ValueError("--data_dir: expected the directory to download into")
+    # First, since a person may do these meanwhile.
+    for name in (name for name in names if name in MANUAL_STEPS):
+        step = MANUAL_STEPS[name].format(data_dir=Path(args.data_dir).absolute())
+        print(f"{name}: a step is left to you. See {SOURCES[name].DOWNLOAD_PAGE}\n  {step}")
+    download([name for name in names if name in WEB_FILES], args.data_dir, args.num_threads)
+
+
+def run_check(args: argparse.Namespace):
+    reports = []
+    for name, options in find_sources(args):
+        reports.append(check_source(name, args.data_dir, **options))
+        print(reports[-1], end="\n\n", flush=True)
+    missing = [report.name for report in reports if not report.is_ready]
+    print(
+        f"{len(reports) - len(missing)} of {len(reports)} are ready." + f" Not: {', '.join(missing)}" * bool(missing)
+    )
+    sys.exit(1 if missing else 0)
+
+
+def main():
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("sources", nargs="*", metavar="SOURCE", help=f"among {', '.join(SOURCES)}")
+    common.add_argument("--config", help="recipe (YAML) whose sources are meant")
+    common.add_argument("--data_dir", help="directory of all data sets, in LISA's layout; default: the recipe's")
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("download", parents=[common], help="fetch what has a direct link, resumable")
+    command.add_argument("--num_threads", type=int, default=4, help="files fetched at once")
+    command.set_defaults(run=run_download)
+    command = commands.add_parser("check", parents=[common], help="report what is missing; exit status 1 if anything")
+    command.set_defaults(run=run_check)
+
+    args = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("data_scripts").setLevel(logging.INFO)
+    with exit_with_one_line():
+        args.run(args)
+
+
+if __name__ == "__main__":
+    main()
