@@ -442,7 +442,7 @@ def test_check_names_what_is_missing(cli, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", sources={"cocostuff": 9, "refcoco": 3, "paco_lvis": 3})
     status, out, _ = cli("check", "--config", recipe, "--data_dir", tree)
     assert status == 1
-    assert "cocostuff: NOT READY" in out and "1 of 3 found" in out
+    assert "cocostuff: NOT READY" in out and "0 of 2 found" in out
     assert "000000000001.jpg" in out and "000000000002.jpg" in out
     assert "paco_lvis: NOT READY" in out and "paco_lvis_v1_train.json" in out
     assert out.splitlines()[-1] == "1 of 3 are ready. Not: cocostuff, paco_lvis"
