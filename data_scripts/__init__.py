@@ -1,10 +1,17 @@
 """One `datasets` builder per source of training data, all with the rows of `lisa_hf.schema`."""
 
+import dataclasses
+import os
+
+import datasets
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
+from .coco import CocoBuilder
+from .hub import Hub
 from .label_maps import Ade20k, CocoStuff, Mapillary
 from .llava_instruct import LlavaInstruct
+from .own_data import CocoInstances, ImageFolder, LabelMe
 from .paco_lvis import PacoLvis
 from .pascal_part import PascalPart
 from .reason_seg import ReasonSeg
@@ -26,27 +33,54 @@ SOURCES = {
     "grefcoco": GRefCoco,
     "llava_instruct": LlavaInstruct,
     "reason_seg": ReasonSeg,
+    # Data of your own, which a recipe gives a name and a `builder`.
+    "coco_instances": CocoInstances,
+    "labelme": LabelMe,
+    "image_folder": ImageFolder,
+    "hub": Hub,
 }
 
 
 def load_source(
-    name: str, data_dir: str | None = None, split: str = "train", streaming: bool = False, **config_kwargs
+    name: str,
+    data_dir: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    builder: str | None = None,
+    cache_dir: str | None = None,
+    **options,
 ) -> Dataset | IterableDataset:
     """Loads one split of one source.
 
     Args:
-        name: A key of `SOURCES`.
+        name: A key of `SOURCES`, or any name if there is a `builder`.
         data_dir: The directory that holds all data sets in LISA's layout. Drawn sources do without.
-        split: A split of the source; its builder names them.
+        split: A split of the source; its builder names them. Data of your own have one split, by any name.
         streaming: Make the rows while they are read, instead of preparing them once in the cache of `datasets`.
-        config_kwargs: Fields of the source's `BuilderConfig`, or `cache_dir`.
+        builder: A key of `SOURCES`: what reads data of your own, or a source that is used in two ways.
+        cache_dir: Where prepared rows are kept; default: the cache of `datasets`.
+        options: Fields of the source's `BuilderConfig`.
 
     Returns:
         Rows with `lisa_hf.schema.FEATURES`; a `Dataset`, or an `IterableDataset` if streaming.
+
+    Raises:
+        ValueError: For a source or an option that does not exist, and for bad data.
+        FileNotFoundError: If the data is not there.
     """
-    if name not in SOURCES:
-        raise ValueError(f"A source is one of {sorted(SOURCES)}, but found {name!r}.")
-    builder = SOURCES[name](data_dir=data_dir, **config_kwargs)
+    builder_class = _find_builder(name, builder)
+    known = _option_names(builder_class)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"The source {name!r} has no option {option!r}; its options are {sorted(known)}.")
+    if not builder_class.SOURCE:
+        options |= {"config_name": name, "split": split or "train"}
+    options |= {"data_dir": data_dir, "cache_dir": cache_dir}
+    builder = builder_class(**options)
+    if options.get("on_bad_row") == "skip":
+        strict = builder_class(**options | {"on_bad_row": "raise"})
+        # What was prepared without skipping has nothing to skip.
+        builder = strict if os.path.isdir(strict.cache_dir) else builder
     if streaming:
         return builder.as_streaming_dataset(split=split)
     try:
@@ -57,18 +91,44 @@ def load_source(
 
 
 def load_sources(
-    sources: dict[str, dict], data_dir: str | None = None, max_rows: int | None = None
-) -> dict[str, Dataset]:
+    sources: dict[str, dict],
+    data_dir: str | None = None,
+    max_rows: int | None = None,
+    streaming: bool = False,
+    on_bad_row: str = "raise",
+    exclude_refer_val: bool = False,
+) -> dict[str, Dataset | IterableDataset]:
     """Loads the sources of a recipe's `sources` or `eval_sources`, by name; a `weight` among the options is skipped.
 
     Args:
         sources: Options of [`load_source`] by the name of the source.
-        data_dir: As in [`load_source`].
+        data_dir, streaming: As in [`load_source`].
         max_rows: Keep so many first rows of each source.
+        on_bad_row: What to do about records of which no row can be made, "skip" or "raise".
+        exclude_refer_val: Train without the COCO photos in a val or test split of the refer sources.
     """
     loaded = {}
     for name, options in sources.items():
         options = {key: value for key, value in options.items() if key != "weight"}
-        rows = load_source(name, data_dir=data_dir, **options)
-        loaded[name] = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
+        defaults = {"on_bad_row": on_bad_row}
+        if issubclass(_find_builder(name, options.get("builder")), CocoBuilder):
+            defaults["exclude_refer_val"] = exclude_refer_val
+        rows = load_source(name, data_dir=data_dir, streaming=streaming, **defaults | options)
+        if max_rows is not None:
+            rows = rows.take(min(max_rows, len(rows)) if isinstance(rows, Dataset) else max_rows)
+        loaded[name] = rows
     return loaded
+
+
+def _find_builder(name: str, builder: str | None) -> type:
+    if (builder or name) not in SOURCES:
+        raise ValueError(
+            f"A source is one of {sorted(SOURCES)}, or has one of them as its `builder`, but found "
+            f"{builder or name!r}."
+        )
+    return SOURCES[builder or name]
+
+
+def _option_names(builder_class: type) -> set[str]:
+    own = {field.name for field in dataclasses.fields(builder_class.BUILDER_CONFIG_CLASS)}
+    return own - {field.name for field in dataclasses.fields(datasets.BuilderConfig)}

@@ -119,6 +119,8 @@ class CocoBuilder(SourceBuilder):
         """Paths of the refs that say which photos to leave out; none unless `exclude_refer_val`."""
         if not self.config.exclude_refer_val:
             return []
+        if data_dir is None:
+            raise ValueError("`exclude_refer_val` needs `data_dir`, the directory that holds 'refer_seg'.")
         root = os.path.join(data_dir, "refer_seg")
         found = [path for path in (os.path.join(root, name) for name in COCO_REFS) if os.path.exists(path)]
         if not found:

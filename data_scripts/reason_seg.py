@@ -11,11 +11,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-import PIL.Image
 
 from lisa_hf.schema import encode_mask, make_row
 
-from .source import SourceBuilder, errors_naming, read_json
+from .source import SourceBuilder, errors_naming, read_image_size, read_json
 
 
 SPLITS = ("train", "val", "test")
@@ -100,17 +99,6 @@ def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
     np.add.at(changes, (rows, np.maximum(crossings[:, 0::2], 0)), 1)
     np.add.at(changes, (rows, crossings[:, 1::2] + 1), -1)
     return (changes.cumsum(axis=1, dtype=np.int16)[:, :width] > 0) | (outline > 0)
-
-
-def read_image_size(path: str) -> tuple[int, int]:
-    """Height and width in pixels of an image as it is shown, turned as its EXIF data say, from its header."""
-    try:
-        with PIL.Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) >= 5
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"The image {path!r} cannot be read: {error}. Download it again, or remove it.") from error
-    return (width, height) if turned else (height, width)
 
 
 class ReasonSeg(SourceBuilder):

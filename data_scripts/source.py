@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import PIL.Image
 from filelock import FileLock
 from pycocotools import mask as coco_mask
 
@@ -68,6 +69,9 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         if data_dir is not None:
             # The rows hold paths, and the cache outlives the working directory.
             data_dir = os.path.abspath(os.path.expanduser(data_dir))
+        # A default that is spelled out must not split the cache.
+        defaults = {field.name: field.default for field in dataclasses.fields(self.BUILDER_CONFIG_CLASS)}
+        options = {name: value for name, value in options.items() if value != defaults.get(name, dataclasses.MISSING)}
         # The options say which files decide the rows, which is asked before `datasets` has made its config of them.
         self.config = self.BUILDER_CONFIG_CLASS(name=config_name or "default", data_dir=data_dir, **options)
         super().__init__(
@@ -131,8 +135,8 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         if not any(records.values()):
             raise ValueError(
                 f"{type(self).__name__} found nothing to make rows of in {self.config.data_dir!r} "
-                f"(splits: {sorted(records)}). Check that the files are complete, or get them from "
-                f"{self.DOWNLOAD_PAGE}."
+                f"(splits: {sorted(records)}). Check that the files are complete"
+                + (f", or get them from {self.DOWNLOAD_PAGE}." if self.DOWNLOAD_PAGE else ".")
             )
         with tempfile.TemporaryDirectory(dir=os.path.dirname(self.records_dir)) as directory:
             directory = os.path.join(directory, "records")
@@ -163,39 +167,39 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
             for split, num_records in splits.items()
         ]
 
-    def _generate_examples(self, shards, split, num_records):
-        num_bad = len(self.bad_records[split])
-        for path in shards:
-            with open(path, encoding="utf-8") as file:
-                for index, line in enumerate(file):
-                    place = f"{os.path.basename(path)}, {index}"
-                    try:
-                        row = self.make_row(json.loads(line))
-                    except ValueError as error:
-                        if self.config.on_bad_row == "raise":
-                            raise
-                        logger.warning("Skipped: %s", error)
-                        self.bad_records[split].add(place)
-                        self._check_bad_share(split, num_records, error)
-                        continue
-                    if row is not None:
-                        yield place, row
-        if len(self.bad_records[split]) > num_bad:
-            logger.warning(
-                "%s: %d of %d records of the split %r are bad and were skipped.",
-                self.source,
-                len(self.bad_records[split]),
-                num_records,
-                split,
-            )
+    def read_shard(self, shard: Any) -> Iterator[Any]:
+        """Reads the records of one of the shards that `_split_generators` names."""
+        with open(shard, encoding="utf-8") as file:
+            yield from map(json.loads, file)
 
-    def _check_bad_share(self, split: str, num_records: int, error: ValueError):
+    def _generate_examples(self, shards, split, num_records):
+        bad, num_seen = self.bad_records[split], 0
+        for shard in shards:
+            for index, record in enumerate(self.read_shard(shard)):
+                key, num_seen = f"{shard}, {index}", num_seen + 1
+                try:
+                    row = self.make_row(record)
+                except ValueError as error:
+                    if self.config.on_bad_row == "raise":
+                        raise
+                    logger.warning("Skipped: %s", error)
+                    bad.add(key)
+                    if num_records is not None:
+                        self._check_bad_share(split, num_records, error)
+                    continue
+                if row is not None:
+                    yield key, row
+        if bad:
+            self._check_bad_share(split, num_records or num_seen, "see the log")
+            logger.warning("%s: skipped %d bad records of the split %r so far.", self.source, len(bad), split)
+
+    def _check_bad_share(self, split: str, num_records: int, last: object):
         num_bad = len(self.bad_records[split])
         if num_bad > MAX_BAD_SHARE * num_records:
             raise ValueError(
                 f"{self.source}: at least {num_bad} of {num_records} records of the split {split!r} are bad, and no "
-                f"more than {MAX_BAD_SHARE:.0%} may be skipped. Mend or remove them; the last one: {error}"
-            ) from error
+                f"more than {MAX_BAD_SHARE:.0%} may be skipped. Mend or remove them; the last one: {last}"
+            )
 
     def _fingerprint(self, data_dir: str | None) -> str:
         digest = hashlib.sha256(type(self).__name__.encode())
@@ -222,15 +226,25 @@ def split_into_shards(items: Sequence) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)] if size else []
 
 
-def read_json(path: str) -> Any:
-    """Reads a JSON file in UTF-8, or in cp1252 as some annotations were written on Windows."""
+def read_text(path: str) -> str:
+    """Reads a text file in UTF-8, or in cp1252 as some annotations were written on Windows."""
+    content = pathlib.Path(path).read_bytes()
     try:
         try:
-            return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            return content.decode("utf-8-sig")
         except UnicodeDecodeError:
-            return json.loads(pathlib.Path(path).read_text(encoding="cp1252"))
-    except ValueError as error:  # Both of wrong JSON and of bytes that neither encoding knows.
-        raise ValueError(f"{path!r} is not a JSON file in UTF-8 or cp1252 ({error}). Download it again.") from error
+            return content.decode("cp1252")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path!r} is not text in UTF-8 or cp1252 ({error}). Save it in UTF-8.") from error
+
+
+def read_json(path: str) -> Any:
+    """Reads a JSON file in an encoding of `read_text`."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path!r} is not a JSON file ({error}). Download it again.") from error
 
 
 @contextlib.contextmanager
@@ -253,6 +267,17 @@ def join_inside(directory: str, name: str) -> str:
             "without '..'; do not use annotations from a source that you do not trust."
         )
     return os.path.join(directory, name)
+
+
+def read_image_size(path: str) -> tuple[int, int]:
+    """Height and width in pixels of an image as it is shown, turned as its EXIF data say, from its header."""
+    try:
+        with PIL.Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) >= 5
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"The image {path!r} cannot be read: {error}. Download it again, or remove it.") from error
+    return (width, height) if turned else (height, width)
 
 
 def encode_segmentation(segmentation: dict | list, height: int, width: int) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""Any data set of the Hub, or of Parquet files, by the names of its columns.
+
+    sources:
+      captions: {builder: hub, path: user/captions, image_column: photo, mask_column: label, phrases_column: caption}
+      chat: {builder: hub, path: chat/*.parquet, messages_column: messages}
+      converted: {builder: hub, path: parquet/ade20k}
+
+A data set that has the columns of `lisa_hf.schema` already, as `recipes/prepare_data.py convert` writes them, is taken
+as it is.
+"""
+
+import dataclasses
+import glob
+import io
+import os
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import datasets
+
+from lisa_hf import schema
+
+from .own_data import OwnData, OwnDataConfig, read_mask
+from .source import encode_segmentation, errors_naming, read_image_size
+
+
+@dataclasses.dataclass
+class HubConfig(OwnDataConfig):
+    """Where the data set is, and which of its columns hold what.
+
+    Args:
+        path: Id on the Hub, a directory as `datasets.load_dataset` takes it, or a pattern of Parquet files.
+        subset: Name of the configuration, if the data set has several.
+        revision: Branch, tag or commit on the Hub. A change of a branch is not noticed once rows are prepared.
+        image_column: Images: files, or paths.
+        mask_column: Masks: images of one channel, 0 where the target is not, or COCO RLE.
+        phrases_column: What the mask shows: a text, or a list of interchangeable ones.
+        messages_column: For conversations instead: lists of `role` and `content`.
+        task, is_sentence: As in `lisa_hf.schema.make_row`.
+    """
+
+    path: str = ""
+    subset: str | None = None
+    revision: str | None = None
+    image_column: str = "image"
+    mask_column: str = "mask"
+    phrases_column: str = "phrases"
+    messages_column: str | None = None
+    task: Literal["semantic", "referring", "reasoning"] = "referring"
+    is_sentence: bool = False
+
+
+class Hub(OwnData):
+    """A data set of the Hub or of Parquet files. One row per row, with one target or one conversation."""
+
+    BUILDER_CONFIG_CLASS = HubConfig
+
+    def annotation_files(self, data_dir):
+        if not self.config.path:
+            raise ValueError(f"The source {self.source!r} needs the option `path`, a data set's id or files.")
+        path = self._local_path(data_dir)
+        return sorted(
+            name for name in glob.glob(path) + glob.glob(f"{path}/**", recursive=True) if os.path.isfile(name)
+        )
+
+    def _local_path(self, data_dir: str | None) -> str:
+        return os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(self.config.path)))
+
+    def _open(self) -> datasets.IterableDataset:
+        """The data set as a stream, images undecoded."""
+        config, path = self.config, self._local_path(self.config.data_dir)
+        if path.endswith(".parquet"):
+            arguments = {"path": "parquet", "data_files": path}
+        else:
+            arguments = {"path": path if os.path.isdir(path) else config.path, "name": config.subset}
+        rows = datasets.load_dataset(**arguments, split=config.split, revision=config.revision, streaming=True)
+        names = [config.image_column, config.messages_column or config.mask_column]
+        names += [] if config.messages_column else [config.phrases_column]
+        if schema.FEATURES.keys() <= set(rows.column_names):
+            rows, names = rows.select_columns(list(schema.FEATURES)), ["image"]
+        for name in names:
+            if name not in rows.column_names:
+                raise ValueError(
+                    f"The source {self.source!r} looked for the column {name!r} in {config.path!r}, which has "
+                    f"{rows.column_names}. Name its columns with image_column, mask_column, phrases_column or "
+                    "messages_column."
+                )
+        images = [names[0], *(name for name in names if isinstance(rows.features[name], datasets.Image))]
+        for name in images:
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+        return rows
+
+    def _split_generators(self, dl_manager):
+        rows = self._open()
+        splits = rows.info.splits or {}
+        num_records = splits[self.config.split].num_examples if self.config.split in splits else None
+        shards = {"shards": list(range(rows.num_shards)), "split": self.config.split, "num_records": num_records}
+        return [datasets.SplitGenerator(name=self.config.split, gen_kwargs=shards)]
+
+    def read_shard(self, shard: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        rows = self._open()
+        for index, row in enumerate(rows.shard(rows.num_shards, shard)):
+            yield f"{shard}-{index}", row
+
+    def make_row(self, record):
+        name, row = record
+        config = self.config
+        if schema.FEATURES.keys() <= row.keys():
+            return row
+        with errors_naming(f"{config.path!r}, row {name} (shard-row)"):
+            image = row[config.image_column]
+            if config.messages_column:
+                return self._make_row(image, name, task="vqa", messages=row[config.messages_column])
+            phrases, mask = row[config.phrases_column], row[config.mask_column]
+            if "counts" in mask:
+                rle = encode_segmentation(mask, *read_image_size(_file(image)))
+            else:
+                rle = schema.encode_mask(read_mask(_file(mask)))
+            target = {"phrases": [phrases] if isinstance(phrases, str) else phrases, "rle": rle}
+            return self._make_row(image, name, config.task, targets=[target], is_sentence=config.is_sentence)
+
+    def _make_row(self, image: dict[str, Any], name: str, task: str, **columns: Any) -> dict[str, Any]:
+        # A file's path may be one inside an archive; its content is what counts.
+        return schema.make_row(image["bytes"] or image["path"], name, self.source, task, **columns)
+
+
+def _file(image: dict[str, Any]) -> str | io.BytesIO:
+    return io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]
