@@ -1,20 +1,25 @@
 """The original at a tiny size: its recorded numbers (tests/golden), and its weights and texts in our model."""
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaTokenizer
+from transformers import AutoModel, AutoProcessor
 
 from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor
-from lisa_hf.conversion.lisa import convert_lisa_state_dict, lisa_config, lisa_processor
+from lisa_hf.conversion.checkpoints import open_checkpoint
+from lisa_hf.conversion.lisa import convert_lisa
 
 
 GOLDEN = Path(__file__).parent / "golden"
-CHAT_TEMPLATES = Path(__file__).parent.parent / "lisa_hf" / "chat_templates"
+COMMAND = Path(__file__).parent.parent / "recipes" / "convert_weights.py"
 TOLERANCE = 5e-5  # relative; measured: at most 1e-5, all of it rounding
 NUM_EXTRA_IMAGE_TOKENS = 255  # the original counts the image as one token, this project as its 256
 ORIGINAL_IMAGE_TOKEN = -200
@@ -55,27 +60,97 @@ def original_state_dict() -> dict:
     return load_file(GOLDEN / "model_state.safetensors")
 
 
+def original_config() -> dict:
+    """Content of the original's config.json."""
+    return load_json("model_config")["lisa_config"] | {"architectures": ["LlavaLlamaForCausalLM"]}
+
+
+def write_shards(state_dict: dict, directory: Path, num_shards: int = 2) -> None:
+    """Writes `pytorch_model-*.bin` and their index, as transformers 4.31 does."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names = list(state_dict)
+    weight_map = {}
+    for shard in range(num_shards):
+        filename = f"pytorch_model-{shard + 1:05}-of-{num_shards:05}.bin"
+        part = names[shard * len(names) // num_shards : (shard + 1) * len(names) // num_shards]
+        torch.save({name: state_dict[name].clone() for name in part}, directory / filename)
+        weight_map |= dict.fromkeys(part, filename)
+    size = sum(tensor.nbytes for tensor in state_dict.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def write_tokenizer(directory: Path, added_tokens: dict[str, int]) -> None:
+    """Writes the slow tokenizer's files, as transformers 4.31 does after `add_tokens`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in (GOLDEN / "tokenizer").iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    if added_tokens:
+        (directory / "added_tokens.json").write_text(json.dumps(added_tokens))
+
+
+def write_original_lisa(directory: Path, **config) -> None:
+    """The directory that LISA's merge script writes, which leaves the CLIP tower out."""
+    state_dict = {name: tensor for name, tensor in original_state_dict().items() if "vision_tower" not in name}
+    write_shards(state_dict, directory)
+    (directory / "config.json").write_text(json.dumps(original_config() | config))
+    ids = load_json("model_config")
+    write_tokenizer(
+        directory,
+        {"[SEG]": ids["seg_token_idx"], "<im_start>": ids["im_start_idx"], "<im_end>": ids["im_end_idx"]},
+    )
+
+
+def run_command(*arguments, check: bool = True) -> subprocess.CompletedProcess:
+    """`recipes/convert_weights.py` as a user runs it."""
+    process = subprocess.run(
+        [sys.executable, COMMAND, *map(str, arguments)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not check or process.returncode == 0, process.stderr
+    return process
+
+
+@cache
+def _temporary_directory() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="golden-")
+
+
+@cache
+def original_directory(use_mm_start_end: bool = True) -> Path:
+    directory = Path(_temporary_directory().name) / f"original-{use_mm_start_end}"
+    write_original_lisa(directory, mm_use_im_start_end=use_mm_start_end)
+    return directory
+
+
+@cache
+def converted_directory() -> Path:
+    """The original's directory, converted by the command in a process of its own."""
+    output = Path(_temporary_directory().name) / "converted"
+    run_command(
+        *("lisa", "--checkpoint", original_directory(), "--vision-tower", GOLDEN / "clip_tiny", "--output", output)
+    )
+    return output
+
+
 @cache
 def converted_config() -> LisaConfig:
-    meta = load_json("model_config")
-    vision_config = CLIPVisionConfig.from_pretrained(GOLDEN / "clip_tiny")
-    return lisa_config(meta["lisa_config"], original_state_dict(), vision_config, meta["seg_token_idx"])
+    return LisaConfig.from_pretrained(converted_directory())
 
 
 def converted_model() -> LisaForConditionalGeneration:
-    model = LisaForConditionalGeneration(converted_config())
-    model.load_state_dict(convert_lisa_state_dict(original_state_dict()))
-    return model.eval()
+    return AutoModel.from_pretrained(converted_directory())
 
 
 @cache
 def converted_processor(template: str = "llava_v1", use_mm_start_end: bool = True) -> LisaProcessor:
-    chat_template = (CHAT_TEMPLATES / f"{template}.jinja").read_text()
-    if not use_mm_start_end:
-        chat_template = chat_template.replace("<im_start>", "").replace("<im_end>", "")
-    tokenizer = LlamaTokenizer.from_pretrained(GOLDEN / "tokenizer")
-    clip_image_processor = CLIPImageProcessorPil.from_pretrained(GOLDEN / "clip_tiny")
-    return lisa_processor(converted_config(), tokenizer, clip_image_processor, chat_template)
+    if (template, use_mm_start_end) == ("llava_v1", True):
+        return AutoProcessor.from_pretrained(converted_directory())
+    directory = original_directory(use_mm_start_end)
+    return convert_lisa(open_checkpoint(directory), directory, str(GOLDEN / "clip_tiny"), template).processor
 
 
 def as_messages(turns: list[str]) -> list[dict]:

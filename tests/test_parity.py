@@ -1,7 +1,7 @@
 """Parity with the original implementation, at its numbers recorded at a tiny size (tests/golden).
 
-The original's weights go through the key table of `lisa_hf.conversion`, its texts and images through our processor,
-and what our model makes of them is compared with what the original made of them.
+A directory as the original saves it is converted by `recipes/convert_weights.py` and loaded with transformers' auto
+classes; what model and processor make of the original's texts and images is compared with what it made of them.
 """
 
 import hashlib

@@ -4,7 +4,29 @@ A table is a list of rows (regular expression of a whole original key, replaceme
 tuple of new keys (one tensor that the new model holds under several names) or None (not a weight: dropped).
 """
 
+import logging
 import re
+
+
+logger = logging.getLogger(__name__)
+
+
+class Shapes(dict):
+    """Shapes of a checkpoint's tensors by name: `Shapes.of(state_dict)["lm_head.weight"]`.
+
+    Raises:
+        ValueError: the checkpoint has no such tensor.
+    """
+
+    @classmethod
+    def of(cls, state_dict: dict) -> "Shapes":
+        return cls({key: tuple(tensor.shape) for key, tensor in state_dict.items()})
+
+    def __missing__(self, key: str):
+        raise ValueError(
+            f"The checkpoint has no {key}, one of the tensors that its geometry is read from: it is incomplete or of "
+            f"another model. It has {list(self)[:5]} and {max(len(self) - 5, 0)} more."
+        )
 
 
 def nest(table: list, source: str, target: str) -> list:
@@ -31,7 +53,7 @@ def convert_key(key: str, table: list) -> tuple[str, ...] | None:
 
 
 def convert_state_dict(state_dict: dict, table: list) -> dict:
-    """Renames the keys of a state dict; the values pass through, whatever they are.
+    """Renames the keys of a state dict, and logs each; the values pass through, whatever they are.
 
     Raises:
         ValueError: keys that no row of the table matches, or several keys that become the same one; all are listed.
@@ -42,6 +64,7 @@ def convert_state_dict(state_dict: dict, table: list) -> dict:
         if new_keys is None:
             unknown.append(key)
             continue
+        logger.info("%s -> %s", key, " and ".join(new_keys) or "dropped")
         for new_key in new_keys:
             if new_key in converted:
                 collisions.append(f"{origins[new_key]} and {key} -> {new_key}")

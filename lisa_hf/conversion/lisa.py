@@ -1,13 +1,30 @@
 """Original LISA checkpoints become `LisaForConditionalGeneration`: LLaVA's keys, SAM's, and the projector between."""
 
-from transformers import AddedToken, CLIPVisionConfig, LlavaProcessor, SamImageProcessorPil
+from pathlib import Path
+
+from transformers import CLIPVisionConfig
 
 from ..configuration_lisa import LisaConfig
-from ..mask_backbone import padded_side
-from ..processing_lisa import SEG_TOKEN, LisaProcessor, add_tokens
-from . import convert_state_dict, nest
-from .llava import LLAVA_KEY_TABLE, append_vocabulary_rows, complete_projector, llava_config
-from .sam import SAM_KEY_TABLE, sam_config
+from ..modeling_lisa import LisaForConditionalGeneration
+from ..processing_lisa import SEG_TOKEN, LisaProcessor
+from . import Shapes, convert_state_dict, nest
+from .checkpoints import LazyTensor
+from .llava import (
+    LLAVA_KEY_TABLE,
+    add_vision_tower,
+    append_vocabulary_rows,
+    complete_projector,
+    generation_config,
+    llava_config,
+    llava_processor,
+    load_tokenizer,
+    load_vision_settings,
+    read_config,
+    render_template,
+    untrained_tokens,
+)
+from .sam import SAM_KEY_TABLE, sam_config, sam_image_processor
+from .saving import ConvertedModel, build_without_weights
 
 
 SAM_PREFIX = "model.visual_model."
@@ -19,72 +36,66 @@ LISA_KEY_TABLE = [
     (r"model\.text_hidden_fcs\.0\.2\.(weight|bias)", r"seg_projector.linear_2.\1"),
 ]
 
-# Tokens that the original's training script adds, in this order, and those that only this project needs.
-LISA_TOKENS = (SEG_TOKEN, "<im_start>", "<im_end>")
-IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+# Tokens that the original's training script adds, in this order.
+LISA_TOKENS = [SEG_TOKEN, "<im_start>", "<im_end>"]
+# What its training script sets, by default, in the configuration of the LLaVA that it starts from.
+TRAINING_CONFIG = {"mm_use_im_start_end": True, "mm_vision_tower": "openai/clip-vit-large-patch14"}
+# The original's scripts have this default for all its checkpoints, those on Llama 2 included.
+CHAT_TEMPLATE = "llava_v1"
 
 
-def convert_lisa_state_dict(state_dict: dict) -> dict:
-    """Tensors of [`LisaForConditionalGeneration`] from those of the original `LISAForCausalLM`, merged and whole."""
+def convert_lisa(
+    tensors: dict[str, LazyTensor], directory: Path, vision_tower: str | None = None, chat_template: str | None = None
+) -> ConvertedModel:
+    """`LisaForConditionalGeneration` with its processor.
+
+    Args:
+        tensors: of the original `LISAForCausalLM`, LoRA merged, with or without its CLIP tower.
+        directory: with `config.json` and tokenizer of the original LISA, or of the LLaVA that its training began with.
+        vision_tower: directory or Hub id of the CLIP tower; by default the one that `config.json` names.
+        chat_template: name of one of this package's templates, or a Jinja file; by default the original's own default.
+    """
+    original_config = read_config(directory)
+    if "train_mask_decoder" not in original_config:
+        original_config |= TRAINING_CONFIG
+    vision_config, image_processor = load_vision_settings(original_config, vision_tower)
+    tokenizer = load_tokenizer(directory, LISA_TOKENS, Shapes.of(tensors)["model.embed_tokens.weight"][0])
+    tensors = add_vision_tower(tensors, original_config, vision_tower)
+    config = lisa_config(original_config, tensors, vision_config, tokenizer)
+    model = build_without_weights(LisaForConditionalGeneration, config)
+    model.generation_config = generation_config(config.vlm_config, config.suppress_tokens)
+    template = render_template(chat_template or CHAT_TEMPLATE, original_config)
+    return ConvertedModel(
+        model=model,
+        tensors=convert_lisa_state_dict(tensors, len(tokenizer)),
+        processor=LisaProcessor(
+            vlm_processor=llava_processor(config.vlm_config, tokenizer, image_processor, template),
+            mask_image_processor=sam_image_processor(config.mask_config.vision_config.image_size),
+        ),
+    )
+
+
+def convert_lisa_state_dict(state_dict: dict[str, LazyTensor], vocab_size: int) -> dict[str, LazyTensor]:
+    """Tensors of [`LisaForConditionalGeneration`], whose vocabulary has `vocab_size` rows."""
     converted = convert_state_dict(state_dict, LISA_KEY_TABLE)
     complete_projector(converted, prefix="vlm.")
-    append_vocabulary_rows(converted, prefix="vlm.")
+    append_vocabulary_rows(converted, vocab_size, prefix="vlm.")
     return converted
 
 
-def lisa_config(
-    original_config: dict, state_dict: dict, vision_config: CLIPVisionConfig, seg_token_id: int
-) -> LisaConfig:
+def lisa_config(original_config: dict, state_dict: dict, vision_config: CLIPVisionConfig, tokenizer) -> LisaConfig:
     """Configuration of the converted model.
 
     Args:
         original_config: content of the original's `config.json`.
         state_dict: the original's tensors; only names and shapes are read.
-        vision_config: of the CLIP tower that `original_config["mm_vision_tower"]` names.
-        seg_token_id: id of `[SEG]` in the original's tokenizer.
+        vision_config: of the CLIP tower.
+        tokenizer: as [`load_tokenizer`] returns it.
     """
-    vlm_config = llava_config(original_config, state_dict, vision_config)
     sam_state = {key[len(SAM_PREFIX) :]: value for key, value in state_dict.items() if key.startswith(SAM_PREFIX)}
     return LisaConfig(
-        vlm_config=vlm_config,
+        vlm_config=llava_config(original_config, state_dict, vision_config, tokenizer),
         mask_config=sam_config(sam_state),
-        seg_token_id=seg_token_id,
-        # The original's softmax is over its own vocabulary: the two appended rows must not take part.
-        suppress_tokens=[vlm_config.image_token_id, vlm_config.text_config.pad_token_id],
+        seg_token_id=tokenizer.convert_tokens_to_ids(SEG_TOKEN),
+        suppress_tokens=untrained_tokens(state_dict, tokenizer),
     )
-
-
-def lisa_processor(config: LisaConfig, tokenizer, clip_image_processor, chat_template: str) -> LisaProcessor:
-    """Processor of the converted model.
-
-    Args:
-        config: as [`lisa_config`] returns it.
-        tokenizer: the original's LlamaTokenizer, with or without LISA's tokens; tokens are added in place.
-        clip_image_processor: of the original's CLIP tower.
-        chat_template: Jinja template of LISA's conversations (`llava_v1` or `llava_llama_2`).
-
-    Raises:
-        ValueError: the ids of the tokenizer and of the configuration differ.
-    """
-    add_tokens(tokenizer, LISA_TOKENS)
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in (IMAGE_TOKEN, PAD_TOKEN)])
-    tokenizer.pad_token = PAD_TOKEN
-    expected = [config.seg_token_id, config.vlm_config.image_token_id, config.get_text_config().pad_token_id]
-    found = tokenizer.convert_tokens_to_ids([SEG_TOKEN, IMAGE_TOKEN, PAD_TOKEN])
-    if found != expected:
-        raise ValueError(
-            f"The tokenizer gives {SEG_TOKEN}, {IMAGE_TOKEN}, {PAD_TOKEN} the ids {found}, the model {expected}: "
-            "the tokenizer is not the one that this checkpoint was trained with."
-        )
-    strategy = config.vlm_config.vision_feature_select_strategy
-    vlm_processor = LlavaProcessor(
-        clip_image_processor,
-        tokenizer,
-        patch_size=config.vlm_config.vision_config.patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=1,  # CLIP's class token
-        chat_template=chat_template,
-    )
-    side = padded_side(config.mask_config)
-    mask_image_processor = SamImageProcessorPil(size={"longest_edge": side}, pad_size={"height": side, "width": side})
-    return LisaProcessor(vlm_processor=vlm_processor, mask_image_processor=mask_image_processor)

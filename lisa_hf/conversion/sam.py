@@ -1,9 +1,22 @@
-"""The original segment_anything SAM becomes transformers' `SamModel`."""
+"""The original segment_anything SAM becomes transformers' `SamModel`, and SAM-HQ becomes `SamHQModel`."""
 
-from transformers import SamConfig
+from transformers import (
+    SamConfig,
+    SamHQConfig,
+    SamHQModel,
+    SamHQProcessor,
+    SamImageProcessorPil,
+    SamModel,
+    SamProcessor,
+)
+
+from . import Shapes, convert_state_dict
+from .checkpoints import LazyTensor
+from .saving import ConvertedModel, build_without_weights
 
 
 SAM_KEY_TABLE = [
+    (r"pixel_(?:mean|std)", None),  # the image processor's
     (r"image_encoder\.pos_embed", "vision_encoder.pos_embed"),
     (r"image_encoder\.patch_embed\.proj\.(weight|bias)", r"vision_encoder.patch_embed.projection.\1"),
     (r"image_encoder\.blocks\.(\d+)\.norm([12])\.(weight|bias)", r"vision_encoder.layers.\1.layer_norm\2.\3"),
@@ -59,8 +72,57 @@ SAM_KEY_TABLE = [
     ),
 ]
 
+# What SAM-HQ adds to the mask decoder.
+SAM_HQ_KEY_TABLE = [
+    *SAM_KEY_TABLE,
+    (r"mask_decoder\.hf_token\.weight", "mask_decoder.hq_token.weight"),
+    (r"mask_decoder\.hf_mlp\.layers\.0\.(weight|bias)", r"mask_decoder.hq_mask_mlp.proj_in.\1"),
+    (r"mask_decoder\.hf_mlp\.layers\.1\.(weight|bias)", r"mask_decoder.hq_mask_mlp.layers.0.\1"),
+    (r"mask_decoder\.hf_mlp\.layers\.2\.(weight|bias)", r"mask_decoder.hq_mask_mlp.proj_out.\1"),
+    (r"mask_decoder\.compress_vit_feat\.0\.(weight|bias)", r"mask_decoder.compress_vit_conv1.\1"),
+    (r"mask_decoder\.compress_vit_feat\.1\.(weight|bias)", r"mask_decoder.compress_vit_norm.\1"),
+    (r"mask_decoder\.compress_vit_feat\.3\.(weight|bias)", r"mask_decoder.compress_vit_conv2.\1"),
+    (r"mask_decoder\.embedding_encoder\.0\.(weight|bias)", r"mask_decoder.encoder_conv1.\1"),
+    (r"mask_decoder\.embedding_encoder\.1\.(weight|bias)", r"mask_decoder.encoder_norm.\1"),
+    (r"mask_decoder\.embedding_encoder\.3\.(weight|bias)", r"mask_decoder.encoder_conv2.\1"),
+    (r"mask_decoder\.embedding_maskfeature\.0\.(weight|bias)", r"mask_decoder.mask_conv1.\1"),
+    (r"mask_decoder\.embedding_maskfeature\.1\.(weight|bias)", r"mask_decoder.mask_norm.\1"),
+    (r"mask_decoder\.embedding_maskfeature\.3\.(weight|bias)", r"mask_decoder.mask_conv2.\1"),
+]
+HQ_TOKEN = "mask_decoder.hf_token.weight"
+
 # Fixed in segment_anything's code; no tensor shows it.
 NUM_DECODER_HEADS = 8
+
+
+def convert_sam(tensors: dict[str, LazyTensor]) -> ConvertedModel:
+    """`SamModel` or `SamHQModel` with its processor.
+
+    Args:
+        tensors: of a published `sam_vit_*.pth` or `sam_hq_vit_*.pth`.
+
+    Raises:
+        ValueError: tensors that the geometry is read from are missing, or keys are unknown; all are listed.
+    """
+    is_hq = HQ_TOKEN in tensors
+    converted = convert_state_dict(tensors, SAM_HQ_KEY_TABLE if is_hq else SAM_KEY_TABLE)
+    config = sam_config(tensors)
+    image_processor = sam_image_processor(config.vision_config.image_size)
+    return ConvertedModel(
+        model=build_without_weights(SamHQModel if is_hq else SamModel, config),
+        tensors=converted,
+        processor=(SamHQProcessor if is_hq else SamProcessor)(image_processor),
+    )
+
+
+def sam_image_processor(side: int) -> SamImageProcessorPil:
+    """SAM's image processor for images whose longer side becomes `side` pixels; its masks have a quarter of it."""
+    return SamImageProcessorPil(
+        size={"longest_edge": side},
+        pad_size={"height": side, "width": side},
+        mask_size={"longest_edge": side // 4},
+        mask_pad_size={"height": side // 4, "width": side // 4},
+    )
 
 
 def _count_layers(state_dict: dict, prefix: str) -> int:
@@ -68,13 +130,16 @@ def _count_layers(state_dict: dict, prefix: str) -> int:
     return len({key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)})
 
 
-def sam_config(state_dict: dict) -> SamConfig:
-    """Configuration of an original SAM, read off the shapes of its tensors.
+def sam_config(state_dict: dict) -> SamConfig | SamHQConfig:
+    """Configuration of an original SAM or SAM-HQ, read off the shapes of its tensors.
 
     Args:
         state_dict: of `Sam`, in the original's names (`image_encoder.*`, `prompt_encoder.*`, `mask_decoder.*`).
+
+    Raises:
+        ValueError: a tensor that the geometry is read from is missing.
     """
-    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    shapes = Shapes.of(state_dict)
     width, _, _, patch_size = shapes["image_encoder.patch_embed.proj.weight"]
     grid = shapes["image_encoder.pos_embed"][1]  # patches along each side of the square image
     depth = _count_layers(shapes, "image_encoder.blocks.")
@@ -87,7 +152,8 @@ def sam_config(state_dict: dict) -> SamConfig:
 
     hidden_size = shapes["mask_decoder.mask_tokens.weight"][1]
     cross_attention_width = shapes["mask_decoder.transformer.final_attn_token_to_image.q_proj.weight"][0]
-    return SamConfig(
+    config_class, hq_fields = (SamHQConfig, {"vit_dim": width}) if HQ_TOKEN in shapes else (SamConfig, {})
+    return config_class(
         vision_config={
             "hidden_size": width,
             "output_channels": shapes["image_encoder.neck.0.weight"][0],
@@ -107,6 +173,7 @@ def sam_config(state_dict: dict) -> SamConfig:
             "mask_input_channels": shapes["prompt_encoder.mask_downscaling.3.weight"][0],
         },
         mask_decoder_config={
+            **hq_fields,
             "hidden_size": hidden_size,
             "mlp_dim": shapes["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0],
             "num_hidden_layers": _count_layers(shapes, "mask_decoder.transformer.layers."),

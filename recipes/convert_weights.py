@@ -1,0 +1,124 @@
+"""Converts published original checkpoints to transformers' format.
+
+    python recipes/convert_weights.py sam --checkpoint sam_vit_h_4b8939.pth --output weights/sam-vit-h
+    python recipes/convert_weights.py llava --checkpoint llava-v1.5-7b --output weights/llava-1.5-7b
+    python recipes/convert_weights.py llava-delta --checkpoint LLaVA-Lightning-7B-delta-v1-1 --base llama-7b \\
+        --output weights/llava-7b-v1
+    python recipes/convert_weights.py lisa --checkpoint LISA-7B-v1 --output weights/lisa-7b-v1
+    python recipes/convert_weights.py lisa-train --checkpoint runs/lisa-7b/ckpt_model --base LLaVA-Lightning-7B-v1-1 \\
+        --output weights/my-lisa-7b
+
+Prints every tensor's old and new name, fails if one is left over or missing, and reads again what it wrote.
+"""
+
+import sys
+from pathlib import Path
+
+
+# This directory comes first on the path, where evaluate.py would hide the package of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
+
+import argparse
+import logging
+import signal
+
+import torch
+
+from lisa_hf.arguments import exit_with_one_line
+from lisa_hf.conversion.checkpoints import (
+    add_delta,
+    is_zero_checkpoint,
+    merge_lora,
+    open_checkpoint,
+    open_zero_checkpoint,
+)
+from lisa_hf.conversion.lisa import convert_lisa
+from lisa_hf.conversion.llava import convert_llava
+from lisa_hf.conversion.sam import convert_sam
+from lisa_hf.conversion.saving import ConvertedModel, save_converted
+
+
+SOURCES = {
+    "llava-delta": "LLaVA v1 as a difference to LLaMA (--base)",
+    "llava": "LLaVA v1, v1.1, on Llama 2, v1.5",
+    "sam": "sam_vit_{b,l,h}*.pth, sam_hq_vit_{b,l,h}.pth",
+    "lisa": "a published LISA",
+    "lisa-train": "a run of LISA's train_ds.py: its ZeRO checkpoint, or the pytorch_model.bin made of it",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    sources = "\n".join(f"  {name:<13}{description}" for name, description in SOURCES.items())
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nsources:\n{sources}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help="what is converted, see above")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="file or directory of the original")
+    parser.add_argument("--output", type=Path, required=True, help="new directory")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="llava-delta: the LLaMA that the delta belongs to. lisa-train: the LLaVA that the run began with, for "
+        "configuration and tokenizer; by default they are looked for in and above the checkpoint",
+    )
+    parser.add_argument("--vision-tower", help="CLIP: directory or Hub id; by default the one in config.json")
+    parser.add_argument(
+        "--chat-template",
+        help="llava_v1, llava_llama_2, llava_1_5 or a Jinja file; by default as LLaVA's code chooses by the model's "
+        "name, and llava_v1 for every LISA, the default of its code",
+    )
+    parser.add_argument("--lora-alpha", type=float, default=16, help="lisa-train: of the run (%(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="of the converted weights; by default that of most of the original's",
+    )
+    return parser.parse_args()
+
+
+def convert(args: argparse.Namespace) -> ConvertedModel:
+    """Opens the checkpoint and everything that belongs to it; no weight is read yet."""
+    options = {"vision_tower": args.vision_tower, "chat_template": args.chat_template}
+    if not args.checkpoint.exists():
+        raise ValueError(f"--checkpoint: {args.checkpoint} does not exist")
+    if args.source == "lisa-train":
+        is_zero = is_zero_checkpoint(args.checkpoint)
+        tensors = (open_zero_checkpoint if is_zero else open_checkpoint)(args.checkpoint)
+        return convert_lisa(merge_lora(tensors, args.lora_alpha), args.base or find_config(args.checkpoint), **options)
+    tensors = open_checkpoint(args.checkpoint)
+    if args.source == "sam":
+        return convert_sam(tensors)
+    if args.source == "lisa":
+        return convert_lisa(tensors, find_config(args.checkpoint), **options)
+    if args.source == "llava-delta":
+        if args.base is None:
+            raise ValueError("--base: expected the directory of the LLaMA that this delta belongs to")
+        tensors = add_delta(tensors, open_checkpoint(args.base))
+    return convert_llava(tensors, find_config(args.checkpoint), **options)
+
+
+def find_config(checkpoint: Path) -> Path:
+    """The nearest directory with a configuration and tokenizer: the checkpoint, or one of three above it."""
+    directories = [checkpoint.resolve(), *checkpoint.resolve().parents[:3]]
+    for directory in directories:
+        if (directory / "config.json").is_file():
+            return directory
+    raise ValueError(
+        f"{checkpoint}: expected config.json and the tokenizer in it or above it, found none. A training run has "
+        "none: give the LLaVA that it began with as --base"
+    )
+
+
+def main():
+    args = parse_arguments()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    logging.getLogger("lisa_hf").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
+    with exit_with_one_line():
+        save_converted(convert(args), args.output, args.dtype and getattr(torch, args.dtype))
+        print(f"Done. Model and processor: {args.output.resolve()}")
+
+
+if __name__ == "__main__":
+    main()
