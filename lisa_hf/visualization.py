@@ -1,17 +1,23 @@
-"""Pictures of masks: an overlay on one image, and a contact sheet of predictions beside the truth."""
+"""Pictures of masks: an overlay on one image, and contact sheets of predictions and of data sets."""
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+from datasets import Image
 
 from .modeling_lisa import MASK_IGNORE_INDEX
+from .schema import decode_mask, merge_masks
 
 
-COLOURS = np.array([(230, 25, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (60, 180, 75), (240, 50, 230)])
+COLOURS = np.array(
+    [(230, 25, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (60, 180, 75), (240, 50, 230)]
+    + [(0, 128, 128), (170, 110, 40), (210, 190, 0), (128, 0, 0), (0, 0, 128), (110, 110, 0)]
+)
 IGNORE_COLOUR = np.array((128, 128, 128))
 
 
@@ -71,3 +77,72 @@ def contact_sheet(predictions: list[Prediction], columns: int = 2, side: int = 2
         lines = textwrap.wrap(f"Q: {prediction.question}", 92)[:2] + textwrap.wrap(f"A: {prediction.answer}", 92)[:2]
         draw.multiline_text((x, y + side + 6), "\n".join(lines), fill="black", font=font, spacing=3)
     return sheet
+
+
+def preview_sheet(rows: Sequence[dict], columns: int = 2, side: int = 320) -> PIL.Image.Image:
+    """A grid of rows of a data set: the image, the masks over it, and the phrases in the colours of their masks.
+
+    Args:
+        rows: Rows of `lisa_hf.schema.FEATURES` with undecoded images. One that cannot be shown says why.
+    """
+    cells, gap = [_draw_row(row, side) for row in rows], 12
+    lines = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    heights = [max(cell.height for cell in line) + gap for line in lines]
+    sheet = PIL.Image.new("RGB", (columns * (2 * side + 10 + gap) + gap, sum(heights) + gap), "white")
+    for index, line in enumerate(lines):
+        for column, cell in enumerate(line):
+            sheet.paste(cell, (gap + column * (cell.width + gap), gap + sum(heights[:index])))
+    return sheet
+
+
+def _draw_row(row: dict, side: int) -> PIL.Image.Image:
+    """One cell of a preview: image and overlay side by side, the text below them."""
+    pictures, lines = [], [("black", f"{row['source']} {row['image_id']}, {row['task']}")]
+    try:
+        image = Image(mode="RGB").decode_example(row["image"])
+        phrases, masks = _masks_by_phrases(row, image)
+        scale = side / max(image.size)
+        size = [max(round(length * scale), 1) for length in image.size]
+        pictures = [image.resize(size), overlay_masks(image, masks).resize(size)]
+        lines += [(tuple(colour), phrase) for colour, phrase in zip(COLOURS, phrases)]
+        if len(phrases) > len(COLOURS):
+            lines.append(("black", f"and {len(phrases) - len(COLOURS)} more"))
+    except Exception as error:  # Pillow has no exception of its own for broken files.
+        lines.append(("red", f"Cannot be shown: {error}"))
+    if row["ignore"] is not None:
+        lines.append((tuple(IGNORE_COLOUR), "ignored"))
+    if row["explanation"] is not None:
+        lines.append(("black", row["explanation"]))
+    lines += [("black", f"{message['role']}: {message['content']}") for message in row["messages"][:4]]
+
+    font = PIL.ImageFont.load_default(size=14)
+    texts = [
+        (colour, part)
+        for colour, line in lines
+        for part in textwrap.wrap(line, side // 4, max_lines=3, placeholder=" ...")
+    ]
+    height = max([picture.height for picture in pictures], default=0)
+    cell = PIL.Image.new("RGB", (2 * side + 10, height + 18 * len(texts) + 6), "white")
+    for position, picture in enumerate(pictures):
+        cell.paste(picture, (position * (side + 10), 0))
+    draw = PIL.ImageDraw.Draw(cell)
+    for index, (colour, text) in enumerate(texts):
+        draw.text((0, height + 4 + 18 * index), text, fill=colour, font=font)
+    return cell
+
+
+def _masks_by_phrases(row: dict, image: PIL.Image.Image) -> tuple[list[str], np.ndarray]:
+    """The phrases of a row, the largest first, and `(M, H, W)` the masks of the first ones, then what is ignored."""
+    rles = {}
+    for target in row["targets"]:
+        rles.setdefault(" / ".join(target["phrases"]), []).append(target["rle"])
+    masks = {phrase: decode_mask(merge_masks(found)) for phrase, found in rles.items()}
+    phrases = sorted(masks, key=lambda phrase: masks[phrase].sum(), reverse=True)
+    shown = [masks[phrase] for phrase in phrases[: len(COLOURS)]]
+    if row["ignore"] is not None:
+        shown.append(decode_mask(row["ignore"]) * np.uint8(MASK_IGNORE_INDEX))
+    for mask in shown:
+        if mask.shape != (image.height, image.width):
+            raise ValueError(f"the image has {(image.height, image.width)} pixels, but a mask has {mask.shape}")
+    phrases = [phrase if masks[phrase].any() else f"{phrase} (nothing)" for phrase in phrases]
+    return phrases, np.array(shown).reshape(-1, image.height, image.width)

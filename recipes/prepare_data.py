@@ -20,12 +20,15 @@ import argparse
 import logging
 from typing import Any
 
+import datasets
+import numpy as np
 from transformers import HfArgumentParser
 
-from data_scripts import SOURCES
+from data_scripts import SOURCES, load_source
 from data_scripts.check import check_source
 from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
 from lisa_hf.arguments import DataArguments, exit_with_one_line
+from lisa_hf.visualization import preview_sheet
 
 
 def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
@@ -68,6 +71,18 @@ def run_check(args: argparse.Namespace):
     sys.exit(1 if missing else 0)
 
 
+def run_preview(args: argparse.Namespace):
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, options in find_sources(args):
+        rows = load_source(name, args.data_dir, **options).cast_column("image", datasets.Image(decode=False))
+        # Spread over all rows: neighbours are often alike.
+        chosen = rows.select(np.linspace(0, len(rows) - 1, min(args.num_rows, len(rows)), dtype=int))
+        path = output_dir / f"{name}_{options.get('split', 'train')}.png"
+        preview_sheet(chosen).save(path)
+        print(f"{name}: {len(chosen)} of {len(rows)} rows in {path.resolve()}")
+
+
 def main():
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("sources", nargs="*", metavar="SOURCE", help=f"among {', '.join(SOURCES)}")
@@ -81,6 +96,10 @@ def main():
     command.set_defaults(run=run_download)
     command = commands.add_parser("check", parents=[common], help="report what is missing; exit status 1 if anything")
     command.set_defaults(run=run_check)
+    command = commands.add_parser("preview", parents=[common], help="draw sheets of rows with their phrases and masks")
+    command.add_argument("--output_dir", default="outputs/preview", help="where the sheets go, a PNG per source")
+    command.add_argument("--num_rows", type=int, default=8, help="rows on a sheet")
+    command.set_defaults(run=run_preview)
 
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s")

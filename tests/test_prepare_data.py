@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
 import huggingface_hub
+import numpy as np
+import PIL.Image
 import pytest
 import yaml
 from filelock import FileLock
@@ -24,6 +26,8 @@ from test_recipes import ROOT
 from data_scripts import SOURCES
 from data_scripts import download as downloads
 from data_scripts.download import MANUAL_STEPS, WEB_FILES, WebFile, download
+from lisa_hf.schema import encode_mask, make_row
+from lisa_hf.visualization import COLOURS, IGNORE_COLOUR, preview_sheet
 
 
 PHOTOS = {
@@ -452,3 +456,48 @@ def test_check_of_names_looks_at_all_splits(cli):
     status, out, _ = cli("check", "refcoco", "mapillary", "--data_dir", TREE)
     assert status == 0
     assert "testA" in out and "2 of 2 are ready." in out
+
+
+# Preview
+
+
+def has_text(sheet, colour):
+    return (np.asarray(sheet) == colour).all(axis=-1).any()
+
+
+def test_a_preview_shows_masks_and_phrases_in_one_colour():
+    mask = np.zeros((60, 80), dtype=np.uint8)
+    mask[10:30, 10:30] = 1
+    image = io.BytesIO()
+    PIL.Image.new("RGB", (80, 60), "white").save(image, "PNG")
+    masks = {"nothing": np.zeros_like(mask), "box": mask}
+    targets = [{"phrases": [name], "rle": encode_mask(mask)} for name, mask in masks.items()]
+    row = make_row(image.getvalue(), "1", "mine", "semantic", targets, ignore=encode_mask(np.flip(mask).copy()))
+    sheet = preview_sheet([row], columns=1, side=160)
+    assert sheet.size == (12 + 160 + 10 + 160 + 12, 12 + 120 + 4 * 18 + 6 + 12)
+    overlay = np.asarray(sheet.crop((182, 12, 342, 132)))
+    for (x, y), colour in {(40, 40): COLOURS[0], (120, 80): IGNORE_COLOUR, (80, 60): (255, 255, 255)}.items():
+        np.testing.assert_allclose(overlay[y, x], 127.5 + np.array(colour) / 2, atol=1)
+    assert (np.asarray(sheet.crop((12, 12, 172, 132))) == 255).all()
+    assert has_text(sheet, COLOURS[0]) and has_text(sheet, COLOURS[1]) and not has_text(sheet, COLOURS[2])
+
+
+def test_a_preview_says_what_cannot_be_shown(tmp_path):
+    target = {"phrases": ["box"], "rle": encode_mask(np.ones((6, 8), dtype=np.uint8))}
+    image = io.BytesIO()
+    PIL.Image.new("RGB", (80, 60), "white").save(image, "PNG")
+    rows = [make_row(source, "1", "mine", "semantic", [target]) for source in ("nowhere.jpg", image.getvalue())]
+    red = (np.asarray(preview_sheet(rows)) == (255, 0, 0)).all(axis=-1)
+    assert red[:, : red.shape[1] // 2].any() and red[:, red.shape[1] // 2 :].any()
+
+
+def test_preview_writes_a_sheet_per_source(cli, tmp_path):
+    status, out, _ = cli(
+        "preview", "ade20k", "llava_instruct", "--data_dir", TREE, "--output_dir", tmp_path / "sheets"
+    )
+    assert status == 0 and "ade20k: 2 of 2 rows" in out
+    assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == [
+        "ade20k_train.png",
+        "llava_instruct_train.png",
+    ]
+    assert PIL.Image.open(tmp_path / "sheets/ade20k_train.png").width == 1336
