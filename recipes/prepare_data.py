@@ -22,11 +22,13 @@ from typing import Any
 
 import datasets
 import numpy as np
+from huggingface_hub import HfApi
 from transformers import HfArgumentParser
 
 from data_scripts import SOURCES, load_source
 from data_scripts.check import check_source
 from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
+from data_scripts.parquet import write_card, write_parquet
 from lisa_hf.arguments import DataArguments, exit_with_one_line
 from lisa_hf.visualization import preview_sheet
 
@@ -83,6 +85,31 @@ def run_preview(args: argparse.Namespace):
         print(f"{name}: {len(chosen)} of {len(rows)} rows in {path.resolve()}")
 
 
+def run_convert(args: argparse.Namespace):
+    output_dir, licences = Path(args.output_dir), {}
+    for name, options in find_sources(args):
+        loaded = load_source(name, args.data_dir, **{"split": None} | options)
+        splits = loaded if isinstance(loaded, datasets.DatasetDict) else {options["split"]: loaded}
+        for split, rows in splits.items():
+            paths = write_parquet(rows, output_dir / name, split, args.num_threads, args.max_shard_size)
+            print(f"{name} {split}: {len(rows)} rows in {len(paths)} files")
+        licences[name] = SOURCES[options.get("builder") or name].LICENCE
+    write_card(output_dir, licences)
+    print(f'load_dataset("{output_dir}", "{name}", split="{split}", streaming=True)')
+    if args.push_to_hub:
+        api = HfApi()
+        # Private, since few of these licences let anybody hand the photos on.
+        api.create_repo(repo_id=args.push_to_hub, repo_type="dataset", private=True, exist_ok=True)
+        files = "*/data/*.parquet"
+        api.upload_folder(
+            repo_id=args.push_to_hub,
+            repo_type="dataset",
+            folder_path=output_dir,
+            allow_patterns=[files, "README.md"],
+            delete_patterns=files,  # Of an earlier upload, what the folder does not hold.
+        )
+
+
 def main():
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("sources", nargs="*", metavar="SOURCE", help=f"among {', '.join(SOURCES)}")
@@ -100,6 +127,12 @@ def main():
     command.add_argument("--output_dir", default="outputs/preview", help="where the sheets go, a PNG per source")
     command.add_argument("--num_rows", type=int, default=8, help="rows on a sheet")
     command.set_defaults(run=run_preview)
+    command = commands.add_parser("convert", parents=[common], help="write Parquet with the images inside, resumable")
+    command.add_argument("--output_dir", required=True, help="where the files go, a directory per source")
+    command.add_argument("--num_threads", type=int, default=4, help="files written at once")
+    command.add_argument("--max_shard_size", default="500MB", help="about how large a file may become")
+    command.add_argument("--push_to_hub", metavar="NAME", help="also upload to this (private) data set of the Hub")
+    command.set_defaults(run=run_convert)
 
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s")

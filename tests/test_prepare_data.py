@@ -12,6 +12,7 @@ import threading
 import zipfile
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -22,11 +23,13 @@ import yaml
 from filelock import FileLock
 from test_data_scripts import TREE
 from test_recipes import ROOT
+from test_sources import NAMES
 
-from data_scripts import SOURCES
+from data_scripts import SOURCES, load_source, parquet
 from data_scripts import download as downloads
 from data_scripts.download import MANUAL_STEPS, WEB_FILES, WebFile, download
-from lisa_hf.schema import encode_mask, make_row
+from data_scripts.parquet import write_card, write_parquet
+from lisa_hf.schema import FEATURES, encode_mask, make_row
 from lisa_hf.visualization import COLOURS, IGNORE_COLOUR, preview_sheet
 
 
@@ -501,3 +504,139 @@ def test_preview_writes_a_sheet_per_source(cli, tmp_path):
         "llava_instruct_train.png",
     ]
     assert PIL.Image.open(tmp_path / "sheets/ade20k_train.png").width == 1336
+
+
+# Convert
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(name, data_dir=TREE, **kwargs):
+        rows = load_source(name, str(data_dir), cache_dir=str(tmp_path / "cache"), **kwargs)
+        return rows.cast_column("image", datasets.Image(decode=False))
+
+    return load
+
+
+@pytest.fixture
+def open_parquet(tmp_path):
+    """Rows of a converted source, streamed; the image as bytes."""
+
+    def open_parquet(directory, name, split="train"):
+        rows = datasets.load_dataset(
+            str(directory), name, split=split, streaming=True, cache_dir=str(tmp_path / "cache")
+        )
+        assert rows.features == FEATURES
+        return without_paths(rows.cast_column("image", datasets.Image(decode=False)))
+
+    return open_parquet
+
+
+def without_paths(rows):
+    rows = [dict(row) for row in rows]
+    for row in rows:
+        image = row["image"]
+        row["image"] = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    return rows
+
+
+@pytest.mark.parametrize("name", [*NAMES, "pascal_part", "reason_seg"])
+def test_parquet_gives_equal_rows(load, open_parquet, tmp_path, name):
+    rows = load(name)
+    paths = write_parquet(rows, tmp_path / "parquet" / name, "train", max_shard_size="1KB")
+    assert len(paths) == len(rows)  # No image is smaller than a shard.
+    write_card(tmp_path / "parquet", {name: "none"})
+    assert open_parquet(tmp_path / "parquet", name) == without_paths(rows)
+    assert open_parquet(tmp_path / "parquet" / name, None) == without_paths(rows)
+
+
+def test_a_shard_holds_many_rows_and_their_order_is_kept(load, open_parquet, tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "ROWS_PER_GROUP", 4)
+    rows = load("shapes", num_train_scenes=30, num_validation_scenes=1, image_size=32)
+    paths = write_parquet(rows, tmp_path / "parquet/shapes", "train", max_shard_size="20KB")
+    assert 2 < len(paths) < 20
+    assert open_parquet(tmp_path / "parquet/shapes", None) == without_paths(rows)
+
+
+def test_finished_shards_are_not_written_again(load, tmp_path):
+    rows = load("cocostuff")
+    first, second = paths = write_parquet(rows, tmp_path, "train", max_shard_size="1KB")
+    before = first.stat().st_mtime_ns
+    second.unlink()
+    assert write_parquet(rows, tmp_path, "train", max_shard_size="1KB") == paths
+    assert first.stat().st_mtime_ns == before and second.exists()
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_whole(load, open_parquet, tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "ROWS_PER_GROUP", 1)
+    rows = load("cocostuff")
+    embed, calls = parquet.embed_table_storage, []
+
+    def die(table):
+        calls.append(table)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return embed(table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet, "embed_table_storage", die)
+        patch.setattr(parquet, "thread_map", lambda function, items, **kwargs: [function(item) for item in items])
+        with pytest.raises(KeyboardInterrupt):
+            write_parquet(rows, tmp_path / "parquet/cocostuff", "train")
+    assert [path.suffix for path in (tmp_path / "parquet/cocostuff/data").iterdir()] == [".part"]
+    write_parquet(rows, tmp_path / "parquet/cocostuff", "train")
+    assert [path.suffix for path in (tmp_path / "parquet/cocostuff/data").iterdir()] == [".parquet"]
+    assert open_parquet(tmp_path / "parquet/cocostuff", None) == without_paths(rows)
+
+
+def test_shards_of_other_rows_or_sizes_are_replaced(load, open_parquet, tmp_path):
+    tree = shutil.copytree(TREE, tmp_path / "dataset")
+    other = write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "val")
+    write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train", max_shard_size="1KB")
+    write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train")
+    assert open_parquet(tmp_path / "parquet/x", None) == without_paths(load("cocostuff", tree))
+    path = tree / "coco/train2017" / Path(load("cocostuff", tree)[0]["image"]["path"]).name
+    path.write_bytes(path.read_bytes() + b"more")
+    write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train")
+    assert open_parquet(tmp_path / "parquet/x", None)[0]["image"].endswith(b"more")
+    assert other[0].exists()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_missing_image_is_said_before_anything_is_written(load, tmp_path, damage):
+    tree = shutil.copytree(TREE, tmp_path / "dataset")
+    damage(tree / "coco/train2017/000000000001.jpg")
+    with pytest.raises(ValueError, match="000000000001.jpg' is empty or not there. Restore it"):
+        write_parquet(load("llava_instruct", tree), tmp_path / "parquet", "train")
+    assert not list((tmp_path / "parquet/data").iterdir())
+
+
+def test_convert_and_push_from_the_command_line(cli, open_parquet, load, monkeypatch, tmp_path):
+    calls = {}
+    for method in ("create_repo", "upload_folder"):
+        record = functools.partial(lambda method, *args, **kwargs: calls.update({method: kwargs}), method)
+        monkeypatch.setattr(huggingface_hub.HfApi, method, record)
+    output_dir = tmp_path / "parquet"
+    arguments = ["--data_dir", TREE, "--output_dir", output_dir, "--push_to_hub", "me/rows"]
+    status, out, _ = cli("convert", "refcoco+", "grefcoco", *arguments)
+    assert status == 0 and f'load_dataset("{output_dir}", "grefcoco", split="' in out
+    for name in ("refcoco+", "grefcoco"):
+        for split, rows in load(name, split=None).items():
+            assert open_parquet(output_dir, name, split) == without_paths(rows)
+    assert "- refcoco+: The expressions: Apache-2.0" in (output_dir / "README.md").read_text()
+    assert calls["create_repo"] == {"repo_id": "me/rows", "repo_type": "dataset", "private": True, "exist_ok": True}
+    assert (calls["upload_folder"]["repo_id"], calls["upload_folder"]["folder_path"]) == ("me/rows", output_dir)
+    allowed = calls["upload_folder"]["allow_patterns"]
+    files = [str(path.relative_to(output_dir)) for path in output_dir.rglob("*") if path.is_file()]
+    assert sorted(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allowed)) == sorted(files)
+
+
+def test_convert_of_a_recipe_takes_its_splits(cli, open_parquet, tmp_path):
+    recipe = write_recipe(
+        tmp_path / "r.yaml", data_dir=str(TREE), sources={"refcoco": 1}, eval_sources={"refcoco": {"split": "testA"}}
+    )
+    status, _, _ = cli("convert", "--config", recipe, "--output_dir", tmp_path / "parquet")
+    assert status == 0
+    names = sorted(path.name.partition("-")[0] for path in (tmp_path / "parquet/refcoco/data").iterdir())
+    assert names == ["testA", "train"]
+    assert open_parquet(tmp_path / "parquet", "refcoco", "testA")

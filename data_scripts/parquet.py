@@ -1,0 +1,114 @@
+"""Writes rows to Parquet with their images inside: a folder that opens like a data set of the Hub, and can become one.
+
+from data_scripts.parquet import write_card, write_parquet
+write_parquet(load_source("refcoco", data_dir="dataset", split="val"), "parquet/refcoco", "val")
+write_card("parquet", {"refcoco": RefCoco.LICENCE})
+datasets.load_dataset("parquet", "refcoco", split="val", streaming=True)
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset, Image
+from datasets.table import embed_table_storage
+from datasets.utils.py_utils import convert_file_size_to_int
+from huggingface_hub import DatasetCard, DatasetCardData
+from tqdm.contrib.concurrent import thread_map
+
+
+# As `datasets` chooses for images: a reader holds so many in memory at once.
+ROWS_PER_GROUP = 100
+FINGERPRINT = b"lisa_hf_fingerprint"
+
+
+def write_parquet(
+    rows: Dataset, directory: str | os.PathLike, split: str, num_threads: int = 4, max_shard_size: str = "500MB"
+) -> list[Path]:
+    """Writes one split as shards `data/<split>-00000-of-00007.parquet`. Shards that are there, of these rows, stay.
+
+    By these names `load_dataset` finds the splits of the directory, whatever they are called.
+
+    Args:
+        rows: Rows of `lisa_hf.schema.FEATURES`, prepared.
+        directory: Directory of the source, made if it is not there.
+        split: Name of the split.
+        num_threads: How many shards are written at once.
+        max_shard_size: About how large a shard may become.
+
+    Returns:
+        Paths of the shards, in order; there are no others of this split in the directory.
+
+    Raises:
+        ValueError: Before anything is written, if an image is not there or empty.
+    """
+    rows = rows.cast_column("image", Image())  # As the files say how to read them, even if the rows were undecoded.
+    data = Path(directory) / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    sizes = list(_image_sizes(rows))
+    num_shards = max(1, -(-sum(sizes) // convert_file_size_to_int(max_shard_size)))
+    num_shards = min(num_shards, max(1, len(rows)))
+    # The fingerprint that `datasets` gives to prepared rows changes with the annotations, the sizes with the images.
+    fingerprint = hashlib.sha256(f"{rows._fingerprint} {num_shards} {sizes}".encode()).hexdigest().encode()
+    paths = [data / f"{split}-{index:05d}-of-{num_shards:05d}.parquet" for index in range(num_shards)]
+
+    def write(index: int):
+        if not _is_written(paths[index], fingerprint):
+            _write_shard(rows.shard(num_shards, index, contiguous=True), paths[index], fingerprint)
+
+    thread_map(write, range(num_shards), max_workers=num_threads, desc=f"{data.parent.name} {split}", unit="shard")
+    for path in set(data.glob(f"{split}-*-of-*.parquet*")) - set(paths):
+        path.unlink()
+    return paths
+
+
+def write_card(directory: str | os.PathLike, licences: dict[str, str]):
+    """Writes the README.md by which `load_dataset` knows sources and splits.
+
+    Args:
+        directory: The directory of all sources.
+        licences: What to say of the licence of a source, by its name.
+    """
+    directory = Path(directory)
+    configs = []
+    for source in sorted(path for path in directory.iterdir() if path.is_dir()):
+        splits = sorted({path.name.rpartition("-of-")[0].rpartition("-")[0] for path in source.glob("data/*.parquet")})
+        files = [{"split": split, "path": f"{source.name}/data/{split}-*.parquet"} for split in splits]
+        configs += [{"config_name": source.name, "data_files": files}] if files else []
+    names = [config["config_name"] for config in configs]
+    lines = [f"- {name}: {licences[name]}" for name in names if name in licences]
+    card = "# Rows for lisa_hf\n\nA configuration per source. Their licences hold for these copies too.\n\n"
+    metadata = DatasetCardData(configs=configs, task_categories=["image-segmentation"])
+    DatasetCard(f"---\n{metadata}\n---\n\n{card}" + "\n".join(lines) + "\n").save(directory / "README.md")
+
+
+def _image_sizes(rows: Dataset) -> Iterator[int]:
+    """Bytes of the image of every row."""
+    for table in rows.select_columns("image").with_format("arrow").iter(batch_size=1000):
+        images = table["image"].combine_chunks()
+        lengths = pc.binary_length(images.field("bytes")).to_pylist()
+        for length, path in zip(lengths, images.field("path").to_pylist()):
+            size = length if length is not None else os.path.getsize(path) if path and os.path.isfile(path) else 0
+            if size == 0:
+                raise ValueError(
+                    f"Expected an image in every row, but {path!r} is empty or not there. Restore it, or remove its "
+                    "annotation."
+                )
+            yield size
+
+
+def _is_written(path: Path, fingerprint: bytes) -> bool:
+    return path.exists() and (pq.read_metadata(path).metadata or {}).get(FINGERPRINT) == fingerprint
+
+
+def _write_shard(rows: Dataset, path: Path, fingerprint: bytes):
+    part = path.with_name(path.name + ".part")
+    schema = rows.features.arrow_schema
+    schema = schema.with_metadata({**schema.metadata, FINGERPRINT: fingerprint})
+    with pq.ParquetWriter(part, schema, use_content_defined_chunking=True, write_page_index=True) as writer:
+        for table in rows.with_format("arrow").iter(batch_size=ROWS_PER_GROUP):
+            writer.write_table(embed_table_storage(table))
+    os.replace(part, path)
