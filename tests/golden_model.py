@@ -60,6 +60,12 @@ def original_state_dict() -> dict:
     return load_file(GOLDEN / "model_state.safetensors")
 
 
+def training_state_dict() -> dict:
+    """What `zero_to_fp32.py` makes of a training run: all weights, the CLIP tower's too, LoRA beside its weights."""
+    state_dict = {f"base_model.model.{name}": tensor for name, tensor in original_state_dict().items()}
+    return state_dict | load_file(GOLDEN / "lora_weights.safetensors")
+
+
 def original_config() -> dict:
     """Content of the original's config.json."""
     return load_json("model_config")["lisa_config"] | {"architectures": ["LlavaLlamaForCausalLM"]}

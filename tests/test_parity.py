@@ -27,15 +27,17 @@ from golden_model import (
     golden_images,
     load_case,
     load_json,
+    original_directory,
+    run_command,
+    training_state_dict,
 )
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import SamImageProcessorPil, SamModel
+from transformers import AutoModel, AutoProcessor, SamImageProcessorPil, SamModel, SamProcessor
 
 from lisa_hf.conversion import convert_state_dict
 from lisa_hf.conversion.lisa import LISA_KEY_TABLE
-from lisa_hf.conversion.sam import SAM_KEY_TABLE, sam_config
 from lisa_hf.mask_backbone import decode_prompts, encode_images, padded_side, upscale_masks
 from lisa_hf.metrics import intersection_and_union
 from lisa_hf.modeling_lisa import mask_losses
@@ -44,6 +46,7 @@ from lisa_hf.processing_lisa import TextTooLongError
 
 TOKENIZATION = load_json("tokenization")
 LOSSES = load_json("losses")
+VOCAB_SIZE = load_json("model_config")["vocab_final"]
 IMAGES_META, IMAGES = golden_images()
 
 
@@ -71,11 +74,24 @@ def encode_row(processor, turns: list[str], max_length: int | None = None) -> tu
     )
 
 
+def assert_same_row_of_text(case: dict, processor) -> None:
+    (turns,), (row_ids,), (row_labels,) = case["messages"], case["input_ids"], case["labels"]
+    messages = [{"role": ("user", "assistant")[index], "content": text} for index, text in enumerate(turns)]
+    encoding = processor.tokenizer.apply_chat_template(
+        messages, chat_template=processor.chat_template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    bos = processor.tokenizer.bos_token_id  # the template leaves it to the tokenizer
+    assert [bos, *encoding["input_ids"]] == row_ids
+    mask = [0, *encoding["assistant_masks"]]
+    assert [token if is_answer else -100 for token, is_answer in zip(row_ids, mask)] == row_labels
+
+
 @pytest.mark.parametrize("case", TOKENIZATION["cases"], ids=lambda case: f"{case['conv_type']}-{case['name']}")
 def test_tokenization(case):
-    if case["name"] == "no_image":
-        pytest.skip("a row of text alone: every row is about one image here")
     processor = converted_processor(case["conv_type"], case["use_mm_start_end"])
+    if case["name"] == "no_image":  # every row of ours is about an image: tokenizer and template alone
+        assert_same_row_of_text(case, processor)
+        return
     max_length = None if case["inference"] else case["model_max_length"]
     for turns, row_ids, row_labels, mask in zip(
         case["messages"], case["input_ids"], case["labels"], case["attention_masks"]
@@ -205,7 +221,6 @@ def concatenate(tensors: dict, name: str, num_images: int) -> torch.Tensor:
 
 
 def assert_same_outputs(outputs, meta: dict, tensors: dict, inputs, num_images: int) -> None:
-    vocab_size = 643
     assert_close(outputs.loss, meta["losses"]["loss"], "loss")
     for part in ("ce_loss", "mask_bce_loss", "mask_dice_loss"):
         assert_close(getattr(outputs, part), meta["losses"][part], part)
@@ -217,7 +232,7 @@ def assert_same_outputs(outputs, meta: dict, tensors: dict, inputs, num_images: 
     attended_part = attended[:, start:]
     assert_close(outputs.last_hidden_state[:, start:][attended_part], expected[attended_part], "last_hidden_state")
     row_stride, column_stride = meta["logits_stride"]
-    logits = outputs.logits[:, ::row_stride, :vocab_size:column_stride]
+    logits = outputs.logits[:, ::row_stride, :VOCAB_SIZE:column_stride]
     assert_close(logits[attended[:, ::row_stride]], tensors["logits_strided"][attended[:, ::row_stride]], "logits")
 
     assert_close(outputs.seg_embeddings, concatenate(tensors, "seg_embeddings", num_images), "seg_embeddings")
@@ -301,6 +316,30 @@ def test_lora(model, processor):
     assert_same_gradients(peft_model, expected_norms, lora_table, prefix)
 
 
+def test_merged_lora(tmp_path):
+    """The training run's weights, through the command: LoRA is folded in, everything else is as it was trained."""
+    meta, tensors = load_case("batch_train_3_2_lora")
+    checkpoint = tmp_path / "pytorch_model.bin"
+    torch.save(training_state_dict(), checkpoint)
+    base, tower = original_directory(), GOLDEN / "clip_tiny"
+    run_command(
+        *("lisa-train", "--checkpoint", checkpoint, "--base", base, "--vision-tower", tower),
+        *("--output", tmp_path / "converted"),
+    )
+    model, processor = (
+        AutoModel.from_pretrained(tmp_path / "converted"),
+        AutoProcessor.from_pretrained(tmp_path / "converted"),
+    )
+    inputs = encode_batch(meta, tensors, processor)
+    model.train()
+    mask_labels = [tensors[f"gt_masks_{image}"] for image in range(2)]
+    outputs = model(**inputs, mask_labels=mask_labels, output_logits=True, output_masks=True)
+    assert_same_outputs(outputs, meta, tensors, inputs, 2)
+    outputs.loss.backward()
+    norms = {name.removeprefix("base_model.model."): norm for name, norm in meta["grad_norms"].items()}
+    assert_same_gradients(model, {name: norm for name, norm in norms.items() if "lora_" not in name}, LISA_KEY_TABLE)
+
+
 def test_inference(model, processor):
     meta, tensors = load_case("inference")
     meta |= {  # the names of a batch
@@ -326,7 +365,7 @@ def test_generate(case, model, processor):
     meta, tensors = load_case("evaluate")
     meta = meta[case]
     with torch.no_grad():
-        model.get_output_embeddings().weight[:643] = tensors[f"{case}_lm_head"]
+        model.get_output_embeddings().weight[:VOCAB_SIZE] = tensors[f"{case}_lm_head"]
     inputs = processor(golden_image(meta["image_index"]), meta["prompt"])
     ids = inputs["input_ids"][0].tolist()
     image_token_id = processor.vlm_processor.image_token_id
@@ -374,13 +413,13 @@ def recipe_image() -> Image.Image:
     return Image.fromarray((((x * 7 + y * 13 + channel * 29) ^ (x * y // 17)) % 256).astype(np.uint8))
 
 
-def test_sam_at_1024():
+def test_sam_at_1024(tmp_path):
     meta, tensors = load_case("sam1024")
-    state_dict = {key: recipe_weight(key, shape) for key, shape in meta["keys"].items()}
-    mask_model = SamModel(sam_config(state_dict)).eval()
-    mask_model.load_state_dict(convert_state_dict(state_dict, SAM_KEY_TABLE))
+    torch.save({key: recipe_weight(key, shape) for key, shape in meta["keys"].items()}, tmp_path / "sam.pth")
+    run_command("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "converted")
+    mask_model = SamModel.from_pretrained(tmp_path / "converted")
     prompts = torch.from_numpy(np.random.RandomState(99).standard_normal((2, 1, 256)).astype(np.float32))
-    inputs = SamImageProcessorPil()([recipe_image()], return_tensors="pt")
+    inputs = SamProcessor.from_pretrained(tmp_path / "converted")(recipe_image(), return_tensors="pt")
     assert inputs["reshaped_input_sizes"][0].tolist() == meta["input_size"]
     with torch.no_grad():
         embeddings = encode_images(mask_model, inputs["pixel_values"])

@@ -1,0 +1,588 @@
+"""`recipes/convert_weights.py` on synthetic originals with the published checkpoints' names, tiny shapes and files."""
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden_model import (
+    COMMAND,
+    GOLDEN,
+    golden_image,
+    load_json,
+    original_config,
+    original_directory,
+    original_state_dict,
+    training_state_dict,
+    write_shards,
+    write_tokenizer,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMaskGeneration,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SamHQProcessor,
+    SamProcessor,
+)
+
+import lisa_hf  # noqa: F401  registers the classes
+from lisa_hf.conversion import saving
+
+
+CLIP = GOLDEN / "clip_tiny"
+VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
+
+
+@pytest.fixture
+def convert(monkeypatch):
+    """Runs the command in this process: `convert("sam", "--checkpoint", ...)`."""
+    spec = importlib.util.spec_from_file_location("convert_weights", COMMAND)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec.loader.exec_module(module)
+    handler, level = signal.getsignal(signal.SIGTERM), logging.getLogger("lisa_hf").level
+
+    def run(*arguments) -> None:
+        monkeypatch.setattr(sys, "argv", [str(COMMAND), *map(str, arguments)])
+        module.main()
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+    logging.getLogger("lisa_hf").setLevel(level)
+
+
+@pytest.fixture
+def fail(convert, capsys):
+    """Runs the command where it must fail: returns its one line, after a check that nothing was left behind."""
+
+    def run(output: Path, *arguments) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            convert(*arguments, "--output", output)
+        assert exit_info.value.code == 2
+        assert not list(output.parent.glob(f"{output.name}*"))
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run
+
+
+# ---- LLaVA ----------------------------------------------------------------------------------------------------------
+
+
+def random_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.randn(tensor.shape) * (0.1 if tensor.ndim > 1 else 0.02) + (tensor.ndim == 1)
+
+
+def language_model(vocab_size: int) -> dict:
+    """A Llama's tensors, rotary frequencies included, as transformers of 2023 saved them."""
+    torch.manual_seed(vocab_size)
+    names = re.compile(r"model\.(layers\..*|embed_tokens\.weight|norm\.weight)|lm_head\.weight")
+    state_dict = {name: tensor for name, tensor in original_state_dict().items() if names.fullmatch(name)}
+    for name, tensor in state_dict.items():
+        if "inv_freq" not in name:
+            rows = vocab_size if name.endswith(("embed_tokens.weight", "lm_head.weight")) else len(tensor)
+            state_dict[name] = random_like(tensor.new_empty(rows, *tensor.shape[1:]))
+    return state_dict
+
+
+def linear_projector() -> dict:
+    return {"model.mm_projector.weight": torch.randn(64, 32) * 0.1, "model.mm_projector.bias": torch.randn(64) * 0.1}
+
+
+def mlp_projector() -> dict:
+    sizes = {"0.weight": (64, 32), "0.bias": (64,), "2.weight": (64, 64), "2.bias": (64,)}
+    return {f"model.mm_projector.{name}": torch.randn(size) * 0.1 for name, size in sizes.items()}
+
+
+def write_llava(directory: Path, state_dict: dict, added_tokens: dict, **config) -> None:
+    """The directory of a LLaVA as its trainer saved it."""
+    write_shards(state_dict, directory)
+    write_tokenizer(directory, added_tokens)
+    text = {name: value for name, value in original_config().items() if not name.startswith(("mm_", "train_", "out_"))}
+    llava = {"mm_vision_select_layer": -2, "mm_hidden_size": 32, "mm_use_im_patch_token": False, "use_mm_proj": True}
+    (directory / "config.json").write_text(json.dumps(text | llava | config))
+
+
+def reference_logits(state_dict: dict, tower: CLIPVisionModel, pixel_values, ids: list[int], image_token_id: int):
+    """What the original computes: Llama, in its own names, on the text's embeddings and CLIP's projected features."""
+    sizes = {name: original_config()[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    config = LlamaConfig(**sizes, num_hidden_layers=2, rms_norm_eps=1e-5, vocab_size=len(state_dict["lm_head.weight"]))
+    llama = LlamaForCausalLM(config).eval()
+    llama.load_state_dict({name: value for name, value in state_dict.items() if name in llama.state_dict()})
+    features = tower(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:]
+    if "model.mm_projector.weight" in state_dict:
+        projector = torch.nn.Linear(32, 64)
+    else:
+        projector = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    prefix = "model.mm_projector."
+    projector.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
+    start, count = ids.index(image_token_id), ids.count(image_token_id)
+    assert count == features.shape[1]
+    embed = llama.get_input_embeddings()
+    before, after = torch.tensor([ids[:start]]), torch.tensor([ids[start + count :]])
+    return llama(inputs_embeds=torch.cat([embed(before), projector(features), embed(after)], dim=1)).logits
+
+
+@torch.no_grad()
+def assert_same_logits(output: Path, state_dict: dict, tower: CLIPVisionModel) -> AutoProcessor:
+    """Loads a converted LLaVA and compares its logits, on its own chat prompt, with the original's."""
+    model, info = AutoModelForImageTextToText.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    processor = AutoProcessor.from_pretrained(output)
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=golden_image(0), text=prompt, return_tensors="pt")
+    ids = inputs["input_ids"][0].tolist()
+    expected = reference_logits(state_dict, tower, inputs["pixel_values"], ids, model.config.image_token_id)
+    vocab_size = expected.shape[-1]
+    torch.testing.assert_close(model(**inputs).logits[..., :vocab_size], expected, rtol=1e-4, atol=1e-5)
+    assert model.generation_config.suppress_tokens == list(range(vocab_size, model.config.text_config.vocab_size))
+    return processor
+
+
+def test_llava_delta(tmp_path, convert):
+    base, target = language_model(640), language_model(643) | linear_projector()
+    delta = {name: tensor.clone() for name, tensor in target.items()}
+    for name, tensor in base.items():
+        delta[name][: len(tensor)] -= tensor
+    write_shards(base, tmp_path / "llama")
+    tokens = {"<im_patch>": 640, "<im_start>": 641, "<im_end>": 642}
+    write_llava(tmp_path / "delta", delta, tokens, mm_use_im_start_end=True, mm_vision_tower=str(CLIP))
+    output = tmp_path / "converted"
+    convert("llava-delta", "--checkpoint", tmp_path / "delta", "--base", tmp_path / "llama", "--output", output)
+    processor = assert_same_logits(output, target, CLIPVisionModel.from_pretrained(CLIP))
+    assert "<im_start><image><im_end>" in processor.chat_template  # llava_v1
+    assert processor.tokenizer.convert_tokens_to_ids(list(tokens)) == list(tokens.values())
+
+
+def test_llava_delta_with_another_base(tmp_path, fail):
+    delta, base = language_model(643) | linear_projector(), language_model(650)
+    del base["model.norm.weight"]
+    base["model.layers.2.mlp.up_proj.weight"] = torch.zeros(2, 2)
+    write_llava(tmp_path / "delta", delta, {}, mm_vision_tower=str(CLIP))
+    (tmp_path / "llama").mkdir()
+    save_file(base, tmp_path / "llama" / "model.safetensors")
+    arguments = ("llava-delta", "--checkpoint", tmp_path / "delta", "--base", tmp_path / "llama")
+    message = fail(tmp_path / "converted", *arguments)
+    for problem in (
+        "model.norm.weight: only in the delta",
+        "model.layers.2.mlp.up_proj.weight: only in the base",
+        "lm_head.weight: (643, 64) in the delta, (650, 64) in the base",
+    ):
+        assert problem in message
+
+
+def write_clip(directory: Path, image_size: int) -> CLIPVisionModel:
+    """A CLIP tower whose patches are 14 wide, as in ViT-L/14 at 336."""
+    config = CLIPVisionConfig.from_pretrained(CLIP, image_size=image_size)
+    torch.manual_seed(image_size)
+    tower = CLIPVisionModel(config).eval()
+    tower.save_pretrained(directory)
+    size = {"height": image_size, "width": image_size}
+    CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=size).save_pretrained(directory)
+    return tower
+
+
+def test_llava_1_5(tmp_path, convert):
+    tower = write_clip(tmp_path / "clip", 42)
+    # Its trainer saves the tower too, with the buffer that CLIP had in 2023, and in half precision.
+    state_dict = language_model(640) | mlp_projector()
+    state_dict |= {VISION_PREFIX + name: tensor for name, tensor in tower.state_dict().items()}
+    state_dict[VISION_PREFIX + "embeddings.position_ids"] = torch.arange(10)[None]
+    write_llava(
+        *(tmp_path / "llava-v1.5-7b", state_dict, {}),
+        mm_projector_type="mlp2x_gelu",
+        mm_vision_tower="openai/clip-vit-large-patch14-336",
+        image_aspect_ratio="pad",
+        mm_use_im_start_end=False,
+    )
+    output = tmp_path / "converted"
+    original = ("llava", "--checkpoint", tmp_path / "llava-v1.5-7b", "--vision-tower", tmp_path / "clip")
+    convert(*original, "--output", output)
+    processor = assert_same_logits(output, state_dict, tower)
+    assert processor.chat_template == (COMMAND.parents[1] / "lisa_hf/chat_templates/llava_1_5.jinja").read_text()
+    # LLaVA v1.5 pads to a square in the mean colour: the upper edge of a wide image is 0 after normalisation.
+    pixels = processor.image_processor(golden_image(0), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 42, 42) and pixels[0, :, 0].abs().max() < 0.02
+
+    convert(*original, "--output", tmp_path / "half", "--dtype", "float16")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "half")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert torch.equal(model.lm_head.weight[:640], state_dict["lm_head.weight"].half())
+
+
+def test_llava_on_llama_2(tmp_path, convert):
+    directory = tmp_path / "llava-llama-2-13b-chat-lightning-preview"
+    state_dict = language_model(641) | linear_projector()
+    # Llama 2's tokenizer came with a <pad> of its own, and does not put a space behind special tokens.
+    write_llava(directory, state_dict, {"<pad>": 640}, mm_vision_tower=str(CLIP), mm_use_im_start_end=False)
+    tokenizer_config = json.loads((directory / "tokenizer_config.json").read_text()) | {"legacy": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    convert("llava", "--checkpoint", directory, "--output", tmp_path / "converted")
+    processor = assert_same_logits(tmp_path / "converted", state_dict, CLIPVisionModel.from_pretrained(CLIP))
+    assert "[INST]" in processor.chat_template and "<im_start>" not in processor.chat_template
+    assert processor.tokenizer.pad_token_id == 640
+    assert processor.tokenizer.tokenize("<s>A")[1] == "A"
+
+    convert("llava", "--checkpoint", directory, "--output", tmp_path / "v1", "--chat-template", "llava_v1")
+    assert "ASSISTANT:" in AutoProcessor.from_pretrained(tmp_path / "v1").chat_template
+
+
+# ---- SAM ------------------------------------------------------------------------------------------------------------
+
+SAM_PREFIX = "model.visual_model."
+
+
+def sam_vit_b() -> dict:
+    """SAM with the twelve blocks of ViT-B, four of which see the whole image; tiny, with 16 x 16 patches."""
+    torch.manual_seed(0)
+    golden = {k.removeprefix(SAM_PREFIX): v for k, v in original_state_dict().items() if k.startswith(SAM_PREFIX)}
+    state_dict = {}
+    for name, tensor in golden.items():
+        if match := re.fullmatch(r"image_encoder\.blocks\.([01])\.(.*)", name):
+            is_global = match[1] == "1"
+            blocks = [block for block in range(12) if (block in (2, 5, 8, 11)) == is_global]
+            state_dict |= {f"image_encoder.blocks.{block}.{match[2]}": random_like(tensor) for block in blocks}
+        else:
+            state_dict[name] = random_like(tensor)
+    return state_dict
+
+
+def hq_decoder(width: int = 32, encoder_width: int = 32) -> dict:
+    """The tensors that SAM-HQ adds to the mask decoder, in its names."""
+    quarter, eighth = width // 4, width // 8
+    shapes = {"hf_token.weight": (1, width)}
+    for layer, rows in enumerate((width, width, eighth)):
+        shapes |= {f"hf_mlp.layers.{layer}.weight": (rows, width), f"hf_mlp.layers.{layer}.bias": (rows,)}
+    for module, (inputs, middle, outputs) in {
+        "compress_vit_feat": (encoder_width, width, eighth),
+        "embedding_encoder": (width, quarter, eighth),
+        "embedding_maskfeature": (eighth, quarter, eighth),
+    }.items():
+        is_transposed, size = module != "embedding_maskfeature", 2 if module != "embedding_maskfeature" else 3
+        for layer, (rows, columns) in {0: (inputs, middle), 3: (middle, outputs)}.items():
+            channels = (rows, columns) if is_transposed else (columns, rows)
+            shapes |= {f"{module}.{layer}.weight": (*channels, size, size), f"{module}.{layer}.bias": (columns,)}
+        shapes |= {f"{module}.1.weight": (middle,), f"{module}.1.bias": (middle,)}
+    return {f"mask_decoder.{name}": torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+
+
+def test_sam_vit_b(tmp_path, convert, caplog):
+    state_dict = sam_vit_b()
+    torch.save(state_dict, tmp_path / "sam_vit_b_01ec64.pth")
+    convert("sam", "--checkpoint", tmp_path / "sam_vit_b_01ec64.pth", "--output", tmp_path / "sam")
+    assert "image_encoder.neck.2.weight -> vision_encoder.neck.conv2.weight" in caplog.messages
+    model, info = AutoModelForMaskGeneration.from_pretrained(tmp_path / "sam", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    config = model.config.vision_config
+    assert config.global_attn_indexes == [2, 5, 8, 11] and config.window_size == 14 and config.image_size == 256
+    qkv = state_dict["image_encoder.blocks.7.attn.qkv.weight"]
+    assert torch.equal(model.vision_encoder.layers[7].attn.qkv.weight, qkv)
+    positions = state_dict["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"]
+    assert torch.equal(model.shared_image_embedding.positional_embedding, positions)
+    assert torch.equal(model.prompt_encoder.shared_embedding.positional_embedding, positions)
+
+    processor = AutoProcessor.from_pretrained(tmp_path / "sam")
+    assert isinstance(processor, SamProcessor)
+    inputs = processor(golden_image(0), input_points=[[[20, 30]]], return_tensors="pt")
+    with torch.no_grad():
+        masks = model(**inputs).pred_masks
+    (masks,) = processor.post_process_masks(masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])
+    assert masks.shape == (1, 3, 93, 131)
+
+
+def test_sam_hq(tmp_path, convert):
+    state_dict = sam_vit_b() | hq_decoder()
+    torch.save(state_dict, tmp_path / "sam_hq_vit_b.pth")
+    convert("sam", "--checkpoint", tmp_path / "sam_hq_vit_b.pth", "--output", tmp_path / "sam")
+    model, info = AutoModelForMaskGeneration.from_pretrained(tmp_path / "sam", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    decoder = model.mask_decoder
+    for name, module in {
+        "hf_token": decoder.hq_token,
+        "hf_mlp.layers.2": decoder.hq_mask_mlp.proj_out,
+        "compress_vit_feat.0": decoder.compress_vit_conv1,
+        "embedding_encoder.3": decoder.encoder_conv2,
+        "embedding_maskfeature.1": decoder.mask_norm,
+    }.items():
+        assert torch.equal(module.weight, state_dict[f"mask_decoder.{name}.weight"]), name
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path / "sam"), SamHQProcessor)
+
+
+# ---- LISA -----------------------------------------------------------------------------------------------------------
+
+
+def write_training_base(directory: Path) -> None:
+    """The LLaVA that the run began with: configuration and tokenizer know nothing of LISA."""
+    config = original_config()
+    for name in ("train_mask_decoder", "out_dim", "vision_tower", "mm_use_im_start_end"):
+        del config[name]
+    write_tokenizer(directory, {})
+    (directory / "config.json").write_text(json.dumps(config | {"mm_use_im_start_end": False}))
+
+
+def assert_merged(output: Path) -> None:
+    """The run's weights with LoRA folded in, in the converted model's names."""
+    converted, original = load_file(output / "model.safetensors"), training_state_dict()
+    prefix = "base_model.model.model.layers.1.self_attn.v_proj"
+    factors = [original[f"{prefix}.lora_{factor}.default.weight"].double() for factor in "BA"]
+    merged = original[f"{prefix}.weight"].double() + 16 / 8 * (factors[0] @ factors[1])
+    name = "vlm.model.language_model.layers.1.self_attn.v_proj.weight"
+    torch.testing.assert_close(converted[name], merged.float(), rtol=0, atol=1e-6)
+    tower = "vision_model.embeddings.class_embedding"
+    assert torch.equal(
+        converted["vlm.model.vision_tower.embeddings.class_embedding"],
+        original[f"base_model.model.model.vision_tower.vision_tower.{tower}"],
+    )
+    assert "<im_start><image><im_end>" in AutoProcessor.from_pretrained(output).chat_template
+
+
+def test_lisa_train_sharded_directory(tmp_path, convert):
+    # Later releases of zero_to_fp32.py make a directory of the name that LISA's README gives to the file.
+    write_training_base(tmp_path / "llava")
+    write_shards(training_state_dict(), tmp_path / "pytorch_model.bin", num_shards=3)
+    options = ("--base", tmp_path / "llava", "--vision-tower", CLIP, "--output", tmp_path / "converted")
+    convert("lisa-train", "--checkpoint", tmp_path / "pytorch_model.bin", *options)
+    assert_merged(tmp_path / "converted")
+
+
+def write_zero_checkpoint(directory: Path, state_dict: dict, num_processes: int = 2) -> None:
+    """What DeepSpeed's ZeRO-2 saves: frozen weights whole, trained ones flat and cut into one part per process."""
+    step = directory / "global_step10"
+    step.mkdir(parents=True)
+    (directory / "latest").write_text(step.name)
+    trained = [name for name in state_dict if re.search(r"lora_|lm_head|embed_tokens|mask_decoder|text_hidden", name)]
+    buffers = [name for name in state_dict if "inv_freq" in name]
+    frozen = [name for name in state_dict if name not in {*trained, *buffers}]
+    states = {
+        "buffer_names": buffers,
+        "module": state_dict,
+        "param_shapes": [{name: state_dict[name].shape for name in trained}],
+        "frozen_param_shapes": {name: state_dict[name].shape for name in frozen},
+        "frozen_param_fragments": {name: state_dict[name] for name in frozen},
+        "shared_params": {},
+        "ds_version": "0.10.0",
+    }
+    torch.save(states, step / "mp_rank_00_model_states.pt")
+    flat = torch.cat([state_dict[name].flatten() for name in trained])
+    padded = torch.cat([flat, flat.new_zeros(-len(flat) % (2 * num_processes))])
+    for rank, part in enumerate(padded.chunk(num_processes)):
+        optimizer = {
+            "zero_stage": 2,
+            "partition_count": num_processes,
+            "single_partition_of_fp32_groups": [part.clone()],
+        }
+        name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": optimizer}, step / name)
+
+
+@pytest.mark.parametrize("checkpoint", ["ckpt_model", "ckpt_model/global_step10"])
+def test_lisa_train_zero_checkpoint(tmp_path, convert, checkpoint):
+    write_training_base(tmp_path / "llava")
+    write_zero_checkpoint(tmp_path / "ckpt_model", training_state_dict())
+    options = ("--base", tmp_path / "llava", "--vision-tower", CLIP, "--output", tmp_path / "converted")
+    convert("lisa-train", "--checkpoint", tmp_path / checkpoint, *options)
+    assert_merged(tmp_path / "converted")
+
+
+def test_lisa_train_truncated_shard_is_named(tmp_path, fail):
+    write_zero_checkpoint(tmp_path / "ckpt_model", training_state_dict())
+    shard = tmp_path / "ckpt_model/global_step10/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    message = fail(tmp_path / "converted", "lisa-train", "--checkpoint", tmp_path / "ckpt_model")
+    assert str(shard) in message and "truncated" in message
+
+
+def test_lisa_train_without_its_base(tmp_path, fail):
+    torch.save(training_state_dict(), tmp_path / "pytorch_model.bin")
+    arguments = ("lisa-train", "--checkpoint", tmp_path / "pytorch_model.bin", "--vision-tower", CLIP)
+    assert "as --base" in fail(tmp_path / "converted", *arguments)
+
+
+def test_lora_factor_without_its_partner(tmp_path, fail):
+    state_dict = training_state_dict()
+    module = "model.layers.0.self_attn.q_proj"
+    del state_dict[f"base_model.model.{module}.lora_B.default.weight"]
+    torch.save(state_dict, tmp_path / "pytorch_model.bin")
+    write_training_base(tmp_path)
+    arguments = ("lisa-train", "--checkpoint", tmp_path / "pytorch_model.bin", "--vision-tower", CLIP)
+    assert module in fail(tmp_path / "converted", *arguments)
+
+
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, fail):
+    state_dict = sam_vit_b()
+    cases = {
+        r"image_encoder\.extra\.weight.*mask_decoder\.extra\.bias": state_dict
+        | {"image_encoder.extra.weight": torch.zeros(1), "mask_decoder.extra.bias": torch.zeros(1)},
+        r"2 tensors are missing: .*vision_encoder\.layers\.3\.mlp\.lin1\.bias.*mask_decoder\.iou_token\.weight": {
+            name: tensor
+            for name, tensor in state_dict.items()
+            if name not in ("image_encoder.blocks.3.mlp.lin1.bias", "mask_decoder.iou_token.weight")
+        },
+        r"vision_encoder\.neck\.conv1\.weight \(32, 31, 1, 1\), expected \(32, 32, 1, 1\)": state_dict
+        | {"image_encoder.neck.0.weight": torch.zeros(32, 31, 1, 1)},
+        r"The checkpoint has no image_encoder\.pos_embed": {
+            name: tensor for name, tensor in state_dict.items() if name != "image_encoder.pos_embed"
+        },
+    }
+    for message, content in cases.items():
+        torch.save(content, tmp_path / "sam.pth")
+        found = fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
+        assert re.search(message, found), found
+
+
+def test_missing_shards_and_tensors_are_named(tmp_path, fail):
+    state_dict = language_model(640) | linear_projector()
+    write_llava(tmp_path / "llava", state_dict, {}, mm_vision_tower=str(CLIP), mm_use_im_start_end=False)
+    index = tmp_path / "llava" / "pytorch_model.bin.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.gone.weight"] = "pytorch_model-00001-of-00002.bin"
+    index.write_text(json.dumps(content))
+    arguments = ("llava", "--checkpoint", tmp_path / "llava")
+    assert "model.gone.weight" in fail(tmp_path / "converted", *arguments)
+    shard = tmp_path / "llava" / "pytorch_model-00002-of-00002.bin"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert f"{shard} cannot be read" in fail(tmp_path / "converted", *arguments)
+    shard.unlink()
+    assert f"{shard} is missing" in fail(tmp_path / "converted", *arguments)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_pickles_are_not_executed(tmp_path, fail, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"image_encoder.pos_embed": Malicious()}, tmp_path / "sam.pth")
+    assert "cannot be read" in fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
+    assert not Path("executed").exists()
+    torch.save({"model": sam_vit_b()}, tmp_path / "sam.pth")
+    assert "['model']" in fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
+
+
+def test_output_that_exists_is_kept(tmp_path, convert, capsys):
+    (tmp_path / "sam").mkdir()
+    (tmp_path / "sam" / "mine").touch()
+    torch.save(sam_vit_b(), tmp_path / "sam.pth")
+    with pytest.raises(SystemExit):
+        convert("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "sam")
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "sam").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_it_leaves_nothing(tmp_path, convert, monkeypatch, signal_number):
+    def save_half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        signal.raise_signal(signal_number)
+
+    monkeypatch.setattr(saving, "save_file", save_half)
+    torch.save(sam_vit_b(), tmp_path / "sam.pth")
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        convert("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "sam")
+    assert [path.name for path in tmp_path.iterdir()] == ["sam.pth"]
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path, convert):
+    (tmp_path / "sam.incomplete").mkdir()
+    (tmp_path / "sam.incomplete" / "model.safetensors").write_bytes(b"half")
+    torch.save(sam_vit_b(), tmp_path / "sam.pth")
+    convert("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "sam")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sam", "sam.pth"]
+
+
+def test_a_disk_that_forgets_is_noticed(tmp_path, fail, monkeypatch):
+    def save_zeros(tensors, path, metadata):
+        save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path, metadata)
+
+    monkeypatch.setattr(saving, "save_file", save_zeros)
+    torch.save(sam_vit_b(), tmp_path / "sam.pth")
+    message = fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
+    assert "does not hold what was written" in message and "vision_encoder.pos_embed" in message
+
+
+def test_shards_and_index(tmp_path, convert, monkeypatch):
+    monkeypatch.setattr(saving, "MAX_SHARD_SIZE", "300KB")
+    output = tmp_path / "converted"
+    convert("lisa", "--checkpoint", original_directory(), "--vision-tower", CLIP, "--output", output)
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    names = set()
+    for shard in set(index["weight_map"].values()):
+        with safe_open(output / shard, "pt") as tensors:
+            names |= set(tensors.keys())
+    assert names == set(index["weight_map"]) and len(set(index["weight_map"].values())) > 3
+    assert index["metadata"]["total_size"] > 1e6
+    model, info = AutoModel.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    rows = model.get_input_embeddings().weight
+    vocab_size = load_json("model_config")["vocab_final"]
+    assert torch.equal(rows[:vocab_size], original_state_dict()["model.embed_tokens.weight"])
+    assert not rows[vocab_size:].any()
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def write_7b(directory: Path, num_layers: int) -> None:
+    """LLaVA-7B's widths, in half precision, all layers in one file as the originals' shards of 10 GB."""
+    hidden, intermediate, vocab_size = 4096, 11008, 32000
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float16).fill_(0.5)
+
+    widths = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    widths |= {"mlp.gate_proj": (intermediate, hidden), "mlp.up_proj": (intermediate, hidden)}
+    widths |= {"mlp.down_proj": (hidden, intermediate), "input_layernorm": (hidden,)}
+    widths |= {"post_attention_layernorm": (hidden,)}
+    state_dict = {
+        f"model.layers.{layer}.{name}.weight": weight(*shape)
+        for layer in range(num_layers)
+        for name, shape in widths.items()
+    }
+    state_dict |= {
+        "model.embed_tokens.weight": weight(vocab_size, hidden),
+        "lm_head.weight": weight(vocab_size, hidden),
+    }
+    state_dict |= {"model.norm.weight": weight(hidden), "model.mm_projector.weight": weight(hidden, 32)}
+    state_dict |= {"model.mm_projector.bias": weight(hidden)}
+    tokens = {f"<{index}>": index for index in range(640, vocab_size)}
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": num_layers}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32}
+    write_llava(directory, {}, tokens, mm_vision_tower=str(CLIP), mm_use_im_start_end=False, **sizes, **heads)
+    (directory / "pytorch_model.bin.index.json").unlink()
+    torch.save(state_dict, directory / "pytorch_model.bin")
+
+
+@pytest.mark.slow
+def test_memory_does_not_depend_on_the_number_of_layers(tmp_path):
+    """Measured: 4.2 GB with four layers (2 GB of weights) and with eight (3.6 GB)."""
+    peaks = {}
+    for num_layers in (4, 8):
+        directory, output = tmp_path / f"layers-{num_layers}", tmp_path / f"converted-{num_layers}"
+        write_7b(directory, num_layers)
+        process = os.posix_spawn(
+            sys.executable,
+            [sys.executable, str(COMMAND), "llava", "--checkpoint", str(directory), "--output", str(output)],
+            os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        _, status, usage = os.wait4(process, 0)
+        assert status == 0
+        peaks[num_layers] = usage.ru_maxrss / 2**20  # GB: Linux counts in kB
+    assert peaks[8] < 1.1 * peaks[4] and peaks[8] < 6, peaks
