@@ -221,6 +221,8 @@ def _ask_server(file: WebFile) -> RemoteState | str:
             headers = response.headers
     except Exception as error:  # Of any kind that httpx has.
         return f"{file.url}: {error}."
+    if headers.get("Content-Type", "").startswith("text/html"):
+        return f"{file.url}: the server answers with a web page in place of the file."
     size = headers.get("Content-Length")
     return RemoteState(int(size) if size else None, headers.get("ETag") or headers.get("Last-Modified") or "")
 

@@ -51,7 +51,7 @@ def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
 
 
 def run_download(args: argparse.Namespace):
-    names = list(dict.fromkeys(name for name, _ in find_sources(args)))
+    names = list(dict.fromkeys(options.get("builder") or name for name, options in find_sources(args)))
     if args.data_dir is None:
         raise ValueError("--data_dir: expected the directory to download into")
     # First, since a person may do these meanwhile.
