@@ -490,8 +490,7 @@ def test_fifty_steps_over_the_whole_mixture_with_two_processes_and_two_workers(m
     process = subprocess.run(
         [*launcher, str(ROOT / "recipes" / "train.py"), *(f"--{name}={value}" for name, value in arguments.items())],
         cwd=tmp_path,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
