@@ -79,7 +79,7 @@ def write_card(directory: str | os.PathLike, licences: dict[str, str]):
         files = [{"split": split, "path": f"{source.name}/data/{split}-*.parquet"} for split in splits]
         configs += [{"config_name": source.name, "data_files": files}] if files else []
     names = [config["config_name"] for config in configs]
-    lines = [f"- {name}: {licences[name]}" for name in names if name in licences]
+    lines = [f"- {name}: {licences[name]}" for name in names if licences.get(name)]
     card = "# Rows for lisa_hf\n\nA configuration per source. Their licences hold for these copies too.\n\n"
     metadata = DatasetCardData(configs=configs, task_categories=["image-segmentation"])
     DatasetCard(f"---\n{metadata}\n---\n\n{card}" + "\n".join(lines) + "\n").save(directory / "README.md")

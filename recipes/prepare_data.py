@@ -22,6 +22,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import yaml
 from huggingface_hub import HfApi
 from transformers import HfArgumentParser
 
@@ -38,11 +39,16 @@ def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     if bool(args.sources) == bool(args.config):
         raise ValueError("expected the names of sources, or --config with a recipe that has sources")
     if args.config:
-        (data_args,) = HfArgumentParser(DataArguments).parse_yaml_file(args.config, allow_extra_keys=True)
+        try:
+            (data_args,) = HfArgumentParser(DataArguments).parse_yaml_file(args.config, allow_extra_keys=True)
+        except (AttributeError, yaml.YAMLError) as error:
+            raise ValueError(f"--config: {args.config} is not a mapping in YAML: {error}") from error
         args.data_dir = args.data_dir or data_args.data_dir
         found = [*data_args.sources.items(), *data_args.eval_sources.items()]
     else:
         found = [(name, {}) for name in args.sources]
+    if not found:
+        raise ValueError(f"--config: expected sources or eval_sources in {args.config}, found none")
     known = SOURCES | WEB_FILES if args.command == "download" else SOURCES
     for name in (options.get("builder") or name for name, options in found):
         if name not in known:
@@ -67,9 +73,7 @@ def run_check(args: argparse.Namespace):
         reports.append(check_source(name, args.data_dir, **options))
         print(reports[-1], end="\n\n", flush=True)
     missing = [report.name for report in reports if not report.is_ready]
-    print(
-        f"{len(reports) - len(missing)} of {len(reports)} are ready." + f" Not: {', '.join(missing)}" * bool(missing)
-    )
+    print(f"Ready: {len(reports) - len(missing)} of {len(reports)}. Not ready: {', '.join(missing) or 'none'}.")
     sys.exit(1 if missing else 0)
 
 
@@ -86,15 +90,14 @@ def run_preview(args: argparse.Namespace):
 
 
 def run_convert(args: argparse.Namespace):
-    output_dir, licences = Path(args.output_dir), {}
+    output_dir = Path(args.output_dir)
     for name, options in find_sources(args):
         loaded = load_source(name, args.data_dir, **{"split": None} | options)
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else {options["split"]: loaded}
         for split, rows in splits.items():
             paths = write_parquet(rows, output_dir / name, split, args.num_threads, args.max_shard_size)
             print(f"{name} {split}: {len(rows)} rows in {len(paths)} files")
-        licences[name] = SOURCES[options.get("builder") or name].LICENCE
-    write_card(output_dir, licences)
+    write_card(output_dir, {name: builder.LICENCE for name, builder in SOURCES.items()})
     print(f'load_dataset("{output_dir}", "{name}", split="{split}", streaming=True)')
     if args.push_to_hub:
         api = HfApi()

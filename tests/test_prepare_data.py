@@ -64,6 +64,13 @@ def test_wrong_arguments_are_one_line(cli, arguments, message):
     assert status == 2 and len(err.splitlines()) == 1 and message in err
 
 
+@pytest.mark.parametrize("text", ["sources: {a", "- refcoco", "learning_rate: 1.0", "sources: {refcoco: [1]}", ""])
+def test_a_wrong_recipe_is_one_line(cli, tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    status, _, err = cli("check", "--config", tmp_path / "recipe.yaml")
+    assert status == 2 and len(err.splitlines()) == 1
+
+
 # Check
 
 
@@ -88,7 +95,7 @@ def test_check_of_a_complete_mixture(cli, tmp_path):
         "images 2 of 2 found",
         "page http://sceneparsing.csail.mit.edu",
         "licence Images: non-commercial research and education; annotations: BSD-3-Clause.",
-        "3 of 3 are ready.",
+        "Ready: 3 of 3. Not ready: none.",
     ):
         assert line in lines, out
     assert not any(line.startswith("train") for line in lines[lines.index("reason_seg: ready") :])
@@ -105,13 +112,13 @@ def test_check_names_what_is_missing(cli, tmp_path):
     assert "cocostuff: NOT READY" in out and "0 of 2 found" in out
     assert "000000000001.jpg" in out and "000000000002.jpg" in out
     assert "paco_lvis: NOT READY" in out and "paco_lvis_v1_train.json" in out
-    assert out.splitlines()[-1] == "1 of 3 are ready. Not: cocostuff, paco_lvis"
+    assert out.splitlines()[-1] == "Ready: 1 of 3. Not ready: cocostuff, paco_lvis."
 
 
 def test_check_of_names_looks_at_all_splits(cli):
     status, out, _ = cli("check", "refcoco", "mapillary", "--data_dir", TREE)
     assert status == 0
-    assert "testA" in out and "2 of 2 are ready." in out
+    assert "testA" in out and "Ready: 2 of 2." in out
 
 
 # Preview
@@ -295,8 +302,11 @@ def test_convert_of_a_recipe_takes_its_splits(cli, open_parquet, tmp_path):
     recipe = write_recipe(
         tmp_path / "r.yaml", data_dir=str(TREE), sources={"refcoco": 1}, eval_sources={"refcoco": {"split": "testA"}}
     )
+    cli("convert", "ade20k", "--data_dir", TREE, "--output_dir", tmp_path / "parquet")
     status, _, _ = cli("convert", "--config", recipe, "--output_dir", tmp_path / "parquet")
     assert status == 0
+    card = (tmp_path / "parquet/README.md").read_text()
+    assert "- ade20k: Images: non-commercial" in card and "- refcoco: " in card and "grefcoco" not in card
     names = sorted(path.name.partition("-")[0] for path in (tmp_path / "parquet/refcoco/data").iterdir())
     assert names == ["testA", "train"]
     assert open_parquet(tmp_path / "parquet", "refcoco", "testA")
