@@ -81,7 +81,10 @@ def convert(args: argparse.Namespace) -> ConvertedModel:
     """Opens the checkpoint and everything that belongs to it; no weight is read yet."""
     options = {"vision_tower": args.vision_tower, "chat_template": args.chat_template}
     if not args.checkpoint.exists():
-        raise ValueError(f"--checkpoint: {args.checkpoint} does not exist")
+        raise ValueError(
+            f"--checkpoint: {args.checkpoint} does not exist. Download a repository of the Hub first: "
+            "`hf download ORGANISATION/NAME --local-dir DIRECTORY`"
+        )
     if args.source == "lisa-train":
         is_zero = is_zero_checkpoint(args.checkpoint)
         tensors = (open_zero_checkpoint if is_zero else open_checkpoint)(args.checkpoint)

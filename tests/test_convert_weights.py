@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import torch
 from golden_model import (
     COMMAND,
     GOLDEN,
+    as_messages,
+    as_turns,
+    converted_directory,
     golden_image,
     load_json,
     original_config,
@@ -21,7 +25,19 @@ from golden_model import (
     original_state_dict,
     training_state_dict,
     write_shards,
-    write_tokenizer,
+)
+from original_checkpoints import (
+    CLIP,
+    hq_decoder,
+    language_model,
+    linear_projector,
+    mlp_projector,
+    sam_vit_b,
+    write_7b,
+    write_clip,
+    write_llava,
+    write_training_base,
+    write_zero_checkpoint,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,8 +46,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMaskGeneration,
     AutoProcessor,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -39,11 +53,11 @@ from transformers import (
     SamProcessor,
 )
 
-import lisa_hf  # noqa: F401  registers the classes
+from lisa_hf.arguments import ModelArguments
 from lisa_hf.conversion import saving
+from lisa_hf.loading import load_model_and_processor
 
 
-CLIP = GOLDEN / "clip_tiny"
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 
 
@@ -79,41 +93,37 @@ def fail(convert, capsys):
     return run
 
 
+# Loads a converted LISA where this package is not installed, and computes the losses of a recorded batch.
+FRESH_PROCESS = """
+import json
+import sys
+
+from PIL import Image
+from safetensors.torch import load_file
+
+
+class NoPackage:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "lisa_hf":
+            raise ModuleNotFoundError(f"{name} is not here", name=name)
+
+
+sys.meta_path.insert(0, NoPackage())
+from transformers import AutoModel, AutoProcessor
+
+batch = json.load(sys.stdin)
+model = AutoModel.from_pretrained(batch["model"], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(batch["model"], trust_remote_code=True)
+images = [Image.open(path) for path in batch["images"]]
+inputs = processor.encode_conversations(images, batch["conversations"], image_indices=batch["image_indices"])
+tensors = load_file(batch["tensors"])
+outputs = model(**inputs, mask_labels=[tensors[f"gt_masks_{image}"] for image in range(len(images))])
+names = ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss")
+json.dump({name: outputs[name].item() for name in names}, sys.stdout)
+"""
+
+
 # ---- LLaVA ----------------------------------------------------------------------------------------------------------
-
-
-def random_like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.randn(tensor.shape) * (0.1 if tensor.ndim > 1 else 0.02) + (tensor.ndim == 1)
-
-
-def language_model(vocab_size: int) -> dict:
-    """A Llama's tensors, rotary frequencies included, as transformers of 2023 saved them."""
-    torch.manual_seed(vocab_size)
-    names = re.compile(r"model\.(layers\..*|embed_tokens\.weight|norm\.weight)|lm_head\.weight")
-    state_dict = {name: tensor for name, tensor in original_state_dict().items() if names.fullmatch(name)}
-    for name, tensor in state_dict.items():
-        if "inv_freq" not in name:
-            rows = vocab_size if name.endswith(("embed_tokens.weight", "lm_head.weight")) else len(tensor)
-            state_dict[name] = random_like(tensor.new_empty(rows, *tensor.shape[1:]))
-    return state_dict
-
-
-def linear_projector() -> dict:
-    return {"model.mm_projector.weight": torch.randn(64, 32) * 0.1, "model.mm_projector.bias": torch.randn(64) * 0.1}
-
-
-def mlp_projector() -> dict:
-    sizes = {"0.weight": (64, 32), "0.bias": (64,), "2.weight": (64, 64), "2.bias": (64,)}
-    return {f"model.mm_projector.{name}": torch.randn(size) * 0.1 for name, size in sizes.items()}
-
-
-def write_llava(directory: Path, state_dict: dict, added_tokens: dict, **config) -> None:
-    """The directory of a LLaVA as its trainer saved it."""
-    write_shards(state_dict, directory)
-    write_tokenizer(directory, added_tokens)
-    text = {name: value for name, value in original_config().items() if not name.startswith(("mm_", "train_", "out_"))}
-    llava = {"mm_vision_select_layer": -2, "mm_hidden_size": 32, "mm_use_im_patch_token": False, "use_mm_proj": True}
-    (directory / "config.json").write_text(json.dumps(text | llava | config))
 
 
 def reference_logits(state_dict: dict, tower: CLIPVisionModel, pixel_values, ids: list[int], image_token_id: int):
@@ -166,6 +176,7 @@ def test_llava_delta(tmp_path, convert):
     processor = assert_same_logits(output, target, CLIPVisionModel.from_pretrained(CLIP))
     assert "<im_start><image><im_end>" in processor.chat_template  # llava_v1
     assert processor.tokenizer.convert_tokens_to_ids(list(tokens)) == list(tokens.values())
+    assert processor.tokenizer.tokenize("<s>A")[1] == "▁A"  # as the legacy tokenizer, also when it is loaded again
 
 
 def test_llava_delta_with_another_base(tmp_path, fail):
@@ -183,17 +194,6 @@ def test_llava_delta_with_another_base(tmp_path, fail):
         "lm_head.weight: (643, 64) in the delta, (650, 64) in the base",
     ):
         assert problem in message
-
-
-def write_clip(directory: Path, image_size: int) -> CLIPVisionModel:
-    """A CLIP tower whose patches are 14 wide, as in ViT-L/14 at 336."""
-    config = CLIPVisionConfig.from_pretrained(CLIP, image_size=image_size)
-    torch.manual_seed(image_size)
-    tower = CLIPVisionModel(config).eval()
-    tower.save_pretrained(directory)
-    size = {"height": image_size, "width": image_size}
-    CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=size).save_pretrained(directory)
-    return tower
 
 
 def test_llava_1_5(tmp_path, convert):
@@ -243,42 +243,6 @@ def test_llava_on_llama_2(tmp_path, convert):
 
 # ---- SAM ------------------------------------------------------------------------------------------------------------
 
-SAM_PREFIX = "model.visual_model."
-
-
-def sam_vit_b() -> dict:
-    """SAM with the twelve blocks of ViT-B, four of which see the whole image; tiny, with 16 x 16 patches."""
-    torch.manual_seed(0)
-    golden = {k.removeprefix(SAM_PREFIX): v for k, v in original_state_dict().items() if k.startswith(SAM_PREFIX)}
-    state_dict = {}
-    for name, tensor in golden.items():
-        if match := re.fullmatch(r"image_encoder\.blocks\.([01])\.(.*)", name):
-            is_global = match[1] == "1"
-            blocks = [block for block in range(12) if (block in (2, 5, 8, 11)) == is_global]
-            state_dict |= {f"image_encoder.blocks.{block}.{match[2]}": random_like(tensor) for block in blocks}
-        else:
-            state_dict[name] = random_like(tensor)
-    return state_dict
-
-
-def hq_decoder(width: int = 32, encoder_width: int = 32) -> dict:
-    """The tensors that SAM-HQ adds to the mask decoder, in its names."""
-    quarter, eighth = width // 4, width // 8
-    shapes = {"hf_token.weight": (1, width)}
-    for layer, rows in enumerate((width, width, eighth)):
-        shapes |= {f"hf_mlp.layers.{layer}.weight": (rows, width), f"hf_mlp.layers.{layer}.bias": (rows,)}
-    for module, (inputs, middle, outputs) in {
-        "compress_vit_feat": (encoder_width, width, eighth),
-        "embedding_encoder": (width, quarter, eighth),
-        "embedding_maskfeature": (eighth, quarter, eighth),
-    }.items():
-        is_transposed, size = module != "embedding_maskfeature", 2 if module != "embedding_maskfeature" else 3
-        for layer, (rows, columns) in {0: (inputs, middle), 3: (middle, outputs)}.items():
-            channels = (rows, columns) if is_transposed else (columns, rows)
-            shapes |= {f"{module}.{layer}.weight": (*channels, size, size), f"{module}.{layer}.bias": (columns,)}
-        shapes |= {f"{module}.1.weight": (middle,), f"{module}.1.bias": (middle,)}
-    return {f"mask_decoder.{name}": torch.randn(shape) * 0.1 for name, shape in shapes.items()}
-
 
 def test_sam_vit_b(tmp_path, convert, caplog):
     state_dict = sam_vit_b()
@@ -322,16 +286,21 @@ def test_sam_hq(tmp_path, convert):
     assert isinstance(AutoProcessor.from_pretrained(tmp_path / "sam"), SamHQProcessor)
 
 
+def test_a_new_lisa_from_converted_halves(tmp_path, convert):
+    state_dict = language_model(640) | linear_projector()
+    write_llava(tmp_path / "llava", state_dict, {}, mm_vision_tower=str(CLIP), mm_use_im_start_end=False)
+    torch.save(sam_vit_b(), tmp_path / "sam.pth")
+    convert("llava", "--checkpoint", tmp_path / "llava", "--output", tmp_path / "vlm")
+    convert("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "mask_model")
+    halves = ModelArguments(vlm=str(tmp_path / "vlm"), mask_model=str(tmp_path / "mask_model"))
+    model, processor = load_model_and_processor(halves)
+    turns = ["<image>\nWhat is it?", "It is [SEG]."]
+    inputs = processor.encode_conversations([golden_image(0)], [as_messages(turns)])
+    outputs = model(**inputs, mask_labels=[torch.ones(1, 93, 131)])
+    assert outputs.loss.isfinite() and outputs.pred_masks[0].shape == (1, 93, 131)
+
+
 # ---- LISA -----------------------------------------------------------------------------------------------------------
-
-
-def write_training_base(directory: Path) -> None:
-    """The LLaVA that the run began with: configuration and tokenizer know nothing of LISA."""
-    config = original_config()
-    for name in ("train_mask_decoder", "out_dim", "vision_tower", "mm_use_im_start_end"):
-        del config[name]
-    write_tokenizer(directory, {})
-    (directory / "config.json").write_text(json.dumps(config | {"mm_use_im_start_end": False}))
 
 
 def assert_merged(output: Path) -> None:
@@ -350,6 +319,32 @@ def assert_merged(output: Path) -> None:
     assert "<im_start><image><im_end>" in AutoProcessor.from_pretrained(output).chat_template
 
 
+def test_lisa_without_this_package(tmp_path):
+    meta = load_json("batch_train_3_2")
+    images = [tmp_path / f"{position}.png" for position in range(2)]
+    for path, index in zip(images, meta["image_index"]):
+        golden_image(index).save(path)
+    batch = {
+        "model": str(converted_directory()),
+        "images": list(map(str, images)),
+        "conversations": [as_messages(as_turns(text)) for text in meta["conversation_list"]],
+        "image_indices": [0] * meta["offset"][1] + [1] * (meta["offset"][2] - meta["offset"][1]),
+        "tensors": str(GOLDEN / "batch_train_3_2.safetensors"),
+    }
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH_PROCESS],
+        input=json.dumps(batch),
+        cwd=tmp_path,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    losses = json.loads(process.stdout)
+    assert losses == pytest.approx({name: meta["losses"][name] for name in losses}, rel=1e-4)
+
+
 def test_lisa_train_sharded_directory(tmp_path, convert):
     # Later releases of zero_to_fp32.py make a directory of the name that LISA's README gives to the file.
     write_training_base(tmp_path / "llava")
@@ -359,42 +354,57 @@ def test_lisa_train_sharded_directory(tmp_path, convert):
     assert_merged(tmp_path / "converted")
 
 
-def write_zero_checkpoint(directory: Path, state_dict: dict, num_processes: int = 2) -> None:
-    """What DeepSpeed's ZeRO-2 saves: frozen weights whole, trained ones flat and cut into one part per process."""
-    step = directory / "global_step10"
-    step.mkdir(parents=True)
-    (directory / "latest").write_text(step.name)
-    trained = [name for name in state_dict if re.search(r"lora_|lm_head|embed_tokens|mask_decoder|text_hidden", name)]
-    buffers = [name for name in state_dict if "inv_freq" in name]
-    frozen = [name for name in state_dict if name not in {*trained, *buffers}]
-    states = {
-        "buffer_names": buffers,
-        "module": state_dict,
-        "param_shapes": [{name: state_dict[name].shape for name in trained}],
-        "frozen_param_shapes": {name: state_dict[name].shape for name in frozen},
-        "frozen_param_fragments": {name: state_dict[name] for name in frozen},
-        "shared_params": {},
-        "ds_version": "0.10.0",
-    }
-    torch.save(states, step / "mp_rank_00_model_states.pt")
-    flat = torch.cat([state_dict[name].flatten() for name in trained])
-    padded = torch.cat([flat, flat.new_zeros(-len(flat) % (2 * num_processes))])
-    for rank, part in enumerate(padded.chunk(num_processes)):
-        optimizer = {
-            "zero_stage": 2,
-            "partition_count": num_processes,
-            "single_partition_of_fp32_groups": [part.clone()],
-        }
-        name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        torch.save({"optimizer_state_dict": optimizer}, step / name)
-
-
 @pytest.mark.parametrize("checkpoint", ["ckpt_model", "ckpt_model/global_step10"])
 def test_lisa_train_zero_checkpoint(tmp_path, convert, checkpoint):
     write_training_base(tmp_path / "llava")
     write_zero_checkpoint(tmp_path / "ckpt_model", training_state_dict())
     options = ("--base", tmp_path / "llava", "--vision-tower", CLIP, "--output", tmp_path / "converted")
     convert("lisa-train", "--checkpoint", tmp_path / checkpoint, *options)
+    assert_merged(tmp_path / "converted")
+
+
+# Builds modules with the names of a state dict, and lets DeepSpeed itself save them in the middle of a training.
+DEEPSPEED = """
+import re
+import sys
+
+import deepspeed
+import torch
+
+state_dict, output, stage = torch.load(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+model = torch.nn.Module()
+for name, tensor in state_dict.items():
+    *path, leaf = name.split(".")
+    module = model
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, torch.nn.Module())
+        module = module._modules[part]
+    trained = bool(re.search("lora_|lm_head|embed_tokens|mask_decoder|text_hidden", name))
+    if "inv_freq" in name:
+        module.register_buffer(leaf, tensor)
+    else:
+        module.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=trained))
+deepspeed.init_distributed("gloo")
+optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+config["zero_allow_untested_optimizer"] = True
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+engine.save_checkpoint(output)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_lisa_train_checkpoint_of_deepspeed(tmp_path, convert, stage):
+    (tmp_path / "save.py").write_text(DEEPSPEED)
+    torch.save(training_state_dict(), tmp_path / "state.pt")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [tmp_path / "save.py", tmp_path / "state.pt", tmp_path / "ckpt_model", str(stage)]
+    subprocess.run([*launch, *arguments], check=True, timeout=300, capture_output=True)
+    write_training_base(tmp_path / "llava")
+    options = ("--base", tmp_path / "llava", "--vision-tower", CLIP, "--output", tmp_path / "converted")
+    convert("lisa-train", "--checkpoint", tmp_path / "ckpt_model", *options)
     assert_merged(tmp_path / "converted")
 
 
@@ -477,6 +487,11 @@ def test_pickles_are_not_executed(tmp_path, fail, monkeypatch):
     assert "['model']" in fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
 
 
+def test_a_checkpoint_that_is_not_there(tmp_path, fail):
+    message = fail(tmp_path / "converted", "lisa", "--checkpoint", "xinlai/LISA-7B-v1")
+    assert "xinlai/LISA-7B-v1 does not exist" in message and "hf download" in message
+
+
 def test_output_that_exists_is_kept(tmp_path, convert, capsys):
     (tmp_path / "sam").mkdir()
     (tmp_path / "sam" / "mine").touch()
@@ -538,36 +553,6 @@ def test_shards_and_index(tmp_path, convert, monkeypatch):
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
-
-
-def write_7b(directory: Path, num_layers: int) -> None:
-    """LLaVA-7B's widths, in half precision, all layers in one file as the originals' shards of 10 GB."""
-    hidden, intermediate, vocab_size = 4096, 11008, 32000
-
-    def weight(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float16).fill_(0.5)
-
-    widths = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
-    widths |= {"mlp.gate_proj": (intermediate, hidden), "mlp.up_proj": (intermediate, hidden)}
-    widths |= {"mlp.down_proj": (hidden, intermediate), "input_layernorm": (hidden,)}
-    widths |= {"post_attention_layernorm": (hidden,)}
-    state_dict = {
-        f"model.layers.{layer}.{name}.weight": weight(*shape)
-        for layer in range(num_layers)
-        for name, shape in widths.items()
-    }
-    state_dict |= {
-        "model.embed_tokens.weight": weight(vocab_size, hidden),
-        "lm_head.weight": weight(vocab_size, hidden),
-    }
-    state_dict |= {"model.norm.weight": weight(hidden), "model.mm_projector.weight": weight(hidden, 32)}
-    state_dict |= {"model.mm_projector.bias": weight(hidden)}
-    tokens = {f"<{index}>": index for index in range(640, vocab_size)}
-    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": num_layers}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 32}
-    write_llava(directory, {}, tokens, mm_vision_tower=str(CLIP), mm_use_im_start_end=False, **sizes, **heads)
-    (directory / "pytorch_model.bin.index.json").unlink()
-    torch.save(state_dict, directory / "pytorch_model.bin")
 
 
 @pytest.mark.slow

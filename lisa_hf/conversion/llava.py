@@ -1,6 +1,7 @@
 """Original LLaVA (v1, v1.1, Llama-2, v1.5) becomes `LlavaForConditionalGeneration`."""
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from . import Shapes, convert_state_dict
 from .checkpoints import LazyTensor
 from .saving import ConvertedModel, build_without_weights
 
+
+logger = logging.getLogger(__name__)
 
 LLAVA_KEY_TABLE = [
     (r"lm_head\.weight", "lm_head.weight"),
@@ -223,6 +226,7 @@ def choose_chat_template(original_config: dict, directory: Path, shapes: Shapes)
 
 def render_template(name: str, original_config: dict) -> str:
     """Jinja text of a template, without `<im_start>` and `<im_end>` if the model was trained without them."""
+    logger.info("Chat template: %s", name)
     template = load_chat_template(name)
     if original_config.get("mm_use_im_start_end", False):
         return template

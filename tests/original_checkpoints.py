@@ -1,0 +1,161 @@
+"""Synthetic originals: the published checkpoints' names and files with tiny shapes, to be converted."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from golden_model import GOLDEN, original_config, original_state_dict, write_shards, write_tokenizer
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+
+CLIP = GOLDEN / "clip_tiny"
+SAM_PREFIX = "model.visual_model."
+
+
+def random_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.randn(tensor.shape) * (0.1 if tensor.ndim > 1 else 0.02) + (tensor.ndim == 1)
+
+
+def language_model(vocab_size: int) -> dict:
+    """A Llama's tensors, rotary frequencies included, as transformers of 2023 saved them."""
+    torch.manual_seed(vocab_size)
+    names = re.compile(r"model\.(layers\..*|embed_tokens\.weight|norm\.weight)|lm_head\.weight")
+    state_dict = {name: tensor for name, tensor in original_state_dict().items() if names.fullmatch(name)}
+    for name, tensor in state_dict.items():
+        if "inv_freq" not in name:
+            rows = vocab_size if name.endswith(("embed_tokens.weight", "lm_head.weight")) else len(tensor)
+            state_dict[name] = random_like(tensor.new_empty(rows, *tensor.shape[1:]))
+    return state_dict
+
+
+def linear_projector() -> dict:
+    return {"model.mm_projector.weight": torch.randn(64, 32) * 0.1, "model.mm_projector.bias": torch.randn(64) * 0.1}
+
+
+def mlp_projector() -> dict:
+    sizes = {"0.weight": (64, 32), "0.bias": (64,), "2.weight": (64, 64), "2.bias": (64,)}
+    return {f"model.mm_projector.{name}": torch.randn(size) * 0.1 for name, size in sizes.items()}
+
+
+def write_llava(directory: Path, state_dict: dict, added_tokens: dict, **config) -> None:
+    """The directory of a LLaVA as its trainer saved it."""
+    write_shards(state_dict, directory)
+    write_tokenizer(directory, added_tokens)
+    text = {name: value for name, value in original_config().items() if not name.startswith(("mm_", "train_", "out_"))}
+    llava = {"mm_vision_select_layer": -2, "mm_hidden_size": 32, "mm_use_im_patch_token": False, "use_mm_proj": True}
+    (directory / "config.json").write_text(json.dumps(text | llava | config))
+
+
+def write_clip(directory: Path, image_size: int) -> CLIPVisionModel:
+    """A CLIP tower whose patches are 14 wide, as in ViT-L/14 at 336."""
+    config = CLIPVisionConfig.from_pretrained(CLIP, image_size=image_size)
+    torch.manual_seed(image_size)
+    tower = CLIPVisionModel(config).eval()
+    tower.save_pretrained(directory)
+    size = {"height": image_size, "width": image_size}
+    CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=size).save_pretrained(directory)
+    return tower
+
+
+def sam_vit_b() -> dict:
+    """SAM with the twelve blocks of ViT-B, four of which see the whole image; tiny, with 16 x 16 patches."""
+    torch.manual_seed(0)
+    golden = {k.removeprefix(SAM_PREFIX): v for k, v in original_state_dict().items() if k.startswith(SAM_PREFIX)}
+    state_dict = {}
+    for name, tensor in golden.items():
+        if match := re.fullmatch(r"image_encoder\.blocks\.([01])\.(.*)", name):
+            is_global = match[1] == "1"
+            blocks = [block for block in range(12) if (block in (2, 5, 8, 11)) == is_global]
+            state_dict |= {f"image_encoder.blocks.{block}.{match[2]}": random_like(tensor) for block in blocks}
+        else:
+            state_dict[name] = random_like(tensor)
+    return state_dict
+
+
+def hq_decoder(width: int = 32, encoder_width: int = 32) -> dict:
+    """The tensors that SAM-HQ adds to the mask decoder, in its names."""
+    quarter, eighth = width // 4, width // 8
+    shapes = {"hf_token.weight": (1, width)}
+    for layer, rows in enumerate((width, width, eighth)):
+        shapes |= {f"hf_mlp.layers.{layer}.weight": (rows, width), f"hf_mlp.layers.{layer}.bias": (rows,)}
+    for module, (inputs, middle, outputs) in {
+        "compress_vit_feat": (encoder_width, width, eighth),
+        "embedding_encoder": (width, quarter, eighth),
+        "embedding_maskfeature": (eighth, quarter, eighth),
+    }.items():
+        is_transposed, size = module != "embedding_maskfeature", 2 if module != "embedding_maskfeature" else 3
+        for layer, (rows, columns) in {0: (inputs, middle), 3: (middle, outputs)}.items():
+            channels = (rows, columns) if is_transposed else (columns, rows)
+            shapes |= {f"{module}.{layer}.weight": (*channels, size, size), f"{module}.{layer}.bias": (columns,)}
+        shapes |= {f"{module}.1.weight": (middle,), f"{module}.1.bias": (middle,)}
+    return {f"mask_decoder.{name}": torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+
+
+def write_training_base(directory: Path) -> None:
+    """The LLaVA that the run began with: configuration and tokenizer know nothing of LISA."""
+    config = original_config()
+    for name in ("train_mask_decoder", "out_dim", "vision_tower", "mm_use_im_start_end"):
+        del config[name]
+    write_tokenizer(directory, {})
+    (directory / "config.json").write_text(json.dumps(config | {"mm_use_im_start_end": False}))
+
+
+def write_zero_checkpoint(directory: Path, state_dict: dict, num_processes: int = 2) -> None:
+    """What DeepSpeed's ZeRO-2 saves: frozen weights whole, trained ones flat and cut into one part per process."""
+    step = directory / "global_step10"
+    step.mkdir(parents=True)
+    (directory / "latest").write_text(step.name)
+    trained = [name for name in state_dict if re.search(r"lora_|lm_head|embed_tokens|mask_decoder|text_hidden", name)]
+    buffers = [name for name in state_dict if "inv_freq" in name]
+    frozen = [name for name in state_dict if name not in {*trained, *buffers}]
+    states = {
+        "buffer_names": buffers,
+        "module": state_dict,
+        "param_shapes": [{name: state_dict[name].shape for name in trained}],
+        "frozen_param_shapes": {name: state_dict[name].shape for name in frozen},
+        "frozen_param_fragments": {name: state_dict[name] for name in frozen},
+        "shared_params": {},
+        "ds_version": "0.10.0",
+    }
+    torch.save(states, step / "mp_rank_00_model_states.pt")
+    flat = torch.cat([state_dict[name].flatten() for name in trained])
+    padded = torch.cat([flat, flat.new_zeros(-len(flat) % (2 * num_processes))])
+    for rank, part in enumerate(padded.chunk(num_processes)):
+        optimizer = {
+            "zero_stage": 2,
+            "partition_count": num_processes,
+            "single_partition_of_fp32_groups": [part.clone()],
+        }
+        name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": optimizer}, step / name)
+
+
+def write_7b(directory: Path, num_layers: int) -> None:
+    """LLaVA-7B's widths, in half precision, all layers in one file as the originals' shards of 10 GB."""
+    hidden, intermediate, vocab_size = 4096, 11008, 32000
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float16).fill_(0.5)
+
+    widths = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    widths |= {"mlp.gate_proj": (intermediate, hidden), "mlp.up_proj": (intermediate, hidden)}
+    widths |= {"mlp.down_proj": (hidden, intermediate), "input_layernorm": (hidden,)}
+    widths |= {"post_attention_layernorm": (hidden,)}
+    state_dict = {
+        f"model.layers.{layer}.{name}.weight": weight(*shape)
+        for layer in range(num_layers)
+        for name, shape in widths.items()
+    }
+    state_dict |= {
+        "model.embed_tokens.weight": weight(vocab_size, hidden),
+        "lm_head.weight": weight(vocab_size, hidden),
+    }
+    state_dict |= {"model.norm.weight": weight(hidden), "model.mm_projector.weight": weight(hidden, 32)}
+    state_dict |= {"model.mm_projector.bias": weight(hidden)}
+    tokens = {f"<{index}>": index for index in range(640, vocab_size)}
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": num_layers}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32}
+    write_llava(directory, {}, tokens, mm_vision_tower=str(CLIP), mm_use_im_start_end=False, **sizes, **heads)
+    (directory / "pytorch_model.bin.index.json").unlink()
+    torch.save(state_dict, directory / "pytorch_model.bin")
