@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,9 @@ from safetensors.numpy import load_file
 from torch.utils.data import DataLoader
 
 from data_scripts import load_source
+from data_scripts.pascal_part import PascalPart
 from data_scripts.reason_seg import fill_polygon, paint_polygons
+from data_scripts.shapes import Shapes
 from lisa_hf.schema import FEATURES, decode_mask
 
 
@@ -124,6 +128,24 @@ def test_pascal_part_equals_the_original(load, golden):
             assert measure(decode_mask(rle)).items() <= mask.items()
 
 
+def test_short_and_long_questions_are_splits_of_their_own(load, tree):
+    everything = load("reason_seg", tree, split="val")
+    for split, is_sentence in (("val_short", False), ("val_long", True)):
+        expected = [row["image_id"] for row in everything if row["is_sentence"] == is_sentence]
+        assert load("reason_seg", tree, split=split)["image_id"] == expected != []
+    shutil.copytree(tree / REASON_SEG / "val", tree / REASON_SEG / "test")
+    assert (
+        load("reason_seg", tree, split="test_long")["image_id"]
+        == load("reason_seg", tree, split="val_long")["image_id"]
+    )
+    # What cannot be told is in both, where it raises: neither evaluates a row less without a word.
+    for path in (tree / REASON_SEG / "test").glob("*.json"):
+        path.write_text("{")
+    for split in ("test_short", "test_long"):
+        with pytest.raises(ValueError, match="not a JSON file"):
+            list(load("reason_seg", tree, split=split, streaming=True))
+
+
 def test_equal_areas_are_painted_the_later_one_first():
     square = [[2, 2], [6, 2], [6, 6], [2, 6]]
     shapes = [{"label": "target", "points": square}, {"label": "Ignore", "points": square}]
@@ -193,6 +215,33 @@ def test_an_unchanged_directory_is_prepared_once(load, tree, monkeypatch):
     first = load("reason_seg", tree)
     monkeypatch.chdir(tree.parent)
     assert load("reason_seg", "dataset").cache_files == first.cache_files
+
+
+def test_annotations_are_parsed_once_per_machine(tmp_path, monkeypatch):
+    calls = []
+    read_records = PascalPart.read_records
+    monkeypatch.setattr(PascalPart, "read_records", lambda *args: calls.append(args) or read_records(*args))
+
+    def stream(_):
+        rows = load_source("pascal_part", str(TREE), streaming=True, cache_dir=str(tmp_path))
+        return [row["image_id"] for row in rows.decode(False)]
+
+    # As ranks do that start together.
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(stream, range(8))] == [["1", "2"]] * 8
+    assert len(calls) == 1
+    load_source("pascal_part", str(TREE), cache_dir=str(tmp_path))
+    assert len(calls) == 1
+
+
+def test_what_a_worker_gets_does_not_grow_with_the_annotations(tmp_path):
+    def gen_kwargs(num_scenes):
+        builder = Shapes(num_train_scenes=num_scenes, cache_dir=str(tmp_path))
+        train, _ = builder._split_generators(None)
+        return pickle.dumps([builder, train.gen_kwargs])
+
+    small, large = len(gen_kwargs(160)), len(gen_kwargs(100_000))
+    assert large < small + 100  # Bytes.
 
 
 def test_photos_are_measured_as_they_are_shown(load, tree):

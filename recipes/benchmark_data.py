@@ -1,0 +1,107 @@
+"""Measures how fast a recipe's data comes: rows per second and loader worker, and the share of each stage.
+
+    python recipes/benchmark_data.py --config recipes/real_samples.yaml --data_dir dataset --dataloader_num_workers 4
+
+Takes the arguments of train.py and trains nothing; `--num_train_items` items of each source are made (default: 64).
+"""
+
+import sys
+from pathlib import Path
+
+
+# This directory comes first on the path, where evaluate.py would hide the package of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import torch
+
+from data_scripts import load_sources
+from lisa_hf import LisaDataCollator, LisaProcessor
+from lisa_hf.arguments import ModelArguments, exit_with_one_line, parse_arguments
+from lisa_hf.collator import mask_labels
+from lisa_hf.loading import load_chat_template, load_model_and_processor
+from lisa_hf.mixture import MixtureDataset
+
+
+def load_processor(arguments: ModelArguments) -> LisaProcessor:
+    """The processor of a recipe's model, without the model's weights where there are any."""
+    if arguments.model is not None:
+        return LisaProcessor.from_pretrained(arguments.model)
+    if arguments.vlm is not None:
+        template = load_chat_template(arguments.chat_template)
+        return LisaProcessor.from_vlm_mask_model_pretrained(arguments.vlm, arguments.mask_model, template)
+    _, processor = load_model_and_processor(arguments)
+    return processor
+
+
+def measure(function: Callable, arguments: list) -> tuple[float, list[Any]]:
+    """Mean seconds of a call, and what the calls gave."""
+    start = time.perf_counter()
+    results = [function(argument) for argument in arguments]
+    return (time.perf_counter() - start) / len(arguments), results
+
+
+def measure_stages(rows: datasets.Dataset, mixture: MixtureDataset, collator: LisaDataCollator) -> dict[str, float]:
+    """Seconds per row of each stage, in one process. "rest" is what the whole takes more: text, labels, checks."""
+    processor = collator.processor
+    image_type = datasets.Image(mode="RGB")
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    # Once unmeasured: files get into the page cache, and libraries are loaded.
+    measure(lambda item: collator([item]), [mixture[index] for index in range(len(mixture))])
+    whole, items = measure(mixture.__getitem__, range(len(mixture)))
+    collating, _ = measure(lambda item: collator([item]), items)
+    images = [item["image"] for item in items]
+    stages = {}
+    stages["row"], found = measure(lambda index: rows[index % len(rows)], range(len(items)))
+    stages["decode"], _ = measure(lambda row: image_type.decode_example(row["image"]), found)
+    stages["masks"], _ = measure(lambda item: mask_labels(item, item["questions"]), items)
+    stages["vlm"], _ = measure(lambda image: processor.vlm_processor.image_processor(image), images)
+    stages["mask_model"], _ = measure(lambda image: processor.mask_image_processor(image), images)
+    return stages | {"rest": max(0.0, whole + collating - sum(stages.values()))}
+
+
+def measure_loader(mixture: MixtureDataset, collator: LisaDataCollator, num_workers: int) -> float:
+    """Rows per second of a loader with workers, from its first batch on, when all of them have started."""
+    loader = torch.utils.data.DataLoader(mixture, batch_size=1, num_workers=num_workers, collate_fn=collator)
+    batches = iter(loader)
+    next(batches)
+    start = time.perf_counter()
+    num_rows = sum(1 for _ in batches)
+    return num_rows / (time.perf_counter() - start)
+
+
+def main():
+    model_args, data_args, training_args = parse_arguments()
+    torch.set_num_threads(1)  # As in a loader worker.
+    with exit_with_one_line():
+        if not data_args.sources:
+            raise ValueError("sources: expected at least one training source, found none")
+        start = time.perf_counter()
+        sources = load_sources(data_args.sources, data_args.data_dir)
+        print(f"Opened {len(sources)} sources in {time.perf_counter() - start:.1f} s.")
+        processor = load_processor(model_args)
+        collator = LisaDataCollator(processor, data_args.max_length, data_args.on_bad_row)
+        num_items = data_args.num_train_items or 64
+
+        print(f"\n{'source':<16}{'rows/s':>8}", end="")
+        for index, (name, rows) in enumerate(sources.items()):
+            mixture = MixtureDataset({name: rows}, length=num_items, on_bad_row=data_args.on_bad_row)
+            seconds = measure_stages(rows, mixture, collator)
+            if index == 0:
+                print("".join(f"{stage:>12}" for stage in seconds))
+            total = sum(seconds.values())
+            print(f"{name:<16}{1 / total:>8.1f}" + "".join(f"{part / total:>12.0%}" for part in seconds.values()))
+        num_workers = max(1, training_args.dataloader_num_workers)
+        weights = {name: options["weight"] for name, options in data_args.sources.items()}
+        mixture = MixtureDataset(sources, length=4 * num_items, weights=weights, on_bad_row=data_args.on_bad_row)
+        rate = measure_loader(mixture, collator, num_workers)
+        print(f"\nThe mixture: {rate:.1f} rows/s with {num_workers} workers, {rate / num_workers:.1f} per worker.")
+
+
+if __name__ == "__main__":
+    main()
