@@ -6,6 +6,7 @@ first, their values one by one.
 
 import functools
 import json
+import logging
 import pickle
 import re
 import zipfile
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,7 @@ def add_delta(delta: dict[str, LazyTensor], base: dict[str, LazyTensor]) -> dict
         elif not name.startswith(("model.mm_projector.", "model.vision_tower.")) and "inv_freq" not in name:
             problems.append(f"{name}: only in the delta")
         total[name] = _sum(tensor, base[name]) if name in base else tensor
+        logger.info("%s: %s", name, "delta + base" if name in base else "whole in the delta")
     if problems:
         raise ValueError(f"The base is not the one that this delta belongs to: {'; '.join(problems)}.")
     return total
@@ -202,6 +207,7 @@ def merge_lora(tensors: dict[str, LazyTensor], lora_alpha: float) -> dict[str, L
         raise ValueError(f"LoRA without its weight, or without one of its two factors: {incomplete}.")
     for name, pair in factors.items():
         scale = lora_alpha / pair["A"].shape[0]
+        logger.info("%s.weight + %g lora_B lora_A", name, scale)
         merged[f"{name}.weight"] = _with_lora(merged[f"{name}.weight"], pair["A"], pair["B"], scale)
     return merged
 

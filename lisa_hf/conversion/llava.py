@@ -132,7 +132,10 @@ def llava_config(original_config: dict, state_dict: dict, vision_config: CLIPVis
     """
     shapes = Shapes.of(state_dict)
     if "mm_vision_select_layer" not in original_config:
-        raise ValueError("config.json has no mm_vision_select_layer: expected the configuration of a LLaVA model.")
+        raise ValueError(
+            "config.json has no mm_vision_select_layer: expected the configuration of an original LLaVA or LISA, "
+            f"found one of {original_config.get('architectures')}. What is in transformers' format already needs no conversion."
+        )
     text_config = {field: original_config[field] for field in TEXT_CONFIG_FIELDS if field in original_config}
     num_patches = (vision_config.image_size // vision_config.patch_size) ** 2
     strategy = FEATURE_SELECT_STRATEGIES[original_config.get("mm_vision_select_feature", "patch")]
