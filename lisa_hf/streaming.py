@@ -83,8 +83,14 @@ class StreamingMixtureDataset(Mixture, torch.utils.data.IterableDataset):
         """Lets every iteration begin behind the item after which `state_dict` was taken.
 
         Raises:
-            ValueError: By the iteration, if the state is that of another reader or of another number of readers.
+            ValueError: If the state is that of other sources; by the iteration, if it is that of another reader or of
+                another number of readers.
         """
+        if list(state_dict["positions"]) != self.names:
+            raise ValueError(
+                f"Expected a state of the sources {self.names}, found one of {list(state_dict['positions'])}. Resume "
+                "with the sources of before, in their order."
+            )
         self._start = self._state = copy.deepcopy(state_dict)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

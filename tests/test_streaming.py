@@ -147,12 +147,15 @@ def test_a_state_resumes_exactly_at_any_item(streamed, k, num_ranks, data):
     assert drawn(resumed, 5) == expected[:5]  # each iteration begins where the state was
 
 
-def test_the_state_of_another_reader_is_refused(streamed):
+def test_the_state_of_another_reader_or_other_sources_is_refused(streamed):
     one, other = (StreamingMixtureDataset(streamed, rank=rank, num_ranks=2) for rank in (0, 1))
     next(iter(one))
     other.load_state_dict(one.state_dict())
     with pytest.raises(ValueError, match=r"Expected the state of reader 1 of 2, found that of \[0, 2\]. Resume"):
         next(iter(other))
+    fewer = StreamingMixtureDataset({"talk": streamed["talk"]})
+    with pytest.raises(ValueError, match=r"Expected a state of the sources \['talk'\], found one of"):
+        fewer.load_state_dict(one.state_dict())
 
 
 def loader_of(data, rank, num_ranks, num_workers, collate_fn=list):
