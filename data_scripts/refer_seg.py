@@ -9,6 +9,7 @@ every ref, also where two refs of an image share one: evaluate with `merge_insta
 """
 
 import collections
+import dataclasses
 import os
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from lisa_hf.schema import encode_mask, make_row, merge_masks
 
-from .coco import CocoBuilder, read_refs
+from .coco import CocoBuilder, CocoConfig, read_refs
 from .source import encode_segmentation, errors_naming, join_inside, read_json
 
 
@@ -45,10 +46,19 @@ def encode_object(segmentations: list[Any], height: int, width: int) -> dict[str
     return merge_masks(rles) if len(rles) > 1 else rles[0]
 
 
+@dataclasses.dataclass
+class ReferSegConfig(CocoConfig):
+    """Who split the data: "unc", "umd", "google", "berkeley"; by default as the original takes it."""
+
+    split_by: str | None = None
+
+
 class ReferSeg(CocoBuilder):
     """Base of the referring data sets: `SOURCE` names the directory, `REFS` and `IMAGES` lie below `refer_seg`."""
 
-    REFS = "refs(unc).p"
+    BUILDER_CONFIG_CLASS = ReferSegConfig
+    REFS = "refs({}).p"
+    SPLIT_BY = "unc"
     IMAGES = "images/mscoco/images/train2014"
     DOWNLOAD_PAGE = "https://github.com/lichengunc/refer"
     LICENCE = "The expressions: Apache-2.0 as the repository; photos: Flickr's terms of use."
@@ -58,7 +68,8 @@ class ReferSeg(CocoBuilder):
         return [*self._find_annotations(data_dir), *self.held_out_files(data_dir)]
 
     def _find_annotations(self, data_dir):
-        return [self.find(data_dir, f"refer_seg/{self.SOURCE}/{name}") for name in (self.REFS, "instances.json")]
+        refs = self.REFS.format(self.config.split_by or self.SPLIT_BY)
+        return [self.find(data_dir, f"refer_seg/{self.SOURCE}/{name}") for name in (refs, "instances.json")]
 
     def photo(self, record):
         return record["image"].get("file_name", "")
@@ -149,7 +160,7 @@ class RefCocoG(ReferSeg):
     """
 
     SOURCE = "refcocog"
-    REFS = "refs(umd).p"
+    SPLIT_BY = "umd"
 
 
 class RefClef(ReferSeg):
@@ -181,6 +192,6 @@ class GRefCoco(ReferSeg):
     """
 
     SOURCE = "grefcoco"
-    REFS = "grefs(unc).json"
+    REFS = "grefs({}).json"
     DOWNLOAD_PAGE = "https://github.com/henghuiding/gRefCOCO"
     LICENCE = "The expressions: see the download page; photos: Flickr's terms of use."

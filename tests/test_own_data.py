@@ -208,7 +208,10 @@ WRONG = [
     ("x: {builder: coco_instances, images: photos}", "source 'x' needs the option `annotations`"),
     ("x: {builder: coco_instances, annotations: no.json, images: photos}", "`annotations` of .*data/no.json', which"),
     ("x: {builder: coco_instances, annotation: a.json}", "no option 'annotation'; its options are .*'annotations'"),
-    ("refcoco: {image_size: 3}", r"no option 'image_size'; its options are \['exclude_refer_val', 'on_bad_row'\]"),
+    (
+        "refcoco: {image_size: 3}",
+        r"no option 'image_size'; its options are \['exclude_refer_val', 'on_bad_row', 'split_by'\]",
+    ),
     ("x: {builder: labelme, annotations: photos}", r"source 'x' looked for \*.json in .*photos"),
     ("x: {builder: hub}", "needs the option `path`"),
     ("x: {builder: hub, path: '*.parquet'}", r"looked for the column 'mask' in .* which has \['image'\].*mask_column"),

@@ -267,6 +267,16 @@ def test_every_split_of_the_refs_is_there(load):
     assert counts == {"train": 4, "val": 3, "testA": 2, "testB": 1, "test": 2}
 
 
+def test_the_refs_of_another_split_may_be_named(load, tree):
+    refs = read_pickle(tree / "refer_seg/refcocog/refs(umd).p")
+    write_pickle(tree / "refer_seg/refcocog/refs(google).p", [ref | {"split": "val"} for ref in refs])
+    found = {ref["image_id"] for ref in refs}
+    assert {int(i) for i in load("refcocog", tree, split="val", split_by="google")["image_id"]} == found
+    assert {int(i) for i in load("refcocog", tree, split="val")["image_id"]} < found
+    with pytest.raises(FileNotFoundError, match=r"refs\(berkeley\).p"):
+        load("refcocog", tree, split_by="berkeley")
+
+
 def test_ade20k_has_a_validation_split(load, tree):
     with pytest.raises(ValueError, match="validation"):
         load("ade20k", tree, split="validation")
