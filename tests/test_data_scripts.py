@@ -1,11 +1,14 @@
 """The builders: parity with the original loaders, determinism, caching, sharding, and bad input."""
 
 import hashlib
+import importlib.util
+import inspect
 import json
 import os
 import pickle
 import re
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from datasets.distributed import split_dataset_by_node
 from safetensors.numpy import load_file
 from torch.utils.data import DataLoader
 
+import data_scripts
 from data_scripts import load_source
 from data_scripts.pascal_part import PascalPart
 from data_scripts.reason_seg import fill_polygon, paint_polygons
@@ -346,3 +350,48 @@ def test_real_samples_decode(load, name, split, num_rows):
         for target in row["targets"]:
             mask = decode_mask(target["rle"])
             assert mask.shape == (row["image"].height, row["image"].width) and mask.any()
+
+
+# The README
+
+
+README = (Path(data_scripts.__file__).parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(name for name, builder in data_scripts.SOURCES.items() if builder.LICENCE))
+def test_readme_has_what_the_builders_say(name):
+    builder = data_scripts.SOURCES[name]
+    _, _, section = README.partition(f"\n### `{name}`\n")
+    section, _, _ = section.partition("\n### ")
+    description = inspect.getdoc(builder)
+    for line in [builder.DOWNLOAD_PAGE, builder.LICENCE, *re.findall(r"\n {4,}(.*)", description)]:
+        assert line.strip() in section
+    for number in re.findall(r"\d{3,}", description):
+        assert number in section
+
+
+def test_example_of_a_new_source_works(load, tmp_path, monkeypatch):
+    (example,) = re.findall(r"```python\n(\"\"\"Boxes.*?)```", README, re.DOTALL)
+    assert example.count("\n") < 60
+    (tmp_path / "boxes.py").write_text(example)
+    spec = importlib.util.spec_from_file_location("data_scripts.boxes", tmp_path / "boxes.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "data_scripts.boxes", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(data_scripts.SOURCES, "boxes", module.Boxes)
+
+    photos = tmp_path / "dataset" / "boxes" / "photos"
+    photos.mkdir(parents=True)
+    PIL.Image.new("RGB", (60, 40)).save(photos / "a.jpg")
+    lines = ["image,name,left,top,right,bottom", "a.jpg,the bottom left,0,20,30,40", "a.jpg,a dot,1,1,2,2"]
+    (photos.parent / "boxes.csv").write_text("\n".join(lines))
+    rows = load("boxes", tmp_path / "dataset")
+    assert rows["source"] == ["boxes"] * 2
+    expected = np.zeros((40, 60), dtype=np.uint8)
+    expected[20:, :30] = 1
+    (target,) = rows[0]["targets"]
+    assert target["phrases"] == ["the bottom left"]
+    np.testing.assert_array_equal(decode_mask(target["rle"]), expected)
+    (photos / "a.jpg").unlink()
+    with pytest.raises(ValueError, match=r"boxes.csv, line 2: The image .*a.jpg' cannot be read"):
+        list(load("boxes", tmp_path / "dataset", streaming=True))
