@@ -492,6 +492,11 @@ def test_a_checkpoint_that_is_not_there(tmp_path, fail):
     assert "xinlai/LISA-7B-v1 does not exist" in message and "hf download" in message
 
 
+def test_a_converted_model_is_not_converted_again(fail, tmp_path):
+    message = fail(tmp_path / "converted", "lisa", "--checkpoint", converted_directory())
+    assert "['LisaForConditionalGeneration']" in message and "needs no conversion" in message
+
+
 def test_output_that_exists_is_kept(tmp_path, convert, capsys):
     (tmp_path / "sam").mkdir()
     (tmp_path / "sam" / "mine").touch()

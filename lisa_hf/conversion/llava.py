@@ -118,7 +118,13 @@ def read_config(directory: Path) -> dict:
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing: expected the original model's configuration and tokenizer beside it.")
-    return json.loads(path.read_text())
+    original_config = json.loads(path.read_text())
+    if "mm_vision_select_layer" not in original_config:
+        raise ValueError(
+            f"{path} has no mm_vision_select_layer: expected an original LLaVA or LISA, found "
+            f"{original_config.get('architectures')}. What is in transformers' format needs no conversion."
+        )
+    return original_config
 
 
 def llava_config(original_config: dict, state_dict: dict, vision_config: CLIPVisionConfig, tokenizer) -> LlavaConfig:
@@ -131,11 +137,6 @@ def llava_config(original_config: dict, state_dict: dict, vision_config: CLIPVis
         tokenizer: as [`load_tokenizer`] returns it.
     """
     shapes = Shapes.of(state_dict)
-    if "mm_vision_select_layer" not in original_config:
-        raise ValueError(
-            "config.json has no mm_vision_select_layer: expected the configuration of an original LLaVA or LISA, "
-            f"found one of {original_config.get('architectures')}. What is in transformers' format already needs no conversion."
-        )
     text_config = {field: original_config[field] for field in TEXT_CONFIG_FIELDS if field in original_config}
     num_patches = (vision_config.image_size // vision_config.patch_size) ** 2
     strategy = FEATURE_SELECT_STRATEGIES[original_config.get("mm_vision_select_feature", "patch")]

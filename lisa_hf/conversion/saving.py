@@ -21,7 +21,7 @@ from .checkpoints import LazyTensor, close_files
 
 logger = logging.getLogger(__name__)
 
-# Memory holds two to three times as much, whatever the depth (measured: 4.2 GB at 7B's widths, 6.2 GB for a 13B delta).
+# Memory holds two to three times as much at any depth (measured: 4.2 GB at 7B's widths, 6.6 GB for a 13B delta).
 MAX_SHARD_SIZE = "2GB"
 
 
