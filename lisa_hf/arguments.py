@@ -125,7 +125,8 @@ class DataArguments:
         default_factory=dict,
         metadata={
             "help": "Training sources, e.g. {reason_seg: 1, shapes: {weight: 9, split: train}}: each has its weight's "
-            "share of the items; other keys are options of the source's builder."
+            "share of the items, by default LISA's: semantic, referring, vqa and reasoning 9 : 3 : 3 : 1, and the "
+            "sources of a kind alike; other keys are options of the source's builder."
         },
     )
     eval_sources: dict = field(
@@ -144,6 +145,10 @@ class DataArguments:
     on_bad_row: Literal["skip", "raise"] = field(
         default="skip", metadata={"help": "What to do about an unreadable image or mask: skip and count it, or stop."}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Make the training rows while they are read, instead of preparing them; needs max_steps."},
+    )
     num_train_items: int | None = field(
         default=None, metadata={"help": "Items (images with questions) per epoch; default: the rows of all sources."}
     )
@@ -152,11 +157,22 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        self.sources = _complete_options(self, "sources", {"weight": 1.0, "split": "train"})
+        self.sources = _complete_options(self, "sources", {"weight": None, "split": "train"})
+        unweighted = [name for name, options in self.sources.items() if options["weight"] is None]
+        if 0 < len(unweighted) < len(self.sources):
+            raise ValueError(f"sources: expected a weight for each of them or for none, found none for {unweighted}")
+        if self.streaming and self.num_train_items is not None:
+            raise ValueError("num_train_items: expected none with streaming, which has no end; give max_steps")
         self.eval_sources = _complete_options(self, "eval_sources", {"split": "validation"})
         for name in ("num_questions", "max_length", "num_train_items", "max_eval_items"):
             _check_range(self, name, 1)
         _check_range(self, "explanatory_probability", 0, 1)
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """Weights of the training sources by their names, or None for LISA's."""
+        weights = {name: options["weight"] for name, options in self.sources.items()}
+        return None if None in weights.values() else weights
 
 
 @dataclass
@@ -185,6 +201,12 @@ class LisaTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: expected neither split_batches nor dispatch_batches: the rows and images of a "
+                "batch differ in number, so that it cannot be cut"
+            )
+        self.accelerator_config.dispatch_batches = False
         _check_range(self, "full_learning_rate", 0)
         _check_range(self, "generation_max_new_tokens", 1)
 
@@ -323,7 +345,7 @@ def _complete_options(arguments: DataArguments, field_name: str, defaults: dict)
         weight = completed[name].get("weight")
         if weight is not None and "weight" not in defaults:
             raise ValueError(f"{field_name}: {name}: expected no weight, found {weight}: every row is evaluated")
-        if "weight" in defaults and not (isinstance(weight, (int, float)) and weight > 0):
+        if weight is not None and not (isinstance(weight, (int, float)) and weight > 0):
             raise ValueError(f"{field_name}: {name}: expected a weight above 0, found {weight!r}")
     return completed
 

@@ -5,10 +5,13 @@ from functools import partial
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 
 from .metrics import SegmentationMetric, intersection_and_union
 from .processing_lisa import IGNORE_INDEX, LisaProcessor
+from .streaming import StreamingMixtureDataset
 
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,38 @@ class LisaTrainer(Trainer):
                 )
         self.num_skipped_rows = 0
         self._num_masks_in_batch = None
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer, but a [`StreamingMixtureDataset`] divides its rows itself, and nobody may do so again."""
+        dataset, args = self.train_dataset, self.args
+        if not isinstance(dataset, StreamingMixtureDataset):
+            return super().get_train_dataloader()
+        if (dataset.rank, dataset.num_ranks) != (args.process_index, args.world_size):
+            raise ValueError(
+                f"Expected the stream of process {args.process_index} of {args.world_size}, found that of rank "
+                f"{dataset.rank} of {dataset.num_ranks}. Make it with `rank=training_args.process_index, "
+                "num_ranks=training_args.world_size`."
+            )
+        loader = DataLoader(
+            dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 

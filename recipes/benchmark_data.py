@@ -97,7 +97,7 @@ def main():
             total = sum(seconds.values())
             print(f"{name:<16}{1 / total:>8.1f}" + "".join(f"{part / total:>12.0%}" for part in seconds.values()))
         num_workers = max(1, training_args.dataloader_num_workers)
-        weights = {name: options["weight"] for name, options in data_args.sources.items()}
+        weights = data_args.weights
         mixture = MixtureDataset(sources, length=4 * num_items, weights=weights, on_bad_row=data_args.on_bad_row)
         rate = measure_loader(mixture, collator, num_workers)
         print(f"\nThe mixture: {rate:.1f} rows/s with {num_workers} workers, {rate / num_workers:.1f} per worker.")

@@ -18,7 +18,7 @@ import itertools
 import logging
 
 import transformers
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
@@ -28,27 +28,33 @@ from lisa_hf.loading import load_model_and_processor
 from lisa_hf.lora import merge_lora, prepare_for_training, trainable_summary
 from lisa_hf.mixture import EvaluationDataset, MixtureDataset
 from lisa_hf.scratch import row_texts
+from lisa_hf.streaming import StreamingMixtureDataset
 
 
 logger = logging.getLogger("train")
 
 
 def build_datasets(
-    train_rows: dict[str, Dataset],
+    train_rows: dict[str, Dataset] | dict[str, IterableDataset],
     eval_rows: dict[str, Dataset],
     data_args: DataArguments,
     training_args: LisaTrainingArguments,
 ):
     """The mixture to train on and, per source, the data set to evaluate on."""
-    train_dataset = MixtureDataset(
-        train_rows,
-        length=data_args.num_train_items or sum(len(rows) for rows in train_rows.values()),
-        weights={name: options["weight"] for name, options in data_args.sources.items()},
-        seed=training_args.data_seed if training_args.data_seed is not None else training_args.seed,
-        num_questions=data_args.num_questions,
-        explanatory_probability=data_args.explanatory_probability,
-        on_bad_row=data_args.on_bad_row,
-    )
+    settings = {
+        "weights": data_args.weights,
+        "seed": training_args.data_seed if training_args.data_seed is not None else training_args.seed,
+        "num_questions": data_args.num_questions,
+        "explanatory_probability": data_args.explanatory_probability,
+        "on_bad_row": data_args.on_bad_row,
+    }
+    if data_args.streaming:
+        train_dataset = StreamingMixtureDataset(
+            train_rows, rank=training_args.process_index, num_ranks=training_args.world_size, **settings
+        )
+    else:
+        length = data_args.num_train_items or sum(len(rows) for rows in train_rows.values())
+        train_dataset = MixtureDataset(train_rows, length, **settings)
     return train_dataset, {name: EvaluationDataset(rows) for name, rows in eval_rows.items()}
 
 
@@ -60,7 +66,12 @@ def main():
         if not data_args.sources:
             raise ValueError("sources: expected at least one training source, found none")
         with training_args.main_process_first(desc="data preparation"):
-            train_rows = load_sources(data_args.sources, data_args.data_dir)
+            train_rows = load_sources(
+                data_args.sources,
+                data_args.data_dir,
+                streaming=data_args.streaming,
+                on_bad_row=data_args.on_bad_row,
+            )
             eval_rows = load_sources(data_args.eval_sources, data_args.data_dir, data_args.max_eval_items)
         train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)
         texts = itertools.chain.from_iterable(row_texts(rows) for rows in train_rows.values())

@@ -18,7 +18,7 @@ mask_config:
 trainable: [seg_projector, language_model]
 ce_loss_weight: 2
 sources:
-  shapes:
+  shapes: 1.5
   reason_seg: {weight: 9, split: test}
 eval_sources: {reason_seg: {split: test}, shapes: {}}
 learning_rate: 5e-4
@@ -58,7 +58,7 @@ def test_file_gives_every_kind_of_value(parse):
     assert model_args.vlm_config == {"model_type": "llava", "text_config": {"rms_norm_eps": 1e-5, "hidden_size": 64}}
     assert model_args.trainable == ["seg_projector", "language_model"] and model_args.ce_loss_weight == 2.0
     assert data_args.sources == {
-        "shapes": {"weight": 1.0, "split": "train"},
+        "shapes": {"weight": 1.5, "split": "train"},
         "reason_seg": {"weight": 9, "split": "test"},
     }
     assert data_args.eval_sources == {"reason_seg": {"split": "test"}, "shapes": {"split": "validation"}}
@@ -90,6 +90,11 @@ def test_command_line_wins_on_either_side_of_the_file(parse, tmp_path, before):
     assert training_args.learning_rate == 1e-3 and training_args.max_steps == -1 and training_args.use_cpu
     assert model_args.trainable == [] and model_args.ce_loss_weight == 2.0
     assert data_args.sources == {"refcoco+": {"weight": 0.5, "split": "train"}}
+
+
+def test_weights_are_given_or_lisa_s(parse):
+    assert parse(CONFIG)[1].weights == {"shapes": 1.5, "reason_seg": 9}
+    assert parse_arguments(["--model", "some/model", "--sources", "{a: , b: {split: val}}"])[1].weights is None
 
 
 def test_command_line_alone():
@@ -149,6 +154,9 @@ def test_file_that_is_no_mapping(fails, text, expected):
         ),
         (["--vlm", "a"], "expected one of model, vlm and vlm_config, found model and vlm"),
         (["--sources", "{a: 0}"], "sources: a: expected a weight above 0, found 0"),
+        (["--sources", "{a: 1, b: }"], "sources: expected a weight for each of them or for none, found none for"),
+        (["--streaming", "--num_train_items", "9"], "num_train_items: expected none with streaming"),
+        (["--accelerator_config", '{"split_batches": true}'], "expected neither split_batches nor dispatch_batches"),
         (["--sources", "{a: [b]}"], "sources: a: expected a mapping of options, found ['b']"),
         (["--eval_sources", "{a: 2}"], "eval_sources: a: expected no weight, found 2"),
         (["--num_questions", "0"], "num_questions: expected a number from 1 to inf, found 0"),

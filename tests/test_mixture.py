@@ -456,17 +456,8 @@ LISA_SOURCES = (
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (REAL_SAMPLES.is_dir() and STORIES.is_dir()), reason="needs the real samples and stories260K")
-@pytest.mark.parametrize(
-    "mode",
-    [
-        {},
-        pytest.param(
-            {"streaming": True}, marks=pytest.mark.xfail(strict=True, reason="train.py does not know streams yet")
-        ),
-    ],
-    ids=["prepared", "streaming"],
-)
-def test_fifty_steps_over_the_whole_mixture_with_two_processes_and_two_workers(mode, tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_fifty_steps_over_the_whole_mixture_with_two_processes_and_two_workers(streaming, tmp_path):
     arguments = {
         "config": ROOT / "recipes" / "real_samples.yaml",
         "data_dir": REAL_SAMPLES,
@@ -478,7 +469,7 @@ def test_fifty_steps_over_the_whole_mixture_with_two_processes_and_two_workers(m
         "per_device_train_batch_size": 2,
         "dataloader_num_workers": 2,
         "use_cpu": True,
-        **mode,
+        "streaming": streaming,
     }
     environment = {
         "PYTHONPATH": str(ROOT),

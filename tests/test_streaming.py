@@ -287,16 +287,12 @@ def test_streamed_rows_are_the_prepared_and_the_parquet_rows(name, tmp_path):
 # Trainer
 
 
-needs_trainer = pytest.mark.xfail(strict=True, reason="LisaTrainer.get_train_dataloader does not know streams yet")
-
-
 def make_stream_trainer(directory, rank=0, num_ranks=1, **arguments):
     data = StreamingMixtureDataset(one_source(64, 8, directory), rank=rank, num_ranks=num_ranks)
     arguments = {"per_device_train_batch_size": 2, "dataloader_num_workers": 2} | arguments
     return make_trainer(*build_model(), directory, data, **arguments)
 
 
-@needs_trainer
 def test_a_run_resumes_exactly_from_a_checkpoint(tmp_path):
     arguments = {"max_steps": 4, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1}
     runs = []
@@ -310,7 +306,6 @@ def test_a_run_resumes_exactly_from_a_checkpoint(tmp_path):
     assert runs[1].state.log_history[-2]["loss"] == pytest.approx(runs[0].state.log_history[-2]["loss"], rel=1e-5)
 
 
-@needs_trainer
 def test_the_stream_of_another_process_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Expected the stream of process 0 of 1, found that of rank 1 of 2"):
         make_stream_trainer(tmp_path, rank=1, num_ranks=2).train()
@@ -328,7 +323,6 @@ def read_two_passes(directory):
     state.destroy_process_group()
 
 
-@needs_trainer
 def test_two_processes_with_two_workers_each_share_the_rows(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
