@@ -355,7 +355,7 @@ def test_every_source_has_links_or_a_step():
 def test_download_from_the_command_line(photos, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(WEB_FILES, "ade20k", WEB_FILES["photos"])
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("sources: {mapillary: 1, scenes: {builder: ade20k}}\neval_sources: {ade20k: }\n")
+    recipe.write_text("sources: {mapillary: 1, scenes: {builder: ade20k, weight: 1}}\neval_sources: {ade20k: }\n")
     status, out, _ = run_script(monkeypatch, capsys, "download", "--config", recipe, "--data_dir", tmp_path / "data")
     assert status == 0
     assert_photos(tmp_path / "data")
