@@ -27,6 +27,7 @@ from lisa_hf.inference import draw_predictions
 from lisa_hf.loading import load_model_and_processor
 from lisa_hf.lora import merge_lora, prepare_for_training, trainable_summary
 from lisa_hf.mixture import EvaluationDataset, MixtureDataset
+from lisa_hf.run_record import write_run_record
 from lisa_hf.scratch import row_texts
 from lisa_hf.streaming import StreamingMixtureDataset
 
@@ -94,6 +95,8 @@ def main():
             data_collator=LisaDataCollator(processor, data_args.max_length, data_args.on_bad_row),
             processing_class=processor,
         )
+        if trainer.is_world_process_zero():
+            write_run_record(model_args, data_args, training_args, train_dataset, eval_datasets)
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         trainer.save_state()
         if trainer.num_skipped_rows:

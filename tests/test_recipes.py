@@ -106,6 +106,7 @@ def test_training_leaves_a_model_figures_and_a_sheet(trained):
     assert not any("lora" in name for name in model.state_dict())
     figures = json.loads((trained / "eval_results.json").read_text())
     assert {"eval_giou", "eval_generated_giou", "eval_generated_false_seg_rate"} <= figures.keys()
+    assert json.loads((trained / "run.json").read_text())["data"]["train"][0]["num_rows"] == SHAPES["num_train_scenes"]
     sheet = PIL.Image.open(trained / "predictions.png")
     assert sheet.width > 1000 and np.asarray(sheet).std() > 10
 
