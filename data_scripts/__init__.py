@@ -1,10 +1,11 @@
 """One `datasets` builder per source of training data, all with the rows of `lisa_hf.schema`."""
 
 import dataclasses
+import logging
 import os
 
 import datasets
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.exceptions import DatasetGenerationError
 
 from .coco import CocoBuilder
@@ -18,6 +19,8 @@ from .reason_seg import ReasonSeg
 from .refer_seg import GRefCoco, RefClef, RefCoco, RefCocoG, RefCocoPlus
 from .shapes import Shapes
 
+
+logger = logging.getLogger(__name__)
 
 SOURCES = {
     "shapes": Shapes,
@@ -44,25 +47,29 @@ SOURCES = {
 def load_source(
     name: str,
     data_dir: str | None = None,
-    split: str = "train",
+    split: str | None = "train",
     streaming: bool = False,
     builder: str | None = None,
     cache_dir: str | None = None,
     **options,
-) -> Dataset | IterableDataset:
-    """Loads one split of one source.
+) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
+    """Loads one split of one source, or all of them.
+
+    What is missing from its rows, because it was skipped or left out, goes to the log.
 
     Args:
         name: A key of `SOURCES`, or any name if there is a `builder`.
         data_dir: The directory that holds all data sets in LISA's layout. Drawn sources do without.
-        split: A split of the source; its builder names them. Data of your own have one split, by any name.
+        split: A split of the source; its builder names them. Data of your own have one split, by any name. None: all
+            splits, as a dict by their names.
         streaming: Make the rows while they are read, instead of preparing them once in the cache of `datasets`.
         builder: A key of `SOURCES`: what reads data of your own, or a source that is used in two ways.
         cache_dir: Where prepared rows are kept; default: the cache of `datasets`.
         options: Fields of the source's `BuilderConfig`.
 
     Returns:
-        Rows with `lisa_hf.schema.FEATURES`; a `Dataset`, or an `IterableDataset` if streaming.
+        Rows with `lisa_hf.schema.FEATURES`; a `Dataset`, or an `IterableDataset` if streaming; with `split=None` a
+        `DatasetDict` or an `IterableDatasetDict` of them.
 
     Raises:
         ValueError: For a source or an option that does not exist, and for bad data.
@@ -82,12 +89,16 @@ def load_source(
         # What was prepared without skipping has nothing to skip.
         builder = strict if os.path.isdir(strict.cache_dir) else builder
     if streaming:
-        return builder.as_streaming_dataset(split=split)
-    try:
-        builder.download_and_prepare()
-    except DatasetGenerationError as error:
-        raise ValueError(f"The source {name!r} cannot be prepared: {error.__cause__}") from error
-    return builder.as_dataset(split=split)
+        rows = builder.as_streaming_dataset(split=split)
+    else:
+        try:
+            builder.download_and_prepare()
+        except DatasetGenerationError as error:
+            raise ValueError(f"The source {name!r} cannot be prepared: {error.__cause__}") from error
+        rows = builder.as_dataset(split=split)
+    for remark in builder.remarks():
+        logger.info("%s: %s.", name, remark)
+    return rows
 
 
 def load_sources(
@@ -105,19 +116,35 @@ def load_sources(
         data_dir, streaming: As in [`load_source`].
         max_rows: Keep so many first rows of each source.
         on_bad_row: What to do about records of which no row can be made, "skip" or "raise".
-        exclude_refer_val: Train without the COCO photos in a val or test split of the refer sources.
+        exclude_refer_val: Train without the COCO photos in a val or test split of the refer sources. The log says how
+            many records that leaves out of each source, and which sources have no such photos.
     """
     loaded = {}
-    for name, options in sources.items():
-        options = {key: value for key, value in options.items() if key != "weight"}
-        defaults = {"on_bad_row": on_bad_row}
-        if issubclass(_find_builder(name, options.get("builder")), CocoBuilder):
-            defaults["exclude_refer_val"] = exclude_refer_val
-        rows = load_source(name, data_dir=data_dir, streaming=streaming, **defaults | options)
+    for name, options in complete_options(sources, on_bad_row, exclude_refer_val).items():
+        rows = load_source(name, data_dir=data_dir, streaming=streaming, **options)
         if max_rows is not None:
             rows = rows.take(min(max_rows, len(rows)) if isinstance(rows, Dataset) else max_rows)
         loaded[name] = rows
     return loaded
+
+
+def complete_options(
+    sources: dict[str, dict], on_bad_row: str = "raise", exclude_refer_val: bool = False
+) -> dict[str, dict]:
+    """Options of [`load_source`] for each of a recipe's sources: its own, then those of the whole recipe."""
+    completed, others = {}, []
+    for name, options in sources.items():
+        completed[name] = {"on_bad_row": on_bad_row, **options}
+        completed[name].pop("weight", None)
+        if issubclass(_find_builder(name, options.get("builder")), CocoBuilder):
+            completed[name].setdefault("exclude_refer_val", exclude_refer_val)
+        else:
+            others.append(name)
+    if exclude_refer_val and others:
+        logger.info(
+            "exclude_refer_val leaves these as they are, because they name no COCO photos: %s.", ", ".join(others)
+        )
+    return completed
 
 
 def _find_builder(name: str, builder: str | None) -> type:

@@ -7,7 +7,6 @@ does not use it.
 """
 
 import dataclasses
-import logging
 import os
 import pickle
 from collections.abc import Callable
@@ -17,8 +16,6 @@ from lisa_hf.schema import make_row
 
 from .source import SourceBuilder, SourceConfig, encode_segmentation, errors_naming, join_inside, read_json
 
-
-logger = logging.getLogger(__name__)
 
 COCO_REFS = ("refcoco/refs(unc).p", "refcoco+/refs(unc).p", "refcocog/refs(umd).p", "grefcoco/grefs(unc).json")
 
@@ -134,7 +131,7 @@ class CocoBuilder(SourceBuilder):
         """File name of the COCO photo of a record, empty if the record is bad and names none."""
         raise NotImplementedError
 
-    def write_records(self, records):
+    def write_records(self, records, remarks=()):
         paths = self.held_out_files(self.config.data_dir)
         if paths and "train" in records:
             held_out = set()
@@ -144,12 +141,10 @@ class CocoBuilder(SourceBuilder):
                     held_out |= {f"{ref['image_id']:012d}" for ref in refs if ref["split"] != "train"}
             # COCO's names end in the number: 000000000139.jpg, COCO_train2014_000000000139.jpg.
             kept = [r for r in records["train"] if os.path.splitext(self.photo(r))[0][-12:] not in held_out]
-            logger.warning(
-                "%s: left out %d of %d training records, because a val or test split of %s shows their photo.",
-                self.source,
-                len(records["train"]) - len(kept),
-                len(records["train"]),
-                ", ".join(os.path.basename(os.path.dirname(path)) for path in paths),
+            sources = ", ".join(os.path.basename(os.path.dirname(path)) for path in paths)
+            remark = (
+                f"left out {len(records['train']) - len(kept)} of {len(records['train'])} training records, because a "
+                f"val or test split of {sources} shows their photo"
             )
-            records = records | {"train": kept}
-        super().write_records(records)
+            records, remarks = records | {"train": kept}, [*remarks, remark]
+        super().write_records(records, remarks)

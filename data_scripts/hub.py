@@ -94,8 +94,9 @@ class Hub(OwnData):
         rows = self._open()
         splits = rows.info.splits or {}
         num_records = splits[self.config.split].num_examples if self.config.split in splits else None
-        shards = {"shards": list(range(rows.num_shards)), "split": self.config.split, "num_records": num_records}
-        return [datasets.SplitGenerator(name=self.config.split, gen_kwargs=shards)]
+        facts = {"split": self.config.split, "num_records": num_records, "num_shards": rows.num_shards}
+        shards = list(range(rows.num_shards))
+        return [datasets.SplitGenerator(name=self.config.split, gen_kwargs={"shards": shards, **facts})]
 
     def read_shard(self, shard: int) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = self._open()

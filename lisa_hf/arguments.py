@@ -145,6 +145,13 @@ class DataArguments:
     on_bad_row: Literal["skip", "raise"] = field(
         default="skip", metadata={"help": "What to do about an unreadable image or mask: skip and count it, or stop."}
     )
+    exclude_refer_val: bool = field(
+        default=False,
+        metadata={
+            "help": "Train without the COCO photos in a val or test split of the refer sources in data_dir, in all "
+            "sources on COCO photos."
+        },
+    )
     streaming: bool = field(
         default=False,
         metadata={"help": "Make the training rows while they are read, instead of preparing them; needs max_steps."},
@@ -164,6 +171,12 @@ class DataArguments:
         if self.streaming and self.num_train_items is not None:
             raise ValueError("num_train_items: expected none with streaming, which has no end; give max_steps")
         self.eval_sources = _complete_options(self, "eval_sources", {"split": "validation"})
+        for name, options in self.eval_sources.items():
+            if options.get("on_bad_row", "raise") != "raise":
+                raise ValueError(
+                    f"eval_sources: {name}: expected no on_bad_row, found {options['on_bad_row']}: a score over fewer "
+                    "rows is another score"
+                )
         for name in ("num_questions", "max_length", "num_train_items", "max_eval_items"):
             _check_range(self, name, 1)
         _check_range(self, "explanatory_probability", 0, 1)
@@ -230,6 +243,21 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         return parser.parse_dict(values)
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+
+
+def parse_data_arguments(path: str) -> DataArguments:
+    """Reads what a recipe (a YAML file) says about data, on a machine that need not be able to train.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: As [`parse_arguments`], also for what is not about data: an unknown key, a value of a wrong type.
+    """
+    parser = _Parser((ModelArguments, DataArguments, LisaTrainingArguments), allow_abbrev=False)
+    try:
+        values = vars(parser.parse_config(path))
+        return DataArguments(**{field.name: values[field.name] for field in dataclasses.fields(DataArguments)})
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from error
 
 
 @contextmanager

@@ -82,7 +82,12 @@ def main():
         if not data_args.sources:
             raise ValueError("sources: expected at least one training source, found none")
         start = time.perf_counter()
-        sources = load_sources(data_args.sources, data_args.data_dir)
+        sources = load_sources(
+            data_args.sources,
+            data_args.data_dir,
+            on_bad_row=data_args.on_bad_row,
+            exclude_refer_val=data_args.exclude_refer_val,
+        )
         print(f"Opened {len(sources)} sources in {time.perf_counter() - start:.1f} s.")
         processor = load_processor(model_args)
         collator = LisaDataCollator(processor, data_args.max_length, data_args.on_bad_row)

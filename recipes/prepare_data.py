@@ -22,15 +22,13 @@ from typing import Any
 
 import datasets
 import numpy as np
-import yaml
 from huggingface_hub import HfApi
-from transformers import HfArgumentParser
 
-from data_scripts import SOURCES, load_source
+from data_scripts import SOURCES, complete_options, load_source
 from data_scripts.check import check_source
 from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
 from data_scripts.parquet import write_card, write_parquet
-from lisa_hf.arguments import DataArguments, exit_with_one_line
+from lisa_hf.arguments import exit_with_one_line, parse_data_arguments
 from lisa_hf.visualization import preview_sheet
 
 
@@ -39,12 +37,11 @@ def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     if bool(args.sources) == bool(args.config):
         raise ValueError("expected the names of sources, or --config with a recipe that has sources")
     if args.config:
-        try:
-            (data_args,) = HfArgumentParser(DataArguments).parse_yaml_file(args.config, allow_extra_keys=True)
-        except (AttributeError, yaml.YAMLError) as error:
-            raise ValueError(f"--config: {args.config} is not a mapping in YAML: {error}") from error
+        data_args = parse_data_arguments(args.config)
         args.data_dir = args.data_dir or data_args.data_dir
-        found = [*data_args.sources.items(), *data_args.eval_sources.items()]
+        # As the training loads them: it may skip bad records, the evaluation must not.
+        training = complete_options(data_args.sources, data_args.on_bad_row, data_args.exclude_refer_val)
+        found = [*training.items(), *data_args.eval_sources.items()]
     else:
         found = [(name, {}) for name in args.sources]
     if not found:
@@ -53,7 +50,7 @@ def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     for name in (options.get("builder") or name for name, options in found):
         if name not in known:
             raise ValueError(f"expected sources among {', '.join(sorted(known))}, found {name}")
-    return [(name, {key: value for key, value in options.items() if key != "weight"}) for name, options in found]
+    return found
 
 
 def run_download(args: argparse.Namespace):

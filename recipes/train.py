@@ -62,6 +62,8 @@ def build_datasets(
 def main():
     model_args, data_args, training_args = parse_arguments()
     logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
+    # How much is skipped or left out, said once.
+    logging.getLogger("data_scripts").setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     transformers.set_seed(training_args.seed)
     with exit_with_one_line():
         if not data_args.sources:
@@ -72,6 +74,7 @@ def main():
                 data_args.data_dir,
                 streaming=data_args.streaming,
                 on_bad_row=data_args.on_bad_row,
+                exclude_refer_val=data_args.exclude_refer_val,
             )
             eval_rows = load_sources(data_args.eval_sources, data_args.data_dir, data_args.max_eval_items)
         train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)

@@ -159,6 +159,7 @@ def test_file_that_is_no_mapping(fails, text, expected):
         (["--accelerator_config", '{"split_batches": true}'], "expected neither split_batches nor dispatch_batches"),
         (["--sources", "{a: [b]}"], "sources: a: expected a mapping of options, found ['b']"),
         (["--eval_sources", "{a: 2}"], "eval_sources: a: expected no weight, found 2"),
+        (["--eval_sources", "{a: {on_bad_row: skip}}"], "eval_sources: a: expected no on_bad_row, found skip"),
         (["--num_questions", "0"], "num_questions: expected a number from 1 to inf, found 0"),
         (["--logging_steps", "0"], "logging strategy"),  # transformers' own check
         (["--accelerator_config", '{"dispatch": false}'], "unexpected keyword argument 'dispatch'"),

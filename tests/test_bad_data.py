@@ -15,10 +15,12 @@ import zlib
 import numpy as np
 import PIL.Image
 import pytest
+from datasets.distributed import split_dataset_by_node
 
 from data_scripts import load_source
+from data_scripts.source import SourceBuilder
 from lisa_hf.mixture import MixtureDataset
-from lisa_hf.schema import decode_mask
+from lisa_hf.schema import decode_mask, make_row
 
 
 NUM_RECORDS = 120
@@ -317,6 +319,47 @@ def test_more_bad_records_than_one_in_a_hundred_always_raise(damaged, streaming)
     message = f"at least 2 of 120 records of the split 'train' are bad, and no more than 1% .*{second}"
     with pytest.raises(ValueError, match=message):
         use("reason_seg", tree, "skip", streaming)
+
+
+class Numbers(SourceBuilder):
+    """Numbers of which every so many-th is bad."""
+
+    period = 0
+
+    def annotation_files(self, data_dir):
+        return []
+
+    def read_records(self, data_dir):
+        return {"train": range(16 * 200)}
+
+    def make_row(self, number):
+        if number % self.period == 0:
+            raise ValueError(f"{number} is bad")
+        target = {"phrases": [str(number)], "rle": {"size": [1, 1], "counts": b"01"}}
+        return make_row("", str(number), "numbers", "semantic", [target])
+
+
+@pytest.mark.parametrize("num_readers", [1, 16])
+def test_a_reader_of_a_part_of_a_stream_judges_its_part(tmp_path, monkeypatch, num_readers):
+    def read():
+        for reader in range(num_readers):
+            rows = Numbers(str(tmp_path), on_bad_row="skip", cache_dir=str(tmp_path)).as_streaming_dataset("train")
+            list(split_dataset_by_node(rows.decode(False), reader, num_readers, "shards"))
+
+    monkeypatch.setattr(Numbers, "period", 200)  # One in each shard.
+    read()
+    monkeypatch.setattr(Numbers, "period", 20)  # A reader of one shard meets 10, far from one in a hundred of all.
+    with pytest.raises(ValueError, match=r"at least \d+ of (200|3200) records of the split 'train' are bad"):
+        read()
+
+
+def test_rows_that_were_prepared_with_skips_say_so_when_they_are_opened_again(damaged, caplog):
+    tree = damaged("reason_seg", R_JSON, remove)
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            load_source("reason_seg", str(tree), cache_dir=str(tree / "cache"), on_bad_row="skip")
+        assert "reason_seg: skipped 1 bad records of the split 'train'." in caplog.text
 
 
 def test_a_second_epoch_of_a_stream_counts_no_record_twice(damaged):

@@ -64,11 +64,18 @@ def test_wrong_arguments_are_one_line(cli, arguments, message):
     assert status == 2 and len(err.splitlines()) == 1 and message in err
 
 
-@pytest.mark.parametrize("text", ["sources: {a", "- refcoco", "learning_rate: 1.0", "sources: {refcoco: [1]}", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("sources: {a", "- refcoco", "learning_rate: 1.0", "sources: {refcoco: [1]}", ""),
+        *("source: {refcoco: 1}", "sources: {refcoco: 1}\nlerning_rate: 1", "sources: {refcoco: 1}\nmax_steps: many"),
+        "sources: {refcoco: 1}\neval_sources: {refcoco: {on_bad_row: skip}}",
+    ],
+)
 def test_a_wrong_recipe_is_one_line(cli, tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text)
     status, _, err = cli("check", "--config", tmp_path / "recipe.yaml")
-    assert status == 2 and len(err.splitlines()) == 1
+    assert status == 2 and len(err.splitlines()) == 1 and "recipe.yaml" in err
 
 
 # Check
@@ -113,6 +120,22 @@ def test_check_names_what_is_missing(cli, tmp_path):
     assert "000000000001.jpg" in out and "000000000002.jpg" in out
     assert "paco_lvis: NOT READY" in out and "paco_lvis_v1_train.json" in out
     assert out.splitlines()[-1] == "Ready: 1 of 3. Not ready: cocostuff, paco_lvis."
+
+
+def test_check_takes_the_settings_of_the_recipe(cli, tmp_path):
+    tree = shutil.copytree(TREE, tmp_path / "dataset")
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", sources={"cocostuff": 9, "llava_instruct": 3}, data_dir=str(tree), bf16=True
+    )
+    status, out, _ = cli("check", "--config", recipe)
+    assert status == 0 and "train       3 rows" in out
+    # All photos are of a refer source's val or test split, and then none of these are there.
+    recipe.write_text(recipe.read_text() + "exclude_refer_val: true\n")
+    status, out, _ = cli("check", "--config", recipe)
+    assert status == 1 and "left out 3 of 3" in out
+    shutil.rmtree(tree / "refer_seg")
+    status, out, _ = cli("check", "--config", recipe)
+    assert status == 1 and out.count("`exclude_refer_val` looked for refcoco") == 2
 
 
 def test_check_of_names_looks_at_all_splits(cli):

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from test_data_scripts import GOLDEN, REAL_SAMPLES, TREE, edit_json, keep_first, measure, read_rows
 from torch.utils.data import DataLoader
 
-from data_scripts import SOURCES, load_source
+from data_scripts import SOURCES, load_source, load_sources
 from data_scripts.label_maps import encode_labels
 from data_scripts.paco_lvis import category_phrases
 from lisa_hf.mixture import EvaluationDataset
@@ -347,9 +348,11 @@ def test_photos_of_refer_val_and_test_splits_can_be_left_out(load, tree, caplog,
     hold_out(tree, train=[1, 2], val=[3], testA=[1])
     everything = load(name, tree)["image_id"]
     assert len(everything) > len(kept) or name == "refclef"
-    with caplog.at_level(logging.WARNING):
+    caplog.set_level(logging.INFO)
+    for _ in range(2):  # The second time from the cache: every training is told.
+        caplog.clear()
         assert load(name, tree, exclude_refer_val=True)["image_id"] == kept
-    assert count in caplog.text and "split of refcoco shows" in caplog.text
+        assert f"{name}: {count}" in caplog.text and "split of refcoco shows" in caplog.text
     assert [row["image_id"] for row in load(name, tree, exclude_refer_val=True, streaming=True)] == kept
     # The refs decide the rows, too; evaluation keeps what training leaves out.
     refs = tree / "refer_seg/refcoco/refs(unc).p"
@@ -363,11 +366,31 @@ def test_evaluation_splits_keep_the_photos_that_training_leaves_out(load, tree):
         assert load("refcoco", tree, split=split, exclude_refer_val=True)["image_id"] == expected
 
 
-def test_all_refer_sources_hold_photos_out(load, tree, caplog):
-    with pytest.raises(ValueError, match="CocoStuff found nothing to make rows of"):
+def test_a_recipe_leaves_them_out_of_all_its_sources(tree, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    hold_out(tree, train=[1, 2], val=[3], testA=[1])
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    sources = {
+        "cocostuff": {"weight": 9},
+        "ade20k": {"weight": 9},
+        "refcoco": {},
+        "all_talk": {"builder": "llava_instruct", "exclude_refer_val": False},
+    }
+    sources = {name: options | cache for name, options in sources.items()}
+    loaded = load_sources(sources, str(tree), exclude_refer_val=True)
+    assert {name: len(rows) for name, rows in loaded.items()} == {
+        "cocostuff": 1,
+        "ade20k": 2,
+        "refcoco": 1,
+        "all_talk": 3,
+    }
+    assert "leaves these as they are, because they name no COCO photos: ade20k." in caplog.text
+    assert re.findall(r"(\w+): left out (\d) of (\d)", caplog.text) == [("cocostuff", "2", "3"), ("refcoco", "1", "2")]
+
+
+def test_all_refer_sources_hold_photos_out(load, tree):
+    with pytest.raises(ValueError, match="CocoStuff found nothing .*left out 3 of 3 .*refcoco, .*, grefcoco"):
         load("cocostuff", tree, exclude_refer_val=True)
-    assert "left out 3 of 3" in caplog.text
-    assert "refcoco, refcoco+, refcocog, grefcoco" in caplog.text
     shutil.rmtree(tree / "refer_seg")
     with pytest.raises(FileNotFoundError, match=r"`exclude_refer_val` looked for refcoco/refs\(unc\).p or "):
         load("cocostuff", tree, exclude_refer_val=True)
