@@ -6,13 +6,14 @@ import re
 import torch
 import transformers
 from PIL.Image import Image
-from transformers import AddedToken, AutoImageProcessor, AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AddedToken, AutoImageProcessor, AutoProcessor, BatchFeature, LlamaTokenizer, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .mask_backbone import upscale_masks
 
 
 SEG_TOKEN = "[SEG]"
+IMAGE_TOKENS = ("<im_start>", "<im_end>")  # around the image in LISA's templates
 IGNORE_INDEX = -100
 TEXT_INPUT_NAMES = (
     "input_ids",
@@ -49,6 +50,9 @@ class LisaProcessor(ProcessorMixin):
         super().__init__(mask_image_processor=mask_image_processor, chat_template=chat_template)
         self.vlm_processor = vlm_processor
         self.tokenizer = vlm_processor.tokenizer
+        if isinstance(self.tokenizer, LlamaTokenizer):
+            # It is not among what transformers 5.23 saves, and decides how the text behind a token is split.
+            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
         self.seg_token_id = self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
         if self.seg_token_id is None or self.seg_token_id == self.tokenizer.unk_token_id:
             raise ValueError(f"The tokenizer does not know {SEG_TOKEN}: call `add_tokens(tokenizer)` first.")
@@ -57,7 +61,10 @@ class LisaProcessor(ProcessorMixin):
 
     @classmethod
     def from_vlm_mask_model_pretrained(cls, vlm: str, mask_model: str, chat_template: str | None = None):
-        """Builds the processor of a new LISA model from two Hub ids or directories; adds `[SEG]` to the tokenizer."""
+        """Builds the processor of a new LISA model from two Hub ids or directories.
+
+        The tokenizer gets `[SEG]` and, if the chat template has them, `<im_start>` and `<im_end>`.
+        """
         vlm_processor = AutoProcessor.from_pretrained(vlm)
         chat_template = chat_template or vlm_processor.chat_template or vlm_processor.tokenizer.chat_template
         question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
@@ -65,7 +72,10 @@ class LisaProcessor(ProcessorMixin):
             [question], chat_template=chat_template, add_generation_prompt=True, tokenize=False
         )
         # An answer's first [SEG] must not swallow the line break that ends many prompts: generation starts behind it.
-        add_tokens(vlm_processor.tokenizer, lstrip=not prompt[-1].isspace())
+        tokenizer = vlm_processor.tokenizer
+        add_tokens(tokenizer, lstrip=not prompt[-1].isspace())
+        known = tokenizer.get_vocab()
+        add_tokens(tokenizer, [token for token in IMAGE_TOKENS if token in chat_template and token not in known])
         return cls(
             vlm_processor=vlm_processor,
             mask_image_processor=AutoImageProcessor.from_pretrained(mask_model),

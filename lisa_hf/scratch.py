@@ -19,7 +19,7 @@ from transformers import (
 
 from .configuration_lisa import LisaConfig
 from .modeling_lisa import LisaForConditionalGeneration
-from .processing_lisa import SEG_TOKEN, LisaProcessor, add_tokens
+from .processing_lisa import IMAGE_TOKENS, SEG_TOKEN, LisaProcessor, add_tokens
 from .prompts import ANSWERS, EXPLANATORY_QUESTIONS, LONG_QUESTIONS, SHORT_QUESTIONS
 
 
@@ -66,7 +66,7 @@ def build_from_scratch(
     tokenizer.add_tokens([AddedToken("<image>", normalized=False, special=True)])
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", normalized=False, special=True)})
-    add_tokens(tokenizer, ["[SEG]"] + [token for token in ("<im_start>", "<im_end>") if token in chat_template])
+    add_tokens(tokenizer, [SEG_TOKEN, *(token for token in IMAGE_TOKENS if token in chat_template)])
 
     causal_lm = AutoModelForCausalLM.from_pretrained(language_model) if language_model else None
     text_config = causal_lm.config.to_dict() if language_model else dict(vlm_config["text_config"])

@@ -1,9 +1,12 @@
 """LisaProcessor: texts, labels, images and masks, for several families and chat templates."""
 
+import json
+import shutil
 from functools import cache
 
 import pytest
 import torch
+from golden_model import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -397,6 +400,50 @@ def test_round_trip_keeps_template_and_tokens(vlm_and_mask_directories, tmp_path
     assert tokenizer.convert_tokens_to_ids("[SEG]") == loaded.seg_token_id == processor.seg_token_id
     for text in ("assistant\n[SEG].", "Sure, [SEG] and [SEG] ."):
         assert tokenizer(text)["input_ids"] == processor.tokenizer(text)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def llama_vlm_directory(vlm_and_mask_directories, tmp_path_factory):
+    """A VLM as the Hub has them: the slow LLaMA tokenizer, which splits the text behind a token in the old way."""
+    directory = tmp_path_factory.mktemp("llama") / "vlm"
+    shutil.copytree(vlm_and_mask_directories[0], directory, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(GOLDEN / "tokenizer" / name, directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    assert config["legacy"] is True
+    image_token = {"image_token": "<image>"}
+    config |= {"pad_token": "</s>", "extra_special_tokens": image_token}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_token_ids_survive_saving_and_loading(llama_vlm_directory, vlm_and_mask_directories, tmp_path):
+    template, _ = TEMPLATES["llava_v1"]
+    processor = LisaProcessor.from_vlm_mask_model_pretrained(
+        llama_vlm_directory, vlm_and_mask_directories[1], chat_template=template
+    )
+    texts = ["USER: a [SEG] b.</s>two  spaces ASSISTANT: [SEG].\nthen", "<im_start><image><im_end>\nWhat is it?"]
+    expected = processor.tokenizer(texts)["input_ids"]
+    for directory in (tmp_path / "once", tmp_path / "twice"):
+        processor.save_pretrained(directory)
+        processor = LisaProcessor.from_pretrained(directory)
+        assert processor.tokenizer(texts)["input_ids"] == expected
+        assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == expected
+
+
+def test_tokens_around_the_image_are_added_where_the_template_has_them(llama_vlm_directory, vlm_and_mask_directories):
+    for name, expected in (("llava_v1", 3), ("llava_1_5", 1)):
+        plain = AutoTokenizer.from_pretrained(llama_vlm_directory)
+        processor = LisaProcessor.from_vlm_mask_model_pretrained(
+            llama_vlm_directory, vlm_and_mask_directories[1], chat_template=TEMPLATES[name][0]
+        )
+        assert len(processor.tokenizer) == len(plain) + expected
+        tokens = processor.tokenizer.convert_ids_to_tokens(range(len(plain), len(processor.tokenizer)))
+        assert tokens == ["[SEG]", "<im_start>", "<im_end>"][:expected]
+    # Those that the VLM has stay where they are.
+    known = AutoTokenizer.from_pretrained(vlm_and_mask_directories[0])
+    processor = LisaProcessor.from_vlm_mask_model_pretrained(*vlm_and_mask_directories, TEMPLATES["llava_v1"][0])
+    assert len(processor.tokenizer) == len(known) + 1
 
 
 def test_what_is_no_lisa_processor_is_refused(vlm_and_mask_directories, llava):

@@ -1,7 +1,9 @@
 """The recipes as a user runs them: subprocesses, files on disk, one clear line for what is wrong."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,9 @@ import yaml
 from transformers import AutoModel, AutoProcessor
 
 import lisa_hf  # noqa: F401  registers the classes
+from data_scripts import SOURCES
+from lisa_hf.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
+from lisa_hf.loading import load_chat_template
 
 
 ROOT = Path(__file__).parent.parent
@@ -245,3 +250,38 @@ def test_checkpoint_of_another_architecture(trained, tmp_path):
     assert_one_line(result, "cannot read", "README.md")
     result = run("evaluate.py", tmp_path / "llava", "--eval_sources", "{shapes: {}}", cwd=tmp_path, check=False)
     assert_one_line(result, "llava", "expected 'lisa'", "mask_model")
+
+
+# ---- the files ---------------------------------------------------------------------------------------------------
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The command line wins over what this machine may lack.
+    arguments = ["--config", str(path), "--bf16", "false", "--use_cpu", "true"]
+    model_args, data_args, training_args = parse_arguments(arguments)
+    load_chat_template(model_args.chat_template)
+    for name, options in (*data_args.sources.items(), *data_args.eval_sources.items()):
+        fields = dataclasses.fields(SOURCES[options.get("builder") or name].BUILDER_CONFIG_CLASS)
+        assert options.keys() <= {"builder", "split", "weight", *(field.name for field in fields)}
+    assert training_args.output_dir == f"outputs/{path.stem}"
+
+    header = path.read_text().split("\n\n")[0].replace("\n#", "")
+    if model_args.vlm_config is None:
+        assert "accelerate launch" in header and f"--config recipes/{path.name}" in header and "Hardware: " in header
+        num_gpus, product = re.search(r"batch: (\d+) GPUs? x .*? = (\d+) images", header).groups()
+        batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+        assert int(num_gpus) * batch == int(product)
+
+
+def test_the_table_of_recipes_and_of_the_original_s_flags():
+    text = (ROOT / "recipes" / "README.md").read_text()
+    assert sorted(re.findall(r"^\| \[`(.*?)`\]", text, re.MULTILINE)) == [path.name for path in RECIPES]
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| `--", "| in the code"))]
+    assert len(rows) > 25
+    keys = {key for _, here in rows for key in re.findall(r"`(\w+)(?:: [^`]*)?`", here)}
+    arguments = (ModelArguments, DataArguments, LisaTrainingArguments)
+    assert keys - {field.name for cls in arguments for field in dataclasses.fields(cls)} == {"mask_decoder"}
