@@ -6,14 +6,13 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
+from .losses import MASK_IGNORE_INDEX
 from .processing_lisa import LisaProcessor, TextTooLongError
 from .prompts import Question
 from .schema import decode_mask
 
 
 logger = logging.getLogger(__name__)
-
-MASK_IGNORE_INDEX = 255
 
 
 class LisaDataCollator:

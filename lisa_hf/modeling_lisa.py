@@ -5,7 +5,6 @@ a SAM-family mask decoder. This file and what it imports travel to the Hub as re
 """
 
 import inspect
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_lisa import LisaConfig
+from .generation_lisa import LisaGenerationMixin, SegTokens
+from .losses import IGNORE_INDEX, mask_losses
 from .mask_backbone import (
     SUPPORTED_MASK_MODELS,
     decode_prompts,
@@ -25,10 +26,6 @@ from .mask_backbone import (
     select_images,
     upscale_masks,
 )
-
-
-IGNORE_INDEX = -100  # of labels, as everywhere in transformers
-MASK_IGNORE_INDEX = 255  # of mask labels: pixels that count neither as object nor as background
 
 
 @dataclass
@@ -58,26 +55,6 @@ class LisaOutput(ModelOutput):
     seg_embeddings: torch.Tensor | None = None
 
 
-@dataclass
-class LisaGenerateOutput(ModelOutput):
-    """Output of [`LisaForConditionalGeneration.generate`] for N rows in whose answers there are M `[SEG]` tokens.
-
-    Args:
-        sequences: `(N, L)` int64, prompt and answer.
-        low_res_masks: `(M, h, w)` mask logits, row by row, in the order of the `[SEG]` tokens; see
-            [`LisaProcessor.post_process_masks`].
-        seg_row_indices: `(M,)` int64, the row that each mask belongs to.
-        iou_scores: `(M,)`, the mask decoder's own estimate of each mask's IoU.
-        seg_embeddings: `(M, C)`, the prompts of the mask decoder.
-    """
-
-    sequences: torch.Tensor | None = None
-    low_res_masks: torch.Tensor | None = None
-    seg_row_indices: torch.Tensor | None = None
-    iou_scores: torch.Tensor | None = None
-    seg_embeddings: torch.Tensor | None = None
-
-
 class LisaSegProjector(nn.Module):
     """The MLP between the language model and the mask decoder (LISA: `text_hidden_fcs`)."""
 
@@ -91,34 +68,7 @@ class LisaSegProjector(nn.Module):
         return self.linear_2(F.relu(self.linear_1(hidden_states)))
 
 
-def mask_losses(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-pixel cross-entropy and dice loss of the masks of one image, each summed over the masks.
-
-    Args:
-        mask_logits: `(M, H, W)` float.
-        mask_labels: `(M, H, W)`, 1 object, 0 background, 255 neither: such pixels are left out of both losses
-            (LISA trained them as background).
-
-    Returns:
-        Two float32 scalars: sum over masks of the mean binary cross-entropy, and of the dice loss. LISA divides
-        numerator and denominator of the dice loss by 1000 before it adds 1e-6, which is an epsilon of 1e-3.
-    """
-    logits = mask_logits.flatten(1).float()
-    labels = mask_labels.flatten(1)
-    ignored = labels == MASK_IGNORE_INDEX
-    # At this logit both losses and their gradients are exactly 0 for a background pixel. Photos have millions of
-    # pixels, so the masks are touched as few times as possible.
-    logits = logits.masked_fill(ignored, -1e4) if ignored.any() else logits
-    targets = (labels == 1).float()
-    num_pixels = labels.shape[1] - ignored.sum(1)
-    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1) / num_pixels.clamp(min=1)
-    probabilities = logits.sigmoid()
-    overlap = 2 * (probabilities * targets).sum(1)
-    dice = 1 - (overlap + 1e-3) / (probabilities.sum(1) + targets.sum(1) + 1e-3)
-    return bce.sum(), dice.sum()
-
-
-class LisaForConditionalGeneration(PreTrainedModel):
+class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
     """Any transformers VLM joined to any SAM-family mask model. See [`forward`] and [`generate`]."""
 
     config_class = LisaConfig
@@ -311,60 +261,34 @@ class LisaForConditionalGeneration(PreTrainedModel):
         Raises:
             ValueError: the number of `[SEG]` tokens of an image is not the number of its masks.
         """
-        device = input_ids.device
         num_images = len(original_sizes) if original_sizes is not None else len(pixel_values)
-        if image_indices is None:
-            if num_images != len(input_ids):
-                raise ValueError(
-                    f"{len(input_ids)} rows and {num_images} images: pass `image_indices` (N,), row to image."
-                )
-            image_indices = torch.arange(num_images, device=device)
-        vision_inputs, text_inputs = self._split_vision_inputs({"pixel_values": pixel_values, **kwargs}, image_indices)
-        hidden_states = self.vlm.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            mm_encoder_outputs=self._encode_vlm_images(input_ids, image_indices, vision_inputs),
-            use_cache=False,
-            **text_inputs,
-        ).last_hidden_state
-
-        # [SEG] counts in answers only: it is looked for in the labels. The state that predicts it is one before it.
-        targets = (input_ids if labels is None else labels)[:, 1:]
-        seg_rows, seg_positions = (targets == self.config.seg_token_id).nonzero(as_tuple=True)
-        seg_images = image_indices[seg_rows]
-        by_image = torch.argsort(seg_images, stable=True)
-        seg_rows, seg_positions, seg_images = seg_rows[by_image], seg_positions[by_image], seg_images[by_image]
-        masks_per_image = torch.bincount(seg_images, minlength=num_images).tolist()
+        image_indices = self._image_indices(image_indices, input_ids, num_images)
+        hidden_states = self._hidden_states(
+            input_ids, attention_mask, image_indices, {"pixel_values": pixel_values, **kwargs}
+        )
+        targets = F.pad((input_ids if labels is None else labels)[:, 1:], (0, 1), value=IGNORE_INDEX)
+        seg_tokens = self._find_seg_tokens(targets, image_indices)
+        masks_per_image = torch.bincount(seg_tokens.images, minlength=num_images).tolist()
         if mask_labels is not None:
             self._check_mask_counts(mask_labels, masks_per_image, image_indices)
 
         if image_embeddings is None:
             image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
-        low_res_masks, iou_scores, seg_embeddings, unused = self._decode(
-            hidden_states, seg_rows, seg_positions, seg_images, image_embeddings
-        )
+        low_res_masks, iou_scores, seg_embeddings, unused = self._decode(hidden_states, seg_tokens, image_embeddings)
 
         loss_parts = {}
         if labels is not None:
-            loss_parts["ce_loss"] = self._text_loss(hidden_states, labels, num_items_in_batch)
+            loss_parts["ce_loss"] = self._text_loss(hidden_states, targets, num_items_in_batch)
         if output_masks is None:
             output_masks = not self.training
-        pred_masks = [] if output_masks else None
+        pred_masks = None
         if mask_labels is not None or output_masks:
             sizes = list(zip(reshaped_input_sizes.tolist(), original_sizes.tolist()))
-            bce, dice = unused, unused
-            for image, masks in enumerate(low_res_masks.split(masks_per_image)):
-                full_masks = upscale_masks(masks, *sizes[image], padded_side(self.config.mask_config))
-                if output_masks:
-                    pred_masks.append(full_masks)
-                if mask_labels is not None and len(masks):
-                    image_bce, image_dice = mask_losses(full_masks, mask_labels[image].to(device))
-                    bce, dice = bce + image_bce, dice + image_dice
+            image_masks = low_res_masks.split(masks_per_image)
+            if output_masks:
+                pred_masks = [self._upscale(masks, *size) for masks, size in zip(image_masks, sizes)]
             if mask_labels is not None:
-                num_masks = sum(masks_per_image) if num_masks_in_batch is None else num_masks_in_batch
-                num_masks = torch.as_tensor(num_masks, device=device).clamp(min=1)
-                loss_parts["mask_bce_loss"] = self.config.mask_bce_loss_weight * bce / num_masks
-                loss_parts["mask_dice_loss"] = self.config.mask_dice_loss_weight * dice / num_masks
+                loss_parts |= self._mask_losses(image_masks, sizes, mask_labels, num_masks_in_batch, unused)
 
         return LisaOutput(
             loss=sum(loss_parts.values()) if loss_parts else None,
@@ -376,6 +300,34 @@ class LisaForConditionalGeneration(PreTrainedModel):
             last_hidden_state=hidden_states,
             seg_embeddings=seg_embeddings,
         )
+
+    def _image_indices(self, image_indices, input_ids: torch.Tensor, num_images: int) -> torch.Tensor:
+        if image_indices is None and num_images != len(input_ids):
+            raise ValueError(
+                f"{len(input_ids)} rows and {num_images} images: pass `image_indices` (N,), row to image."
+            )
+        return torch.arange(num_images, device=input_ids.device) if image_indices is None else image_indices
+
+    def _hidden_states(self, input_ids, attention_mask, image_indices, vlm_inputs: dict) -> torch.Tensor:
+        """The language model's last hidden states, `(N, L, hidden_size)`."""
+        vision_inputs, text_inputs = self._split_vision_inputs(vlm_inputs, image_indices)
+        return self.vlm.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            mm_encoder_outputs=self._encode_vlm_images(input_ids, image_indices, vision_inputs),
+            use_cache=False,
+            **text_inputs,
+        ).last_hidden_state
+
+    def _find_seg_tokens(self, targets: torch.Tensor, image_indices: torch.Tensor) -> SegTokens:
+        """The positions whose next token, `targets` `(N, L)`, is `[SEG]`: image by image, row by row.
+
+        LISA prompts the decoder with the state that predicts `[SEG]`, not with that of `[SEG]` itself.
+        """
+        rows, positions = (targets == self.config.seg_token_id).nonzero(as_tuple=True)
+        images = image_indices[rows]
+        by_image = torch.argsort(images, stable=True)
+        return SegTokens(rows[by_image], positions[by_image], images[by_image])
 
     def _check_mask_counts(self, mask_labels: list, masks_per_image: list[int], image_indices: torch.Tensor):
         expected = [len(masks) for masks in mask_labels]
@@ -391,23 +343,47 @@ class LisaForConditionalGeneration(PreTrainedModel):
             "`max_length`, raise it."
         )
 
-    def _decode(self, hidden_states, seg_rows, seg_positions, seg_images, image_embeddings):
-        """Projects the states at (row, position) to prompts and decodes them on their images' embeddings.
+    def _decode(self, hidden_states: torch.Tensor, seg_tokens: SegTokens, image_embeddings):
+        """Projects the states that predict `[SEG]` to prompts and decodes them on their images' embeddings.
 
         Without a single prompt, projector and decoder still run once, on a dummy: a rank that skips them is an error
         under DDP and a hang under ZeRO-3. The dummy's masks are dropped; the last value returned is 0 and keeps its
         graph.
         """
-        is_empty = len(seg_rows) == 0
-        if is_empty:
-            seg_rows = seg_positions = seg_images = seg_rows.new_zeros(1)
-        seg_embeddings = self.seg_projector(hidden_states[seg_rows, seg_positions])
+        num_masks = len(seg_tokens.rows)
+        rows, positions, images = seg_tokens
+        if num_masks == 0:
+            rows = positions = images = rows.new_zeros(1)
+        seg_embeddings = self.seg_projector(hidden_states[rows, positions])
         low_res_masks, iou_scores = decode_prompts(
-            self.mask_model, select_images(image_embeddings, seg_images), seg_embeddings
+            self.mask_model, select_images(image_embeddings, images), seg_embeddings
         )
-        unused = 0.0 * low_res_masks.float().sum() if is_empty else low_res_masks.new_zeros((), dtype=torch.float32)
-        num_masks = 0 if is_empty else len(seg_rows)
+        unused = low_res_masks.new_zeros((), dtype=torch.float32) if num_masks else 0.0 * low_res_masks.float().sum()
         return low_res_masks[:num_masks], iou_scores[:num_masks], seg_embeddings[:num_masks], unused
+
+    def _upscale(self, low_res_masks: torch.Tensor, reshaped_size, original_size) -> torch.Tensor:
+        """Logits of one image's masks at its original size, `(M_b, H_b, W_b)` float32."""
+        return upscale_masks(low_res_masks, reshaped_size, original_size, padded_side(self.config.mask_config))
+
+    def _mask_losses(self, image_masks, sizes, mask_labels, num_masks_in_batch, unused) -> dict[str, torch.Tensor]:
+        """Both mask losses at the original sizes.
+
+        Args:
+            image_masks: B tensors `(M_b, h, w)`.
+            sizes: B pairs of sizes, resized and original.
+            unused: 0 that keeps the decoder in the graph, see [`_decode`].
+        """
+        bce, dice = unused, unused
+        for masks, size, labels in zip(image_masks, sizes, mask_labels):
+            if len(masks):
+                image_bce, image_dice = mask_losses(self._upscale(masks, *size), labels.to(masks.device))
+                bce, dice = bce + image_bce, dice + image_dice
+        num_masks = sum(map(len, image_masks)) if num_masks_in_batch is None else num_masks_in_batch
+        num_masks = torch.as_tensor(num_masks, device=bce.device).clamp(min=1)
+        return {
+            "mask_bce_loss": self.config.mask_bce_loss_weight * bce / num_masks,
+            "mask_dice_loss": self.config.mask_dice_loss_weight * dice / num_masks,
+        }
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = self.vlm.get_output_embeddings()(hidden_states)
@@ -415,87 +391,10 @@ class LisaForConditionalGeneration(PreTrainedModel):
             logits[..., self.config.suppress_tokens] = torch.finfo(logits.dtype).min
         return logits
 
-    def _text_loss(self, hidden_states, labels, num_items_in_batch) -> torch.Tensor:
+    def _text_loss(self, hidden_states, targets, num_items_in_batch) -> torch.Tensor:
         """Cross-entropy of the next token; only the supervised positions go through the vocabulary projection."""
-        supervised = labels[:, 1:] != IGNORE_INDEX
-        logits = self._logits(hidden_states[:, :-1][supervised])
-        total = F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="sum")
+        supervised = targets != IGNORE_INDEX
+        logits = self._logits(hidden_states[supervised])
+        total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
         num_items = supervised.sum() if num_items_in_batch is None else num_items_in_batch
         return self.config.ce_loss_weight * total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
-
-    # ---- generation -------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _record_predicting_states(self):
-        """Collects, per generated token, the state `(N, hidden_size)` that predicted it: what enters the lm_head."""
-        states = []
-
-        def record(_, inputs):
-            states.append(inputs[0][:, -1])
-
-        handle = self.vlm.get_output_embeddings().register_forward_pre_hook(record)
-        try:
-            yield states
-        finally:
-            handle.remove()
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_indices: torch.Tensor | None = None,
-        mask_pixel_values: torch.Tensor | None = None,
-        image_embeddings: torch.Tensor | list | None = None,
-        original_sizes: torch.Tensor | None = None,
-        reshaped_input_sizes: torch.Tensor | None = None,
-        **kwargs,
-    ) -> LisaGenerateOutput:
-        """Answers N prompts about B images and decodes a mask for every `[SEG]` in the answers.
-
-        The arguments are those of [`forward`], with prompts padded on the left; all further ones go to the VLM's own
-        `generate` (`max_new_tokens`, `do_sample`, `num_beams`, ...). The sizes are accepted, so that a processor's
-        output can be passed whole; [`LisaProcessor.post_process_masks`] needs them.
-        """
-        if attention_mask is not None and not attention_mask[:, -1].all():
-            raise ValueError(
-                "Prompts are padded on the right; generation continues from the last column. Pad on the left "
-                '(`processor(..., padding_side="left")`).'
-            )
-        if image_indices is None:
-            image_indices = torch.arange(len(input_ids), device=input_ids.device)
-        vision_inputs, generate_kwargs = self._split_vision_inputs(
-            {"pixel_values": pixel_values, **kwargs}, image_indices
-        )
-        if self.config.suppress_tokens:
-            generate_kwargs.setdefault("suppress_tokens", self.config.suppress_tokens)
-        with self._record_predicting_states() as states:
-            output = self.vlm.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                mm_encoder_outputs=self._encode_vlm_images(input_ids, image_indices, vision_inputs),
-                return_dict_in_generate=True,
-                **generate_kwargs,
-            )
-        answers = output.sequences[:, input_ids.shape[1] :]
-        copies = len(answers) // len(input_ids)  # num_return_sequences
-        seg_rows, seg_steps = (answers == self.config.seg_token_id).nonzero(as_tuple=True)
-        states = torch.stack(states, dim=1)
-        state_rows = seg_rows
-        if output.get("beam_indices") is not None:
-            state_rows = output.beam_indices[seg_rows, seg_steps]
-        elif len(states) != len(answers):
-            raise ValueError(f"{len(states)} rows were decoded for {len(answers)} answers: an unsupported strategy.")
-        if image_embeddings is None:
-            image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
-        low_res_masks, iou_scores, seg_embeddings, _ = self._decode(
-            states, state_rows, seg_steps, image_indices[seg_rows // copies], image_embeddings
-        )
-        return LisaGenerateOutput(
-            sequences=output.sequences,
-            low_res_masks=low_res_masks,
-            seg_row_indices=seg_rows,
-            iou_scores=iou_scores,
-            seg_embeddings=seg_embeddings,
-        )

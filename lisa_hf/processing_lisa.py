@@ -9,12 +9,12 @@ from PIL.Image import Image
 from transformers import AddedToken, AutoImageProcessor, AutoProcessor, BatchFeature, LlamaTokenizer, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .losses import IGNORE_INDEX
 from .mask_backbone import upscale_masks
 
 
 SEG_TOKEN = "[SEG]"
 IMAGE_TOKENS = ("<im_start>", "<im_end>")  # around the image in LISA's templates
-IGNORE_INDEX = -100
 TEXT_INPUT_NAMES = (
     "input_ids",
     "attention_mask",

@@ -9,8 +9,9 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 
+from .losses import IGNORE_INDEX
 from .metrics import SegmentationMetric, intersection_and_union
-from .processing_lisa import IGNORE_INDEX, LisaProcessor
+from .processing_lisa import LisaProcessor
 from .streaming import StreamingMixtureDataset
 
 

@@ -10,7 +10,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 from datasets import Image
 
-from .modeling_lisa import MASK_IGNORE_INDEX
+from .losses import MASK_IGNORE_INDEX
 from .schema import decode_mask, merge_masks
 
 

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor
+from lisa_hf.losses import mask_losses
 from lisa_hf.mask_backbone import UNTRAINED_DECODER_MODULES, encode_images
-from lisa_hf.modeling_lisa import mask_losses
 
 
 # Rows that share images, in no order; several [SEG] in an answer, one in a user's turn, and an image without masks.

@@ -38,9 +38,9 @@ from transformers import AutoModel, AutoProcessor, SamImageProcessorPil, SamMode
 
 from lisa_hf.conversion import convert_state_dict
 from lisa_hf.conversion.lisa import LISA_KEY_TABLE
+from lisa_hf.losses import mask_losses
 from lisa_hf.mask_backbone import decode_prompts, encode_images, padded_side, upscale_masks
 from lisa_hf.metrics import intersection_and_union
-from lisa_hf.modeling_lisa import mask_losses
 from lisa_hf.processing_lisa import TextTooLongError
 
 

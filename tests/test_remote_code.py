@@ -11,7 +11,10 @@ from tiny_models import conversation, image, llava_sam
 from lisa_hf import LisaForConditionalGeneration
 
 
-CODE = {"configuration_lisa.py", "mask_backbone.py", "modeling_lisa.py", "processing_lisa.py"}
+CODE = {
+    *("configuration_lisa.py", "generation_lisa.py", "losses.py", "mask_backbone.py", "modeling_lisa.py"),
+    "processing_lisa.py",
+}
 SCRIPT = """
 import sys
 

@@ -11,9 +11,9 @@ from transformers import EvalPrediction
 
 from lisa_hf import LisaDataCollator, LisaForConditionalGeneration
 from lisa_hf.arguments import TRAINABLE_PARTS, LisaTrainingArguments
+from lisa_hf.generation_lisa import LisaGenerateOutput
 from lisa_hf.lora import find_parts, prepare_for_training
 from lisa_hf.metrics import SegmentationMetric, intersection_and_union
-from lisa_hf.modeling_lisa import LisaGenerateOutput
 from lisa_hf.trainer import LOSS_PARTS, PADDING, compute_metrics, cut_prompts
 
 

@@ -1,0 +1,35 @@
+"""The losses of [`LisaForConditionalGeneration`]."""
+
+import torch
+import torch.nn.functional as F
+
+
+IGNORE_INDEX = -100  # of labels, as everywhere in transformers
+MASK_IGNORE_INDEX = 255  # of mask labels: pixels that count neither as object nor as background
+
+
+def mask_losses(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-pixel cross-entropy and dice loss of the masks of one image, each summed over the masks.
+
+    Args:
+        mask_logits: `(M, H, W)` float.
+        mask_labels: `(M, H, W)`, 1 object, 0 background, 255 neither: such pixels are left out of both losses
+            (LISA trained them as background).
+
+    Returns:
+        Two float32 scalars: sum over masks of the mean binary cross-entropy, and of the dice loss. LISA divides
+        numerator and denominator of the dice loss by 1000 before it adds 1e-6, which is an epsilon of 1e-3.
+    """
+    logits = mask_logits.flatten(1).float()
+    labels = mask_labels.flatten(1)
+    ignored = labels == MASK_IGNORE_INDEX
+    # At this logit both losses and their gradients are exactly 0 for a background pixel. Photos have millions of
+    # pixels, so the masks are touched as few times as possible.
+    logits = logits.masked_fill(ignored, -1e4) if ignored.any() else logits
+    targets = (labels == 1).float()
+    num_pixels = labels.shape[1] - ignored.sum(1)
+    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1) / num_pixels.clamp(min=1)
+    probabilities = logits.sigmoid()
+    overlap = 2 * (probabilities * targets).sum(1)
+    dice = 1 - (overlap + 1e-3) / (probabilities.sum(1) + targets.sum(1) + 1e-3)
+    return bce.sum(), dice.sum()
