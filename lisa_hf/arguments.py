@@ -152,6 +152,13 @@ class DataArguments:
             "sources on COCO photos."
         },
     )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Let the questions about an image share one row, with the same result for less work; VLMs and "
+            "attentions that cannot do so keep a row per question."
+        },
+    )
     streaming: bool = field(
         default=False,
         metadata={"help": "Make the training rows while they are read, instead of preparing them; needs max_steps."},

@@ -7,6 +7,7 @@ import torch
 from transformers import BatchFeature
 
 from .losses import MASK_IGNORE_INDEX
+from .packing import pack_rows
 from .processing_lisa import LisaProcessor, TextTooLongError
 from .prompts import Question
 from .schema import decode_mask
@@ -23,18 +24,26 @@ class LisaDataCollator:
         max_length: longest row in tokens, image tokens included. Longer rows lose their end, but never a `[SEG]`.
         on_bad_row: what becomes of a question whose `[SEG]` lies behind `max_length`: "raise" stops, "skip" drops it
             and counts it. An image that loses all of its questions is dropped too; a batch never gets empty.
+        packing: whether the questions about an image share one row, see [`pack_rows`] and [`use_packing`].
 
     The batch has what [`LisaProcessor.encode_conversations`] returns and `mask_labels`, a list of B uint8 tensors
     `(M_b, H_b, W_b)`. If rows were skipped, here or in the data set, it also has their number as `num_skipped`, which
     [`LisaTrainer`] takes out and logs.
     """
 
-    def __init__(self, processor: LisaProcessor, max_length: int | None = None, on_bad_row: str = "raise"):
+    def __init__(
+        self,
+        processor: LisaProcessor,
+        max_length: int | None = None,
+        on_bad_row: str = "raise",
+        packing: bool = False,
+    ):
         if on_bad_row not in ("skip", "raise"):
             raise ValueError(f"on_bad_row must be 'skip' or 'raise', got '{on_bad_row}'.")
         self.processor = processor
         self.max_length = max_length
         self.on_bad_row = on_bad_row
+        self.packing = packing
 
     def __call__(self, items: list[dict]) -> BatchFeature:
         num_skipped = sum(item.get("num_skipped", 0) for item in items)
@@ -51,6 +60,9 @@ class LisaDataCollator:
             items = [item for item, kept in zip(items, questions) if kept]
             questions = [kept for kept in questions if kept]
             batch = self._encode(items, questions)
+        if self.packing:
+            tokenizer, image_token_id = self.processor.tokenizer, self.processor.vlm_processor.image_token_id
+            batch = BatchFeature(pack_rows(batch, image_token_id, tokenizer.pad_token_id))
         batch["mask_labels"] = [mask_labels(item, kept) for item, kept in zip(items, questions)]
         if num_skipped:
             batch["num_skipped"] = num_skipped

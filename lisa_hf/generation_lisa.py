@@ -8,6 +8,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from .mask_backbone import encode_images
+from .vlm_backbone import encode_vlm_images, split_vision_inputs
 
 
 @dataclass
@@ -81,8 +82,8 @@ class LisaGenerationMixin:
             )
         if image_indices is None:
             image_indices = torch.arange(len(input_ids), device=input_ids.device)
-        vision_inputs, generate_kwargs = self._split_vision_inputs(
-            {"pixel_values": pixel_values, **kwargs}, image_indices
+        vision_inputs, generate_kwargs = split_vision_inputs(
+            self.vlm, {"pixel_values": pixel_values, **kwargs}, image_indices
         )
         if self.config.suppress_tokens:
             generate_kwargs.setdefault("suppress_tokens", self.config.suppress_tokens)
@@ -90,7 +91,7 @@ class LisaGenerationMixin:
             output = self.vlm.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                mm_encoder_outputs=self._encode_vlm_images(input_ids, image_indices, vision_inputs),
+                mm_encoder_outputs=encode_vlm_images(self.vlm, input_ids, image_indices, vision_inputs),
                 return_dict_in_generate=True,
                 **generate_kwargs,
             )

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoModelForMaskGeneration, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_lisa import LisaConfig
@@ -26,6 +25,8 @@ from .mask_backbone import (
     select_images,
     upscale_masks,
 )
+from .packing import packed_inputs, packing_obstacle
+from .vlm_backbone import encode_vlm_images, split_vision_inputs
 
 
 @dataclass
@@ -175,51 +176,6 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         self.vlm.adjust_generation_fn(*args, **kwargs)
         self.generation_config = self.vlm.generation_config
 
-    # ---- vision -----------------------------------------------------------------------------------------------------
-
-    def _split_vision_inputs(self, kwargs: dict, image_indices: torch.Tensor) -> tuple[dict, dict]:
-        """Separates the VLM's per-image vision inputs from its per-row text inputs, by the former's signature."""
-        names = set(inspect.signature(self.vlm.base_model.get_image_features).parameters)
-        vision = {key: value for key, value in kwargs.items() if key in names and value is not None}
-        text = {key: value for key, value in kwargs.items() if key not in names and value is not None}
-        if "image_grid_thw" in vision:  # the positions of Qwen's M-RoPE follow the grid of each row's image
-            text["image_grid_thw"] = vision["image_grid_thw"][image_indices]
-        return vision, text
-
-    def _encode_vlm_images(self, input_ids: torch.Tensor, image_indices: torch.Tensor, vision_inputs: dict) -> dict:
-        """Runs the VLM's vision tower once per image and hands each row the features of its image.
-
-        Args:
-            input_ids: `(N, L)`; the number of image tokens of a row is the length of its image's features.
-            image_indices: `(N,)` int64, row to image.
-
-        Returns:
-            The `mm_encoder_outputs` argument of transformers' VLMs.
-        """
-        output = self.vlm.base_model.get_image_features(**vision_inputs, return_dict=True)
-        lengths = (input_ids == self.config.vlm_config.image_token_id).sum(1)
-        num_images = len(vision_inputs.get("image_grid_thw", vision_inputs["pixel_values"]))
-        image_lengths = lengths.new_zeros(num_images).scatter_(0, image_indices, lengths).tolist()
-
-        def per_row(features):
-            # A list has one (tokens, width) per image; a tensor is (crops, tokens, width), as beam search needs it.
-            is_list = isinstance(features, (list, tuple))
-            features = torch.cat(list(features)) if is_list else features
-            num_features = features.shape[:-1].numel()
-            if num_features != sum(image_lengths):
-                raise ValueError(
-                    f"{num_images} images give {num_features} vision features, but their rows hold {image_lengths} "
-                    "image tokens. Each row needs the image tokens of its one image, and each image at least one row."
-                )
-            pieces = features.split([length * len(features) // num_features for length in image_lengths])
-            rows = [pieces[index] for index in image_indices.tolist()]
-            return rows if is_list else torch.cat(rows)
-
-        rows = BaseModelOutputWithPooling(pooler_output=per_row(output.pooler_output))
-        if getattr(output, "deepstack_features", None) is not None:  # Qwen3-VL adds features inside the language model
-            rows.deepstack_features = [per_row([features]) for features in output.deepstack_features]
-        return {"image": rows}
-
     # ---- forward ----------------------------------------------------------------------------------------------------
 
     def forward(
@@ -231,6 +187,8 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         mask_pixel_values: torch.Tensor | None = None,
         image_embeddings: torch.Tensor | list | None = None,
         labels: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         mask_labels: list[torch.Tensor] | None = None,
         original_sizes: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
@@ -250,6 +208,9 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             image_indices: `(N,)` int64, row to image; by default row n is about image n.
             mask_pixel_values: `(B, 3, S, S)` float, the mask model's input.
             image_embeddings: instead of `mask_pixel_values`, what the mask model's encoder made of them.
+            segment_ids: `(N, L)` int64, of packed rows: 0 is the prefix, 1 to K are the questions that share it and do
+                not see each other, see [`pack_rows`]. Attention mask and positions follow from it.
+            shift_labels: `(N, L)` int64, the label of each position's next token; by default from `labels`.
             mask_labels: list of B tensors `(M_b, H_b, W_b)`, 0, 1 or 255 (ignore), in the order of the `[SEG]` tokens
                 in the answers of image b's rows.
             original_sizes, reshaped_input_sizes: `(B, 2)` int64, (H, W) before and after the mask model's resize.
@@ -259,14 +220,18 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             output_masks: return masks at the original sizes; by default outside of training.
 
         Raises:
-            ValueError: the number of `[SEG]` tokens of an image is not the number of its masks.
+            ValueError: the number of `[SEG]` tokens of an image is not the number of its masks; or rows are packed
+                for a VLM or an attention that would mix them up.
         """
         num_images = len(original_sizes) if original_sizes is not None else len(pixel_values)
         image_indices = self._image_indices(image_indices, input_ids, num_images)
         hidden_states = self._hidden_states(
-            input_ids, attention_mask, image_indices, {"pixel_values": pixel_values, **kwargs}
+            input_ids, attention_mask, segment_ids, image_indices, {"pixel_values": pixel_values, **kwargs}
         )
-        targets = F.pad((input_ids if labels is None else labels)[:, 1:], (0, 1), value=IGNORE_INDEX)
+        has_labels = labels is not None or shift_labels is not None
+        targets = shift_labels
+        if targets is None:
+            targets = F.pad((labels if has_labels else input_ids)[:, 1:], (0, 1), value=IGNORE_INDEX)
         seg_tokens = self._find_seg_tokens(targets, image_indices)
         masks_per_image = torch.bincount(seg_tokens.images, minlength=num_images).tolist()
         if mask_labels is not None:
@@ -277,7 +242,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         low_res_masks, iou_scores, seg_embeddings, unused = self._decode(hidden_states, seg_tokens, image_embeddings)
 
         loss_parts = {}
-        if labels is not None:
+        if has_labels:
             loss_parts["ce_loss"] = self._text_loss(hidden_states, targets, num_items_in_batch)
         if output_masks is None:
             output_masks = not self.training
@@ -293,7 +258,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         return LisaOutput(
             loss=sum(loss_parts.values()) if loss_parts else None,
             **loss_parts,
-            logits=self._logits(hidden_states) if labels is None or output_logits else None,
+            logits=self._logits(hidden_states) if not has_labels or output_logits else None,
             pred_masks=pred_masks,
             low_res_masks=low_res_masks,
             iou_scores=iou_scores,
@@ -308,13 +273,21 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             )
         return torch.arange(num_images, device=input_ids.device) if image_indices is None else image_indices
 
-    def _hidden_states(self, input_ids, attention_mask, image_indices, vlm_inputs: dict) -> torch.Tensor:
+    def _hidden_states(self, input_ids, attention_mask, segment_ids, image_indices, vlm_inputs: dict) -> torch.Tensor:
         """The language model's last hidden states, `(N, L, hidden_size)`."""
-        vision_inputs, text_inputs = self._split_vision_inputs(vlm_inputs, image_indices)
+        vision_inputs, text_inputs = split_vision_inputs(self.vlm, vlm_inputs, image_indices)
+        if segment_ids is None:
+            text_inputs["attention_mask"] = attention_mask
+        elif obstacle := packing_obstacle(self.config):
+            raise ValueError(f"These rows are packed, but {obstacle}. Collate them with `packing=False`.")
+        else:
+            text_inputs = {
+                **packed_inputs(self.vlm, input_ids, attention_mask, segment_ids, text_inputs),
+                **text_inputs,
+            }
         return self.vlm.base_model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            mm_encoder_outputs=self._encode_vlm_images(input_ids, image_indices, vision_inputs),
+            mm_encoder_outputs=encode_vlm_images(self.vlm, input_ids, image_indices, vision_inputs),
             use_cache=False,
             **text_inputs,
         ).last_hidden_state

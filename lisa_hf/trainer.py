@@ -11,6 +11,7 @@ from transformers import EvalPrediction, Trainer
 
 from .losses import IGNORE_INDEX
 from .metrics import SegmentationMetric, intersection_and_union
+from .packing import unpack_rows
 from .processing_lisa import LisaProcessor
 from .streaming import StreamingMixtureDataset
 
@@ -174,9 +175,11 @@ class LisaTrainer(Trainer):
             raise ValueError(
                 f"{skipped} evaluation rows were skipped, see the warnings above. Raise `max_length` or remove them."
             )
-        labels, image_indices = inputs["labels"], inputs["image_indices"]
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
+        if "segment_ids" in inputs:  # the rest looks at one question per row
+            inputs = unpack_rows(inputs)
+        labels, image_indices = inputs["labels"], inputs["image_indices"]
         num_images = len(inputs["mask_labels"])
         masks_due = (labels == self.processing_class.seg_token_id).sum(1)
         predictions = {"masks_due": _by_image(masks_due, image_indices, num_images)}

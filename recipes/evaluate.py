@@ -22,6 +22,7 @@ from lisa_hf.arguments import exit_with_one_line, parse_arguments
 from lisa_hf.inference import draw_predictions
 from lisa_hf.loading import load_lisa
 from lisa_hf.mixture import EvaluationDataset
+from lisa_hf.packing import use_packing
 
 
 def main():
@@ -42,7 +43,7 @@ def main():
         trainer = LisaTrainer(
             model=model,
             args=training_args,
-            data_collator=LisaDataCollator(processor),
+            data_collator=LisaDataCollator(processor, packing=use_packing(model.config, data_args.packing)),
             processing_class=processor,
         )
         metrics = trainer.evaluate(datasets)

@@ -27,6 +27,7 @@ from lisa_hf.inference import draw_predictions
 from lisa_hf.loading import load_model_and_processor
 from lisa_hf.lora import merge_lora, prepare_for_training, trainable_summary
 from lisa_hf.mixture import EvaluationDataset, MixtureDataset
+from lisa_hf.packing import use_packing
 from lisa_hf.run_record import write_run_record
 from lisa_hf.scratch import row_texts
 from lisa_hf.streaming import StreamingMixtureDataset
@@ -95,7 +96,9 @@ def main():
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=LisaDataCollator(processor, data_args.max_length, data_args.on_bad_row),
+            data_collator=LisaDataCollator(
+                processor, data_args.max_length, data_args.on_bad_row, use_packing(model.config, data_args.packing)
+            ),
             processing_class=processor,
         )
         if trainer.is_world_process_zero():

@@ -270,6 +270,17 @@ FAMILIES = {
 
 def qwen2_5_vl_sam() -> LisaForConditionalGeneration:
     """The model alone, of 64 tokens: its processor needs torchvision."""
+    vision = {"hidden_size": 16, "window_size": 16, "fullatt_block_indexes": [1]}
+    return _qwen_sam("qwen2_5_vl", vision, {"mrope_section": [2, 3, 3]})
+
+
+def qwen3_vl_sam() -> LisaForConditionalGeneration:
+    """The model alone, as above; vision features also enter its first layer (deepstack)."""
+    vision = {"hidden_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    return _qwen_sam("qwen3_vl", vision, {"mrope_section": [4, 2, 2], "mrope_interleaved": True})
+
+
+def _qwen_sam(model_type: str, vision: dict, rope: dict) -> LisaForConditionalGeneration:
     torch.manual_seed(0)
     vlm_config = {
         "image_token_id": 60,
@@ -278,16 +289,14 @@ def qwen2_5_vl_sam() -> LisaForConditionalGeneration:
         "vision_end_token_id": 63,
         "vision_config": {
             "depth": 2,
-            "hidden_size": 16,
             "intermediate_size": 16,
             "num_heads": 2,
             "patch_size": 4,
             "spatial_merge_size": 2,
             "temporal_patch_size": 1,
-            "window_size": 16,
             "out_hidden_size": 32,
-            "fullatt_block_indexes": [1],
             "initializer_range": 0.2,
+            **vision,
         },
         "text_config": {
             "vocab_size": 64,
@@ -296,15 +305,16 @@ def qwen2_5_vl_sam() -> LisaForConditionalGeneration:
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
+            "head_dim": 16,
             "initializer_range": 0.2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **rope},
             "bos_token_id": 0,
             "eos_token_id": 1,
             "pad_token_id": 2,
         },
     }
     config = LisaConfig(
-        vlm_config=AutoConfig.for_model("qwen2_5_vl", **vlm_config),
+        vlm_config=AutoConfig.for_model(model_type, **vlm_config),
         mask_config=AutoConfig.for_model(**sam_config()),
         seg_token_id=50,
     )
