@@ -64,13 +64,20 @@ def draw_predictions(
     processor: LisaProcessor,
     dataset: EvaluationDataset,
     max_new_tokens: int = 256,
-    num_items: int = 12,
+    titles: dict[tuple[int, int], str] | None = None,
 ) -> PIL.Image.Image:
-    """A contact sheet of generated answers to one question of each of the first `num_items` items."""
+    """A contact sheet of generated answers.
+
+    Args:
+        titles: of the questions to draw, by the numbers of item and question; by default the first question of each of
+            the first twelve items, without a title.
+    """
+    if titles is None:
+        titles = {(index, 0): "" for index in range(min(12, len(dataset)))}
     predictions = []
-    for index in range(min(num_items, len(dataset))):
+    for (index, number), title in titles.items():
         item = dataset[index]
-        question = item["questions"][0]
+        question = item["questions"][number]
         prompt = question.messages[:1]
         (answer,) = answer_questions(model, processor, item["image"], [prompt], max_new_tokens)
         predictions.append(
@@ -80,6 +87,7 @@ def draw_predictions(
                 answer=answer.text,
                 masks=answer.masks.numpy(),
                 mask_labels=mask_labels(item, [question]).numpy(),
+                title=title,
             )
         )
     return contact_sheet(predictions)

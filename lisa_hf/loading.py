@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
+from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedConfig
 
 from .arguments import ModelArguments
 from .configuration_lisa import LisaConfig
@@ -26,6 +26,30 @@ def load_chat_template(name: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
+def refuse_original(path: str) -> None:
+    """Raises a `ValueError` that names the conversion command if a directory, file or Hub id is an original's."""
+    local = Path(path)
+    if local.is_file():
+        source = "sam" if local.suffix == ".pth" else "lisa-train"
+    elif (local / "latest").is_file() and not (local / "trainer_state.json").is_file():
+        source = "lisa-train"  # a ZeRO checkpoint, and none of Trainer's
+    else:
+        config, _ = PreTrainedConfig.get_config_dict(path)
+        if "mm_vision_select_layer" not in config:
+            return
+        source = "lisa" if "train_mask_decoder" in config else "llava"
+        if source == "llava" and "delta" in path.lower():
+            source = "llava-delta"
+    download, checkpoint = "", path
+    if not local.exists():
+        download, checkpoint = f"hf download {path} --local-dir DIRECTORY && ", "DIRECTORY"
+    base = {"llava-delta": " --base LLAMA", "lisa-train": " --base LLAVA"}.get(source, "")
+    raise ValueError(
+        f"{path} is in an original's format, expected transformers'. Convert it: `{download}python "
+        f"recipes/convert_weights.py {source} --checkpoint {checkpoint}{base} --output OUTPUT`, and give OUTPUT."
+    )
+
+
 def load_lisa(path: str, **kwargs) -> tuple[LisaForConditionalGeneration, LisaProcessor]:
     """Loads a LISA model and its processor from a directory or the Hub.
 
@@ -33,13 +57,15 @@ def load_lisa(path: str, **kwargs) -> tuple[LisaForConditionalGeneration, LisaPr
         kwargs: of `from_pretrained` (`dtype`, `attn_implementation`, ...).
 
     Raises:
-        ValueError: the checkpoint is of another architecture, or an adapter without its base.
+        ValueError: the checkpoint is of another architecture, in an original's format, or an adapter without its
+            base.
     """
     if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
         raise ValueError(
             f"{path} holds a LoRA adapter, not a whole model. Resume its training with `resume_from_checkpoint`, or "
             "load the merged model that the end of the training saves."
         )
+    refuse_original(path)
     config = AutoConfig.from_pretrained(path)
     if not isinstance(config, LisaConfig):
         raise ValueError(
@@ -65,6 +91,8 @@ def load_model_and_processor(
         model, processor = load_lisa(arguments.model, **kwargs)
         processor.chat_template = chat_template or processor.chat_template
     elif arguments.vlm is not None:
+        refuse_original(arguments.vlm)
+        refuse_original(arguments.mask_model)
         processor = LisaProcessor.from_vlm_mask_model_pretrained(arguments.vlm, arguments.mask_model, chat_template)
         model = LisaForConditionalGeneration.from_vlm_mask_model_pretrained(
             arguments.vlm, arguments.mask_model, seg_token_id=processor.seg_token_id, **kwargs

@@ -204,15 +204,16 @@ class EvaluationDataset(torch.utils.data.Dataset):
 
     Args:
         rows (`datasets.Dataset`): Rows of `lisa_hf.schema.FEATURES`.
-        merge_instances (`bool`): As in [`~prompts.evaluation_questions`].
+        merge_instances, all_texts (`bool`): As in [`~prompts.evaluation_questions`].
 
     Raises:
         ValueError: By an item, if its row gives no question or cannot be used.
     """
 
-    def __init__(self, rows: Dataset, merge_instances: bool = True):
+    def __init__(self, rows: Dataset, merge_instances: bool = True, all_texts: bool = False):
         self.rows = _undecoded(rows)
         self.merge_instances = merge_instances
+        self.all_texts = all_texts
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -223,13 +224,17 @@ class EvaluationDataset(torch.utils.data.Dataset):
         row = self.rows[int(index)]
         try:
             image = _load_image(row)
-            questions = evaluation_questions(row, self.merge_instances)
+            questions = self.questions(row)
             _check_masks(questions, row["ignore"])
             if not questions:
                 raise ValueError("it has no target, so there is nothing to ask. Filter such rows out.")
         except ValueError as error:
             raise ValueError(f"{_where(row)}: {error}") from error
         return _item(row, image, questions, num_skipped=0)
+
+    def questions(self, row: dict) -> list[Question]:
+        """The questions about one of `rows`; its image is not looked at."""
+        return evaluation_questions(row, self.merge_instances, self.all_texts)
 
 
 def _item(row: dict, image: PIL.Image.Image, questions: list[Question], num_skipped: int) -> dict[str, Any]:

@@ -53,10 +53,12 @@ class Question:
             then `{"type": "text", "text": ...}` in the first user turn, one text part in every other turn.
         masks (`list[dict]`): COCO RLE `{"size": [H, W], "counts": bytes}`, one per `[SEG]` of the assistant turns, in
             their order. Empty for a conversation without masks.
+        is_first_text (`bool`): Whether LISA validates with this question, too; see [`evaluation_questions`].
     """
 
     messages: list[dict]
     masks: list[dict] = field(default_factory=list)
+    is_first_text: bool = True
 
 
 def sample_questions(
@@ -121,7 +123,7 @@ def sample_questions(
     return questions
 
 
-def evaluation_questions(row: dict, merge_instances: bool = True) -> list[Question]:
+def evaluation_questions(row: dict, merge_instances: bool = True, all_texts: bool = False) -> list[Question]:
     """The questions that LISA validates with: one fixed prompt, nothing drawn.
 
     A referring row is asked once for every expression of every target, a reasoning row once per target with its first
@@ -130,6 +132,7 @@ def evaluation_questions(row: dict, merge_instances: bool = True) -> list[Questi
     Args:
         row (`dict`): A row of `lisa_hf.schema.FEATURES`; its image is not looked at.
         merge_instances (`bool`): As in [`sample_questions`].
+        all_texts (`bool`): Ask with every phrase instead. The questions above are those with `is_first_text`.
 
     Returns:
         `list[Question]`: Their last message is the expected answer, `"[SEG]."` where a mask is due.
@@ -137,12 +140,19 @@ def evaluation_questions(row: dict, merge_instances: bool = True) -> list[Questi
     if row["task"] == "vqa":
         return [_conversation(row["messages"][:2])]
 
-    last = None if row["task"] == "referring" else 1
-    choices = [(target, phrase) for target in row["targets"] for phrase in target["phrases"][:last]]
+    choices = []
+    for target in row["targets"]:
+        for index, phrase in enumerate(target["phrases"]):
+            is_first = index == 0 or row["task"] == "referring"
+            if is_first or all_texts:
+                choices.append((target, phrase, is_first))
     if merge_instances:
-        choices = list({phrase: (target, phrase) for target, phrase in choices}.values())
+        by_phrase = {}
+        for target, phrase, is_first in choices:
+            by_phrase[phrase] = (target, phrase, is_first or (phrase in by_phrase and by_phrase[phrase][2]))
+        choices = list(by_phrase.values())
     questions = []
-    for target, phrase in choices:
+    for target, phrase, is_first in choices:
         text = phrase.strip()
         if row["is_sentence"]:
             text = EVALUATION_LONG_QUESTION.format(phrase=text)
@@ -150,7 +160,9 @@ def evaluation_questions(row: dict, merge_instances: bool = True) -> list[Questi
             # LISA lower-cases referring expressions here, and every phrase in training, but not ReasonSeg's texts.
             text = text if row["task"] == "reasoning" else text.lower()
             text = EVALUATION_SHORT_QUESTION.format(phrase=text)
-        questions.append(_question(text, EVALUATION_ANSWER, _mask(row, target, phrase, merge_instances)))
+        question = _question(text, EVALUATION_ANSWER, _mask(row, target, phrase, merge_instances))
+        question.is_first_text = is_first
+        questions.append(question)
     return questions
 
 

@@ -3,14 +3,14 @@
 import logging
 from functools import partial
 
-import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer
+from transformers import Trainer
 
+from .evaluation import PADDING, compute_metrics
 from .losses import IGNORE_INDEX
-from .metrics import SegmentationMetric, intersection_and_union
+from .metrics import intersection_and_union
 from .packing import unpack_rows
 from .processing_lisa import LisaProcessor
 from .streaming import StreamingMixtureDataset
@@ -19,7 +19,6 @@ from .streaming import StreamingMixtureDataset
 logger = logging.getLogger(__name__)
 
 LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
-PADDING = -100  # of the per-item rows that an evaluation gathers, as Trainer pads
 ROW_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
@@ -164,8 +163,8 @@ class LisaTrainer(Trainer):
 
         Returns:
             The loss; a dict of int64 tensors `(B, ...)` padded with -100: `masks_due` and `num_seg_tokens` per
-            question, `intersections`, `unions` and, with `eval_generate`, `generated_*` per mask; and `masks_due`
-            again in the place of labels, without which Trainer computes no metrics.
+            question, `targets`, `intersections`, `unions` and, with `eval_generate`, `generated_*` per mask, in
+            pixels; and `masks_due` again in the place of labels, without which Trainer computes no metrics.
 
         Raises:
             ValueError: the collator skipped a row, and a score over fewer rows is another score.
@@ -182,7 +181,10 @@ class LisaTrainer(Trainer):
         labels, image_indices = inputs["labels"], inputs["image_indices"]
         num_images = len(inputs["mask_labels"])
         masks_due = (labels == self.processing_class.seg_token_id).sum(1)
-        predictions = {"masks_due": _by_image(masks_due, image_indices, num_images)}
+        predictions = {
+            "masks_due": _by_image(masks_due, image_indices, num_images),
+            "targets": _pad([(masks == 1).sum((-2, -1)) for masks in inputs["mask_labels"]]),
+        }
         predictions |= _count_pixels("", [masks > 0 for masks in outputs.pred_masks], inputs["mask_labels"])
         if self.args.eval_generate:
             masks, num_seg_tokens = self.generate_masks(model, inputs)
@@ -260,30 +262,3 @@ def _count_pixels(prefix: str, masks: list[torch.Tensor], mask_labels: list[torc
     counts = [intersection_and_union(predicted, labels) for predicted, labels in zip(masks, mask_labels)]
     intersections, unions = zip(*counts)
     return {f"{prefix}intersections": _pad(intersections), f"{prefix}unions": _pad(unions)}
-
-
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Figures of [`SegmentationMetric`] from the gathered lines of [`LisaTrainer.prediction_step`]."""
-    lines = prediction.predictions
-    masks_due = [line[line != PADDING] for line in lines["masks_due"]]
-    generated = "num_seg_tokens" in lines
-    metrics = {}
-    for prefix in ("", "generated_") if generated else ("",):
-        pixels = {
-            name: [
-                part.tolist()
-                for line, due in zip(lines[prefix + name], masks_due)
-                for part in np.split(line[: due.sum()], np.cumsum(due)[:-1])
-            ]
-            for name in ("intersections", "unions")
-        }
-        seg_tokens = lines["num_seg_tokens"] if prefix else lines["masks_due"]
-        figures = SegmentationMetric(keep_in_memory=True).compute(
-            **pixels, num_seg_tokens=seg_tokens[seg_tokens != PADDING].tolist()
-        )
-        if not prefix:  # with the true answer given, the [SEG] rates say nothing
-            figures = {key: value for key, value in figures.items() if "seg_rate" not in key}
-        else:
-            figures = {key: value for key, value in figures.items() if not key.startswith("num_")}
-        metrics |= {prefix + key: value for key, value in figures.items()}
-    return metrics

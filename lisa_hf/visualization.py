@@ -28,6 +28,7 @@ class Prediction:
     Args:
         masks: `(M, H, W)` bool, predicted.
         mask_labels: `(M', H, W)` uint8, true: 1 object, 255 ignore.
+        title: shown above the question.
     """
 
     image: PIL.Image.Image
@@ -35,6 +36,7 @@ class Prediction:
     answer: str
     masks: np.ndarray
     mask_labels: np.ndarray
+    title: str = ""
 
 
 def overlay_masks(image: PIL.Image.Image, masks: np.ndarray) -> PIL.Image.Image:
@@ -52,7 +54,7 @@ def overlay_masks(image: PIL.Image.Image, masks: np.ndarray) -> PIL.Image.Image:
 def contact_sheet(predictions: list[Prediction], columns: int = 2, side: int = 220) -> PIL.Image.Image:
     """A grid of cells: image, prediction and truth side by side, question and answer below them."""
     font = PIL.ImageFont.load_default(size=14)
-    cell_width, text_height, gap = 3 * side + 20, 88, 12
+    cell_width, text_height, gap = 3 * side + 20, 105, 12
     rows = -(-len(predictions) // columns)
     sheet = PIL.Image.new(
         "RGB", (columns * (cell_width + gap) + gap, rows * (side + text_height + gap) + 24 + gap), "white"
@@ -74,7 +76,8 @@ def contact_sheet(predictions: list[Prediction], columns: int = 2, side: int = 2
             scale = side / max(picture.size)
             picture = picture.convert("RGB").resize([max(round(length * scale), 1) for length in picture.size])
             sheet.paste(picture, (x + position * (side + 10), y))
-        lines = textwrap.wrap(f"Q: {prediction.question}", 92)[:2] + textwrap.wrap(f"A: {prediction.answer}", 92)[:2]
+        lines = [prediction.title] if prediction.title else []
+        lines += textwrap.wrap(f"Q: {prediction.question}", 92)[:2] + textwrap.wrap(f"A: {prediction.answer}", 92)[:2]
         draw.multiline_text((x, y + side + 6), "\n".join(lines), fill="black", font=font, spacing=3)
     return sheet
 

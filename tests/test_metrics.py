@@ -16,14 +16,14 @@ from lisa_hf.metrics import SegmentationMetric, intersection_and_union
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "metrics.json").read_text())
 ALL_CASES = CASES.pop("__all_samples_in_order__")
-QUESTIONS = [  # intersections, unions, [SEG] tokens
-    ([648, 30], [648, 168], 2),
-    ([], [], 0),
-    ([0], [0], 1),
-    ([0], [25], 0),
-    ([], [], 1),
-    ([19], [24], 1),
-    ([70], [136], 1),
+QUESTIONS = [  # intersections, unions, targets, [SEG] tokens, image
+    ([648, 30], [648, 168], [648, 90], 2, 0),
+    ([], [], [], 0, 0),
+    ([0], [0], [0], 1, 1),
+    ([0], [25], [25], 0, 2),
+    ([], [], [], 1, 2),
+    ([19], [24], [20], 1, 3),
+    ([70], [136], [70], 1, 4),
 ]
 
 
@@ -38,8 +38,8 @@ def metric(tmp_path):
 
 
 def as_columns(questions):
-    intersections, unions, num_seg_tokens = (list(column) for column in zip(*questions))
-    return {"intersections": intersections, "unions": unions, "num_seg_tokens": num_seg_tokens}
+    names = ("intersections", "unions", "targets", "num_seg_tokens", "images")
+    return dict(zip(names, map(list, zip(*questions))))
 
 
 def counts(golden_tensors, case):
@@ -59,9 +59,12 @@ def test_pixel_counts_equal_the_original(golden_tensors, case):
     "cases, expected", [([case], CASES[case]) for case in CASES] + [(ALL_CASES["order"], ALL_CASES)]
 )
 def test_giou_and_ciou_equal_the_original(golden_tensors, metric, cases, expected):
-    for case in cases:
+    for image, case in enumerate(cases):
         intersections, unions = counts(golden_tensors, case)
-        metric.add(intersections=intersections, unions=unions, num_seg_tokens=len(unions))
+        targets = (golden_tensors[f"{case}_gt"] == 1).sum((-2, -1)).tolist()
+        metric.add(
+            intersections=intersections, unions=unions, targets=targets, num_seg_tokens=len(unions), images=image
+        )
     result = metric.compute()
     assert result["giou"] == pytest.approx(expected["giou"], rel=1e-4)
     assert result["ciou"] == pytest.approx(expected["ciou"], rel=1e-4)
@@ -91,9 +94,27 @@ def test_figures_of_mixed_questions(metric):
     assert result["ciou"] == pytest.approx((648 + 30 + 19 + 70) / (648 + 168 + 25 + 24 + 136))
     assert result["seg_rate"] == 4 / 5 and result["false_seg_rate"] == 1 / 2
     assert result["num_masks"] == 6 and result["num_questions"] == 7
+    # IoU of the masks with a target: 1, 30/168, 0, 19/24, 70/136.
+    assert [result[f"p@{threshold}"] for threshold in (0.5, 0.6, 0.7, 0.8, 0.9)] == [0.6, 0.4, 0.4, 0.2, 0.2]
 
 
-@pytest.mark.parametrize("questions", [[], [([], [], 1), ([], [], 0)]])
+def test_accuracy_where_there_is_no_target(metric):
+    questions = [  # two without a target, one of them noticed; three with one, one of them missed
+        ([0], [0], [0], 1, 0),
+        ([0], [7], [0], 1, 1),
+        ([5], [9], [9], 1, 2),
+        ([0], [12], [4], 1, 3),  # predicted, but elsewhere
+        ([0], [4], [4], 0, 4),
+    ]
+    result = metric.compute(**as_columns(questions))
+    assert (result["n_acc"], result["t_acc"]) == (1 / 2, pytest.approx(2 / 3))
+    assert result["giou"] == pytest.approx((1 + 0 + 5 / 9 + 0 + 0) / 5)
+    assert result["ciou"] == pytest.approx(5 / (7 + 9 + 12 + 4))
+    assert result["p@0.5"] == pytest.approx(1 / 3)
+    assert not {"n_acc", "t_acc"} & metric.compute(**as_columns(questions[2:])).keys()
+
+
+@pytest.mark.parametrize("questions", [[], [([], [], [], 1, 0), ([], [], [], 0, 1)]])
 def test_no_masks_give_zeros_not_nan(metric, questions):
     if questions:
         metric.add_batch(**as_columns(questions))
@@ -104,22 +125,28 @@ def test_no_masks_give_zeros_not_nan(metric, questions):
 
 
 def test_counts_that_do_not_match_are_refused(metric):
-    with pytest.raises(ValueError, match="Question 1 has 2 intersections and 1 unions"):
-        metric.compute(**as_columns([([1], [2], 1), ([1, 1], [2], 1)]))
+    with pytest.raises(ValueError, match="Question 1 has 2 intersections, 1 unions and 1 targets"):
+        metric.compute(**as_columns([([1], [2], [2], 1, 0), ([1, 1], [2], [2], 1, 1)]))
 
 
-def test_interval_resamples_questions_and_follows_the_seed(tmp_path):
+def test_intervals_resample_images_and_follow_the_seed(tmp_path):
     ious = np.random.default_rng(1).uniform(size=200)
 
     def interval(repeats, seed=0):
-        questions = [([int(1000 * iou)] * repeats, [1000] * repeats, repeats) for iou in ious]
+        questions = [
+            ([int(1000 * iou)], [1000], [1000], 1, image) for image, iou in enumerate(ious) for _ in range(repeats)
+        ]
         result = SegmentationMetric(cache_dir=str(tmp_path)).compute(**as_columns(questions), bootstrap=500, seed=seed)
         assert result["giou_low"] < result["giou"] < result["giou_high"]
+        # All unions are equal, so the two figures are too, and they see the same resamples.
+        assert [result[f"ciou{end}"] for end in ("", "_low", "_high")] == pytest.approx(
+            [result[f"giou{end}"] for end in ("", "_low", "_high")]
+        )
         return result["giou_low"], result["giou_high"]
 
     low, high = interval(repeats=1)
     assert high - low == pytest.approx(2 * 1.96 * ious.std() / 200**0.5, rel=0.2)
-    assert interval(repeats=4) == pytest.approx((low, high))  # repeating a question's masks adds no information
+    assert interval(repeats=4) == pytest.approx((low, high))  # asking the same again adds no information
     assert interval(repeats=1) == (low, high) != interval(repeats=1, seed=1)
 
 

@@ -326,6 +326,7 @@ def test_compute_metrics_regroups_masks_by_question():
     line = {
         "masks_due": [[1, 2, PADDING], [0, PADDING, PADDING], [0, 3, 1]],
         "num_seg_tokens": [[1, 1, PADDING], [2, PADDING, PADDING], [0, 5, 0]],
+        "targets": [[8, 10, 0, PADDING], [PADDING] * 4, [9, 9, 9, 9]],
         "intersections": [[5, 10, 0, PADDING], [PADDING] * 4, [1, 2, 3, 4]],
         "unions": [[10, 10, 0, PADDING], [PADDING] * 4, [10, 10, 10, 10]],
         "generated_intersections": [[10, 10, 0, PADDING], [PADDING] * 4, [0, 0, 0, 0]],
@@ -341,17 +342,19 @@ def test_compute_metrics_regroups_masks_by_question():
     assert metrics["generated_seg_rate"] == pytest.approx(3 / 4)
     assert metrics["generated_false_seg_rate"] == pytest.approx(1 / 2)
     assert "seg_rate" not in metrics
-    # The interval resamples questions, so it tells which masks belong together.
+    assert metrics["n_acc"] == metrics["t_acc"] == 1  # of the only mask without a target, and of all others
+    # The intervals resample images, so they tell which masks belong together.
     by_question = SegmentationMetric(keep_in_memory=True).compute(
         intersections=[[5], [10, 0], [], [], [1, 2, 3], [4]],
         unions=[[10], [10, 0], [], [], [10, 10, 10], [10]],
+        targets=[[8], [10, 0], [], [], [9, 9, 9], [9]],
         num_seg_tokens=[1, 1, 2, 0, 5, 0],
+        images=[0, 0, 1, 2, 2, 2],
     )
-    assert [metrics[name] for name in ("giou_low", "giou_high")] == [
-        by_question[name] for name in ("giou_low", "giou_high")
-    ]
+    intervals = ("giou_low", "giou_high", "ciou_low", "ciou_high")
+    assert [metrics[name] for name in intervals] == [by_question[name] for name in intervals]
 
-    teacher_forced = {name: lines[name] for name in ("masks_due", "intersections", "unions")}
+    teacher_forced = {name: lines[name] for name in ("masks_due", "targets", "intersections", "unions")}
     metrics = compute_metrics(EvalPrediction(predictions=teacher_forced, label_ids=lines["masks_due"]))
     assert not any(name.startswith("generated") for name in metrics)
 
