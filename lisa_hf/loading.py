@@ -38,7 +38,7 @@ def refuse_original(path: str) -> None:
         if "mm_vision_select_layer" not in config:
             return
         source = "lisa" if "train_mask_decoder" in config else "llava"
-        if source == "llava" and "delta" in path.lower():
+        if source == "llava" and "delta" in local.name.lower():
             source = "llava-delta"
     download, checkpoint = "", path
     if not local.exists():

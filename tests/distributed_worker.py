@@ -1,4 +1,4 @@
-"""Trains and evaluates a tiny LISA in several ways, on as many processes as there are.
+"""Trains and evaluates a tiny LISA in several ways, on two processes; on three it only evaluates.
 
     torchrun --nproc_per_node 2 tests/distributed_worker.py RESULTS.pt
 
@@ -6,15 +6,22 @@ The first process writes what came out; `test_distributed.py` compares it with w
 """
 
 import datetime
+import io
 import sys
 import tempfile
 
+import numpy as np
 import torch
 from accelerate import PartialState
+from datasets import Dataset
+from PIL import Image
 from tiny_training import Items, build_model, copy_state, make_trainer
 
 from lisa_hf.arguments import TRAINABLE_PARTS
+from lisa_hf.evaluation import evaluate_benchmark
 from lisa_hf.lora import prepare_for_training
+from lisa_hf.mixture import EvaluationDataset
+from lisa_hf.schema import FEATURES, encode_mask, make_row
 
 
 # Without the vision tower, whose last norm is not used.
@@ -56,14 +63,52 @@ def train(cut: int, num_processes: int, parts: list[str], lora_r: int, **argumen
     }
 
 
-def evaluate() -> dict[str, float]:
-    """Figures of both protocols. Only three tokens are ever generated, so that some answers have a `[SEG]`."""
+def make_evaluator(output_dir: str, eval_dataset=None, **arguments):
+    """A trainer whose model only ever generates three tokens, so that some answers have a `[SEG]`."""
     model, processor = build_model()
     spoken = {processor.seg_token_id, processor.tokenizer.eos_token_id, 120}
     model.vlm.generation_config.suppress_tokens = [i for i in range(len(processor.tokenizer)) if i not in spoken]
+    return make_trainer(model, processor, output_dir, eval_dataset=eval_dataset, eval_generate=True, **arguments)
+
+
+def evaluate() -> dict[str, float]:
+    """Figures of both protocols in a training."""
     with tempfile.TemporaryDirectory() as output_dir:
-        trainer = make_trainer(model, processor, output_dir, eval_dataset=Items(NUM_EVAL_ITEMS), eval_generate=True)
-        return trainer.evaluate()
+        return make_evaluator(output_dir, Items(NUM_EVAL_ITEMS)).evaluate()
+
+
+def reasoning_rows(num_rows: int) -> Dataset:
+    """Rows as ReasonSeg has them: phrases and sentences, one text or several, pixels to ignore."""
+    rows = []
+    for index in range(num_rows):
+        rng = np.random.default_rng(index)
+        height, width = (int(side) for side in rng.integers(20, 40, size=2))
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8)).save(file, "PNG")
+        mask, ignore = np.zeros((2, height, width), dtype=bool)
+        mask[: height // 2], ignore[:, : width // 4] = index != 2, index % 2  # in one image there is nothing
+        rows.append(
+            make_row(
+                image=file.getvalue(),
+                image_id=str(index),
+                source="reasons",
+                task="reasoning",
+                targets=[{"phrases": [f"it {n} {index}" for n in range(1 + index % 3)], "rle": encode_mask(mask)}],
+                ignore=encode_mask(ignore),
+                is_sentence=index % 2 == 0,
+            )
+        )
+    return Dataset.from_list(rows, features=FEATURES)
+
+
+def evaluate_benchmarks() -> dict[int, tuple[dict, dict]]:
+    """Results and questions to draw, by the number of images: more and fewer of them than processes."""
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = make_evaluator(output_dir, per_device_eval_batch_size=1)
+        return {
+            num_rows: evaluate_benchmark(trainer, EvaluationDataset(reasoning_rows(num_rows), all_texts=True))
+            for num_rows in (NUM_EVAL_ITEMS, 2)
+        }
 
 
 def run(num_processes: int) -> dict:
@@ -77,13 +122,15 @@ def run(num_processes: int) -> dict:
             else:
                 results[name, cut] = train(cut, num_processes, **settings)
     results["metrics"] = evaluate()
+    results["benchmarks"] = evaluate_benchmarks()
     return results
 
 
 if __name__ == "__main__":
     # A process that waits for another in vain shall say so, rather than hang.
     state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=60))
-    outcome = run(state.num_processes)
+    # The eight items of a step cannot be shared by three.
+    outcome = run(state.num_processes) if state.num_processes < 3 else {"benchmarks": evaluate_benchmarks()}
     if state.is_main_process:
         torch.save(outcome, sys.argv[1])
     state.destroy_process_group()

@@ -432,6 +432,31 @@ def test_lora_factor_without_its_partner(tmp_path, fail):
     assert module in fail(tmp_path / "converted", *arguments)
 
 
+@pytest.mark.parametrize("argument", ["model", "vlm"])
+def test_originals_are_refused_with_the_command_that_converts_them(tmp_path, argument):
+    write_llava(tmp_path / "llava", {}, {}, mm_vision_tower=str(CLIP))
+    write_llava(tmp_path / "llava-delta", {}, {}, mm_vision_tower=str(CLIP))
+    write_zero_checkpoint(tmp_path / "ckpt_model", training_state_dict())
+    expected = {
+        original_directory(): "lisa --checkpoint {} --output",
+        tmp_path / "llava": "llava --checkpoint {} --output",
+        tmp_path / "llava-delta": "llava-delta --checkpoint {} --base LLAMA --output",
+        tmp_path / "ckpt_model": "lisa-train --checkpoint {} --base LLAVA --output",
+    }
+    for path, command in expected.items():
+        arguments = {"model": {"model": str(path)}, "vlm": {"vlm": str(path), "mask_model": "sam"}}[argument]
+        with pytest.raises(ValueError) as refused:
+            load_model_and_processor(ModelArguments(**arguments))
+        assert f"`python recipes/convert_weights.py {command.format(path)} OUTPUT`" in str(refused.value)
+
+
+def test_an_original_mask_model_is_refused_with_its_command(tmp_path):
+    torch.save(sam_vit_b(), tmp_path / "sam.pth")
+    arguments = ModelArguments(vlm=str(converted_directory()), mask_model=str(tmp_path / "sam.pth"))
+    with pytest.raises(ValueError, match=r"recipes/convert_weights.py sam --checkpoint .*sam\.pth --output"):
+        load_model_and_processor(arguments)
+
+
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Two processes (DDP on gloo) give what one process gives: loss, gradients, weights and metrics."""
+"""Several processes (DDP on gloo) give what one process gives: loss, gradients, weights and metrics."""
 
 import os
 import subprocess
@@ -23,10 +23,8 @@ def one():
     return distributed_worker.run(1)
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    path = tmp_path_factory.mktemp("two") / "results.pt"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def launch(num_processes: int, path: Path) -> dict:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.run(
         [*launcher, distributed_worker.__file__, str(path)],
@@ -38,6 +36,11 @@ def two(tmp_path_factory):
     )
     assert process.returncode == 0, process.stdout[-5000:]
     return torch.load(path, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launch(2, tmp_path_factory.mktemp("two") / "results.pt")
 
 
 @pytest.mark.parametrize(("name", "cut"), CUTS)
@@ -67,3 +70,21 @@ def test_metrics_of_an_uneven_set(one, two):
     # The case proves something only if some answers have a [SEG] and others have none.
     assert 0 < two["metrics"]["eval_generated_seg_rate"] < 1
     assert 0 < two["metrics"]["eval_generated_giou"] < 1
+
+
+def test_benchmarks_to_the_last_bit(one, two, tmp_path):
+    expected = one["benchmarks"]
+    assert two["benchmarks"] == expected
+    assert launch(3, tmp_path / "results.pt")["benchmarks"] == expected
+
+    results, questions = expected[distributed_worker.NUM_EVAL_ITEMS]
+    assert [results[name]["num_items"] for name in ("", "_short", "_long")] == [7, 3, 4]
+    counts = {name: figures["num_questions"] for name, figures in results[""]["protocols"].items()}
+    assert counts == {"lisa": 7, "generated": 7, "all_texts": 13, "generated_all_texts": 13}
+    assert 0 < results[""]["protocols"]["generated"]["seg_rate"] < 1
+    assert results[""]["protocols"]["lisa"].keys() >= {"giou_low", "ciou_high", "p@0.5", "n_acc", "t_acc"}
+    assert len(questions) == 12 and list(questions.values())[0].startswith("rank 1 of 13, IoU ")
+    # Fewer images than processes, and none of the same kind twice.
+    results, _ = expected[2]
+    assert {name: result["num_items"] for name, result in results.items()} == {"": 2, "_short": 1, "_long": 1}
+    assert results["_long"]["protocols"].keys() == {"lisa", "generated"}

@@ -5,13 +5,19 @@ classes; what model and processor make of the original's texts and images is com
 """
 
 import hashlib
+import importlib.util
+import io
+import json
 import math
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from golden_model import (
+    COMMAND,
     GOLDEN,
     NUM_EXTRA_IMAGE_TOKENS,
     ORIGINAL_IMAGE_TOKEN,
@@ -21,6 +27,7 @@ from golden_model import (
     assert_close,
     collapse_image,
     converted_config,
+    converted_directory,
     converted_model,
     converted_processor,
     golden_image,
@@ -42,6 +49,7 @@ from lisa_hf.losses import mask_losses
 from lisa_hf.mask_backbone import decode_prompts, encode_images, padded_side, upscale_masks
 from lisa_hf.metrics import intersection_and_union
 from lisa_hf.processing_lisa import TextTooLongError
+from lisa_hf.schema import FEATURES, encode_mask, make_row
 
 
 TOKENIZATION = load_json("tokenization")
@@ -358,6 +366,46 @@ def test_inference(model, processor):
     # The original adds 1e-5 to each mask's union, and 1e-10 to their sum.
     assert (intersections / unions).mean() == pytest.approx(meta["giou"], rel=TOLERANCE)
     assert intersections.sum() / unions.sum() == pytest.approx(meta["ciou"], rel=TOLERANCE)
+
+
+def test_evaluation_recipe(tmp_path, monkeypatch):
+    """LISA's validation of the recorded questions, through the recipe: each a row, as their ignored pixels differ."""
+    meta, tensors = load_case("inference")
+    texts = [as_turns(conversation)[0].splitlines()[1] for conversation in meta["conversation_list"]]
+    file = io.BytesIO()
+    golden_image(meta["image_index"]).save(file, "PNG")
+    rows = [
+        make_row(
+            image=file.getvalue(),
+            image_id=str(index),
+            source="recorded",
+            task="referring",
+            targets=[
+                {
+                    "phrases": [text.removeprefix(" What is ").split(" in this image?")[0]],
+                    "rle": encode_mask((mask == 1).numpy()),
+                }
+            ],
+            ignore=encode_mask((mask == 255).numpy()),
+        )
+        for index, (text, mask) in enumerate(zip(texts, tensors["gt_masks"], strict=True))
+    ]
+    Dataset.from_list(rows, features=FEATURES).to_parquet(tmp_path / "rows.parquet")
+    spec = importlib.util.spec_from_file_location("evaluate_recipe", COMMAND.with_name("evaluate.py"))
+    recipe = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    spec.loader.exec_module(recipe)
+    source = {"recorded": {"builder": "hub", "path": str(tmp_path / "rows.parquet"), "split": "train"}}
+    arguments = ["--eval_sources", json.dumps(source), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate.py", str(converted_directory()), *arguments, "--eval_generate", "false"]
+    )
+    recipe.main()
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["benchmarks"]["recorded"]
+    assert results["num_items"] == 3 and results["protocols"].keys() == {"lisa"}
+    figures = results["protocols"]["lisa"]
+    assert figures["giou"] == pytest.approx(meta["giou"], rel=TOLERANCE)
+    assert figures["ciou"] == pytest.approx(meta["ciou"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("case", ["one_seg", "two_seg", "no_seg"])

@@ -179,6 +179,25 @@ def test_a_phrase_of_several_targets_takes_all_of_them_also_where_their_other_ph
     assert [decode_mask(question.masks[0]).sum() for question in evaluation_questions(dogs)] == [4, 2]
 
 
+def test_evaluation_with_all_texts_marks_those_that_lisa_asks():
+    rows = [
+        (row("reasoning", target(0, "pets", "dog"), target(1, "animals", "pets")), 2),
+        (row("semantic", target(0, "cup", "plate"), target(1, "mug", "plate"), target(2, "plate")), 3),
+        (row("referring", target(0, "left", "the left one"), target(1, "right", "left")), 4),
+    ]
+    for example, num_first in rows:
+        phrases = [phrase for target in example["targets"] for phrase in target["phrases"]]
+        for merge_instances in (True, False):
+            asked = evaluation_questions(example, merge_instances)
+            everything = evaluation_questions(example, merge_instances, all_texts=True)
+            # The same questions, maybe in another order, and more.
+            first = [question for question in everything if question.is_first_text]
+            assert sorted(map(repr, first)) == sorted(map(repr, asked))
+            assert len(everything) == len(set(phrases) if merge_instances else phrases)
+            if not merge_instances:
+                assert len(first) == num_first
+
+
 def test_a_name_that_two_classes_share_is_asked_for_once():
     names = [("red object", "cup"), ("plate", "red object"), ("red object",)]
     objects = row("semantic", *[target(index, *phrases) for index, phrases in enumerate(names)])

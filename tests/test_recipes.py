@@ -130,11 +130,60 @@ def test_evaluate_gives_the_figures_of_the_training(trained, tmp_path):
         "true",
         cwd=tmp_path,
     )
-    figures = json.loads((tmp_path / "figures" / "eval_results.json").read_text())
+    written = json.loads((tmp_path / "figures" / "evaluation.json").read_text())
+    assert written["model"] == str(trained)
+    assert set(written["benchmarks"]) <= {"shapes", "shapes_short", "shapes_long"}
+    result = written["benchmarks"]["shapes"]
+    assert (result["builder"], result["split"], result["num_items"]) == ("shapes", "validation", 3)
     trained_figures = json.loads((trained / "eval_results.json").read_text())
-    for name in ("giou", "ciou", "generated_giou", "generated_seg_rate", "loss"):
-        assert figures[f"eval_shapes_{name}"] == pytest.approx(trained_figures[f"eval_{name}"], rel=1e-4), name
+    for protocol, prefix in (("lisa", ""), ("generated", "generated_")):
+        for name in ("giou", "ciou", "giou_low", "ciou_high", "p@0.5"):
+            figures = result["protocols"][protocol]
+            assert figures[name] == pytest.approx(trained_figures[f"eval_{prefix}{name}"], rel=1e-4), name
+    assert figures["seg_rate"] == trained_figures["eval_generated_seg_rate"]
     assert (tmp_path / "figures" / "predictions_shapes.png").exists()
+
+
+def test_benchmarks_by_protocol(trained, tmp_path):
+    tree = ROOT / "tests" / "golden" / "tree" / "dataset"
+    benchmarks = ("reason_seg_val", "refcoco_val", "grefcoco_val")
+    arguments = (
+        "--data_dir",
+        tree,
+        "--benchmarks",
+        *benchmarks,
+        "--generation_max_new_tokens",
+        4,
+        "--use_cpu",
+        "true",
+    )
+    printed = run("evaluate.py", trained, *arguments, cwd=tmp_path).stdout
+    output_dir = tmp_path / "outputs" / "evaluate"
+    assert (output_dir / "evaluation.md").read_text() in printed and str(output_dir) in printed
+    results = json.loads((output_dir / "evaluation.json").read_text())["benchmarks"]
+    assert list(results) == ["reason_seg_val", "reason_seg_val_short", "reason_seg_val_long", *benchmarks[1:]]
+    # One photo is asked for by a phrase with a second text, which LISA never asks, and one by a sentence.
+    questions = {
+        name: {protocol: figures["num_questions"] for protocol, figures in result["protocols"].items()}
+        for name, result in results.items()
+    }
+    assert questions["reason_seg_val"] == {"lisa": 2, "generated": 2, "all_texts": 3, "generated_all_texts": 3}
+    assert questions["reason_seg_val_short"] == {"lisa": 1, "generated": 1, "all_texts": 2, "generated_all_texts": 2}
+    assert questions["reason_seg_val_long"] == {"lisa": 1, "generated": 1}
+    # As many as LISA asks, one of them about nobody.
+    golden = json.loads((ROOT / "tests" / "golden" / "datasets.json").read_text())["val"]["refcoco|unc|val"]
+    asked = sum(len(item["conversations"]) for item in golden["items"].values())
+    assert questions["refcoco_val"] == {"lisa": asked, "generated": asked}
+    assert results["refcoco_val"]["builder"] == "refcoco" and results["refcoco_val"]["num_items"] == golden["len"]
+    assert {"n_acc", "t_acc"} <= results["refcoco_val"]["protocols"]["lisa"].keys()
+    assert "n_acc" not in results["grefcoco_val"]["protocols"]["lisa"]
+    for name in benchmarks:
+        assert PIL.Image.open(output_dir / f"predictions_{name}.png").width > 1000
+
+
+def test_unknown_benchmark_names_the_nearest(tmp_path):
+    result = run("evaluate.py", "model", "--benchmarks", "reasonseg_val", cwd=tmp_path, check=False)
+    assert_one_line(result, "reasonseg_val", "the nearest is reason_seg_val", "refcoco_testA")
 
 
 def test_predict_prints_the_answer_and_writes_masks(trained, tmp_path):
