@@ -10,7 +10,10 @@ Published figures mix protocols, so all are given side by side. A protocol is wh
 Pixels that are annotated as ambiguous count in none of them, as in LISA.
 """
 
+import json
+import os
 from itertools import compress
+from pathlib import Path
 
 import numpy as np
 from transformers import EvalPrediction, Trainer
@@ -68,6 +71,16 @@ def evaluate_benchmark(trainer: Trainer, dataset: EvaluationDataset) -> tuple[di
                 protocols[f"{prefix}all_texts"] = _figures(_select(columns, asked), bool(prefix))
     questions = _questions_to_draw(_columns(lines, GENERATED)) if GENERATED in prefixes else {}
     return results, questions
+
+
+def write_results(output_dir: Path, model: str, results: dict[str, dict]) -> None:
+    """Writes results of benchmarks by name, as `evaluation.json` and, in percent, as the table `evaluation.md`."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"model": model, "benchmarks": results}, indent=2) + "\n"
+    for name, text in (("evaluation.json", content), ("evaluation.md", markdown_table(results))):
+        incomplete = output_dir / f"{name}.incomplete"
+        incomplete.write_text(text, encoding="utf-8")
+        os.replace(incomplete, output_dir / name)
 
 
 def markdown_table(results: dict[str, dict]) -> str:

@@ -9,8 +9,9 @@ processes; `SegmentationMetric` turns the integers into figures:
     )
     metric.compute()
 
-gIoU and cIoU are those of the LISA paper (arXiv 2308.00692, section 4.1); N-acc and T-acc those of the paper on
-gRefCOCO (arXiv 2306.00968, section 5), whose code computes another T-acc, with the no-target questions in it.
+gIoU and cIoU are those of the LISA paper (arXiv 2308.00692, section 4.1). N-acc and T-acc are those of the paper on
+gRefCOCO (arXiv 2306.00968): TP / (TP + FN) and TN / (TN + FP), where positive is a question about nothing. The code
+published with it has TP / (TP + FN + 1) and TP / (TP + FP + 1) instead.
 """
 
 from itertools import chain

@@ -25,18 +25,19 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 
 import argparse
 import difflib
-import json
 import logging
 
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.arguments import DataArguments, exit_with_one_line, parse_arguments
-from lisa_hf.evaluation import evaluate_benchmark, markdown_table
+from lisa_hf.evaluation import evaluate_benchmark, markdown_table, write_results
 from lisa_hf.inference import draw_predictions
 from lisa_hf.loading import load_lisa
 from lisa_hf.mixture import EvaluationDataset
 from lisa_hf.packing import use_packing
 
+
+logger = logging.getLogger("evaluate")
 
 SPLITS = {
     "reason_seg": ("val", "val_short", "val_long", "test", "test_short", "test_long"),
@@ -108,15 +109,13 @@ def main():
         )
         output_dir, results = Path(training_args.output_dir), {}
         for name, dataset in datasets.items():
+            logger.info("%s: %d images", name, len(dataset))
             subsets, questions = evaluate_benchmark(trainer, dataset)
             results |= {name + subset: {**sources[name], **result} for subset, result in subsets.items()}
             if not trainer.is_world_process_zero():
                 continue
             # After each benchmark, since the next one may take hours.
-            output_dir.mkdir(parents=True, exist_ok=True)
-            content = {"model": args.model, "benchmarks": results}
-            (output_dir / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
-            (output_dir / "evaluation.md").write_text(markdown_table(results))
+            write_results(output_dir, args.model, results)
             if questions:
                 sheet = draw_predictions(
                     model, processor, dataset, training_args.generation_max_new_tokens, titles=questions
