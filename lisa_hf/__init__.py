@@ -1,10 +1,12 @@
 """lisa_hf: teach any Hugging Face vision-language model to answer with segmentation masks."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .collator import LisaDataCollator
 from .configuration_lisa import LisaConfig
 from .modeling_lisa import LisaForConditionalGeneration
+from .pipeline_lisa import ReasoningSegmentationPipeline
 from .processing_lisa import LisaProcessor
 from .trainer import LisaTrainer
 
@@ -13,6 +15,7 @@ AutoConfig.register("lisa", LisaConfig)
 AutoModel.register(LisaConfig, LisaForConditionalGeneration)
 AutoModelForImageTextToText.register(LisaConfig, LisaForConditionalGeneration)
 AutoProcessor.register(LisaConfig, LisaProcessor)
+PIPELINE_REGISTRY.register_pipeline("reasoning-segmentation", ReasoningSegmentationPipeline, pt_model=AutoModel)
 # What a saved model needs in order to load where this package is not installed.
 LisaConfig.register_for_auto_class()
 LisaForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -4,6 +4,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
+# What `pipeline("reasoning-segmentation")` runs where this package is not installed.
+CUSTOM_PIPELINES = {
+    "reasoning-segmentation": {"impl": "pipeline_lisa.ReasoningSegmentationPipeline", "pt": ["AutoModel"]}
+}
+
+
 class LisaConfig(PreTrainedConfig):
     """Configuration of [`LisaForConditionalGeneration`].
 
@@ -31,12 +37,18 @@ class LisaConfig(PreTrainedConfig):
     mask_dice_loss_weight: float = 0.5
     suppress_tokens: list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, custom_pipelines: dict | None = None, **kwargs):
+        # The package registers its own pipeline, and with this entry transformers would insist on the saved copy.
+        if __name__.startswith("transformers_modules."):
+            self.custom_pipelines = custom_pipelines or {}
         super().__post_init__(**kwargs)
         # SAM 2 replaces an unstable single mask by one of its three others in evaluation only. LISA trains the single
         # mask alone, so that choice would return untrained masks.
         if self.mask_config.model_type == "sam2":
             self.mask_config.mask_decoder_config.dynamic_multimask_via_stability = False
+
+    def to_dict(self) -> dict:
+        return {**super().to_dict(), "custom_pipelines": CUSTOM_PIPELINES}
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The configuration of the VLM's language model, where transformers looks for sizes and cache settings."""

@@ -1,23 +1,13 @@
 """Ask a LISA model about images: text and masks, or a contact sheet of them."""
 
-from dataclasses import dataclass
-
 import PIL.Image
-import torch
 
 from .collator import mask_labels
 from .mixture import EvaluationDataset
 from .modeling_lisa import LisaForConditionalGeneration
+from .pipeline_lisa import Answer, answer_prompts
 from .processing_lisa import LisaProcessor
 from .visualization import Prediction, contact_sheet
-
-
-@dataclass
-class Answer:
-    """Text of an answer and its masks, `(M, H, W)` bool at the image's size, one per `[SEG]` in the text."""
-
-    text: str
-    masks: torch.Tensor
 
 
 def answer_questions(
@@ -36,22 +26,9 @@ def answer_questions(
         processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         for messages in conversations
     ]
-    inputs = processor(images=image, text=prompts, image_indices=[0] * len(prompts)).to(model.device)
-    was_training = model.training
-    model.eval()
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    model.train(was_training)
-    masks = processor.post_process_masks(
-        output.low_res_masks,
-        inputs["original_sizes"],
-        inputs["reshaped_input_sizes"],
-        output.seg_row_indices,
-        inputs["image_indices"],
+    return answer_prompts(
+        model, processor, [image], prompts, image_indices=[0] * len(prompts), max_new_tokens=max_new_tokens
     )
-    texts = processor.tokenizer.batch_decode(
-        output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    return [Answer(text=text.strip(), masks=row.cpu()) for text, row in zip(texts, masks)]
 
 
 def question_messages(question: str) -> list[dict]:

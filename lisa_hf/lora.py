@@ -74,7 +74,7 @@ def prepare_for_training(
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
             target_modules=rf"{re.escape(language_model)}\..*\.({names})",
-            modules_to_save=[path for part in trainable for path in parts[part]],
+            modules_to_save=[path for part in trainable for path in _trained_modules(model, parts[part])],
             ensure_weight_tying=tied and "embeddings" in trainable,
         )
         try:
@@ -86,6 +86,23 @@ def prepare_for_training(
     for module in _untrained_decoder_modules(model):
         module.requires_grad_(False)
     return model
+
+
+def _trained_modules(model: nn.Module, paths: list[str]) -> list[str]:
+    """The modules at the paths, or those within them, that train as a whole.
+
+    PEFT saves a module whole, but under ZeRO-3 it gets only those weights from the Trainer that train.
+    """
+    untrained = set(_untrained_decoder_modules(model))
+    trained = []
+    for path in paths:
+        module = model.get_submodule(path)
+        if untrained.isdisjoint(module.modules()):
+            trained.append(path)
+        elif module not in untrained:
+            children = [f"{path}.{name}" for name, child in module.named_children() if list(child.parameters())]
+            trained += _trained_modules(model, children)
+    return trained
 
 
 def _untrained_decoder_modules(model: nn.Module) -> list[nn.Module]:

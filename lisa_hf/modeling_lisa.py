@@ -4,13 +4,19 @@ The language model emits `[SEG]`; the hidden state that predicts it goes through
 a SAM-family mask decoder. This file and what it imports travel to the Hub as remote code.
 """
 
+import copy
 import inspect
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoModelForMaskGeneration, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForMaskGeneration,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput
 
 from .configuration_lisa import LisaConfig
@@ -26,7 +32,12 @@ from .mask_backbone import (
     upscale_masks,
 )
 from .packing import packed_inputs, packing_obstacle
+from .pipeline_lisa import ReasoningSegmentationPipeline  # noqa: F401  so that it is saved with this file
 from .vlm_backbone import encode_vlm_images, split_vision_inputs
+
+
+# Not quantised: what makes the masks, and the vocabulary projection, through which [SEG] is chosen.
+UNQUANTIZED_MODULES = ["mask_model", "seg_projector", "lm_head"]
 
 
 @dataclass
@@ -115,6 +126,15 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             module.linear_2.reset_parameters()
         elif not any(module is child for child in (self.seg_projector.linear_1, self.seg_projector.linear_2)):
             super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args, quantization_config=None, **kwargs):
+        """As in transformers; a `BitsAndBytesConfig` quantises the VLM alone unless it names its own
+        `llm_int8_skip_modules`, see `UNQUANTIZED_MODULES`."""
+        if isinstance(quantization_config, BitsAndBytesConfig) and quantization_config.llm_int8_skip_modules is None:
+            quantization_config = copy.copy(quantization_config)
+            quantization_config.llm_int8_skip_modules = UNQUANTIZED_MODULES
+        return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
     @classmethod
     def from_vlm_mask_model_pretrained(

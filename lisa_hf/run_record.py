@@ -59,6 +59,7 @@ def write_run_record(
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
+        "directory": os.getcwd(),
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version()} | _versions(),
         "hardware": {
@@ -95,6 +96,14 @@ def read_run_record(directory: Path) -> dict | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. Restore it, or remove it to go on without.") from error
+
+
+def find_run_record(checkpoint: Path) -> dict | None:
+    """The record of the run that a checkpoint belongs to: in it, or in the directory above a `checkpoint-*`."""
+    record = read_run_record(checkpoint)
+    if record is None and checkpoint.name.startswith("checkpoint-"):
+        record = read_run_record(checkpoint.resolve().parent)
+    return record
 
 
 def _describe(name: str, options: dict[str, dict], rows: Dataset | IterableDataset) -> dict:

@@ -23,9 +23,10 @@ from datasets import Dataset, IterableDataset
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.arguments import DataArguments, LisaTrainingArguments, exit_with_one_line, parse_arguments
+from lisa_hf.export import trained_model
 from lisa_hf.inference import draw_predictions
 from lisa_hf.loading import load_model_and_processor
-from lisa_hf.lora import merge_lora, prepare_for_training, trainable_summary
+from lisa_hf.lora import prepare_for_training, trainable_summary
 from lisa_hf.mixture import EvaluationDataset, MixtureDataset
 from lisa_hf.packing import use_packing
 from lisa_hf.run_record import write_run_record
@@ -65,7 +66,6 @@ def main():
     logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
     # How much is skipped or left out, said once.
     logging.getLogger("data_scripts").setLevel(logging.INFO if training_args.should_log else logging.WARNING)
-    transformers.set_seed(training_args.seed)
     with exit_with_one_line():
         if not data_args.sources:
             raise ValueError("sources: expected at least one training source, found none")
@@ -80,6 +80,7 @@ def main():
             eval_rows = load_sources(data_args.eval_sources, data_args.data_dir, data_args.max_eval_items)
         train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)
         texts = itertools.chain.from_iterable(row_texts(rows) for rows in train_rows.values())
+        transformers.set_seed(training_args.seed)  # here: the export of a LoRA run draws the same random weights again
         model, processor = load_model_and_processor(model_args, texts)
         model = prepare_for_training(
             model,
@@ -113,8 +114,8 @@ def main():
             trainer.save_metrics("eval", metrics)
 
         output_dir = Path(training_args.output_dir)
+        model = trained_model(trainer)
         if trainer.is_world_process_zero():
-            model = merge_lora(trainer.accelerator.unwrap_model(trainer.model))
             model.save_pretrained(output_dir)
             processor.save_pretrained(output_dir)
             done = f"Done. Model, processor and metrics: {output_dir.resolve()}"

@@ -13,7 +13,7 @@ from lisa_hf import LisaForConditionalGeneration
 
 CODE = {
     *("configuration_lisa.py", "generation_lisa.py", "losses.py", "mask_backbone.py", "modeling_lisa.py"),
-    *("processing_lisa.py", "vlm_backbone.py"),
+    *("pipeline_lisa.py", "processing_lisa.py", "vlm_backbone.py"),
 }
 SCRIPT = """
 import sys
@@ -30,7 +30,7 @@ class NoPackage:
 
 
 sys.meta_path.insert(0, NoPackage())
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
 
 directory, picture, text, results = sys.argv[1:]
 config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
@@ -40,9 +40,14 @@ for part in (config, model, model.config, processor):
     assert type(part).__module__.startswith("transformers_modules."), type(part)
 inputs = processor(Image.open(picture), text)
 seg = torch.tensor(config.seg_token_id)
-output = model.generate(**inputs, max_new_tokens=2, logits_processor=[lambda _, scores: scores.index_fill(1, seg, 99)])
+only_seg = {"logits_processor": [lambda _, scores: scores.index_fill(1, seg, 99)]}
+output = model.generate(**inputs, max_new_tokens=2, **only_seg)
 sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
 (masks,) = processor.post_process_masks(output.low_res_masks, *sizes, output.seg_row_indices)
+pipe = pipeline("reasoning-segmentation", model=directory, trust_remote_code=True)
+assert type(pipe).__module__.startswith("transformers_modules."), type(pipe)
+answer = pipe(picture, question="What is it?", max_new_tokens=2, generate_kwargs=only_seg)
+assert answer["text"] == "[SEG][SEG]" and torch.equal(answer["masks"], masks), answer
 forward = model(**inputs)
 tensors = {"masks": masks, "sequences": output.sequences, "low_res_masks": output.low_res_masks}
 tensors |= {"logits": forward.logits, "input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"]}

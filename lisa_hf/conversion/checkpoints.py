@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 
 logger = logging.getLogger(__name__)
@@ -90,12 +90,15 @@ def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
         with safe_open(file, "pt") as tensors:
             return tensors.get_tensor(name)
 
-    with safe_open(file, "pt") as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-        return {
-            name: LazyTensor(torch.Size(part.get_shape()), part[:0].dtype, functools.partial(read, name))
-            for name, part in slices.items()
-        }
+    try:
+        with safe_open(file, "pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            return {
+                name: LazyTensor(torch.Size(part.get_shape()), part[:0].dtype, functools.partial(read, name))
+                for name, part in slices.items()
+            }
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: it is truncated, or no safetensors file ({error}).") from error
 
 
 def _open_pickle(file: Path) -> dict[str, LazyTensor]:
@@ -141,19 +144,41 @@ def open_zero_checkpoint(path: Path) -> dict[str, LazyTensor]:
     That function reads the frozen weights whole and unpickles without restrictions: give it your own runs alone.
 
     Raises:
-        ValueError: a file is missing or truncated.
+        ValueError: a file is missing or truncated, and which one.
     """
     # Slow to import, and only this needs it.
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     is_root = (path / "latest").is_file()
     step = path / (path / "latest").read_text().strip() if is_root else path
-    for file in sorted(step.glob("*_states.pt")):
-        if not zipfile.is_zipfile(file):
-            raise ValueError(f"{file} cannot be read: it is truncated. Copy the checkpoint again.")
+    _check_zero_files(step)
     root, tag = (path, None) if is_root else (path.parent, path.name)
     state_dict = get_fp32_state_dict_from_zero_checkpoint(root, tag=tag, lazy_mode=True)
     return {name: LazyTensor(value.shape, value.dtype, value.contiguous) for name, value in state_dict.items()}
+
+
+def _check_zero_files(step: Path) -> None:
+    """DeepSpeed counts its files, but does not say which one is missing."""
+    optimizer_files = sorted(step.glob("*_optim_states.pt"))
+    if not optimizer_files:
+        raise ValueError(f"{step}: expected the *_optim_states.pt of a DeepSpeed checkpoint, found none.")
+    for file in sorted(step.glob("*_states.pt")):
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{file} cannot be read: it is truncated. Copy the checkpoint again.")
+    optimizer = torch.load(optimizer_files[0], map_location="cpu", mmap=True, weights_only=False)
+    optimizer = optimizer["optimizer_state_dict"]
+    counts = optimizer["partition_count"]  # one per parameter group in ZeRO-2
+    num_processes = max(counts) if isinstance(counts, list) else counts
+    prefix = re.match(r"(.*)zero_pp_rank_\d+", optimizer_files[0].name)[1]
+    expected = [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(num_processes)]
+    if optimizer["zero_stage"] == 3:
+        expected += [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(num_processes)]
+    else:
+        expected.append("mp_rank_00_model_states.pt")
+    if missing := [name for name in expected if not (step / name).is_file()]:
+        raise ValueError(
+            f"{step}: {', '.join(missing)} missing, of {num_processes} processes. Copy the checkpoint again."
+        )
 
 
 # ---- sums of tensors ------------------------------------------------------------------------------------------------

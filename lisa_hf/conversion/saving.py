@@ -57,8 +57,6 @@ def save_converted(converted: ConvertedModel, output_dir: Path, dtype: torch.dty
         ValueError: the directory is taken, weights are missing, left over or of another shape, or what was written
             differs from what was read.
     """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"{output_dir} exists and is not empty: name a new directory, or remove it.")
     check_tensors(converted.model, converted.tensors)
     dtype = dtype or most_common_dtype(converted.tensors)
     logger.info("%d tensors fit %s; writing %s", len(converted.tensors), type(converted.model).__name__, dtype)
@@ -100,7 +98,13 @@ def most_common_dtype(tensors: dict[str, LazyTensor]) -> torch.dtype:
 
 @contextmanager
 def whole_directory(directory: Path) -> Iterator[Path]:
-    """A new directory to write to, which gets its name only if everything went well and is removed otherwise."""
+    """A new directory to write to, which gets its name only if everything went well and is removed otherwise.
+
+    Raises:
+        ValueError: there is something of that name, other than an empty directory.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not empty: name a new directory, or remove it.")
     incomplete = directory.with_name(f"{directory.name}.incomplete")
     if incomplete.exists():  # of a run that was killed
         shutil.rmtree(incomplete)

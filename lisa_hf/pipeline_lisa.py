@@ -1,0 +1,127 @@
+"""`pipeline("reasoning-segmentation")`: an image and a question in, text, masks and scores out.
+
+    pipe = pipeline("reasoning-segmentation", model=DIR, trust_remote_code=True)
+    pipe("photo.jpg", question="What could be used to open it?")
+
+This file travels to the Hub as remote code.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from transformers import Pipeline
+from transformers.image_utils import load_image
+
+
+@dataclass
+class Answer:
+    """Text of an answer, and one mask per `[SEG]` in it.
+
+    Args:
+        masks: `(M, H, W)` bool at the image's size.
+        scores: `(M,)` float, the mask decoder's own estimate of each mask's IoU (LISA does not train it).
+    """
+
+    text: str
+    masks: torch.Tensor
+    scores: torch.Tensor
+
+
+def answer_prompts(
+    model,
+    processor,
+    images: list[Image],
+    prompts: list[str],
+    image_indices: list[int] | None = None,
+    mask_threshold: float = 0.0,
+    max_new_tokens: int = 256,
+    do_sample: bool = False,
+    **kwargs,
+) -> list[Answer]:
+    """Answers N prompts about B images, which are encoded once each.
+
+    Args:
+        model, processor: a [`LisaForConditionalGeneration`] and its [`LisaProcessor`].
+        prompts: in the chat template's form, ending where the answer begins.
+        image_indices: N ints, prompt to image; by default prompt n is about image n.
+        mask_threshold: of the masks' logits.
+        max_new_tokens, do_sample, kwargs: of [`LisaForConditionalGeneration.generate`].
+    """
+    inputs = processor(images=images, text=prompts, image_indices=image_indices).to(model.device)
+    was_training = model.training
+    model.eval()
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=do_sample, **kwargs)
+    model.train(was_training)
+    masks = processor.post_process_masks(
+        output.low_res_masks,
+        inputs["original_sizes"],
+        inputs["reshaped_input_sizes"],
+        output.seg_row_indices,
+        inputs["image_indices"],
+        mask_threshold,
+    )
+    texts = processor.tokenizer.batch_decode(
+        output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return [
+        Answer(text.strip(), row_masks.cpu(), output.iou_scores[output.seg_row_indices == row].float().cpu())
+        for row, (text, row_masks) in enumerate(zip(texts, masks))
+    ]
+
+
+class ReasoningSegmentationPipeline(Pipeline):
+    """Answers questions about images with text and masks.
+
+    A call takes an image (PIL image, path or address), or a list of them, and `question`; or dicts with `image` and
+    `question`, of which a list, a generator or a data set is answered `batch_size` at a time. Further arguments:
+    `max_new_tokens` of an answer, `mask_threshold` of the masks' logits, and `generate_kwargs`, a dict of further
+    arguments of [`LisaForConditionalGeneration.generate`].
+
+    Returns:
+        A dict per question: `text`, `masks` and `scores`, see [`Answer`].
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+
+    def __call__(self, inputs, question: str | None = None, **kwargs):
+        if question is not None:
+            images = inputs if isinstance(inputs, list) else [inputs]
+            questions = [{"image": image, "question": question} for image in images]
+            inputs = questions if isinstance(inputs, list) else questions[0]
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(self, max_new_tokens=None, mask_threshold=None, generate_kwargs=None, **unknown):
+        if unknown:
+            raise ValueError(
+                f"Unknown arguments: {', '.join(unknown)}. Expected `max_new_tokens`, `mask_threshold`, or arguments "
+                "of `generate` in the dict `generate_kwargs`."
+            )
+        given = {"max_new_tokens": max_new_tokens, "mask_threshold": mask_threshold}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {}, given | (generate_kwargs or {}), {}
+
+    def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(inputs, dict) or inputs.keys() != {"image", "question"}:
+            raise ValueError(
+                "Expected an image and `question=...`, or a dict of 'image' and 'question', found "
+                f"{f'one of {list(inputs)}' if isinstance(inputs, dict) else type(inputs).__name__}."
+            )
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": inputs["question"]}]}
+        prompt = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        # The tensors are made in `_forward`, from a whole batch: only the processor knows how images and rows join.
+        return {"image": load_image(inputs["image"]), "prompt": prompt}
+
+    def _forward(self, batch: dict[str, Any], **kwargs) -> dict[str, Any]:
+        images, prompts = batch["image"], batch["prompt"]
+        if isinstance(prompts, str):  # not collated: batch_size is 1
+            (answer,) = answer_prompts(self.model, self.processor, [images], [prompts], **kwargs)
+            return {"answer": answer}
+        return {"answer": answer_prompts(self.model, self.processor, images, prompts, **kwargs)}
+
+    def postprocess(self, outputs: dict[str, Answer]) -> dict[str, Any]:
+        return vars(outputs["answer"])
