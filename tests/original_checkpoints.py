@@ -6,7 +6,18 @@ from pathlib import Path
 
 import torch
 from golden_model import GOLDEN, original_config, original_state_dict, write_shards, write_tokenizer
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    SamConfig,
+)
+
+from lisa_hf import LisaConfig, LisaForConditionalGeneration
+from lisa_hf.conversion import convert_key
+from lisa_hf.conversion.lisa import LISA_KEY_TABLE
 
 
 CLIP = GOLDEN / "clip_tiny"
@@ -90,6 +101,84 @@ def hq_decoder(width: int = 32, encoder_width: int = 32) -> dict:
             shapes |= {f"{module}.{layer}.weight": (*channels, size, size), f"{module}.{layer}.bias": (columns,)}
         shapes |= {f"{module}.1.weight": (middle,), f"{module}.1.bias": (middle,)}
     return {f"mask_decoder.{name}": torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+
+
+def lisa_of_other_sizes(text: dict, clip: dict, sam: dict, decoder: dict) -> LisaForConditionalGeneration:
+    """A LISA with random weights; the arguments are fields of the configurations of its parts."""
+    torch.manual_seed(0)
+    width = sam["output_channels"]
+    vision = {"scale": 1.0, "num_pos_feats": width // 2, "initializer_range": 0.1, **sam}
+    prompt = {"hidden_size": width, "image_size": sam["image_size"], "patch_size": sam["patch_size"]}
+    config = LisaConfig(
+        vlm_config=LlavaConfig(
+            text_config=LlamaConfig(**text, vocab_size=645, rms_norm_eps=1e-5, initializer_range=0.1),
+            vision_config=CLIPVisionConfig(**clip, initializer_range=0.1),
+            image_token_index=643,
+            image_seq_length=(clip["image_size"] // clip["patch_size"]) ** 2,
+            projector_hidden_act="linear",
+            tie_word_embeddings=False,
+        ),
+        mask_config=SamConfig(
+            vision_config=vision,
+            prompt_encoder_config={**prompt, "mask_input_channels": decoder.pop("mask_input_channels")},
+            mask_decoder_config={"hidden_size": width, "layer_norm_eps": 1e-5, **decoder},
+            initializer_range=0.1,
+        ),
+        seg_token_id=640,
+        suppress_tokens=[643, 644],
+    )
+    model = LisaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "rel_pos" in name or "pos_embed" in name:
+                weight.normal_(std=0.3)  # zeros would hide a window of another size
+        projector = model.vlm.model.multi_modal_projector.linear_2  # the original has one layer
+        projector.weight.copy_(torch.eye(len(projector.weight)))
+        projector.bias.zero_()
+        for rows in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            rows[643:] = 0
+    return model
+
+
+def original_names(model: LisaForConditionalGeneration) -> list[str]:
+    """The names that the original has for the tensors of a LISA of these sizes."""
+    config = model.config
+    depths = {
+        r"model\.layers": config.vlm_config.text_config.num_hidden_layers,
+        r".*vision_model\.encoder\.layers": config.vlm_config.vision_config.num_hidden_layers,
+        r".*image_encoder\.blocks": config.mask_config.vision_config.num_hidden_layers,
+        r".*mask_decoder\.transformer\.layers": config.mask_config.mask_decoder_config.num_hidden_layers,
+        r".*output_hypernetworks_mlps": config.mask_config.mask_decoder_config.num_multimask_outputs + 1,
+    }
+    names = []
+    for name in original_state_dict():
+        for pattern, depth in depths.items():
+            if match := re.fullmatch(rf"({pattern})\.(\d+)\.(.*)", name):
+                names += [f"{match[1]}.{layer}.{match[3]}" for layer in range(depth) if match[2] == "0"]
+                break
+        else:
+            names.append(name)
+    return names
+
+
+def write_lisa_of_other_sizes(directory: Path, model: LisaForConditionalGeneration) -> None:
+    """The model in the original's format, its CLIP tower beside it in `clip`, as the original leaves it out."""
+    state_dict, text, vision = model.state_dict(), model.config.vlm_config.text_config, model.config.vlm_config
+    original = {}
+    for name in original_names(model):
+        new_names = convert_key(name, LISA_KEY_TABLE)
+        if new_names and "vision_tower" not in name:
+            original[name] = state_dict[new_names[0]]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        original[name] = original[name][:643].clone()
+    write_shards(original, directory)
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    config = original_config() | {field: getattr(text, field) for field in fields}
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 643}))
+    write_tokenizer(directory, {"[SEG]": 640, "<im_start>": 641, "<im_end>": 642})
+    size = {"height": vision.vision_config.image_size, "width": vision.vision_config.image_size}
+    model.vlm.model.vision_tower.save_pretrained(directory / "clip")
+    CLIPImageProcessorPil(size={"shortest_edge": size["height"]}, crop_size=size).save_pretrained(directory / "clip")
 
 
 def write_training_base(directory: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,10 +32,12 @@ from original_checkpoints import (
     hq_decoder,
     language_model,
     linear_projector,
+    lisa_of_other_sizes,
     mlp_projector,
     sam_vit_b,
     write_7b,
     write_clip,
+    write_lisa_of_other_sizes,
     write_llava,
     write_training_base,
     write_zero_checkpoint,
@@ -345,6 +348,60 @@ def test_lisa_without_this_package(tmp_path):
     assert losses == pytest.approx({name: meta["losses"][name] for name in losses}, rel=1e-4)
 
 
+# Widths, depths, heads, windows and images that are nobody's: what is not read off the checkpoint shows.
+OTHER_SIZES = [
+    {  # grouped-query attention; a window that does not divide the grid; the decoder's own width and depth
+        "text": {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6}
+        | {"num_key_value_heads": 2},
+        "clip": {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
+        | {"image_size": 40, "patch_size": 8},
+        "sam": {"hidden_size": 48, "output_channels": 64, "num_hidden_layers": 4, "num_attention_heads": 3}
+        | {"image_size": 192, "patch_size": 16, "window_size": 5, "global_attn_indexes": [0, 2], "mlp_dim": 72},
+        "decoder": {"mlp_dim": 96, "num_hidden_layers": 3, "attention_downsample_rate": 4, "num_attention_heads": 8}
+        | {"num_multimask_outputs": 2, "iou_head_hidden_dim": 24, "mask_input_channels": 8},
+    },
+    {  # one head; a window larger than the grid; no block that sees the whole image
+        "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1},
+        "clip": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1}
+        | {"image_size": 28, "patch_size": 14},
+        "sam": {"hidden_size": 16, "output_channels": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+        | {"image_size": 64, "patch_size": 8, "window_size": 14, "global_attn_indexes": [], "mlp_dim": 16},
+        "decoder": {"mlp_dim": 16, "num_hidden_layers": 1, "attention_downsample_rate": 1, "num_attention_heads": 8}
+        | {"num_multimask_outputs": 3, "iou_head_hidden_dim": 32, "mask_input_channels": 16},
+    },
+    {  # a window of the grid's own size; all blocks alike
+        "text": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2},
+        "clip": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+        | {"image_size": 64, "patch_size": 16},
+        "sam": {"hidden_size": 64, "output_channels": 128, "num_hidden_layers": 3, "num_attention_heads": 8}
+        | {"image_size": 224, "patch_size": 16, "window_size": 14, "global_attn_indexes": [1], "mlp_dim": 128},
+        "decoder": {"mlp_dim": 48, "num_hidden_layers": 2, "attention_downsample_rate": 2, "num_attention_heads": 8}
+        | {"num_multimask_outputs": 3, "iou_head_hidden_dim": 64, "mask_input_channels": 4},
+    },
+]
+
+
+@pytest.mark.parametrize("sizes", OTHER_SIZES, ids=("ragged", "smallest", "window is grid"))
+def test_lisa_of_other_sizes(tmp_path, convert, sizes):
+    model = lisa_of_other_sizes(**{part: dict(fields) for part, fields in sizes.items()})
+    write_lisa_of_other_sizes(tmp_path / "original", model)
+    vision_tower = tmp_path / "original" / "clip"
+    output = tmp_path / "converted"
+    convert("lisa", "--checkpoint", tmp_path / "original", "--vision-tower", vision_tower, "--output", output)
+    converted, processor = AutoModel.from_pretrained(output), AutoProcessor.from_pretrained(output)
+    state_dict = model.state_dict()
+    assert all(torch.equal(tensor, state_dict[name]) for name, tensor in converted.state_dict().items())
+    turns = ["<image>\nWhat is it?", "It is [SEG] and [SEG]."]
+    inputs = processor.encode_conversations([golden_image(0)], [as_messages(turns)])
+    assert inputs["mask_pixel_values"].shape[-1] == sizes["sam"]["image_size"]
+    masks = torch.ones(2, 93, 131)
+    with torch.no_grad():
+        expected, found = (m(**inputs, mask_labels=[masks], output_logits=True) for m in (model, converted))
+    for name in ("loss", "logits", "low_res_masks", "iou_scores", "seg_embeddings"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert found.low_res_masks.std() > 1e-3 and found.loss.isfinite()
+
+
 def test_lisa_train_sharded_directory(tmp_path, convert):
     # Later releases of zero_to_fp32.py make a directory of the name that LISA's README gives to the file.
     write_training_base(tmp_path / "llava")
@@ -480,6 +537,19 @@ def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, fail):
         torch.save(content, tmp_path / "sam.pth")
         found = fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
         assert re.search(message, found), found
+
+
+def test_unknown_and_missing_tensors_of_lisa_are_listed(tmp_path, fail):
+    directory = Path(shutil.copytree(original_directory(), tmp_path / "lisa"))
+    arguments = ("lisa", "--checkpoint", directory, "--vision-tower", CLIP)
+    state_dict = {name: tensor for name, tensor in original_state_dict().items() if "vision_tower" not in name}
+    write_shards(state_dict | {"model.mm_projector.4.bias": torch.zeros(1), "extra": torch.zeros(1)}, directory)
+    assert re.search(r"'model\.mm_projector\.4\.bias', 'extra'", fail(tmp_path / "converted", *arguments))
+    gone = {"model.text_hidden_fcs.0.2.bias", "model.layers.1.mlp.up_proj.weight"}
+    write_shards({name: tensor for name, tensor in state_dict.items() if name not in gone}, directory)
+    message = fail(tmp_path / "converted", *arguments)
+    assert "2 tensors are missing" in message
+    assert "seg_projector.linear_2.bias" in message and "layers.1.mlp.up_proj.weight" in message
 
 
 def test_missing_shards_and_tensors_are_named(tmp_path, fail):
