@@ -211,6 +211,9 @@ class LisaTrainingArguments(TrainingArguments):
             "help": "Order of the items; those of a mixture are random draws already, so they come in sequence."
         },
     )
+    hub_private_repo: bool | None = field(
+        default=True, metadata={"help": "Whether a new repository of push_to_hub is private."}
+    )
     full_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the parts trained in full; default: learning_rate, LoRA's."}
     )

@@ -16,7 +16,7 @@ from .conversion.checkpoints import LazyTensor, is_zero_checkpoint, open_checkpo
 from .conversion.saving import MAX_SHARD_SIZE
 from .loading import load_model_and_processor
 from .lora import merge_lora
-from .model_card import PREDICTIONS, write_model_card
+from .model_card import EVALUATION, write_model_card
 from .modeling_lisa import LisaForConditionalGeneration
 from .processing_lisa import LisaProcessor
 from .run_record import RUN_RECORD, find_run_record
@@ -205,18 +205,27 @@ def save_adapter(checkpoint: Path, directory: Path, dtype: torch.dtype | None = 
     LisaProcessor.from_pretrained(checkpoint).save_pretrained(directory)
 
 
-def save_records(checkpoint: Path, directory: Path, model_id: str, is_adapter: bool) -> None:
-    """Copies the record and the predictions of a run beside its model, and writes the model card.
+def save_records(
+    checkpoint: Path, directory: Path, model_id: str, is_adapter: bool = False, evaluation: Path | None = None
+) -> None:
+    """Copies the record, the figures and the sheets of predictions of a run beside its model; writes the model card.
 
     Args:
         model_id: of the repository on the Hub, or the name of the directory.
+        evaluation: output directory of recipes/evaluate.py, whose figures and sheets the card shows too.
+
+    Raises:
+        ValueError: `evaluation` holds no figures, or the run has no record.
     """
-    sources = [checkpoint / PREDICTIONS, checkpoint / RUN_RECORD]
-    if checkpoint.name.startswith("checkpoint-"):
-        sources.append(checkpoint.resolve().parent / RUN_RECORD)
+    sources = list(checkpoint.glob("predictions*.png"))
+    if evaluation is not None:
+        if not (evaluation / EVALUATION).is_file():
+            raise ValueError(f"{evaluation}: expected the {EVALUATION} that recipes/evaluate.py writes, found none.")
+        sources = [evaluation / EVALUATION, *evaluation.glob("predictions*.png")]
     for source in sources:
-        if source.is_file():
-            shutil.copy(source, directory)
+        shutil.copy(source, directory)
+    if record := find_run_record(checkpoint):
+        (directory / RUN_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     write_model_card(directory, checkpoint, model_id, is_adapter)
 
 

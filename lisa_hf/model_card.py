@@ -6,12 +6,13 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from .evaluation import markdown_table
 from .run_record import find_run_record
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-PREDICTIONS = "predictions.png"
-PROTOCOLS = {"": "teacher-forced", "generated_": "generated"}
+EVALUATION = "evaluation.json"  # what recipes/evaluate.py writes
+PROTOCOLS = {"": "lisa", "generated_": "generated"}  # as recipes/evaluate.py names them
 BASES = ("vlm", "mask_model", "language_model", "model")  # the arguments that name what a run begins with
 TRAINING_ARGUMENTS = (
     "learning_rate",
@@ -47,7 +48,8 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
     """Writes the README.md of a model.
 
     Args:
-        directory: of the model; a sheet of predictions in it is shown.
+        directory: of the model; sheets of predictions and figures of benchmarks (`predictions*.png`,
+            `evaluation.json`) in it are shown.
         checkpoint: what the model was made from, in or beside which the records of its run are.
         model_id: of its repository on the Hub, or the name of its directory.
         is_adapter: the directory holds an adapter alone.
@@ -66,6 +68,7 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
     stages = _stages(record)
     data = [row for stage in stages for row in stage["data"]["train"]]
     bases = list({base["name"]: base for stage in stages for base in _bases(stage)}.values())
+    benchmarks = _read_json(directory / EVALUATION).get("benchmarks", {})
     card = ModelCard.from_template(
         _card_data(model_id, bases, results, is_adapter),
         template_path=str(TEMPLATE),
@@ -74,7 +77,8 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
         is_adapter=is_adapter,
         bases=bases,
         results=results,
-        has_predictions=(directory / PREDICTIONS).is_file(),
+        benchmarks=markdown_table(benchmarks) if benchmarks else "",
+        predictions=sorted(path.name for path in directory.glob("predictions*.png")),
         data=list({json.dumps(row): row for row in data}.values()),
         not_train=sorted({(row["source"], row["split"]) for row in data if row["split"] != "train"}),
         hyperparameters=_hyperparameters(record, state),

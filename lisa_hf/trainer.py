@@ -2,17 +2,21 @@
 
 import logging
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from .evaluation import PADDING, compute_metrics
 from .losses import IGNORE_INDEX
 from .metrics import intersection_and_union
+from .model_card import write_model_card
 from .packing import unpack_rows
 from .processing_lisa import LisaProcessor
+from .run_record import find_run_record
 from .streaming import StreamingMixtureDataset
 
 
@@ -150,6 +154,20 @@ class LisaTrainer(Trainer):
                 optimizer.add_param_group({**options, "params": full, "lr": rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+    # ---- sharing ----------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, model_name: str | None = None, **kwargs):
+        """Writes the model card of the run, which `push_to_hub` then uploads; see [`~model_card.write_model_card`].
+
+        Without a `run.json`, which a recipe writes, it is Trainer's own draft; `kwargs` are for that one.
+        """
+        output_dir = Path(self.args.output_dir)
+        if find_run_record(output_dir) is None:
+            return super().create_model_card(model_name=model_name, **kwargs)
+        if self.is_world_process_zero():
+            model_id = self.hub_model_id or model_name or output_dir.name
+            write_model_card(output_dir, output_dir, model_id, is_adapter=isinstance(self.model, PeftModel))
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="new directory")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; by default that of the training")
     parser.add_argument("--adapter-only", action="store_true", help="LoRA and fully trained parts, without the base")
+    parser.add_argument("--evaluation", type=Path, metavar="DIR", help="output of recipes/evaluate.py, for the card")
     parser.add_argument("--push-to-hub", metavar="NAME", help="repository that gets the directory, made if need be")
     parser.add_argument("--public", action="store_true", help="the new repository is for everybody to see")
     return parser.parse_args()
@@ -55,7 +56,7 @@ def main():
                 save_adapter(checkpoint, directory, dtype)
             else:
                 save_model(*restore_model(checkpoint), directory, dtype)
-            save_records(checkpoint, directory, model_id, args.adapter_only)
+            save_records(checkpoint, directory, model_id, args.adapter_only, args.evaluation)
         print(f"Exported {checkpoint}: {args.output.resolve()}")
         if args.push_to_hub:
             private = "" if args.public else " --private"

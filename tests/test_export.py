@@ -16,6 +16,7 @@ import export_worker
 import PIL.Image
 import pytest
 import torch
+import transformers
 import yaml
 from golden_model import converted_directory, original_state_dict
 from huggingface_hub import ModelCard
@@ -23,9 +24,12 @@ from original_checkpoints import write_zero_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_recipes import SHAPES, TINY
+from tiny_training import make_trainer
 
 from lisa_hf import export
 from lisa_hf.conversion.checkpoints import open_zero_checkpoint
+from lisa_hf.evaluation import write_results
+from lisa_hf.lora import prepare_for_training
 
 
 ROOT = Path(__file__).parents[1]
@@ -267,7 +271,7 @@ def test_model_card_tells_the_run(runs, command, tmp_path):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     figures = json.loads((runs("from_nothing") / "run" / "eval_results.json").read_text())
     found = {(result.metric_name, result.dataset_split): result.metric_value for result in card.data.eval_results}
-    assert found["gIoU (teacher-forced)", "validation"] == pytest.approx(figures["eval_giou"], abs=1e-4)
+    assert found["gIoU (lisa)", "validation"] == pytest.approx(figures["eval_giou"], abs=1e-4)
     assert found["cIoU (generated)", "validation"] == pytest.approx(figures["eval_generated_ciou"], abs=1e-4)
     assert "| shapes | train | 100.0 % | 12 |" in card.text
     for line in (
@@ -305,6 +309,22 @@ def test_model_card_of_a_run_on_a_test_split_and_of_bases(runs, tmp_path):
     assert "Not evaluated." in card.text  # checkpoint-5 has no figures of its own
 
 
+def test_model_card_shows_an_evaluation_on_benchmarks(runs, command, tmp_path):
+    evaluation = tmp_path / "evaluation"
+    figures = {f"{name}{end}": 0.5 for name in ("giou", "ciou") for end in ("", "_low", "_high")}
+    result = {"builder": "reason_seg", "split": "val", "protocols": {"lisa": figures | {"num_questions": 7}}}
+    with pytest.raises(pytest.fail.Exception, match="evaluation: expected the evaluation.json"):
+        command.run(runs("full") / "run", "--output", tmp_path / "out", "--evaluation", evaluation)
+    write_results(evaluation, "outputs/mine", {"reason_seg_val": result})
+    PIL.Image.new("RGB", (4, 4)).save(evaluation / "predictions_reason_seg_val.png")
+    command.run(runs("full") / "run", "--output", tmp_path / "out", "--evaluation", evaluation)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| reason_seg_val | lisa | 7 | 50.0 (50.0 to 50.0) |" in card
+    assert (
+        "](predictions_reason_seg_val.png)" in card and (tmp_path / "out" / "predictions_reason_seg_val.png").exists()
+    )
+
+
 class RecordingApi:
     """Stands in for HfApi and keeps what would be sent."""
 
@@ -338,6 +358,20 @@ def test_push_sends_the_directory_to_a_private_repository(adapter_only, public, 
     assert "hf upload mine" in printed and ("--private" in printed) == (not public)
     card = (tmp_path / "out" / "README.md").read_text()
     assert ('snapshot_download("mine")' if adapter_only else 'model="mine"') in card
+
+
+def test_trainer_pushes_its_card_to_a_private_repository(tiny, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(RecordingApi, "calls", [])
+    monkeypatch.setattr(transformers.trainer, "hf_api", RecordingApi)
+    model, processor = tiny
+    trainer = make_trainer(prepare_for_training(model, ["seg_projector"]), processor, tmp_path / "run")
+    shutil.copy(runs("lora") / "run" / "run.json", tmp_path / "run")
+    trainer.push_to_hub()
+    (_, name, created), (_, files, _) = RecordingApi.calls
+    assert name == "run" and created["private"]
+    assert {"README.md", "run.json", "adapter_model.safetensors"} <= set(files)
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "| shapes | train | 100.0 % | 12 |" in card.text and card.data.library_name == "peft"
 
 
 # ---- ZeRO -----------------------------------------------------------------------------------------------------------

@@ -19,9 +19,11 @@ CONFIGS = {
 
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
-    # On a CPU, bitsandbytes takes widths of 32 and their multiples only.
-    config = tiny_models.vision_config("clip_vision_model") | {"hidden_size": 32}
-    monkeypatch.setattr(tiny_models, "vision_config", lambda _: config)
+    # On a CPU, bitsandbytes takes widths of whole blocks only.
+    widths = {"hidden_size": 64, "intermediate_size": 64}
+    vision, text = tiny_models.vision_config("clip_vision_model") | widths, tiny_models.text_config
+    monkeypatch.setattr(tiny_models, "vision_config", lambda _: vision)
+    monkeypatch.setattr(tiny_models, "text_config", lambda *args, **kwargs: text(*args, **kwargs) | widths)
     model, processor = llava_sam()
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model", model, processor
