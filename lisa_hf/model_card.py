@@ -68,7 +68,10 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
     stages = _stages(record)
     data = [row for stage in stages for row in stage["data"]["train"]]
     bases = list({base["name"]: base for stage in stages for base in _bases(stage)}.values())
-    benchmarks = _read_json(directory / EVALUATION).get("benchmarks", {})
+    benchmarks = {
+        name if result["split"] in name else f"{name} ({result['split']})": result
+        for name, result in _read_json(directory / EVALUATION).get("benchmarks", {}).items()
+    }
     card = ModelCard.from_template(
         _card_data(model_id, bases, results, is_adapter),
         template_path=str(TEMPLATE),

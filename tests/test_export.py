@@ -315,11 +315,11 @@ def test_model_card_shows_an_evaluation_on_benchmarks(runs, command, tmp_path):
     result = {"builder": "reason_seg", "split": "val", "protocols": {"lisa": figures | {"num_questions": 7}}}
     with pytest.raises(pytest.fail.Exception, match="evaluation: expected the evaluation.json"):
         command.run(runs("full") / "run", "--output", tmp_path / "out", "--evaluation", evaluation)
-    write_results(evaluation, "outputs/mine", {"reason_seg_val": result})
+    write_results(evaluation, "outputs/mine", {"reason_seg_val": result, "mine": result})
     PIL.Image.new("RGB", (4, 4)).save(evaluation / "predictions_reason_seg_val.png")
     command.run(runs("full") / "run", "--output", tmp_path / "out", "--evaluation", evaluation)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| reason_seg_val | lisa | 7 | 50.0 (50.0 to 50.0) |" in card
+    assert "| reason_seg_val | lisa | 7 | 50.0 (50.0 to 50.0) |" in card and "| mine (val) | lisa |" in card
     assert (
         "](predictions_reason_seg_val.png)" in card and (tmp_path / "out" / "predictions_reason_seg_val.png").exists()
     )
