@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -272,13 +273,14 @@ def parse_data_arguments(path: str) -> DataArguments:
 
 @contextmanager
 def exit_with_one_line():
-    """Turns what is wrong with the user's input (`ValueError`, `OSError`) into one line on stderr and exit code 2.
+    """Turns what is wrong with the user's input or disk (`ValueError`, `OSError`, `SafetensorError`) into one line on
+    stderr and exit code 2.
 
     The trace goes to the debug log.
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         logger.debug("The full trace:", exc_info=True)
         # A loader worker hands its trace over as text; its last line is the error.
         text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)

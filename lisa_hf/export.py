@@ -13,7 +13,7 @@ from transformers import set_seed
 from .arguments import ModelArguments
 from .configuration_lisa import LisaConfig
 from .conversion.checkpoints import LazyTensor, is_zero_checkpoint, open_checkpoint, open_zero_checkpoint
-from .conversion.saving import MAX_SHARD_SIZE
+from .conversion.saving import MAX_SHARD_SIZE, most_common_dtype
 from .loading import load_model_and_processor
 from .lora import merge_lora
 from .model_card import EVALUATION, write_model_card
@@ -51,20 +51,22 @@ def find_checkpoint(run: Path) -> Path:
     if run.name.startswith("checkpoint-"):
         open_weights(run)
         return run
-    checkpoints = {_step(path): path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()}
+    candidates = [(_step(path), path) for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
+    candidates.sort(reverse=True)
     if _holds_model(run):
+        # The final model comes before the checkpoint of its step: it may be that of the best one.
         state = run / "trainer_state.json"
-        final_step = json.loads(state.read_text())["global_step"] if state.is_file() else max(checkpoints, default=0)
-        checkpoints[final_step] = run  # the same step's checkpoint is the same model at best
+        final_step = json.loads(state.read_text())["global_step"] if state.is_file() else float("inf")
+        candidates.insert(sum(step > final_step for step, _ in candidates), (final_step, run))
     problems = []
-    for step in sorted(checkpoints, reverse=True):
+    for _, path in candidates:
         try:
-            open_weights(checkpoints[step])
+            open_weights(path)
         except ValueError as error:
-            logger.warning("Passed over %s: %s", checkpoints[step], error)
+            logger.warning("Passed over %s: %s", path, error)
             problems.append(str(error))
         else:
-            return checkpoints[step]
+            return path
     raise ValueError(" ".join([f"{run}: expected a model or a complete checkpoint-N in it, found none.", *problems]))
 
 
@@ -186,9 +188,9 @@ def save_model(
     """Writes a model in shards, its generation settings and code, and its processor.
 
     Args:
-        dtype: of all weights; by default that of the model's configuration.
+        dtype: of all weights; by default the one that most of the numbers have.
     """
-    model.to(dtype or model.config.dtype)
+    model.to(dtype or most_common_dtype(model.state_dict()))
     model.save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
     processor.save_pretrained(directory)
 

@@ -63,7 +63,7 @@ def load_lisa(path: str, **kwargs) -> tuple[LisaForConditionalGeneration, LisaPr
     if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
         raise ValueError(
             f"{path} holds a LoRA adapter, not a whole model. Resume its training with `resume_from_checkpoint`, or "
-            "load the merged model that the end of the training saves."
+            f"make a whole model of it: `python recipes/export.py {path} --output DIRECTORY`."
         )
     refuse_original(path)
     config = AutoConfig.from_pretrained(path)

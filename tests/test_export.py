@@ -212,12 +212,13 @@ def truncate(file: Path) -> Path:
 def test_incomplete_checkpoints_are_passed_over_and_named(runs, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(runs("full") / "run", run)
+    assert export.find_checkpoint(run) == run  # the final model
     damaged = truncate(run / "model.safetensors")
     with caplog.at_level(logging.WARNING, logger="lisa_hf"):
-        assert export.find_checkpoint(run) == run / "checkpoint-4"  # the final model took the place of checkpoint-5
+        assert export.find_checkpoint(run) == run / "checkpoint-5"
     assert str(damaged) in caplog.text and "truncated" in caplog.text
-    damaged.unlink()
-    assert export.find_checkpoint(run) == run / "checkpoint-5"
+    truncate(run / "checkpoint-5" / "model.safetensors")
+    assert export.find_checkpoint(run) == run / "checkpoint-4"
     (run / "checkpoint-5" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="checkpoint-5: expected a checkpoint file"):
         export.find_checkpoint(run / "checkpoint-5")  # named, so nothing else will do

@@ -87,7 +87,7 @@ def check_tensors(model: PreTrainedModel, tensors: dict[str, LazyTensor]) -> Non
         raise ValueError(" ".join(problems))
 
 
-def most_common_dtype(tensors: dict[str, LazyTensor]) -> torch.dtype:
+def most_common_dtype(tensors: dict[str, LazyTensor] | dict[str, torch.Tensor]) -> torch.dtype:
     """The floating-point type of most of the numbers."""
     counts = Counter()
     for tensor in tensors.values():
