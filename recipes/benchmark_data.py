@@ -1,4 +1,4 @@
-"""Measures how fast a recipe's data comes: rows per second and loader worker, and the share of each stage.
+"""Measures how fast a recipe's data comes: rows per CPU second of a loader worker, and the share of each stage.
 
     python recipes/benchmark_data.py --config recipes/real_samples.yaml --data_dir dataset --dataloader_num_workers 4
 
@@ -40,14 +40,14 @@ def load_processor(arguments: ModelArguments) -> LisaProcessor:
 
 
 def measure(function: Callable, arguments: list) -> tuple[float, list[Any]]:
-    """Mean seconds of a call, and what the calls gave."""
-    start = time.perf_counter()
+    """Mean CPU seconds of a call, which other programs on the machine do not change, and what the calls gave."""
+    start = time.process_time()
     results = [function(argument) for argument in arguments]
-    return (time.perf_counter() - start) / len(arguments), results
+    return (time.process_time() - start) / len(arguments), results
 
 
 def measure_stages(rows: datasets.Dataset, mixture: MixtureDataset, collator: LisaDataCollator) -> dict[str, float]:
-    """Seconds per row of each stage, in one process. "rest" is what the whole takes more: text, labels, checks."""
+    """CPU seconds per row of each stage, in one process. "rest" is what the whole takes more: text, labels, checks."""
     processor = collator.processor
     image_type = datasets.Image(mode="RGB")
     rows = rows.cast_column("image", datasets.Image(decode=False))
@@ -93,14 +93,14 @@ def main():
         collator = LisaDataCollator(processor, data_args.max_length, data_args.on_bad_row)
         num_items = data_args.num_train_items or 64
 
-        print(f"\n{'source':<16}{'rows/s':>8}", end="")
+        print(f"\n{'source':<16}{'rows/CPU s':>12}", end="")
         for index, (name, rows) in enumerate(sources.items()):
             mixture = MixtureDataset({name: rows}, length=num_items, on_bad_row=data_args.on_bad_row)
             seconds = measure_stages(rows, mixture, collator)
             if index == 0:
                 print("".join(f"{stage:>12}" for stage in seconds))
             total = sum(seconds.values())
-            print(f"{name:<16}{1 / total:>8.1f}" + "".join(f"{part / total:>12.0%}" for part in seconds.values()))
+            print(f"{name:<16}{1 / total:>12.1f}" + "".join(f"{part / total:>12.0%}" for part in seconds.values()))
         num_workers = max(1, training_args.dataloader_num_workers)
         weights = data_args.weights
         mixture = MixtureDataset(sources, length=4 * num_items, weights=weights, on_bad_row=data_args.on_bad_row)
