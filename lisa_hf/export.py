@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .arguments import ModelArguments
 from .configuration_lisa import LisaConfig
@@ -174,6 +175,7 @@ def trained_model(trainer: LisaTrainer) -> LisaForConditionalGeneration | None:
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return None
+    unset_hf_deepspeed_config()  # else loading and generating would wait for the other processes
     model, _ = restore_model(directory)
     shutil.rmtree(directory)
     return model.to(trainer.args.device)
