@@ -8,7 +8,15 @@ import torch
 from transformers.utils import ModelOutput
 
 from .mask_backbone import encode_images
+from .packing import packing_obstacle
 from .vlm_backbone import encode_vlm_images, split_vision_inputs
+
+
+# Arguments of `generate` that do not multiply or reorder the rows of its cache.
+PLAIN_DECODING = {
+    *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "suppress_tokens"),
+    *("logits_processor", "eos_token_id", "pad_token_id"),
+}
 
 
 @dataclass
@@ -56,6 +64,46 @@ class LisaGenerationMixin:
         finally:
             handle.remove()
 
+    def _prefill_shared_prefix(
+        self, input_ids, attention_mask, image_indices, vision_inputs, vision_features, generate_kwargs
+    ) -> dict | None:
+        """Runs what the rows about an image begin with through the language model once, and gives each its KV cache.
+
+        Returns:
+            `input_ids` and `attention_mask` as wide as before, prefix first, and the `past_key_values` of the prefix;
+            None if rows share nothing, or under settings for which `generate` would rearrange the cache.
+        """
+        first = (image_indices[:, None] == image_indices).long().argmax(1)  # of the rows about the same image
+        first_rows, row_to_prefix = first.unique(return_inverse=True)
+        is_plain = set(generate_kwargs) <= PLAIN_DECODING and (self.vlm.generation_config.num_beams or 1) == 1
+        if len(first_rows) == len(input_ids) or not is_plain or packing_obstacle(self.config):
+            return None
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        length = input_ids.shape[1]
+        column = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        padding = length - attention_mask.sum(1, keepdim=True)
+        ids = input_ids.gather(1, (column + padding).clamp(max=length - 1))  # from the left
+        is_common = (ids == ids[first]) & (column + padding < length - 1)  # one token at least remains to be read
+        num_common = int(is_common.long().cumprod(1).sum(1).min())
+        is_image = ids == self.config.vlm_config.image_token_id
+        if num_common <= int((column * is_image).max()):
+            return None
+        prefix = ids[first_rows, :num_common]
+        cache = self.vlm.base_model(
+            input_ids=prefix,
+            mm_encoder_outputs=encode_vlm_images(
+                self.vlm, prefix, image_indices[first_rows], vision_inputs, vision_features
+            ),
+            use_cache=True,
+        ).past_key_values
+        cache.batch_select_indices(row_to_prefix)
+        # Between prefix and question there is now what stood before the prefix, masked.
+        is_read = (column < num_common) | (column >= padding + num_common)
+        rearranged = torch.cat([prefix[row_to_prefix], input_ids[:, num_common:]], dim=1)
+        rearranged = torch.where(is_read, rearranged, input_ids[:, -1:])
+        return {"input_ids": rearranged, "attention_mask": is_read.long(), "past_key_values": cache}
+
     @torch.no_grad()
     def generate(
         self,
@@ -63,6 +111,7 @@ class LisaGenerationMixin:
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_indices: torch.Tensor | None = None,
+        vision_features: list[torch.Tensor] | None = None,
         mask_pixel_values: torch.Tensor | None = None,
         image_embeddings: torch.Tensor | list | None = None,
         original_sizes: torch.Tensor | None = None,
@@ -73,7 +122,8 @@ class LisaGenerationMixin:
 
         The arguments are those of [`forward`], with prompts padded on the left; all further ones go to the VLM's own
         `generate` (`max_new_tokens`, `do_sample`, `num_beams`, ...). The sizes are accepted, so that a processor's
-        output can be passed whole; [`LisaProcessor.post_process_masks`] needs them.
+        output can be passed whole; [`LisaProcessor.post_process_masks`] needs them. What all questions about an image
+        begin with, the image included, goes through the language model once where the VLM's family allows packing.
         """
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError(
@@ -87,14 +137,14 @@ class LisaGenerationMixin:
         )
         if self.config.suppress_tokens:
             generate_kwargs.setdefault("suppress_tokens", self.config.suppress_tokens)
+        prompts = self._prefill_shared_prefix(
+            input_ids, attention_mask, image_indices, vision_inputs, vision_features, generate_kwargs
+        )
+        if prompts is None:
+            features = encode_vlm_images(self.vlm, input_ids, image_indices, vision_inputs, vision_features)
+            prompts = {"input_ids": input_ids, "attention_mask": attention_mask, "mm_encoder_outputs": features}
         with self._record_predicting_states() as states:
-            output = self.vlm.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                mm_encoder_outputs=encode_vlm_images(self.vlm, input_ids, image_indices, vision_inputs),
-                return_dict_in_generate=True,
-                **generate_kwargs,
-            )
+            output = self.vlm.generate(**prompts, return_dict_in_generate=True, **generate_kwargs)
         answers = output.sequences[:, input_ids.shape[1] :]
         copies = len(answers) // len(input_ids)  # num_return_sequences
         seg_rows, seg_steps = (answers == self.config.seg_token_id).nonzero(as_tuple=True)
@@ -110,7 +160,7 @@ class LisaGenerationMixin:
             states, SegTokens(state_rows, seg_steps, image_indices[seg_rows // copies]), image_embeddings
         )
         return LisaGenerateOutput(
-            sequences=output.sequences,
+            sequences=torch.cat([input_ids.repeat_interleave(copies, dim=0), answers], dim=1),
             low_res_masks=low_res_masks,
             seg_row_indices=seg_rows,
             iou_scores=iou_scores,

@@ -2,10 +2,26 @@
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 IGNORE_INDEX = -100  # of labels, as everywhere in transformers
 MASK_IGNORE_INDEX = 255  # of mask labels: pixels that count neither as object nor as background
+CHUNK_SIZE = 1024  # positions whose logits exist in float32 at a time
+
+
+def text_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of `(T, V)` logits and `(T,)` labels, summed, in float32.
+
+    With a vocabulary of 152 k the float32 copies of 1024 positions are 1.9 GB; they are made chunk by chunk, in the
+    backward pass once more. The projection to the vocabulary stays one call, as ZeRO-3 needs equally many per rank.
+    """
+    chunks = zip(logits.split(CHUNK_SIZE), labels.split(CHUNK_SIZE))
+    return sum(checkpoint(_chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
+
+
+def _chunk_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def mask_losses(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

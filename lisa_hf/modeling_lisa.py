@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMaskGeneration,
@@ -21,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_lisa import LisaConfig
 from .generation_lisa import LisaGenerationMixin, SegTokens
-from .losses import IGNORE_INDEX, mask_losses
+from .losses import IGNORE_INDEX, mask_losses, text_loss
 from .mask_backbone import (
     SUPPORTED_MASK_MODELS,
     decode_prompts,
@@ -204,6 +205,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_indices: torch.Tensor | None = None,
+        vision_features: list[torch.Tensor] | None = None,
         mask_pixel_values: torch.Tensor | None = None,
         image_embeddings: torch.Tensor | list | None = None,
         labels: torch.Tensor | None = None,
@@ -226,6 +228,8 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             pixel_values: the VLM's vision input, one entry per *image*, as its own processor makes it; its other
                 vision inputs (`image_grid_thw`, ...) and its per-row text inputs (`token_type_ids`, ...) pass through.
             image_indices: `(N,)` int64, row to image; by default row n is about image n.
+            vision_features: instead of the vision inputs, what the VLM's `get_image_features` made of them: B tensors
+                `(tokens_b, hidden_size)`.
             mask_pixel_values: `(B, 3, S, S)` float, the mask model's input.
             image_embeddings: instead of `mask_pixel_values`, what the mask model's encoder made of them.
             segment_ids: `(N, L)` int64, of packed rows: 0 is the prefix, 1 to K are the questions that share it and do
@@ -246,7 +250,12 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         num_images = len(original_sizes) if original_sizes is not None else len(pixel_values)
         image_indices = self._image_indices(image_indices, input_ids, num_images)
         hidden_states = self._hidden_states(
-            input_ids, attention_mask, segment_ids, image_indices, {"pixel_values": pixel_values, **kwargs}
+            input_ids,
+            attention_mask,
+            segment_ids,
+            image_indices,
+            vision_features,
+            {"pixel_values": pixel_values, **kwargs},
         )
         has_labels = labels is not None or shift_labels is not None
         targets = shift_labels
@@ -293,7 +302,9 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             )
         return torch.arange(num_images, device=input_ids.device) if image_indices is None else image_indices
 
-    def _hidden_states(self, input_ids, attention_mask, segment_ids, image_indices, vlm_inputs: dict) -> torch.Tensor:
+    def _hidden_states(
+        self, input_ids, attention_mask, segment_ids, image_indices, vision_features, vlm_inputs: dict
+    ) -> torch.Tensor:
         """The language model's last hidden states, `(N, L, hidden_size)`."""
         vision_inputs, text_inputs = split_vision_inputs(self.vlm, vlm_inputs, image_indices)
         if segment_ids is None:
@@ -307,7 +318,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             }
         return self.vlm.base_model(
             input_ids=input_ids,
-            mm_encoder_outputs=encode_vlm_images(self.vlm, input_ids, image_indices, vision_inputs),
+            mm_encoder_outputs=encode_vlm_images(self.vlm, input_ids, image_indices, vision_inputs, vision_features),
             use_cache=False,
             **text_inputs,
         ).last_hidden_state
@@ -369,7 +380,10 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         bce, dice = unused, unused
         for masks, size, labels in zip(image_masks, sizes, mask_labels):
             if len(masks):
-                image_bce, image_dice = mask_losses(self._upscale(masks, *size), labels.to(masks.device))
+                # A photo's masks at its own size are large; those of one image exist at a time, here and backward.
+                image_bce, image_dice = checkpoint(
+                    self._image_mask_losses, masks, size, labels, use_reentrant=False, preserve_rng_state=False
+                )
                 bce, dice = bce + image_bce, dice + image_dice
         num_masks = sum(map(len, image_masks)) if num_masks_in_batch is None else num_masks_in_batch
         num_masks = torch.as_tensor(num_masks, device=bce.device).clamp(min=1)
@@ -377,6 +391,9 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             "mask_bce_loss": self.config.mask_bce_loss_weight * bce / num_masks,
             "mask_dice_loss": self.config.mask_dice_loss_weight * dice / num_masks,
         }
+
+    def _image_mask_losses(self, low_res_masks, size, labels) -> tuple[torch.Tensor, torch.Tensor]:
+        return mask_losses(self._upscale(low_res_masks, *size), labels.to(low_res_masks.device))
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = self.vlm.get_output_embeddings()(hidden_states)
@@ -388,6 +405,6 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         """Cross-entropy of the next token; only the supervised positions go through the vocabulary projection."""
         supervised = targets != IGNORE_INDEX
         logits = self._logits(hidden_states[supervised])
-        total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        total = text_loss(logits, targets[supervised])
         num_items = supervised.sum() if num_items_in_batch is None else num_items_in_batch
         return self.config.ce_loss_weight * total / torch.as_tensor(num_items, device=total.device).clamp(min=1)

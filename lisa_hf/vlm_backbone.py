@@ -18,20 +18,29 @@ def split_vision_inputs(vlm: nn.Module, kwargs: dict, image_indices: torch.Tenso
 
 
 def encode_vlm_images(
-    vlm: nn.Module, input_ids: torch.Tensor, image_indices: torch.Tensor, vision_inputs: dict
+    vlm: nn.Module,
+    input_ids: torch.Tensor,
+    image_indices: torch.Tensor,
+    vision_inputs: dict,
+    vision_features: list[torch.Tensor] | None = None,
 ) -> dict:
     """Runs the VLM's vision tower once per image and hands each row the features of its image.
 
     Args:
         input_ids: `(N, L)`; the number of image tokens of a row is the length of its image's features.
         image_indices: `(N,)` int64, row to image.
+        vision_features: instead of `vision_inputs`, what the tower made of them: B tensors `(tokens, hidden_size)`.
 
     Returns:
         The `mm_encoder_outputs` argument of transformers' VLMs.
     """
-    output = vlm.base_model.get_image_features(**vision_inputs, return_dict=True)
+    if vision_features is not None:
+        num_images = len(vision_features)
+        output = BaseModelOutputWithPooling(pooler_output=[features.to(vlm.dtype) for features in vision_features])
+    else:
+        num_images = len(vision_inputs.get("image_grid_thw", vision_inputs["pixel_values"]))
+        output = vlm.base_model.get_image_features(**vision_inputs, return_dict=True)
     lengths = (input_ids == vlm.config.image_token_id).sum(1)
-    num_images = len(vision_inputs.get("image_grid_thw", vision_inputs["pixel_values"]))
     image_lengths = lengths.new_zeros(num_images).scatter_(0, image_indices, lengths).tolist()
 
     def per_row(features):

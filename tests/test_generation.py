@@ -236,3 +236,31 @@ def test_answer_questions():
     assert [answer.text for answer in answers] == ["[SEG][SEG]"] * 3
     assert [answer.masks.shape for answer in answers] == [(2, 40, 60)] * 3
     assert answers[0].masks.dtype == torch.bool
+
+
+@pytest.mark.parametrize("family", ["llava-sam", "idefics3-sam"], indirect=True)
+def test_questions_about_an_image_share_its_prefix(family):
+    """The language model reads system prompt and image once for all questions, and answers the same."""
+    model, processor = family
+    index = [1] * 3  # one image, three questions of different lengths
+    inputs = prompts(processor, image_indices=index)
+    read = []
+    hook = model.vlm.base_model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    shared = generate(model, inputs)
+    num_image_tokens = int((inputs["input_ids"][0] == model.config.vlm_config.image_token_id).sum())
+    (prefix_rows, prefix_length), (question_rows, question_length) = read[:2]
+    assert (prefix_rows, question_rows) == (1, 3) and prefix_length > num_image_tokens
+    assert prefix_length + question_length == inputs["input_ids"].shape[1]
+    hook.remove()
+
+    assert torch.equal(shared.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    number = 0
+    for row, answer in enumerate(ANSWERS):
+        single = generate(model, prompts(processor, [row], index), [answer])
+        assert torch.equal(single.sequences[0, -NUM_STEPS:], shared.sequences[row, -NUM_STEPS:])
+        masks = shared.low_res_masks[number : number + len(single.low_res_masks)]
+        torch.testing.assert_close(masks, single.low_res_masks, rtol=0, atol=1e-4)
+        number += len(masks)
+    assert number == len(shared.low_res_masks) == 3

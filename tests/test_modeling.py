@@ -25,8 +25,8 @@ from transformers import (
     AutoProcessor,
 )
 
-from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor
-from lisa_hf.losses import mask_losses
+from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor, losses
+from lisa_hf.losses import mask_losses, text_loss
 from lisa_hf.mask_backbone import UNTRAINED_DECODER_MODULES, encode_images
 
 
@@ -270,6 +270,16 @@ def test_qwen_positions_follow_the_image_of_the_row():
 
 
 # ---- masks and [SEG] ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_positions", [0, 1, 7])
+def test_text_loss_in_chunks_is_the_loss_at_once(num_positions, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_SIZE", 3)
+    logits = torch.randn(num_positions, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.arange(num_positions)
+    loss, expected = text_loss(logits, labels), F.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
 
 
 def test_batch_without_masks(family):
