@@ -194,7 +194,8 @@ def reference_loss(model: PeftModel, batch: dict) -> torch.Tensor:
     for index, labels in enumerate(batch["mask_labels"]):
         embeddings = encode_images(lisa.mask_model, batch["mask_pixel_values"][index : index + 1])
         is_seg = (targets == SEG_TOKEN_ID) & (batch["image_indices"] == index)[:, None]
-        repeated = select_images(embeddings, torch.zeros(len(labels), dtype=torch.long, device=labels.device))
+        first = torch.zeros(len(labels), dtype=torch.long, device=labels.device)
+        repeated = select_images(embeddings, first, embeddings.dtype)
         masks, _ = decode_prompts(lisa.mask_model, repeated, prompts[is_seg])
         sizes = batch["reshaped_input_sizes"][index].tolist(), batch["original_sizes"][index].tolist()
         image_bce, image_dice = mask_losses(lisa._upscale(masks, *sizes), labels)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
+from .feature_cache import FeatureCache
 from .losses import MASK_IGNORE_INDEX
 from .packing import pack_rows
 from .processing_lisa import LisaProcessor, TextTooLongError
@@ -25,6 +26,7 @@ class LisaDataCollator:
         on_bad_row: what becomes of a question whose `[SEG]` lies behind `max_length`: "raise" stops, "skip" drops it
             and counts it. An image that loses all of its questions is dropped too; a batch never gets empty.
         packing: whether the questions about an image share one row, see [`pack_rows`] and [`use_packing`].
+        feature_cache: where features of frozen encoders are taken from, instead of pixels.
 
     The batch has what [`LisaProcessor.encode_conversations`] returns and `mask_labels`, a list of B uint8 tensors
     `(M_b, H_b, W_b)`. If rows were skipped, here or in the data set, it also has their number as `num_skipped`, which
@@ -37,6 +39,7 @@ class LisaDataCollator:
         max_length: int | None = None,
         on_bad_row: str = "raise",
         packing: bool = False,
+        feature_cache: FeatureCache | None = None,
     ):
         if on_bad_row not in ("skip", "raise"):
             raise ValueError(f"on_bad_row must be 'skip' or 'raise', got '{on_bad_row}'.")
@@ -44,6 +47,7 @@ class LisaDataCollator:
         self.max_length = max_length
         self.on_bad_row = on_bad_row
         self.packing = packing
+        self.feature_cache = feature_cache
 
     def __call__(self, items: list[dict]) -> BatchFeature:
         num_skipped = sum(item.get("num_skipped", 0) for item in items)
@@ -63,6 +67,8 @@ class LisaDataCollator:
         if self.packing:
             tokenizer, image_token_id = self.processor.tokenizer, self.processor.vlm_processor.image_token_id
             batch = BatchFeature(pack_rows(batch, image_token_id, tokenizer.pad_token_id))
+        if self.feature_cache is not None:
+            self.feature_cache.put_into(batch, [item["image"] for item in items])
         batch["mask_labels"] = [mask_labels(item, kept) for item, kept in zip(items, questions)]
         if num_skipped:
             batch["num_skipped"] = num_skipped

@@ -49,3 +49,19 @@ def mask_losses(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> tuple[t
     overlap = 2 * (probabilities * targets).sum(1)
     dice = 1 - (overlap + 1e-3) / (probabilities.sum(1) + targets.sum(1) + 1e-3)
     return bce.sum(), dice.sum()
+
+
+def check_mask_counts(mask_labels: list, masks_per_image: list[int], image_indices: torch.Tensor) -> None:
+    """Raises `ValueError` unless each image has as many masks as there are `[SEG]` in the answers about it."""
+    expected = [len(masks) for masks in mask_labels]
+    if expected == masks_per_image:
+        return
+    if len(expected) != len(masks_per_image):
+        raise ValueError(f"mask_labels has {len(expected)} entries for {len(masks_per_image)} images.")
+    image = next(i for i, count in enumerate(masks_per_image) if count != expected[i])
+    rows = (image_indices == image).nonzero().flatten().tolist()
+    raise ValueError(
+        f"Image {image} (rows {rows}) has {masks_per_image[image]} [SEG] tokens in its answers but "
+        f"{expected[image]} masks. Give one mask per [SEG], in the order of the answers; if a text was cut at "
+        "`max_length`, raise it."
+    )

@@ -62,11 +62,11 @@ def encode_images(mask_model: nn.Module, pixel_values: torch.Tensor):
         ]
 
 
-def select_images(image_embeddings, indices: torch.Tensor):
-    """Rows `indices` (M,) of image embeddings in any of the forms of [`encode_images`]."""
+def select_images(image_embeddings, indices: torch.Tensor, dtype: torch.dtype):
+    """Rows `indices` (M,) of image embeddings in any of the forms of [`encode_images`], as `dtype`."""
     if isinstance(image_embeddings, torch.Tensor):
-        return image_embeddings[indices]
-    return [select_images(part, indices) for part in image_embeddings]
+        return image_embeddings[indices].to(dtype)
+    return [select_images(part, indices, dtype) for part in image_embeddings]
 
 
 def decode_prompts(mask_model: nn.Module, image_embeddings, prompts: torch.Tensor):

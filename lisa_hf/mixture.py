@@ -102,7 +102,7 @@ class Mixture:
         if on_bad_row not in ON_BAD_ROW:
             raise ValueError(f"on_bad_row must be one of {ON_BAD_ROW}, got {on_bad_row!r}.")
         self.names = list(sources)
-        self.sources = [_undecoded(rows) for rows in sources.values()]
+        self.sources = [undecoded(rows) for rows in sources.values()]
         self.probabilities = _probabilities(self.names, default_weights(sources) if weights is None else weights)
         self.seed = seed
         self.num_questions = num_questions
@@ -123,7 +123,7 @@ class Mixture:
             row = next(rows)
             self.num_drawn[source] += 1
             try:
-                image = _load_image(row)
+                image = load_image(row)
                 questions = sample_questions(
                     row, rng, self.num_questions, self.explanatory_probability, self.merge_instances
                 )
@@ -211,7 +211,7 @@ class EvaluationDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, rows: Dataset, merge_instances: bool = True, all_texts: bool = False):
-        self.rows = _undecoded(rows)
+        self.rows = undecoded(rows)
         self.merge_instances = merge_instances
         self.all_texts = all_texts
 
@@ -223,7 +223,7 @@ class EvaluationDataset(torch.utils.data.Dataset):
             raise IndexError(f"Item {index} of {len(self.rows)} evaluation rows.")
         row = self.rows[int(index)]
         try:
-            image = _load_image(row)
+            image = load_image(row)
             questions = self.questions(row)
             _check_masks(questions, row["ignore"])
             if not questions:
@@ -253,7 +253,7 @@ def _drawn_rows(rows: Dataset, rng: np.random.Generator) -> Iterator[dict]:
         yield rows[int(rng.integers(len(rows)))]
 
 
-def _undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     # Decoding while a row is read would fail before the row can say which file it is.
     return rows.cast_column("image", Image(decode=False))
 
@@ -273,7 +273,7 @@ def _probabilities(names: list[str], weights: dict[str, float]) -> np.ndarray:
     return values / values.sum()
 
 
-def _load_image(row: dict) -> PIL.Image.Image:
+def load_image(row: dict) -> PIL.Image.Image:
     """The image of a row, RGB and turned upright as its EXIF orientation says.
 
     Raises:

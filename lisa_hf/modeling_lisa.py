@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_lisa import LisaConfig
 from .generation_lisa import LisaGenerationMixin, SegTokens
-from .losses import IGNORE_INDEX, mask_losses, text_loss
+from .losses import IGNORE_INDEX, check_mask_counts, mask_losses, text_loss
 from .mask_backbone import (
     SUPPORTED_MASK_MODELS,
     decode_prompts,
@@ -229,7 +229,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
                 vision inputs (`image_grid_thw`, ...) and its per-row text inputs (`token_type_ids`, ...) pass through.
             image_indices: `(N,)` int64, row to image; by default row n is about image n.
             vision_features: instead of the vision inputs, what the VLM's `get_image_features` made of them: B tensors
-                `(tokens_b, hidden_size)`.
+                `(tokens_b, hidden_size)`, or `(crops_b, tokens, hidden_size)` if it gives all images in one.
             mask_pixel_values: `(B, 3, S, S)` float, the mask model's input.
             image_embeddings: instead of `mask_pixel_values`, what the mask model's encoder made of them.
             segment_ids: `(N, L)` int64, of packed rows: 0 is the prefix, 1 to K are the questions that share it and do
@@ -264,7 +264,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         seg_tokens = self._find_seg_tokens(targets, image_indices)
         masks_per_image = torch.bincount(seg_tokens.images, minlength=num_images).tolist()
         if mask_labels is not None:
-            self._check_mask_counts(mask_labels, masks_per_image, image_indices)
+            check_mask_counts(mask_labels, masks_per_image, image_indices)
 
         if image_embeddings is None:
             image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
@@ -333,20 +333,6 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         by_image = torch.argsort(images, stable=True)
         return SegTokens(rows[by_image], positions[by_image], images[by_image])
 
-    def _check_mask_counts(self, mask_labels: list, masks_per_image: list[int], image_indices: torch.Tensor):
-        expected = [len(masks) for masks in mask_labels]
-        if expected == masks_per_image:
-            return
-        if len(expected) != len(masks_per_image):
-            raise ValueError(f"mask_labels has {len(expected)} entries for {len(masks_per_image)} images.")
-        image = next(i for i, count in enumerate(masks_per_image) if count != expected[i])
-        rows = (image_indices == image).nonzero().flatten().tolist()
-        raise ValueError(
-            f"Image {image} (rows {rows}) has {masks_per_image[image]} [SEG] tokens in its answers but "
-            f"{expected[image]} masks. Give one mask per [SEG], in the order of the answers; if a text was cut at "
-            "`max_length`, raise it."
-        )
-
     def _decode(self, hidden_states: torch.Tensor, seg_tokens: SegTokens, image_embeddings):
         """Projects the states that predict `[SEG]` to prompts and decodes them on their images' embeddings.
 
@@ -360,7 +346,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             rows = positions = images = rows.new_zeros(1)
         seg_embeddings = self.seg_projector(hidden_states[rows, positions])
         low_res_masks, iou_scores = decode_prompts(
-            self.mask_model, select_images(image_embeddings, images), seg_embeddings
+            self.mask_model, select_images(image_embeddings, images, self.mask_model.dtype), seg_embeddings
         )
         unused = low_res_masks.new_zeros((), dtype=torch.float32) if num_masks else 0.0 * low_res_masks.float().sum()
         return low_res_masks[:num_masks], iou_scores[:num_masks], seg_embeddings[:num_masks], unused

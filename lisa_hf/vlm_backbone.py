@@ -29,14 +29,17 @@ def encode_vlm_images(
     Args:
         input_ids: `(N, L)`; the number of image tokens of a row is the length of its image's features.
         image_indices: `(N,)` int64, row to image.
-        vision_features: instead of `vision_inputs`, what the tower made of them: B tensors `(tokens, hidden_size)`.
+        vision_features: instead of `vision_inputs`, what `get_image_features` made of them: one tensor per image,
+            `(tokens, hidden_size)` where it gives a list of them, else `(crops, tokens, hidden_size)`.
 
     Returns:
         The `mm_encoder_outputs` argument of transformers' VLMs.
     """
     if vision_features is not None:
         num_images = len(vision_features)
-        output = BaseModelOutputWithPooling(pooler_output=[features.to(vlm.dtype) for features in vision_features])
+        features = [features.to(vlm.dtype) for features in vision_features]
+        is_list = features[0].dim() == 2
+        output = BaseModelOutputWithPooling(pooler_output=features if is_list else torch.cat(features))
     else:
         num_images = len(vision_inputs.get("image_grid_thw", vision_inputs["pixel_values"]))
         output = vlm.base_model.get_image_features(**vision_inputs, return_dict=True)
