@@ -218,6 +218,13 @@ class LisaTrainingArguments(TrainingArguments):
     full_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the parts trained in full; default: learning_rate, LoRA's."}
     )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of Muon for the weight matrices of the parts trained in full, about 0.02 for a "
+            "model from nothing; the other weights then take AdamW. Default: `optim` for all of them."
+        },
+    )
     eval_generate: bool = field(
         default=False, metadata={"help": "Evaluate with generated answers too, not only with the true text given."}
     )
@@ -231,7 +238,16 @@ class LisaTrainingArguments(TrainingArguments):
                 "batch differ in number, so that it cannot be cut"
             )
         self.accelerator_config.dispatch_batches = False
+        if self.muon_learning_rate is not None:
+            if self.full_learning_rate is not None or self.deepspeed or self.fsdp:
+                raise ValueError(
+                    "muon_learning_rate: expected neither full_learning_rate beside it, which it replaces, nor "
+                    "DeepSpeed or FSDP, which cut the matrices that Muon needs whole"
+                )
+            if self.optim not in ("adamw_torch", "adamw_torch_fused"):
+                raise ValueError(f"optim: expected adamw_torch(_fused) beside muon_learning_rate, found {self.optim}")
         _check_range(self, "full_learning_rate", 0)
+        _check_range(self, "muon_learning_rate", 0)
         _check_range(self, "generation_max_new_tokens", 1)
 
 

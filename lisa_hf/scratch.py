@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from .configuration_lisa import LisaConfig
+from .initialization import initialize_weights
 from .modeling_lisa import LisaForConditionalGeneration
 from .processing_lisa import IMAGE_TOKENS, SEG_TOKEN, LisaProcessor, add_tokens
 from .prompts import ANSWERS, EXPLANATORY_QUESTIONS, LONG_QUESTIONS, SHORT_QUESTIONS
@@ -27,7 +28,11 @@ CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer whose frequent words are one token each and that spells all others."""
+    """A byte-level BPE tokenizer whose frequent words are one token each and that spells all others.
+
+    What LISA's templates put around a phrase is one token too: a small model attends evenly at first, and a phrase of
+    two words would be lost among the twenty of a template.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,13 +43,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in _template_texts()])
+    return tokenizer
+
+
+def _template_texts() -> list[str]:
+    """The texts before and after the phrases of LISA's questions, and before the `[SEG]` of its answers."""
+    questions = [text.split("{phrase}") for text in (*SHORT_QUESTIONS, *LONG_QUESTIONS, *EXPLANATORY_QUESTIONS)]
+    answers = [text.split(SEG_TOKEN)[0].strip() for text in ANSWERS]
+    return sorted({text for before, after in questions for text in (before.rstrip(), after)} | set(answers) - {""})
 
 
 def build_from_scratch(
@@ -99,6 +113,7 @@ def build_from_scratch(
         **kwargs,
     )
     model = LisaForConditionalGeneration(config)
+    initialize_weights(model)
     if causal_lm is not None:
         causal_lm.resize_token_embeddings(len(tokenizer))
         model.vlm.base_model.language_model.load_state_dict(causal_lm.base_model.state_dict())
@@ -122,10 +137,9 @@ def build_from_scratch(
 
 
 def row_texts(rows) -> Iterable[str]:
-    """All texts of rows and of the templates around them: what [`train_tokenizer`] learns its words from."""
-    # As often as a template is used, roughly; a word that is seen once is not worth a token.
-    for text in (*SHORT_QUESTIONS, *LONG_QUESTIONS, *EXPLANATORY_QUESTIONS, *ANSWERS):
-        yield from [text.replace(SEG_TOKEN, "").replace("{phrase}", "")] * 100
+    """All texts of rows: what [`train_tokenizer`] learns its words from."""
+    # As often as they are used, roughly; a word that is seen once is not worth a token.
+    yield from ["USER: ASSISTANT:"] * 100
     for row in rows.remove_columns("image"):
         yield from (phrase for target in row["targets"] for phrase in target["phrases"])
         yield from (message["content"] for message in row["messages"])

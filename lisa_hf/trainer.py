@@ -14,6 +14,7 @@ from .evaluation import PADDING, compute_metrics
 from .losses import IGNORE_INDEX
 from .metrics import intersection_and_union
 from .model_card import write_model_card
+from .optimizer import use_muon
 from .packing import unpack_rows
 from .processing_lisa import LisaProcessor
 from .run_record import find_run_record
@@ -139,12 +140,15 @@ class LisaTrainer(Trainer):
     # ---- optimizer --------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model=None):
-        """As Trainer, with a learning rate of their own for the parts that are trained in full beside LoRA."""
-        rate = self.args.full_learning_rate
+        """As Trainer, with another learning rate, or with Muon, for the parts that are trained in full."""
+        rate, muon_rate = self.args.full_learning_rate, self.args.muon_learning_rate
         optimizer = super().create_optimizer(model)
+        model = self.model if model is None else model
+        if muon_rate is not None:
+            self.optimizer = use_muon(optimizer, model, muon_rate)
+            return self.optimizer
         if rate is None:
             return optimizer
-        model = self.model if model is None else model
         lora = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
         for group in list(optimizer.param_groups):
             full = [parameter for parameter in group["params"] if parameter not in lora]

@@ -1,6 +1,5 @@
 """The drawn scenes: reproducible, and everything that a row says about its picture is true."""
 
-import dataclasses
 import re
 
 import cv2
@@ -54,13 +53,13 @@ def test_scene_masks_show_what_their_phrases_say(scenes):
         if row["task"] != "semantic":
             continue
         image = cv2.imdecode(np.frombuffer(row["image"]["bytes"], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-        masks = [decode_mask(target["rle"]) for target in row["targets"]]
-        assert np.sum(masks, axis=0).max() == 1
-        for target, mask in zip(row["targets"], masks):
-            assert len(target["phrases"]) == 3
-            colour = next(phrase for phrase in target["phrases"] if phrase.endswith("object")).split()[0]
-            shape = next(phrase for phrase in target["phrases"] if " " not in phrase)
-            assert f"{colour} {shape}" in target["phrases"]
+        masks = {target["phrases"][0]: decode_mask(target["rle"]) for target in row["targets"]}
+        names = [phrase for phrase in masks if phrase.split()[0] in COLOURS and not phrase.endswith(" object")]
+        assert all(len(target["phrases"]) == 1 for target in row["targets"])
+        for name in names:
+            colour, shape = name.split()
+            assert shape in masks and f"{colour} object" in masks
+            mask = masks[name]
             inside = cv2.erode(mask, np.ones((3, 3), np.uint8)).astype(bool)
             mean = image[inside].mean(axis=0)
             nearest = min(COLOURS, key=lambda name: np.abs(mean - COLOURS[name]).sum())
@@ -97,49 +96,38 @@ def test_referring_phrases_are_unambiguous():
     left, right = item("red", "circle", 0.2, 0.5), item("red", "circle", 0.8, 0.52, radius=0.2)
     star = item("blue", "star", 0.5, 0.51)
     found = referring_phrases([left, right, star])
-    phrases = {phrase: which for phrase, which in found if "circle" in phrase}
     assert len(found) == len({phrase for phrase, _ in found})
-    expected = {"leftmost": left, "rightmost": right, "largest": right, "smallest": left}
-    assert phrases == {f"{word} circle": which for word, which in expected.items()} | {
-        "circle left of the blue star": left,
-        "circle right of the blue star": right,
-    }
+    nouns = ("red circle", "circle", "red object")
+    expected = {f"{noun} left of the blue star": left for noun in nouns}
     # The two red circles cannot serve as an anchor, and nothing lies clearly above anything.
-    assert not any("the red circle" in phrase or "above" in phrase or "highest" in phrase for phrase, _ in found)
+    assert dict(found) == expected | {f"{noun} right of the blue star": right for noun in nouns}
 
 
 def test_places_that_hardly_differ_decide_nothing():
     pair = [item("red", "circle", 0.45, 0.5), item("blue", "circle", 0.5, 0.5)]
     assert referring_phrases(pair) == []
     # Farther up than to the left: "left of" would be disputed.
-    slanted = [item("red", "circle", 0.3, 0.1), item("red", "ring", 0.9, 0.5), item("blue", "star", 0.5, 0.8)]
+    slanted = [item("red", "circle", 0.3, 0.1), item("red", "square", 0.9, 0.5), item("blue", "star", 0.5, 0.8)]
     assert "red object left of the blue star" not in dict(referring_phrases(slanted))
 
 
-def test_a_size_is_extent_and_visible_area():
-    large, small = item("red", "circle", 0.3, 0.3, radius=0.3), item("red", "ring", 0.3, 0.3, radius=0.15)
-    assert ("largest object", large) in referring_phrases([large, small])
-    thin = dataclasses.replace(large, mask=np.ones((5, 5), dtype=bool))
-    assert not any("largest" in phrase or "smallest" in phrase for phrase, _ in referring_phrases([thin, small]))
-
-
 def test_conversations_tell_the_truth():
-    items = [item("red", "circle", 0.2, 0.2), item("blue", "circle", 0.8, 0.2), item("blue", "cross", 0.5, 0.8)]
+    items = [item("red", "circle", 0.2, 0.2), item("blue", "circle", 0.8, 0.2), item("blue", "square", 0.5, 0.8)]
     answers = {}
     for seed in range(300):
         messages = draw_conversation(np.random.default_rng(seed), items)
         assert [message["role"] for message in messages] == ["user", "assistant"] * 2
         answers |= {messages[turn]["content"]: messages[turn + 1]["content"] for turn in (0, 2)}
     assert answers["How many circles are there?"] == "There are two circles."
-    assert answers["How many crosses are there?"] == "There is one cross."
+    assert answers["How many squares are there?"] == "There is one square."
     assert answers["How many stars are there?"] == "There are no stars."
-    assert answers["What colour is the cross?"] == "The cross is blue."
+    assert answers["What colour is the square?"] == "The square is blue."
     assert answers["What shape is the red object?"] == "The red object is a circle."
-    assert answers["Is there a blue cross?"] == "Yes, there is a blue cross."
+    assert answers["Is there a blue square?"] == "Yes, there is a blue square."
     for question, answer in answers.items():
         assert "the circle" not in question and "the blue object" not in question
         if question.startswith("Is there") and answer.startswith("Yes"):
-            assert question[len("Is there a ") : -1] in {"red circle", "blue circle", "blue cross"}
+            assert question[len("Is there a ") : -1] in {"red circle", "blue circle", "blue square"}
 
 
 @pytest.mark.parametrize("kwargs", [{"image_size": 16}, {"num_train_scenes": 0}])
