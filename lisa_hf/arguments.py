@@ -23,6 +23,7 @@ import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 logger = logging.getLogger(__name__)
@@ -246,6 +247,15 @@ class LisaTrainingArguments(TrainingArguments):
                 )
             if self.optim not in ("adamw_torch", "adamw_torch_fused"):
                 raise ValueError(f"optim: expected adamw_torch(_fused) beside muon_learning_rate, found {self.optim}")
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint: expected false: recipes/train.py saves and stops on SIGTERM and SIGUSR1 "
+                "anyway, at a step that all processes agree on"
+            )
+        if self.deepspeed_plugin is not None:
+            # Under ZeRO-3, transformers would cut weights while a model is made, and neither building from parts nor
+            # PEFT's copies of whole modules can be done on pieces. Trainer sets this again and cuts the whole model.
+            unset_hf_deepspeed_config()
         _check_range(self, "full_learning_rate", 0)
         _check_range(self, "muon_learning_rate", 0)
         _check_range(self, "generation_max_new_tokens", 1)
@@ -289,14 +299,22 @@ def parse_data_arguments(path: str) -> DataArguments:
 
 @contextmanager
 def exit_with_one_line():
-    """Turns what is wrong with the user's input or disk (`ValueError`, `OSError`, `SafetensorError`) into one line on
-    stderr and exit code 2.
+    """Turns what is wrong with the user's input or machine into one line on stderr and exit code 2: `ValueError`,
+    `OSError`, `SafetensorError`.
 
-    The trace goes to the debug log.
+    So it does with the death of a loader worker, which torch reports as a `RuntimeError`. The line goes to stderr, the
+    trace to the debug log.
     """
     try:
         yield
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        if isinstance(error, RuntimeError):
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            error = OSError(
+                f"a loader worker has died ({error}). Most often the host's memory was full: lower "
+                "dataloader_num_workers, or ask for more memory"
+            )
         logger.debug("The full trace:", exc_info=True)
         # A loader worker hands its trace over as text; its last line is the error.
         text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)

@@ -166,7 +166,7 @@ def build_base(checkpoint: Path) -> LisaForConditionalGeneration:
 def trained_model(trainer: LisaTrainer) -> LisaForConditionalGeneration | None:
     """The model at the end of a training, LoRA merged, on the main process; None on the others. All must call it."""
     plugin = trainer.accelerator.state.deepspeed_plugin
-    if plugin is None or plugin.zero_stage != 3:
+    if not trainer.is_fsdp_enabled and (plugin is None or plugin.zero_stage != 3):
         model = trainer.accelerator.unwrap_model(trainer.model)
         return merge_lora(model) if trainer.is_world_process_zero() else None
     # Each process holds a piece of every weight, and the whole need not fit beside it: it is put together on disk.

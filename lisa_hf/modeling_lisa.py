@@ -118,6 +118,8 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         config.mask_config = self.mask_model.config
         self.generation_config = self.vlm.generation_config
         self.post_init()
+        # FSDP looks for each class that a half names, and CLIP names one of its text encoder, which is not here.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

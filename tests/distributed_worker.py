@@ -1,21 +1,30 @@
 """Trains and evaluates a tiny LISA in several ways, on two processes; on three it only evaluates.
 
-    torchrun --nproc_per_node 2 tests/distributed_worker.py RESULTS.pt
+    accelerate launch --config_file recipes/accelerate/ddp.yaml tests/distributed_worker.py RESULTS.pt NUM_STEPS
 
 The first process writes what came out; `test_distributed.py` compares it with what one process gets.
 """
 
 import datetime
+import importlib
 import io
+import os
 import sys
 import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+import yaml
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from PIL import Image
 from tiny_training import Items, build_model, copy_state, make_trainer
+from torch.utils.data import ConcatDataset, Subset
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lisa_hf.arguments import TRAINABLE_PARTS
 from lisa_hf.evaluation import evaluate_benchmark
@@ -35,6 +44,20 @@ TRAINING_RUNS = {
     "checkpointing": {"parts": LISA_PARTS, "lora_r": 4, "cuts": (2,), "activation_checkpointing": True},
 }
 NUM_EVAL_ITEMS = 7
+
+ROOT = Path(__file__).parents[1]
+# How processes share a model, with the files that the launchers in recipes/accelerate use.
+ENGINES = {
+    "ddp": {},
+    "fsdp2": {
+        "fsdp": True,
+        "fsdp_config": yaml.safe_load((ROOT / "recipes/accelerate/fsdp2.yaml").read_text())["fsdp_config"],
+        "use_cpu": False,
+    },
+    "zero2": {"deepspeed": str(ROOT / "ds_configs/zero2.json")},
+    "zero3": {"deepspeed": str(ROOT / "ds_configs/zero3.json")},
+}
+WITHOUT_MASKS = [9, 10, 11, 12, 13, 14, 15, 4]
 
 
 def train(cut: int, num_processes: int, parts: list[str], lora_r: int, **arguments) -> dict:
@@ -61,6 +84,50 @@ def train(cut: int, num_processes: int, parts: list[str], lora_r: int, **argumen
         "gradients": trainer.recorder.gradients,
         "weights": copy_state(model),
     }
+
+
+@contextmanager
+def process_state(engine: str):
+    """Settings of accelerate that must not outlive a run.
+
+    accelerate takes processes for FSDP's only if they have GPUs, and would quietly use DDP; so it is told they do.
+    DeepSpeed would compile a kernel for sums among CPU processes, minutes long, where gloo's serve as well.
+    """
+    deepspeed_torch = importlib.import_module("deepspeed.comm.torch")  # as an attribute, it is torch itself
+    with mock.patch.dict(os.environ), mock.patch.object(deepspeed_torch, "build_shm_op", lambda: None):
+        if engine == "fsdp2":
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+            backend = ("gloo", DistributedType.MULTI_GPU)
+            with mock.patch.object(PartialState, "_prepare_backend", lambda *args: backend):
+                yield
+        else:
+            yield
+    unset_hf_deepspeed_config()  # else the next model would be made in pieces
+
+
+def train_and_evaluate(engine: str, num_processes: int, num_steps: int) -> dict:
+    """Figures before the first step, and the losses of the steps, of which the last of each three has no mask."""
+    model, processor = build_model()
+    torch.manual_seed(0)
+    model = prepare_for_training(model, LISA_PARTS, lora_r=4, lora_dropout=0.0)
+    with process_state(engine), tempfile.TemporaryDirectory() as output_dir:
+        trainer = make_trainer(
+            model,
+            processor,
+            output_dir,
+            ConcatDataset([Items(), Subset(Items(), WITHOUT_MASKS)]),
+            {"uneven": Items(NUM_EVAL_ITEMS), "maskless": Subset(Items(), WITHOUT_MASKS[:3])},
+            max_steps=num_steps,
+            per_device_train_batch_size=8 if num_processes == 1 else 1,
+            gradient_accumulation_steps=1 if num_processes == 1 else 8 // num_processes,
+            metric_for_best_model="uneven_giou",
+            eval_on_start=True,
+            eval_generate=True,
+            **(ENGINES[engine] if num_processes > 1 else {}),
+        )
+        trainer.remove_callback(trainer.recorder)  # whole gradients and weights are not to be had everywhere
+        trainer.train()
+        return {"wrapper": type(trainer.model_wrapped).__name__, "logs": trainer.state.log_history}
 
 
 def make_evaluator(output_dir: str, eval_dataset=None, **arguments):
@@ -111,9 +178,11 @@ def evaluate_benchmarks() -> dict[int, tuple[dict, dict]]:
         }
 
 
-def run(num_processes: int) -> dict:
+def run(num_processes: int, num_steps: int) -> dict:
     """All runs; a single process takes the eight items of a step at once."""
-    results = {}
+    results = {"metrics": evaluate(), "benchmarks": evaluate_benchmarks()}
+    if num_processes > 2:  # the eight items of a step cannot be shared by three
+        return results
     for name, settings in TRAINING_RUNS.items():
         settings = dict(settings)
         for cut in settings.pop("cuts"):
@@ -121,16 +190,15 @@ def run(num_processes: int) -> dict:
                 results.setdefault(name, train(8, 1, **settings))
             else:
                 results[name, cut] = train(cut, num_processes, **settings)
-    results["metrics"] = evaluate()
-    results["benchmarks"] = evaluate_benchmarks()
+    for engine in ENGINES if num_processes > 1 else ["ddp"]:
+        results[engine] = train_and_evaluate(engine, num_processes, num_steps)
     return results
 
 
 if __name__ == "__main__":
     # A process that waits for another in vain shall say so, rather than hang.
-    state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=60))
-    # The eight items of a step cannot be shared by three.
-    outcome = run(state.num_processes) if state.num_processes < 3 else {"benchmarks": evaluate_benchmarks()}
+    state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=300))
+    outcome = run(state.num_processes, int(sys.argv[2]))
     if state.is_main_process:
         torch.save(outcome, sys.argv[1])
     state.destroy_process_group()

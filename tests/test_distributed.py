@@ -1,46 +1,45 @@
-"""Several processes (DDP on gloo) give what one process gives: loss, gradients, weights and metrics."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Several processes give what one process gives: loss, gradients, weights and metrics, whatever shares the model."""
 
 import distributed_worker
 import pytest
 import torch
-from distributed_worker import TRAINING_RUNS
+from distributed_worker import ENGINES, TRAINING_RUNS
+from launching import launch
 from tiny_training import assert_gradients_equal
 
 from lisa_hf.trainer import LOSS_PARTS
 
 
-ROOT = Path(__file__).parents[1]
 CUTS = [(name, cut) for name, settings in TRAINING_RUNS.items() for cut in settings["cuts"]]
+WRAPPERS = {
+    "ddp": "DistributedDataParallel",
+    "fsdp2": "FSDPPeftModel",
+    "zero2": "DeepSpeedEngine",
+    "zero3": "DeepSpeedEngine",
+}
+NUM_STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def one():
-    return distributed_worker.run(1)
-
-
-def launch(num_processes: int, path: Path) -> dict:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(
-        [*launcher, distributed_worker.__file__, str(path)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stdout[-5000:]
+def run_in_processes(directory, num_processes: int, num_steps: int = NUM_STEPS) -> dict:
+    path = directory / "results.pt"
+    launch(distributed_worker.__file__, path, num_steps, num_processes=num_processes)
     return torch.load(path, weights_only=False)
 
 
 @pytest.fixture(scope="module")
+def one():
+    return distributed_worker.run(1, NUM_STEPS)
+
+
+@pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return launch(2, tmp_path_factory.mktemp("two") / "results.pt")
+    return run_in_processes(tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Evaluations alone."""
+    return run_in_processes(tmp_path_factory.mktemp("three"), 3)
 
 
 @pytest.mark.parametrize(("name", "cut"), CUTS)
@@ -59,23 +58,44 @@ def test_training(name, cut, one, two):
         assert (found["weights"][key] - weight).abs().max() <= 1e-5, key
 
 
-def test_metrics_of_an_uneven_set(one, two):
-    def figures(metrics):
-        # The loss is a mean over batches, and batches differ; seconds differ anyway.
-        return {key: value for key, value in metrics.items() if not key.endswith(("loss", "time", "second"))}
+def figures(entry: dict) -> dict:
+    """What cannot depend on the number of processes: not the seconds, and not the mean loss over unequal batches."""
+    return {key: value for key, value in entry.items() if not key.endswith(("_loss", "time", "_second"))}
 
-    assert figures(one["metrics"]) == figures(two["metrics"])
+
+def assert_same_run(found: dict, expected: dict, num_steps: int):
+    """Equal figures before the first step, equal losses after it."""
+    found, expected = found["logs"][:-1], expected["logs"][:-1]  # the last entry sums up
+    losses = [entry["mask_bce_loss"] for entry in expected if "loss" in entry]
+    assert len(losses) == num_steps and losses[2] == 0 < losses[1]
+    for entry, reference in zip(found, expected, strict=True):
+        if "loss" in reference:
+            for key in ("loss", "grad_norm", *LOSS_PARTS):
+                assert entry[key] == pytest.approx(reference[key], rel=1e-5), (key, entry["step"])
+        else:
+            assert figures(entry) == figures(reference)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_agree(engine, one, two):
+    assert two[engine]["wrapper"] == WRAPPERS[engine]
+    assert_same_run(two[engine], one["ddp"], NUM_STEPS)
+
+
+def assert_same_metrics(found: dict, expected: dict):
+    assert figures(found) == figures(expected)
     items = distributed_worker.Items(distributed_worker.NUM_EVAL_ITEMS)
-    assert two["metrics"]["eval_num_questions"] == sum(len(item["questions"]) for item in items)
+    assert found["eval_num_questions"] == sum(len(item["questions"]) for item in items)
     # The case proves something only if some answers have a [SEG] and others have none.
-    assert 0 < two["metrics"]["eval_generated_seg_rate"] < 1
-    assert 0 < two["metrics"]["eval_generated_giou"] < 1
+    assert 0 < found["eval_generated_seg_rate"] < 1
+    assert 0 < found["eval_generated_giou"] < 1
 
 
-def test_benchmarks_to_the_last_bit(one, two, tmp_path):
+def test_evaluation_to_the_last_bit(one, two, three):
+    assert_same_metrics(two["metrics"], one["metrics"])
+    assert_same_metrics(three["metrics"], one["metrics"])
     expected = one["benchmarks"]
-    assert two["benchmarks"] == expected
-    assert launch(3, tmp_path / "results.pt")["benchmarks"] == expected
+    assert two["benchmarks"] == three["benchmarks"] == expected
 
     results, questions = expected[distributed_worker.NUM_EVAL_ITEMS]
     assert [results[name]["num_items"] for name in ("", "_short", "_long")] == [7, 3, 4]
@@ -88,3 +108,10 @@ def test_benchmarks_to_the_last_bit(one, two, tmp_path):
     results, _ = expected[2]
     assert {name: result["num_items"] for name, result in results.items()} == {"": 2, "_short": 1, "_long": 1}
     assert results["_long"]["protocols"].keys() == {"lisa", "generated"}
+
+
+@pytest.mark.slow
+def test_engines_agree_over_twenty_steps(tmp_path):
+    expected, found = distributed_worker.run(1, 20), run_in_processes(tmp_path, 2, 20)
+    for engine in ENGINES:
+        assert_same_run(found[engine], expected["ddp"], 20)

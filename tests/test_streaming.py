@@ -1,13 +1,11 @@
 """The streaming mixture: every row is dealt once, resuming is exact, and the rows are those of the prepared data.
 
-    torchrun --nproc_per_node 2 tests/test_streaming.py DIRECTORY
+    accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 tests/test_streaming.py DIRECTORY
 
 is what `test_two_processes_with_two_workers_each_share_the_rows` starts.
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from itertools import islice
@@ -20,6 +18,7 @@ from datasets import Image, IterableDataset, load_dataset
 from datasets.table import embed_table_storage
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import launch
 from test_data_scripts import TREE
 from test_mixture import comparable, dataset, image_file, segmentation_row, vqa_row
 from test_sources import NAMES
@@ -30,9 +29,6 @@ from data_scripts import load_source
 from lisa_hf import mixture
 from lisa_hf.mixture import MixtureDataset
 from lisa_hf.streaming import StreamingMixtureDataset
-
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -324,17 +320,7 @@ def read_two_passes(directory):
 
 
 def test_two_processes_with_two_workers_each_share_the_rows(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(
-        [*launcher, __file__, str(tmp_path)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stdout[-5000:]
+    launch(__file__, tmp_path)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     rows = Counter(f"classes/{index}" for index in range(64))
     for one_pass in (slice(0, 16), slice(16, 32)):

@@ -1,0 +1,67 @@
+"""Every launcher of recipes/accelerate starts the training recipe, on CPUs here, and trains the same model."""
+
+import json
+import socket
+
+import pytest
+from launching import ROOT, finish, launch, start
+from test_recipes import write_config
+
+
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+# FSDP among CPU processes is DDP to accelerate; test_distributed.py has it as on GPUs.
+LAUNCHERS = {"cpu": 1, "single_gpu": 1, "ddp": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
+
+
+def test_deepspeed_files_leave_to_trainer_what_it_knows():
+    assert [path.stem for path in DS_CONFIGS] == ["zero2", "zero2_offload", "zero3", "zero3_offload"]
+    for path in DS_CONFIGS:
+        config = json.loads(path.read_text())
+        # An optimizer named here would be DeepSpeed's own, which compiles for minutes and knows no parameter groups.
+        assert not {"optimizer", "scheduler"} & config.keys()
+        for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            assert config[name] == "auto"
+        zero = config["zero_optimization"]
+        assert zero["stage"] == int(path.stem[4])
+        assert ("offload_optimizer" in zero) == path.stem.endswith("offload")
+
+
+def arguments(directory, num_processes: int) -> tuple:
+    config = write_config(directory / "tiny.yaml", per_device_train_batch_size=2 // num_processes)
+    return (ROOT / "recipes" / "train.py", "--config", config, "--output_dir", directory / "run")
+
+
+def losses(directory) -> list[float]:
+    state = json.loads((directory / "run" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cpu")
+    launch(*arguments(directory, 1), launcher="cpu", num_processes=1)
+    return losses(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launcher(launcher, expected, tmp_path):
+    num_processes = LAUNCHERS[launcher]
+    output = launch(*arguments(tmp_path, num_processes), launcher=launcher, num_processes=num_processes)
+    assert "Done." in output
+    assert losses(tmp_path) == pytest.approx(expected, rel=1e-3)
+    assert (tmp_path / "run" / "model.safetensors").exists() and (tmp_path / "run" / "predictions.png").exists()
+
+
+@pytest.mark.slow
+def test_two_machines(expected, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = [
+        start(*arguments(tmp_path, 2), launcher="multi_node", num_processes=2, port=port, machine_rank=rank)
+        for rank in (0, 1)
+    ]
+    for output in [finish(machine) for machine in machines]:
+        assert "Traceback" not in output, output[-5000:]
+    assert losses(tmp_path) == pytest.approx(expected, rel=1e-3)
