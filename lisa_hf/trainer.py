@@ -9,7 +9,9 @@ from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .checkpointing import complete_save, resolve_checkpoint
 from .evaluation import PADDING, compute_metrics
 from .losses import IGNORE_INDEX
 from .metrics import intersection_and_union
@@ -130,9 +132,23 @@ class LisaTrainer(Trainer):
             self._reset_loss_parts()
         super().log(logs, start_time)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As Trainer; `resume_from_checkpoint` may also be "auto", see [`checkpointing.resolve_checkpoint`]."""
         self._reset_loss_parts()
-        return super().train(*args, **kwargs)
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        # Trainer would make one step more, if a run had made all of its steps when its last checkpoint was saved.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        directory = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with complete_save(self, directory):
+            super()._save_checkpoint(model, trial)
 
     def _reset_loss_parts(self):
         self._loss_parts, self._loss_parts_steps = dict.fromkeys(LOSS_PARTS, 0.0), 0

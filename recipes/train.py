@@ -2,8 +2,10 @@
 
     accelerate launch recipes/train.py --config recipes/quickstart.yaml
     accelerate launch recipes/train.py --config recipes/quickstart.yaml --max_steps 20 --output_dir outputs/try
+    accelerate launch --config_file recipes/accelerate/zero2.yaml --num_processes 2 recipes/train.py --config ...
 
-The keys of the YAML file are the arguments of `lisa_hf.arguments`; the command line wins over the file.
+The keys of the YAML file are the arguments of `lisa_hf.arguments`; the command line wins over the file. With
+`--resume_from_checkpoint auto` one command both starts a run and goes on with it.
 """
 
 import sys
@@ -23,6 +25,7 @@ from datasets import Dataset, IterableDataset
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.arguments import DataArguments, LisaTrainingArguments, exit_with_one_line, parse_arguments
+from lisa_hf.checkpointing import StopOnSignal
 from lisa_hf.export import trained_model
 from lisa_hf.inference import draw_predictions
 from lisa_hf.loading import load_model_and_processor
@@ -101,10 +104,14 @@ def main():
                 processor, data_args.max_length, data_args.on_bad_row, use_packing(model.config, data_args.packing)
             ),
             processing_class=processor,
+            callbacks=[stop := StopOnSignal()],
         )
         if trainer.is_world_process_zero():
             write_run_record(model_args, data_args, training_args, train_dataset, eval_datasets)
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        if stop.received:
+            logger.warning("Stopped by %s. Go on with --resume_from_checkpoint auto.", stop.received.name)
+            return
         trainer.save_state()
         if trainer.num_skipped_rows:
             logger.warning("%d rows could not be used and were skipped.", trainer.num_skipped_rows)
