@@ -230,8 +230,17 @@ class LisaTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Evaluate with generated answers too, not only with the true text given."}
     )
     generation_max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer, in tokens."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Only look at some of the data, make one step and one checkpoint, and say what came out."},
+    )
 
     def __post_init__(self):
+        if self.dry_run:
+            self.max_steps = self.logging_steps = self.save_steps = 1
+            self.save_strategy, self.eval_strategy, self.load_best_model_at_end = "steps", "no", False
+            self.report_to, self.resume_from_checkpoint = "none", None
+            self.output_dir = str(Path(self.output_dir or ".", "dry_run"))  # what is in output_dir stays as it is
         super().__post_init__()
         if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
             raise ValueError(

@@ -26,6 +26,7 @@ from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.arguments import DataArguments, LisaTrainingArguments, exit_with_one_line, parse_arguments
 from lisa_hf.checkpointing import StopOnSignal
+from lisa_hf.dry_run import describe_items, finish_dry_run
 from lisa_hf.export import trained_model
 from lisa_hf.inference import draw_predictions
 from lisa_hf.loading import load_model_and_processor
@@ -106,6 +107,13 @@ def main():
             processing_class=processor,
             callbacks=[stop := StopOnSignal()],
         )
+        if training_args.dry_run:
+            data = describe_items(train_dataset, trainer.data_collator)
+            trainer.train()
+            result = finish_dry_run(trainer)
+            if trainer.is_world_process_zero():
+                print(data, result, sep="\n\n")
+            return
         if trainer.is_world_process_zero():
             write_run_record(model_args, data_args, training_args, train_dataset, eval_datasets)
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
