@@ -8,22 +8,20 @@ string. Mappings are written in YAML or JSON in both places. Whatever is wrong i
 """
 
 import dataclasses
-import difflib
-import json
 import logging
-import re
 import sys
-from argparse import ArgumentTypeError, Namespace
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal
 
 import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from .argument_parser import ArgumentParser, nearest
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +106,7 @@ class ModelArguments:
             raise ValueError("language_model: expected beside vlm_config only, since a loaded VLM brings its own")
         for part in self.trainable:
             if part not in TRAINABLE_PARTS:
-                raise ValueError(f"trainable: unknown part `{part}`, {_nearest(part, TRAINABLE_PARTS)}")
+                raise ValueError(f"trainable: unknown part `{part}`, {nearest(part, TRAINABLE_PARTS)}")
         for name in ("lora_r", "ce_loss_weight", "mask_bce_loss_weight", "mask_dice_loss_weight"):
             _check_range(self, name, 0)
         _check_range(self, "lora_dropout", 0, 1)
@@ -280,7 +278,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         SystemExit: With code 2, after one line on stderr: an unknown key or flag (with the nearest valid name), a
             value of a wrong type, a missing or malformed file, values that contradict each other.
     """
-    parser = _Parser((ModelArguments, DataArguments, LisaTrainingArguments), allow_abbrev=False)
+    parser = ArgumentParser((ModelArguments, DataArguments, LisaTrainingArguments), allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are the names of the arguments.")
     try:
         config = parser.parse_args(argv).config
@@ -298,7 +296,7 @@ def parse_data_arguments(path: str) -> DataArguments:
         OSError: If the file cannot be read.
         ValueError: As [`parse_arguments`], also for what is not about data: an unknown key, a value of a wrong type.
     """
-    parser = _Parser((ModelArguments, DataArguments, LisaTrainingArguments), allow_abbrev=False)
+    parser = ArgumentParser((ModelArguments, DataArguments, LisaTrainingArguments), allow_abbrev=False)
     try:
         values = vars(parser.parse_config(path))
         return DataArguments(**{field.name: values[field.name] for field in dataclasses.fields(DataArguments)})
@@ -329,92 +327,6 @@ def exit_with_one_line():
         text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """Reads 5e-4 as a number, as YAML 1.2 and JSON do; PyYAML follows YAML 1.1, where it is a string."""
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-class _Parser(HfArgumentParser):
-    """HfArgumentParser that takes mappings and empty lists, reads YAML, and raises `ValueError` for any mistake."""
-
-    def add_argument(self, *flags, **kwargs):
-        if kwargs.get("nargs") == "+":
-            kwargs["nargs"] = "*"
-        if kwargs.get("type") is dict:
-            kwargs["type"] = _mapping
-        return super().add_argument(*flags, **kwargs)
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-    def parse_args(self, args=None, namespace=None) -> Namespace:
-        namespace, unknown = self.parse_known_args(args, namespace)
-        if unknown and unknown[0].startswith("--"):
-            flag = unknown[0].split("=")[0]
-            raise ValueError(f"unknown argument {flag}, {_nearest(flag.lstrip('-').replace('-', '_'), self._hints())}")
-        if unknown:
-            raise ValueError(f"unexpected value `{unknown[0]}`: no argument takes it")
-        return namespace
-
-    def parse_config(self, path: str) -> Namespace:
-        """The namespace of all arguments, defaults overridden by the YAML file at `path`."""
-        with open(path, encoding="utf-8") as stream:
-            root = yaml.compose(stream, Loader=_YamlLoader)
-        if not isinstance(root, yaml.MappingNode):
-            found = f"a {root.id}" if root else "nothing"
-            raise ValueError(f"{path}: expected a mapping of arguments to values, found {found}")
-        namespace, hints = self.parse_args([]), self._hints()
-        for key_node, node in root.value:
-            key, where = key_node.value, f"{path}, line {key_node.start_mark.line + 1}"
-            if key not in hints:
-                raise ValueError(f"{where}: unknown key `{key}`, {_nearest(str(key), hints)}")
-            if node.tag == "tag:yaml.org,2002:null":
-                if type(None) not in get_args(hints[key]):
-                    raise ValueError(f"{where}: {key}: expected a value, found null")
-                setattr(namespace, key, None)
-                continue
-            is_list = isinstance(node, yaml.SequenceNode)
-            tokens = [f"--{key}", *map(_as_text, node.value)] if is_list else [f"--{key}={_as_text(node)}"]
-            try:
-                self.parse_args(tokens, namespace)
-            except ValueError as error:
-                raise ValueError(f"{where}: {key}: {error}") from error
-        return namespace
-
-    def _hints(self) -> dict[str, Any]:
-        """Type of every argument, by its name."""
-        hints = {}
-        for dataclass_type in self.dataclass_types:
-            types = get_type_hints(dataclass_type)
-            hints |= {field.name: types[field.name] for field in dataclasses.fields(dataclass_type) if field.init}
-        return hints
-
-
-def _as_text(node: yaml.Node) -> str:
-    """The text of a YAML node as on the command line; if nested, the JSON that TrainingArguments wants."""
-    if isinstance(node, yaml.ScalarNode):
-        return node.value
-    return json.dumps(yaml.load(yaml.serialize(node), Loader=_YamlLoader))
-
-
-def _mapping(text: str) -> dict:
-    try:
-        value = yaml.load(text, Loader=_YamlLoader)
-    except yaml.YAMLError as error:
-        raise ArgumentTypeError(f"expected a mapping in YAML or JSON, found `{text}`") from error
-    if not isinstance(value, dict):
-        raise ArgumentTypeError(f"expected a mapping such as {{name: value}}, found `{text}`")
-    return value
-
-
-def _nearest(name: str, names) -> str:
-    return f"the nearest valid name is `{difflib.get_close_matches(name, names, n=1, cutoff=0)[0]}`"
 
 
 def _complete_options(arguments: DataArguments, field_name: str, defaults: dict) -> dict[str, dict]:

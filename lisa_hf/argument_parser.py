@@ -1,0 +1,99 @@
+"""The parser of the recipes' arguments: transformers' for dataclasses, and YAML files with the same meaning."""
+
+import dataclasses
+import difflib
+import json
+import re
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Iterable
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Reads 5e-4 as a number, as YAML 1.2 and JSON do; PyYAML follows YAML 1.1, where it is a string."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+class ArgumentParser(HfArgumentParser):
+    """HfArgumentParser that takes mappings and empty lists, reads YAML, and raises `ValueError` for any mistake."""
+
+    def add_argument(self, *flags, **kwargs):
+        if kwargs.get("nargs") == "+":
+            kwargs["nargs"] = "*"
+        if kwargs.get("type") is dict:
+            kwargs["type"] = _mapping
+        return super().add_argument(*flags, **kwargs)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse_args(self, args=None, namespace=None) -> Namespace:
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown and unknown[0].startswith("--"):
+            flag = unknown[0].split("=")[0]
+            raise ValueError(f"unknown argument {flag}, {nearest(flag.lstrip('-').replace('-', '_'), self._hints())}")
+        if unknown:
+            raise ValueError(f"unexpected value `{unknown[0]}`: no argument takes it")
+        return namespace
+
+    def parse_config(self, path: str) -> Namespace:
+        """The namespace of all arguments, defaults overridden by the YAML file at `path`."""
+        with open(path, encoding="utf-8") as stream:
+            root = yaml.compose(stream, Loader=_YamlLoader)
+        if not isinstance(root, yaml.MappingNode):
+            found = f"a {root.id}" if root else "nothing"
+            raise ValueError(f"{path}: expected a mapping of arguments to values, found {found}")
+        namespace, hints = self.parse_args([]), self._hints()
+        for key_node, node in root.value:
+            key, where = key_node.value, f"{path}, line {key_node.start_mark.line + 1}"
+            if key not in hints:
+                raise ValueError(f"{where}: unknown key `{key}`, {nearest(str(key), hints)}")
+            if node.tag == "tag:yaml.org,2002:null":
+                if type(None) not in get_args(hints[key]):
+                    raise ValueError(f"{where}: {key}: expected a value, found null")
+                setattr(namespace, key, None)
+                continue
+            is_list = isinstance(node, yaml.SequenceNode)
+            tokens = [f"--{key}", *map(_as_text, node.value)] if is_list else [f"--{key}={_as_text(node)}"]
+            try:
+                self.parse_args(tokens, namespace)
+            except ValueError as error:
+                raise ValueError(f"{where}: {key}: {error}") from error
+        return namespace
+
+    def _hints(self) -> dict[str, Any]:
+        """Type of every argument, by its name."""
+        hints = {}
+        for dataclass_type in self.dataclass_types:
+            types = get_type_hints(dataclass_type)
+            hints |= {field.name: types[field.name] for field in dataclasses.fields(dataclass_type) if field.init}
+        return hints
+
+
+def _as_text(node: yaml.Node) -> str:
+    """The text of a YAML node as on the command line; if nested, the JSON that TrainingArguments wants."""
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    return json.dumps(yaml.load(yaml.serialize(node), Loader=_YamlLoader))
+
+
+def _mapping(text: str) -> dict:
+    try:
+        value = yaml.load(text, Loader=_YamlLoader)
+    except yaml.YAMLError as error:
+        raise ArgumentTypeError(f"expected a mapping in YAML or JSON, found `{text}`") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"expected a mapping such as {{name: value}}, found `{text}`")
+    return value
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What an error about an unknown name ends with."""
+    return f"the nearest valid name is `{difflib.get_close_matches(name, names, n=1, cutoff=0)[0]}`"
