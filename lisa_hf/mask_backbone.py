@@ -88,7 +88,9 @@ def decode_prompts(mask_model: nn.Module, image_embeddings, prompts: torch.Tenso
     elif model_type == "sam2":
         *decoder_kwargs["high_resolution_features"], embeddings = image_embeddings
     dtype = mask_model.prompt_encoder.no_mask_embed.weight.dtype
-    dense = mask_model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(embeddings)
+    # Through the module, which under ZeRO-3 gathers the pieces of its weight first.
+    no_mask = mask_model.prompt_encoder.no_mask_embed(torch.zeros(1, dtype=torch.long, device=prompts.device))
+    dense = no_mask.reshape(1, -1, 1, 1).expand_as(embeddings)
     position = mask_model.get_image_wide_positional_embeddings().to(dtype).expand_as(embeddings)
     masks, iou_scores, *_ = mask_model.mask_decoder(
         image_embeddings=embeddings.to(dtype),
