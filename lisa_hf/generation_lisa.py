@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from transformers.distributed.fsdp import is_fsdp_managed_module
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from .mask_backbone import encode_images
@@ -71,12 +73,14 @@ class LisaGenerationMixin:
 
         Returns:
             `input_ids` and `attention_mask` as wide as before, prefix first, and the `past_key_values` of the prefix;
-            None if rows share nothing, or under settings for which `generate` would rearrange the cache.
+            None if rows share nothing, under settings for which `generate` would rearrange the cache, and where the
+            weights are sharded: every process must then make as many passes, and only some have rows that share.
         """
         first = (image_indices[:, None] == image_indices).long().argmax(1)  # of the rows about the same image
         first_rows, row_to_prefix = first.unique(return_inverse=True)
         is_plain = set(generate_kwargs) <= PLAIN_DECODING and (self.vlm.generation_config.num_beams or 1) == 1
-        if len(first_rows) == len(input_ids) or not is_plain or packing_obstacle(self.config):
+        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self.vlm)
+        if len(first_rows) == len(input_ids) or not is_plain or is_sharded or packing_obstacle(self.config):
             return None
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
