@@ -122,6 +122,7 @@ def build_model(size: Size, device: str, dtype: torch.dtype) -> PeftModel:
             mask_decoder_config=size.mask_decoder,
         ),
         seg_token_id=SEG_TOKEN_ID,
+        tie_word_embeddings=False,
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -290,6 +291,37 @@ class Benchmark:
                 seconds[variant].append((time.perf_counter() - wall, time.process_time() - cpu))
         return seconds
 
+    def run_generation(self, num_questions: int = 16) -> dict:
+        """Seconds of as many calls as there are questions about an image, and of one call that shares their prefix."""
+        lisa = self.model.get_base_model()
+        rows, length = [0] * num_questions, self.batch["input_ids"].shape[1] - self.size.answer_length
+        prompts = self.batch["input_ids"][rows, :length].clone()
+        generator = torch.Generator().manual_seed(0)
+        questions = (num_questions, self.size.question_length)
+        words = torch.randint(FIRST_WORD, self.size.text["vocab_size"], questions, generator=generator)
+        prompts[:, -self.size.question_length :] = words.to(self.device)
+        image = {name: self.batch[name][:1] for name in ("pixel_values", "mask_pixel_values")}
+
+        def answer(prompts: torch.Tensor) -> torch.Tensor:
+            return lisa.generate(
+                prompts,
+                **image,
+                image_indices=torch.zeros(len(prompts), dtype=torch.long, device=self.device),
+                max_new_tokens=self.size.answer_length,
+                min_new_tokens=self.size.answer_length,
+                do_sample=False,
+            ).sequences
+
+        self.model.eval()
+        begin = time.perf_counter()
+        separate = torch.cat([answer(prompt[None]) for prompt in prompts]).tolist()
+        middle = time.perf_counter()
+        shared = answer(prompts).tolist()
+        seconds = {"separate_s": middle - begin, "shared_s": time.perf_counter() - middle}
+        self.model.train()
+        equal = sum(a == b for a, b in zip(separate, shared))
+        return {**seconds, "speedup": seconds["separate_s"] / seconds["shared_s"], "equal_answers": equal}
+
     def run(self, baseline: str, repeats: int) -> dict:
         """Everything about `baseline`, `candidate` and `cached`, as the recipe writes it to JSON."""
         variants = [baseline, "candidate", "cached"]
@@ -311,6 +343,7 @@ class Benchmark:
         for name, variant in (("speedup", "candidate"), ("speedup_cached", "cached")):
             pairs = zip(seconds[baseline], seconds[variant])
             report[name] = statistics.median(slow / fast for (slow, _), (fast, _) in pairs)
+        report["generation"] = self.run_generation()
         return report
 
 

@@ -27,7 +27,8 @@ def run(tmp_path, *arguments: str) -> tuple[dict, str]:
 
 def test_variants_agree_and_cost_less(tmp_path):
     report, table = run(tmp_path, "--size", "tiny", "--repeats", "1")
-    assert report.keys() == {"reference", "candidate", "cached", "speedup", "speedup_cached"}
+    assert report.keys() == {"reference", "candidate", "cached", "speedup", "speedup_cached", "generation"}
+    assert report["generation"]["equal_answers"] == 16 and report["generation"]["speedup"] > 1
     reference, candidate, cached = (report[name] for name in ("reference", "candidate", "cached"))
     for figures in (reference, candidate, cached):
         assert figures.keys() == FIGURES and figures["loss"] == pytest.approx(reference["loss"], rel=1e-5)
