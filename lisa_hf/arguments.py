@@ -153,12 +153,12 @@ class DataArguments:
         },
     )
     packing: bool = field(
-        default=True,
-        metadata={
-            "help": "Let the questions about an image share one row, with the same result for less work; VLMs and "
-            "attentions that cannot do so keep a row per question."
-        },
+        default=True, metadata={"help": "Let questions about an image share one row where VLM and attention allow it."}
     )
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "Directory of frozen encoders' features, computed once per training image."}
+    )
+    feature_cache_limit_gb: float | None = field(default=None, metadata={"help": "GB that it may take; default: all."})
     streaming: bool = field(
         default=False,
         metadata={"help": "Make the training rows while they are read, instead of preparing them; needs max_steps."},
@@ -177,6 +177,8 @@ class DataArguments:
             raise ValueError(f"sources: expected a weight for each of them or for none, found none for {unweighted}")
         if self.streaming and self.num_train_items is not None:
             raise ValueError("num_train_items: expected none with streaming, which has no end; give max_steps")
+        if self.streaming and self.feature_cache is not None:
+            raise ValueError("feature_cache: expected none with streaming, whose images are not known in advance")
         self.eval_sources = _complete_options(self, "eval_sources", {"split": "validation"})
         for name, options in self.eval_sources.items():
             if options.get("on_bad_row", "raise") != "raise":
@@ -184,6 +186,7 @@ class DataArguments:
                     f"eval_sources: {name}: expected no on_bad_row, found {options['on_bad_row']}: a score over fewer "
                     "rows is another score"
                 )
+        _check_range(self, "feature_cache_limit_gb", 0)
         for name in ("num_questions", "max_length", "num_train_items", "max_eval_items"):
             _check_range(self, name, 1)
         _check_range(self, "explanatory_probability", 0, 1)

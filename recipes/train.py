@@ -28,6 +28,7 @@ from lisa_hf.arguments import DataArguments, LisaTrainingArguments, exit_with_on
 from lisa_hf.checkpointing import StopOnSignal
 from lisa_hf.dry_run import describe_items, finish_dry_run
 from lisa_hf.export import trained_model
+from lisa_hf.feature_cache import build_feature_cache
 from lisa_hf.inference import draw_predictions
 from lisa_hf.loading import load_model_and_processor
 from lisa_hf.lora import prepare_for_training, trainable_summary
@@ -95,6 +96,11 @@ def main():
             model_args.lora_target_modules,
         )
         logger.info(trainable_summary(model))
+        feature_cache = None
+        if data_args.feature_cache is not None:
+            feature_cache = build_feature_cache(
+                data_args.feature_cache, model, processor, train_rows, training_args, data_args.feature_cache_limit_gb
+            )
         eval_dataset = eval_datasets if len(eval_datasets) > 1 else next(iter(eval_datasets.values()), None)
         trainer = LisaTrainer(
             model=model,
@@ -102,7 +108,11 @@ def main():
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=LisaDataCollator(
-                processor, data_args.max_length, data_args.on_bad_row, use_packing(model.config, data_args.packing)
+                processor,
+                data_args.max_length,
+                data_args.on_bad_row,
+                use_packing(model.config, data_args.packing),
+                feature_cache,
             ),
             processing_class=processor,
             callbacks=[stop := StopOnSignal()],
