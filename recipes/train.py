@@ -69,8 +69,9 @@ def build_datasets(
 def main():
     model_args, data_args, training_args = parse_arguments()
     logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
-    # How much is skipped or left out, said once.
-    logging.getLogger("data_scripts").setLevel(logging.INFO if training_args.should_log else logging.WARNING)
+    # How much is skipped or left out, and how large the feature cache gets, said once.
+    for name in ("data_scripts", "lisa_hf.feature_cache"):
+        logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     with exit_with_one_line():
         if not data_args.sources:
             raise ValueError("sources: expected at least one training source, found none")
