@@ -54,19 +54,22 @@ def overlay_masks(image: PIL.Image.Image, masks: np.ndarray) -> PIL.Image.Image:
 def contact_sheet(predictions: list[Prediction], columns: int = 2, side: int = 220) -> PIL.Image.Image:
     """A grid of cells: image, prediction and truth side by side, question and answer below them."""
     font = PIL.ImageFont.load_default(size=14)
-    cell_width, text_height, gap = 3 * side + 20, 105, 12
-    rows = -(-len(predictions) // columns)
-    sheet = PIL.Image.new(
-        "RGB", (columns * (cell_width + gap) + gap, rows * (side + text_height + gap) + 24 + gap), "white"
-    )
+    cell_width, gap = 3 * side + 20, 12
+    texts = [_caption(prediction) for prediction in predictions]
+    # As high as the longest text of each line of cells.
+    heights = [
+        side + 20 * max(len(text) for text in texts[start : start + columns]) + 12 + gap
+        for start in range(0, len(texts), columns)
+    ]
+    sheet = PIL.Image.new("RGB", (columns * (cell_width + gap) + gap, sum(heights) + 24 + gap), "white")
     draw = PIL.ImageDraw.Draw(sheet)
     for column in range(columns):
         for position, title in enumerate(("image", "predicted", "true")):
             x = gap + column * (cell_width + gap) + position * (side + 10)
             draw.text((x, 6), title, fill="black", font=font)
-    for index, prediction in enumerate(predictions):
+    for index, (prediction, text) in enumerate(zip(predictions, texts)):
         x = gap + index % columns * (cell_width + gap)
-        y = 24 + gap + index // columns * (side + text_height + gap)
+        y = 24 + gap + sum(heights[: index // columns])
         pictures = (
             prediction.image,
             overlay_masks(prediction.image, prediction.masks),
@@ -76,10 +79,16 @@ def contact_sheet(predictions: list[Prediction], columns: int = 2, side: int = 2
             scale = side / max(picture.size)
             picture = picture.convert("RGB").resize([max(round(length * scale), 1) for length in picture.size])
             sheet.paste(picture, (x + position * (side + 10), y))
-        lines = [prediction.title] if prediction.title else []
-        lines += textwrap.wrap(f"Q: {prediction.question}", 92)[:2] + textwrap.wrap(f"A: {prediction.answer}", 92)[:2]
-        draw.multiline_text((x, y + side + 6), "\n".join(lines), fill="black", font=font, spacing=3)
+        draw.multiline_text((x, y + side + 6), "\n".join(text), fill="black", font=font, spacing=3)
     return sheet
+
+
+def _caption(prediction: Prediction) -> list[str]:
+    """Lines of text below a cell: title, question and answer, each cut to what there is room for."""
+    lines = [prediction.title] if prediction.title else []
+    for text in (f"Q: {prediction.question}", f"A: {prediction.answer}"):
+        lines += textwrap.wrap(text, 92)[:2]
+    return lines
 
 
 def preview_sheet(rows: Sequence[dict], columns: int = 2, side: int = 320) -> PIL.Image.Image:
