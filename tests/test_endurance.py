@@ -44,18 +44,24 @@ def assert_ends_alike(directory: Path, expected: dict):
 
 
 def assert_survives(directory: Path, engine: str, streaming: bool, kills: list[Fault], expected: dict):
+    """Kills a run, and another one when that is over, until all kills are done."""
+    runs = iter(directory / str(index) for index in range(len(kills) + 1))
+    run = next(runs)
     for kill in kills:
-        codes = run_training(directory, engine, streaming, kill)
+        run.mkdir(exist_ok=True)
+        codes = run_training(run, engine, streaming, kill)
         if set(codes) == {0}:  # the run was over before its moment came
-            break
-        assert codes[kill.rank] == -signal.SIGPROF, logs(directory)
-    else:
-        assert set(run_training(directory, engine, streaming)) == {0}, logs(directory)
-    assert_ends_alike(directory, expected)
+            assert_ends_alike(run, expected)
+            run = next(runs)
+            run.mkdir()
+            codes = run_training(run, engine, streaming, kill)
+        assert codes[kill.rank] == -signal.SIGPROF, logs(run)
+    assert set(run_training(run, engine, streaming)) == {0}, logs(run)
+    assert_ends_alike(run, expected)
     # `save_total_limit` directories are left, all of them complete: the best one and the last one.
-    left = {path.name for path in (directory / "run").glob("checkpoint-*") if not find_fault(path)}
+    left = {path.name for path in (run / "run").glob("checkpoint-*") if not find_fault(path)}
     assert left == {f"checkpoint-{step}" for step in (expected["best"][1], NUM_STEPS)}
-    assert len(list((directory / "run").glob("checkpoint-*"))) == 2
+    assert len(list((run / "run").glob("checkpoint-*"))) == 2
 
 
 def test_three_kills(uninterrupted, tmp_path):
