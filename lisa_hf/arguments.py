@@ -250,7 +250,7 @@ class LisaTrainingArguments(TrainingArguments):
             )
         self.accelerator_config.dispatch_batches = False
         if self.muon_learning_rate is not None:
-            if self.full_learning_rate is not None or self.deepspeed or self.fsdp:
+            if self.full_learning_rate is not None or self.deepspeed_plugin or self.fsdp:
                 raise ValueError(
                     "muon_learning_rate: expected neither full_learning_rate beside it, which it replaces, nor "
                     "DeepSpeed or FSDP, which cut the matrices that Muon needs whole"

@@ -1,8 +1,8 @@
 """Random weights from which a small LISA learns within minutes, on a CPU.
 
 transformers draws all weights with one small deviation, which suits wide models and long runs. In a narrow one the
-signal fades from layer to layer, and three things are learned late: what a question asks for, since prompts hardly
-differ at first; and edges and shapes, for which a vision transformer must find out that neighbouring patches matter.
+signal fades from layer to layer, and two things are learned late: what a question asks for, since prompts hardly
+differ at first, and shapes, for which a vision transformer must find out that neighbouring patches matter.
 """
 
 import math

@@ -1,16 +1,20 @@
-"""From the recipes' model arguments to a model and its processor."""
+"""From the recipes' arguments to a model, its processor and the data sets."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedConfig
 
-from .arguments import ModelArguments
+from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
 from .configuration_lisa import LisaConfig
+from .initialization import initialize_weights
+from .mixture import EvaluationDataset, MixtureDataset
 from .modeling_lisa import LisaForConditionalGeneration
 from .processing_lisa import LisaProcessor
 from .scratch import CHAT_TEMPLATES, build_from_scratch, train_tokenizer
+from .streaming import StreamingMixtureDataset
 
 
 def load_chat_template(name: str | None) -> str | None:
@@ -104,6 +108,8 @@ def load_model_and_processor(
         model, processor = build_from_scratch(
             arguments.vlm_config, arguments.mask_config, tokenizer, chat_template, arguments.language_model
         )
+        if arguments.language_model is None:
+            initialize_weights(model)
         if arguments.dtype:
             model.to(getattr(torch, arguments.dtype))
     for name in ("ce_loss_weight", "mask_bce_loss_weight", "mask_dice_loss_weight"):
@@ -117,3 +123,27 @@ def load_tokenizer(path: str):
     if Path(path).is_file():
         return LlamaTokenizer.from_pretrained(str(Path(path).parent), vocab_file=path)
     return AutoTokenizer.from_pretrained(path)
+
+
+def build_datasets(
+    train_rows: dict[str, Dataset] | dict[str, IterableDataset],
+    eval_rows: dict[str, Dataset],
+    data_args: DataArguments,
+    training_args: LisaTrainingArguments,
+):
+    """The mixture to train on and, per source, the data set to evaluate on."""
+    settings = {
+        "weights": data_args.weights,
+        "seed": training_args.data_seed if training_args.data_seed is not None else training_args.seed,
+        "num_questions": data_args.num_questions,
+        "explanatory_probability": data_args.explanatory_probability,
+        "on_bad_row": data_args.on_bad_row,
+    }
+    if data_args.streaming:
+        train_dataset = StreamingMixtureDataset(
+            train_rows, rank=training_args.process_index, num_ranks=training_args.world_size, **settings
+        )
+    else:
+        length = data_args.num_train_items or sum(len(rows) for rows in train_rows.values())
+        train_dataset = MixtureDataset(train_rows, length, **settings)
+    return train_dataset, {name: EvaluationDataset(rows) for name, rows in eval_rows.items()}

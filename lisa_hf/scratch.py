@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from .configuration_lisa import LisaConfig
-from .initialization import initialize_weights
 from .modeling_lisa import LisaForConditionalGeneration
 from .processing_lisa import IMAGE_TOKENS, SEG_TOKEN, LisaProcessor, add_tokens
 from .prompts import ANSWERS, EXPLANATORY_QUESTIONS, LONG_QUESTIONS, SHORT_QUESTIONS
@@ -113,7 +112,6 @@ def build_from_scratch(
         **kwargs,
     )
     model = LisaForConditionalGeneration(config)
-    initialize_weights(model)
     if causal_lm is not None:
         causal_lm.resize_token_embeddings(len(tokenizer))
         model.vlm.base_model.language_model.load_state_dict(causal_lm.base_model.state_dict())

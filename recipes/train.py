@@ -20,50 +20,23 @@ import itertools
 import logging
 
 import transformers
-from datasets import Dataset, IterableDataset
 
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
-from lisa_hf.arguments import DataArguments, LisaTrainingArguments, exit_with_one_line, parse_arguments
+from lisa_hf.arguments import exit_with_one_line, parse_arguments
 from lisa_hf.checkpointing import StopOnSignal
 from lisa_hf.dry_run import describe_items, finish_dry_run
 from lisa_hf.export import trained_model
 from lisa_hf.feature_cache import build_feature_cache
 from lisa_hf.inference import draw_predictions
-from lisa_hf.loading import load_model_and_processor
+from lisa_hf.loading import build_datasets, load_model_and_processor
 from lisa_hf.lora import prepare_for_training, trainable_summary
-from lisa_hf.mixture import EvaluationDataset, MixtureDataset
 from lisa_hf.packing import use_packing
 from lisa_hf.run_record import write_run_record
 from lisa_hf.scratch import row_texts
-from lisa_hf.streaming import StreamingMixtureDataset
 
 
 logger = logging.getLogger("train")
-
-
-def build_datasets(
-    train_rows: dict[str, Dataset] | dict[str, IterableDataset],
-    eval_rows: dict[str, Dataset],
-    data_args: DataArguments,
-    training_args: LisaTrainingArguments,
-):
-    """The mixture to train on and, per source, the data set to evaluate on."""
-    settings = {
-        "weights": data_args.weights,
-        "seed": training_args.data_seed if training_args.data_seed is not None else training_args.seed,
-        "num_questions": data_args.num_questions,
-        "explanatory_probability": data_args.explanatory_probability,
-        "on_bad_row": data_args.on_bad_row,
-    }
-    if data_args.streaming:
-        train_dataset = StreamingMixtureDataset(
-            train_rows, rank=training_args.process_index, num_ranks=training_args.world_size, **settings
-        )
-    else:
-        length = data_args.num_train_items or sum(len(rows) for rows in train_rows.values())
-        train_dataset = MixtureDataset(train_rows, length, **settings)
-    return train_dataset, {name: EvaluationDataset(rows) for name, rows in eval_rows.items()}
 
 
 def main():
@@ -96,7 +69,8 @@ def main():
             model_args.lora_dropout,
             model_args.lora_target_modules,
         )
-        logger.info(trainable_summary(model))
+        if training_args.should_log:
+            print(trainable_summary(model))
         feature_cache = None
         if data_args.feature_cache is not None:
             feature_cache = build_feature_cache(
