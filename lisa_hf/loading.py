@@ -13,7 +13,7 @@ from .initialization import initialize_weights
 from .mixture import EvaluationDataset, MixtureDataset
 from .modeling_lisa import LisaForConditionalGeneration
 from .processing_lisa import LisaProcessor
-from .scratch import CHAT_TEMPLATES, build_from_scratch, train_tokenizer
+from .scratch import CHAT_TEMPLATES, add_template_tokens, build_from_scratch, train_tokenizer
 from .streaming import StreamingMixtureDataset
 
 
@@ -104,7 +104,11 @@ def load_model_and_processor(
         if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(processor.tokenizer))
     else:
-        tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else train_tokenizer(texts)
+        if arguments.tokenizer:
+            tokenizer = load_tokenizer(arguments.tokenizer)
+        else:
+            tokenizer = train_tokenizer(texts)
+            add_template_tokens(tokenizer)
         model, processor = build_from_scratch(
             arguments.vlm_config, arguments.mask_config, tokenizer, chat_template, arguments.language_model
         )

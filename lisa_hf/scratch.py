@@ -27,11 +27,7 @@ CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer whose frequent words are one token each and that spells all others.
-
-    What LISA's templates put around a phrase is one token too: a small model attends evenly at first, and a phrase of
-    two words would be lost among the twenty of a template.
-    """
+    """A byte-level BPE tokenizer whose frequent words are one token each and that spells all others."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,22 +38,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in _template_texts()])
-    return tokenizer
 
 
-def _template_texts() -> list[str]:
-    """The texts before and after the phrases of LISA's questions, and before the `[SEG]` of its answers."""
+def add_template_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Makes one token each of what LISA's templates put before and after a phrase, and before `[SEG]`.
+
+    A small model attends evenly at first, and a phrase of two words would be lost among the twenty of a template.
+    """
     questions = [text.split("{phrase}") for text in (*SHORT_QUESTIONS, *LONG_QUESTIONS, *EXPLANATORY_QUESTIONS)]
-    answers = [text.split(SEG_TOKEN)[0].strip() for text in ANSWERS]
-    return sorted({text for before, after in questions for text in (before.rstrip(), after)} | set(answers) - {""})
+    texts = {text for before, after in questions for text in (before.rstrip(), after)}
+    texts |= {text.split(SEG_TOKEN)[0].strip() for text in ANSWERS}
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in sorted(texts - {""})])
 
 
 def build_from_scratch(

@@ -7,7 +7,7 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from lisa_hf.initialization import look_at_neighbours, scale_by_fan_in
 from lisa_hf.prompts import LONG_QUESTIONS, SHORT_QUESTIONS
-from lisa_hf.scratch import train_tokenizer
+from lisa_hf.scratch import add_template_tokens, train_tokenizer
 
 
 @pytest.mark.parametrize("num_heads", [4, 8])
@@ -52,6 +52,7 @@ def test_layers_keep_the_size_of_their_input():
 
 def test_a_template_is_short():
     tokenizer = train_tokenizer(["red circle"] * 10)
+    add_template_tokens(tokenizer)
     for template in (*SHORT_QUESTIONS, *LONG_QUESTIONS):
         text = template.format(phrase="red circle")
         tokens = tokenizer.tokenize(text)

@@ -90,7 +90,9 @@ def test_packed_equals_separate(name, attention):
     for part in ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss"):
         torch.testing.assert_close(packed[part], separate[part], rtol=1e-5, atol=1e-6, msg=part)
     for found, expected in zip(packed.pred_masks, separate.pred_masks, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1, separate.low_res_masks.abs().max()))
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=1e-5 * max(1, separate.low_res_masks.abs().max().item())
+        )
     assert packed_gradients.keys() == gradients.keys()
     overall = max(gradient.abs().max() for gradient in gradients.values())
     for parameter, gradient in gradients.items():
