@@ -17,6 +17,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 
 
 import argparse
+import json
 import logging
 import signal
 
@@ -57,6 +58,10 @@ def main():
             else:
                 save_model(*restore_model(checkpoint), directory, dtype)
             save_records(checkpoint, directory, model_id, args.adapter_only, args.evaluation)
+        if args.evaluation:
+            evaluated = json.loads((args.evaluation / "evaluation.json").read_text())["model"]
+            if Path(evaluated).resolve() not in (args.run.resolve(), checkpoint.resolve()):
+                logging.warning("The card shows figures of %s, of which this model must be a copy.", evaluated)
         print(f"Exported {checkpoint}: {args.output.resolve()}")
         if args.push_to_hub:
             private = "" if args.public else " --private"

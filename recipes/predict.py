@@ -14,6 +14,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 import argparse
 
 import PIL.Image
+import torch
 
 from lisa_hf.arguments import exit_with_one_line
 from lisa_hf.inference import answer_questions, question_messages
@@ -28,7 +29,7 @@ def main():
     parser.add_argument("--question", required=True, help="e.g. 'Please segment the red circle in this image.'")
     parser.add_argument("--output_dir", default="outputs/predict", help="where masks and overlay are written")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     parser.add_argument("--dtype", default="auto", help="of the weights: float32, bfloat16, ...")
     args = parser.parse_args()
     with exit_with_one_line():
@@ -43,10 +44,14 @@ def main():
         print(answer.text)
         output_dir = Path(args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
+        for old in output_dir.glob("mask_*.png"):  # of an earlier question
+            old.unlink()
         for index, mask in enumerate(answer.masks.numpy()):
             PIL.Image.fromarray(mask).save(output_dir / f"mask_{index}.png")
         overlay_masks(image, answer.masks.numpy()).save(output_dir / "overlay.png")
         print(f"{len(answer.masks)} masks and overlay.png: {output_dir.resolve()}")
+        if len(answer.masks) == 0:
+            print("No [SEG] in the answer. A mask is asked for as in training: '... Please output segmentation mask.'")
 
 
 if __name__ == "__main__":
