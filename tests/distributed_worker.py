@@ -133,10 +133,6 @@ def train_and_evaluate(engine: str, num_processes: int, num_steps: int) -> dict:
 def make_evaluator(output_dir: str, eval_dataset=None, **arguments):
     """A trainer whose model only ever generates three tokens, so that some answers have a `[SEG]`."""
     model, processor = build_model()
-    torch.manual_seed(1)
-    for weight in model.vlm.parameters():  # as they are made, answers hardly depend on questions
-        if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.2)
     spoken = {processor.seg_token_id, processor.tokenizer.eos_token_id, 120}
     model.vlm.generation_config.suppress_tokens = [i for i in range(len(processor.tokenizer)) if i not in spoken]
     return make_trainer(model, processor, output_dir, eval_dataset=eval_dataset, eval_generate=True, **arguments)
