@@ -23,12 +23,11 @@ class MuonAdamW(Optimizer):
         self.muon = Muon(matrices, lr=muon_lr, weight_decay=muon_weight_decay)
         self.adamw = AdamW(others)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
-        self._share()
+        self._share_groups()
 
-    def _share(self):
-        # The very groups and states of the two: a scheduler's learning rates reach them, and zero_grad all gradients.
+    def _share_groups(self):
+        # The very groups of the two, so that a scheduler's learning rates reach them; each keeps its own state.
         self.param_groups = self.muon.param_groups + self.adamw.param_groups
-        self.state = {**self.muon.state, **self.adamw.state}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -42,7 +41,7 @@ class MuonAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict):
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
-        self._share()
+        self._share_groups()
 
 
 def use_muon(optimizer: AdamW, model: nn.Module, learning_rate: float) -> MuonAdamW:

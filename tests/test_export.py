@@ -372,7 +372,7 @@ def test_trainer_pushes_its_card_to_a_private_repository(tiny, runs, tmp_path, m
     assert name == "run" and created["private"]
     assert {"README.md", "run.json", "adapter_model.safetensors"} <= set(files)
     card = ModelCard.load(tmp_path / "run" / "README.md")
-    assert "| shapes | train | 100.0 % | 12 |" in card.text and card.data.library_name == "peft"
+    assert "| shapes | train | 100.0 % | 12 |" in card.text and card.data.to_dict()["library_name"] == "peft"
 
 
 # ---- ZeRO -----------------------------------------------------------------------------------------------------------
