@@ -1,6 +1,7 @@
 """One `datasets` builder per source of training data, all with the rows of `lisa_hf.schema`."""
 
 import dataclasses
+import difflib
 import logging
 import os
 
@@ -18,6 +19,7 @@ from .pascal_part import PascalPart
 from .reason_seg import ReasonSeg
 from .refer_seg import GRefCoco, RefClef, RefCoco, RefCocoG, RefCocoPlus
 from .shapes import Shapes
+from .source import SourceBuilder
 
 
 logger = logging.getLogger(__name__)
@@ -75,19 +77,7 @@ def load_source(
         ValueError: For a source or an option that does not exist, and for bad data.
         FileNotFoundError: If the data is not there.
     """
-    builder_class = _find_builder(name, builder)
-    known = _option_names(builder_class)
-    for option in options:
-        if option not in known:
-            raise ValueError(f"The source {name!r} has no option {option!r}; its options are {sorted(known)}.")
-    if not builder_class.SOURCE:
-        options |= {"config_name": name, "split": split or "train"}
-    options |= {"data_dir": data_dir, "cache_dir": cache_dir}
-    builder = builder_class(**options)
-    if options.get("on_bad_row") == "skip":
-        strict = builder_class(**options | {"on_bad_row": "raise"})
-        # What was prepared without skipping has nothing to skip.
-        builder = strict if os.path.isdir(strict.cache_dir) else builder
+    builder = make_builder(name, data_dir, split, builder, cache_dir, **options)
     if streaming:
         rows = builder.as_streaming_dataset(split=split)
     else:
@@ -99,6 +89,31 @@ def load_source(
     for remark in builder.remarks():
         logger.info("%s: %s.", name, remark)
     return rows
+
+
+def make_builder(
+    name: str,
+    data_dir: str | None = None,
+    split: str | None = "train",
+    builder: str | None = None,
+    cache_dir: str | None = None,
+    **options,
+) -> SourceBuilder:
+    """The builder behind [`load_source`], which has the same arguments and raises the same for wrong ones."""
+    builder_class = _find_builder(name, builder)
+    known = _option_names(builder_class)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"The source {name!r} has no option {option!r}; its options are {sorted(known)}.")
+    if not builder_class.SOURCE:
+        options |= {"config_name": name, "split": split or "train"}
+    options |= {"data_dir": data_dir, "cache_dir": cache_dir}
+    made = builder_class(**options)
+    if options.get("on_bad_row") == "skip":
+        strict = builder_class(**options | {"on_bad_row": "raise"})
+        # What was prepared without skipping has nothing to skip.
+        return strict if os.path.isdir(strict.cache_dir) else made
+    return made
 
 
 def load_sources(
@@ -149,9 +164,10 @@ def complete_options(
 
 def _find_builder(name: str, builder: str | None) -> type:
     if (builder or name) not in SOURCES:
+        (nearest,) = difflib.get_close_matches(builder or name, SOURCES, n=1, cutoff=0)
         raise ValueError(
-            f"A source is one of {sorted(SOURCES)}, or has one of them as its `builder`, but found "
-            f"{builder or name!r}."
+            f"There is no source {builder or name!r}, the nearest is {nearest!r}. Data of your own have a `builder`. "
+            f"All: {', '.join(SOURCES)}."
         )
     return SOURCES[builder or name]
 

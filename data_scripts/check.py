@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from . import SOURCES, load_source
+from . import SOURCES, load_source, make_builder
 
 
 # Rows (photos, in LLaVA-Instruct conversations) that the authors publish. A row less is one without anything to ask.
@@ -41,7 +41,7 @@ class Report:
         num_rows: Rows by split.
         num_images: Different image files that the rows name.
         missing_images: Paths of those that are not there, or are empty.
-        error: Why the source cannot be opened, in one line.
+        errors: Why the source cannot be opened: one line, or one for each of its first bad records.
     """
 
     name: str
@@ -49,18 +49,17 @@ class Report:
     num_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     num_images: int = 0
     missing_images: list[str] = dataclasses.field(default_factory=list)
-    error: str | None = None
+    errors: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def is_ready(self) -> bool:
-        return self.error is None and not self.missing_images
+        return not self.errors and not self.missing_images
 
     def __str__(self) -> str:
         builder = SOURCES[self.builder]
         published = PUBLISHED_ROWS.get(self.builder, {})
         lines = [("source", inspect.getdoc(builder).splitlines()[0])]
-        if self.error:
-            lines.append(("missing", self.error))
+        lines += [("error", error) for error in self.errors]
         for split, found in self.num_rows.items():
             expected = f", {published[split]} published" if split in published else ""
             lines.append((split, f"{found} rows{expected}"))
@@ -85,7 +84,7 @@ def check_source(name: str, data_dir: str | None = None, split: str | None = Non
     try:
         loaded = load_source(name, data_dir, split=split, **options)
     except (OSError, ValueError) as error:
-        report.error = str(error).splitlines()[0]
+        report.errors = _bad_records(name, data_dir, split, options) or [str(error).splitlines()[0]]
         return report
     splits = loaded if isinstance(loaded, DatasetDict) else {split: loaded}
     report.num_rows = {split: len(rows) for split, rows in splits.items()}
@@ -100,6 +99,14 @@ def image_paths(rows: Dataset) -> list[str | None]:
     tables = rows.select_columns("image").with_format("arrow").iter(batch_size=10_000)
     images = [image for table in tables for image in table["image"].to_pylist()]
     return [image["path"] if image and image["bytes"] is None else None for image in images]
+
+
+def _bad_records(name: str, data_dir: str | None, split: str | None, options: dict, number: int = 10) -> list[str]:
+    """What is wrong with the first bad records of a source, of which a training names one at a time."""
+    try:
+        return make_builder(name, data_dir, split, **options).find_bad_records(number)
+    except (OSError, ValueError):  # Its files are not there, or an option is wrong.
+        return []
 
 
 def _list_some(paths: list[str], number: int = 3) -> str:

@@ -140,10 +140,12 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
             raise ValueError(f"{type(self).__name__} needs `data_dir`, the directory that holds {path!r}.")
         found = os.path.join(data_dir, path)
         if not os.path.exists(found):
-            raise FileNotFoundError(
+            error = FileNotFoundError(
                 f"{type(self).__name__} looked for {found!r}, which does not exist. Check `data_dir`, or get the data "
-                f"from {self.DOWNLOAD_PAGE} and arrange it like this:\n{inspect.getdoc(type(self))}"
+                f"from {self.DOWNLOAD_PAGE} and arrange it as data_scripts/README.md says."
             )
+            error.add_note(inspect.getdoc(type(self)))  # for a trace; a recipe prints one line
+            raise error
         return found
 
     def write_records(self, records: dict[str, Sequence], remarks: Sequence[str] = ()):
@@ -217,6 +219,19 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                 allowance = 3 * (MAX_BAD_SHARE * total) ** 0.5 if is_part else 0
                 self._check_bad_share(split, total, "see the log", allowance)
             logger.warning("%s: skipped %d bad records of the split %r so far.", self.source, len(bad), split)
+
+    def find_bad_records(self, number: int) -> list[str]:
+        """What is wrong with the first so many bad records; of a source whose records cannot be read, none."""
+        errors = []
+        for shard in sorted(pathlib.Path(self.records_dir).glob("*/*.jsonl")):
+            for record in self.read_shard(shard):
+                try:
+                    self.make_row(record)
+                except ValueError as error:
+                    errors.append(str(error))
+                    if len(errors) == number:
+                        return errors
+        return errors
 
     def _check_bad_share(self, split: str, num_records: int, last: object, allowance: float = 0):
         num_bad = len(self.bad_records[split])

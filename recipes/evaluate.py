@@ -4,7 +4,7 @@
     accelerate launch recipes/evaluate.py MODEL --data_dir dataset --benchmarks grefcoco_val
     python recipes/evaluate.py outputs/quickstart --eval_sources "{shapes: {num_validation_scenes: 200}}"
 
-`--eval_sources` evaluates on data of your own. Prints a table and writes, to `--output_dir` (outputs/evaluate):
+`--eval_sources` evaluates on data of your own. Prints a table and writes, to `--output_dir` (outputs/evaluate/MODEL):
 
     evaluation.json            {"model": ..., "benchmarks": {name: {"builder", "split" and further options of the
                                source, "num_items", "protocols": {"lisa" | "generated" ...: {"giou": 0.53, ...}}}}}
@@ -24,11 +24,11 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 
 
 import argparse
-import difflib
 import logging
 
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
+from lisa_hf.argument_parser import nearest
 from lisa_hf.arguments import DataArguments, exit_with_one_line, parse_arguments
 from lisa_hf.evaluation import evaluate_benchmark, markdown_table, write_results
 from lisa_hf.inference import draw_predictions
@@ -55,7 +55,6 @@ DEFAULTS = {
     "eval_generate": "true",
     "per_device_eval_batch_size": "1",
     "report_to": "none",
-    "output_dir": "outputs/evaluate",
 }
 
 
@@ -66,7 +65,8 @@ def parse():
     parser.add_argument("--benchmarks", nargs="+", default=[], metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--first_text_only", action="store_true", help="leave the protocols with all texts out")
     args, others = parser.parse_known_args()
-    defaults = [text for name, value in DEFAULTS.items() for text in (f"--{name}", value)]
+    defaults = DEFAULTS | {"output_dir": f"outputs/evaluate/{Path(args.model).name}"}
+    defaults = [text for name, value in defaults.items() for text in (f"--{name}", value)]
     return args, *parse_arguments([*defaults, "--model", args.model, *others])
 
 
@@ -77,8 +77,9 @@ def load_datasets(
     sources = {}
     for name in benchmarks:
         if name not in BENCHMARKS:
-            nearest = difflib.get_close_matches(name, BENCHMARKS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"--benchmarks: unknown {name}, the nearest is {nearest}; all: {', '.join(BENCHMARKS)}")
+            raise ValueError(
+                f"--benchmarks: unknown {name}, {nearest(name, BENCHMARKS)}; all: {', '.join(BENCHMARKS)}"
+            )
         source, options = BENCHMARKS[name]
         sources[name] = {"builder": source, **options}
     sources |= data_args.eval_sources

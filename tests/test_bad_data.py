@@ -243,7 +243,7 @@ STOPPED = [
     ("json_without_images", "paco_lvis", PACO, lambda path: path.write_text("{}"), "key 'images' is missing"),
     ("empty_split", "llava_instruct", LLAVA, lambda path: path.write_text("[]"), "found nothing to make rows of"),
     ("empty_directory", "ade20k", ADE_PNG, lambda path: [*map(remove, path.iterdir())], "found nothing to make rows"),
-    ("missing_file", "llava_instruct", LLAVA, remove, "which does not exist.*arrange it like this"),
+    ("missing_file", "llava_instruct", LLAVA, remove, "which does not exist.*arrange it as data_scripts/README.md"),
 ]  # fmt: skip
 
 

@@ -122,6 +122,16 @@ def test_check_names_what_is_missing(cli, tmp_path):
     assert out.splitlines()[-1] == "Ready: 1 of 3. Not ready: cocostuff, paco_lvis."
 
 
+def test_check_lists_the_first_bad_records(cli, tmp_path):
+    tree = shutil.copytree(TREE, tmp_path / "dataset")
+    photos = sorted(tree.glob("reason_seg/ReasonSeg/train/*.json"))
+    for path in photos:
+        path.write_text('{"text": []}')
+    status, out, _ = cli("check", "reason_seg", "--data_dir", tree)
+    assert status == 1 and all(f"{path}: the key" in out for path in photos[:10])
+    assert out.count("  error  ") == min(10, len(photos)) >= 2
+
+
 def test_check_takes_the_settings_of_the_recipe(cli, tmp_path):
     tree = shutil.copytree(TREE, tmp_path / "dataset")
     recipe = write_recipe(

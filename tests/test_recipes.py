@@ -158,7 +158,7 @@ def test_benchmarks_by_protocol(trained, tmp_path):
         "true",
     )
     printed = run("evaluate.py", trained, *arguments, cwd=tmp_path).stdout
-    output_dir = tmp_path / "outputs" / "evaluate"
+    output_dir = tmp_path / "outputs" / "evaluate" / trained.name
     assert (output_dir / "evaluation.md").read_text() in printed and str(output_dir) in printed
     results = json.loads((output_dir / "evaluation.json").read_text())["benchmarks"]
     assert list(results) == ["reason_seg_val", "reason_seg_val_short", "reason_seg_val_long", *benchmarks[1:]]
@@ -183,7 +183,7 @@ def test_benchmarks_by_protocol(trained, tmp_path):
 
 def test_unknown_benchmark_names_the_nearest(tmp_path):
     result = run("evaluate.py", "model", "--benchmarks", "reasonseg_val", cwd=tmp_path, check=False)
-    assert_one_line(result, "reasonseg_val", "the nearest is reason_seg_val", "refcoco_testA")
+    assert_one_line(result, "reasonseg_val", "the nearest valid name is `reason_seg_val`", "refcoco_testA")
 
 
 def test_predict_prints_the_answer_and_writes_masks(trained, tmp_path):
