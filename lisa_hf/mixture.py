@@ -137,7 +137,7 @@ class Mixture:
                 self._count_bad(source, error)
                 continue
             if questions:
-                return _item(row, image, questions, num_skipped)
+                return {**_item(row, image, questions, num_skipped), "source": self.names[source]}
         raise ValueError(
             f"Source {self.names[source]!r}: none of {MAX_DRAWS} drawn rows could be used, {num_skipped} bad and the "
             f"others without a target. Check its data directory. The last bad row: {error}"

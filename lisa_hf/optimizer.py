@@ -20,8 +20,8 @@ class MuonAdamW(Optimizer):
     """
 
     def __init__(self, matrices: list[nn.Parameter], others: list[dict], muon_lr: float, muon_weight_decay: float):
-        self.muon = Muon(matrices, lr=muon_lr, weight_decay=muon_weight_decay)
-        self.adamw = AdamW(others)
+        self.muon = Muon([{"params": matrices, "name": "muon"}], lr=muon_lr, weight_decay=muon_weight_decay)
+        self.adamw = AdamW([{**group, "name": "adamw"} for group in others])
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._share_groups()
 

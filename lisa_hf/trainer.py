@@ -19,6 +19,7 @@ from .model_card import write_model_card
 from .optimizer import use_muon
 from .packing import unpack_rows
 from .processing_lisa import LisaProcessor
+from .progress import Progress, collate_with_sources
 from .run_record import find_run_record
 from .streaming import StreamingMixtureDataset
 
@@ -64,14 +65,25 @@ class LisaTrainer(Trainer):
                 )
         self.num_skipped_rows = 0
         self._num_masks_in_batch = None
+        self.progress = Progress()
+        self.add_callback(self.progress)
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """As Trainer, but a [`StreamingMixtureDataset`] divides its rows itself, and nobody may do so again."""
-        dataset, args = self.train_dataset, self.args
-        if not isinstance(dataset, StreamingMixtureDataset):
+        """As Trainer, but batches tell their sources, and a [`StreamingMixtureDataset`] divides its rows itself."""
+        collator = self.data_collator
+        self.data_collator = partial(collate_with_sources, collator)
+        try:
+            if isinstance(self.train_dataset, StreamingMixtureDataset):
+                return self._get_streaming_dataloader(self.train_dataset)
             return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def _get_streaming_dataloader(self, dataset: StreamingMixtureDataset) -> DataLoader:
+        """Trainer's own would divide the rows once more."""
+        args = self.args
         if (dataset.rank, dataset.num_ranks) != (args.process_index, args.world_size):
             raise ValueError(
                 f"Expected the stream of process {args.process_index} of {args.world_size}, found that of rank "
@@ -100,7 +112,10 @@ class LisaTrainer(Trainer):
     # ---- loss -------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        epoch_iterator = self.progress.watch(epoch_iterator)
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self.progress.count(batch)
         # Skipped rows are counted in loader workers and travel with the batch; the model does not know them.
         skipped = sum(batch.pop("num_skipped", 0) for batch in batches)
         num_masks = sum(len(masks) for batch in batches for masks in batch["mask_labels"])
@@ -129,12 +144,14 @@ class LisaTrainer(Trainer):
             logs |= dict(zip(LOSS_PARTS, parts.tolist()))
             if self.num_skipped_rows:
                 logs["num_skipped_rows"] = self.num_skipped_rows
+            logs |= self.progress.figures()
             self._reset_loss_parts()
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As Trainer; `resume_from_checkpoint` may also be "auto", see [`checkpointing.resolve_checkpoint`]."""
         self._reset_loss_parts()
+        self.progress.reset()
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         return super().train(checkpoint, *args, **kwargs)
 
@@ -167,11 +184,12 @@ class LisaTrainer(Trainer):
             return optimizer
         lora = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
         for group in list(optimizer.param_groups):
+            group["name"] = "lora"
             full = [parameter for parameter in group["params"] if parameter not in lora]
             group["params"] = [parameter for parameter in group["params"] if parameter in lora]
             if full:
                 options = {key: value for key, value in group.items() if key != "params"}
-                optimizer.add_param_group({**options, "params": full, "lr": rate})
+                optimizer.add_param_group({**options, "name": "full", "params": full, "lr": rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 

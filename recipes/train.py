@@ -28,10 +28,10 @@ from lisa_hf.checkpointing import StopOnSignal
 from lisa_hf.dry_run import describe_items, finish_dry_run
 from lisa_hf.export import trained_model
 from lisa_hf.feature_cache import build_feature_cache
-from lisa_hf.inference import draw_predictions
 from lisa_hf.loading import build_datasets, load_model_and_processor
 from lisa_hf.lora import prepare_for_training, trainable_summary
 from lisa_hf.packing import use_packing
+from lisa_hf.progress import PredictionSheet
 from lisa_hf.run_record import write_run_record
 from lisa_hf.scratch import row_texts
 
@@ -92,6 +92,8 @@ def main():
             processing_class=processor,
             callbacks=[stop := StopOnSignal()],
         )
+        if eval_datasets:
+            trainer.add_callback(PredictionSheet(trainer, next(iter(eval_datasets.values()))))
         if training_args.dry_run:
             data = describe_items(train_dataset, trainer.data_collator)
             trainer.train()
@@ -120,10 +122,6 @@ def main():
             processor.save_pretrained(output_dir)
             done = f"Done. Model, processor and metrics: {output_dir.resolve()}"
             if eval_datasets:
-                sheet = draw_predictions(
-                    model, processor, next(iter(eval_datasets.values())), training_args.generation_max_new_tokens
-                )
-                sheet.save(output_dir / "predictions.png")
                 done += f"; predictions on held-out images: {(output_dir / 'predictions.png').resolve()}"
             print(done)
 

@@ -30,6 +30,7 @@ from lisa_hf.arguments import TRAINABLE_PARTS
 from lisa_hf.evaluation import evaluate_benchmark
 from lisa_hf.lora import prepare_for_training
 from lisa_hf.mixture import EvaluationDataset
+from lisa_hf.progress import PredictionSheet
 from lisa_hf.schema import FEATURES, encode_mask, make_row
 
 
@@ -126,8 +127,13 @@ def train_and_evaluate(engine: str, num_processes: int, num_steps: int) -> dict:
             **(ENGINES[engine] if num_processes > 1 else {}),
         )
         trainer.remove_callback(trainer.recorder)  # whole gradients and weights are not to be had everywhere
+        trainer.add_callback(PredictionSheet(trainer, Items(2)))
         trainer.train()
-        return {"wrapper": type(trainer.model_wrapped).__name__, "logs": trainer.state.log_history}
+        return {
+            "wrapper": type(trainer.model_wrapped).__name__,
+            "logs": trainer.state.log_history,
+            "sheets": [np.asarray(Image.open(path)) for path in Path(output_dir).glob("predictions/*.png")],
+        }
 
 
 def make_evaluator(output_dir: str, eval_dataset=None, **arguments):

@@ -133,7 +133,7 @@ def work(directory: Path, rank: int, num_ranks: int, port: int, engine: str, str
         trainer.train(resume_from_checkpoint="auto")
     if rank == 0 and trainer.state.global_step == NUM_STEPS:
         logs = [
-            {key: value for key, value in entry.items() if not key.endswith(("_second", "_runtime"))}
+            {key: value for key, value in entry.items() if not key.endswith(("_second", "time", "_gb"))}
             for entry in trainer.state.log_history[:-1]
         ]
         best = (trainer.state.best_metric, trainer.state.best_global_step)

@@ -1,10 +1,12 @@
 """Several processes give what one process gives: loss, gradients, weights and metrics, whatever shares the model."""
 
 import distributed_worker
+import numpy as np
 import pytest
 import torch
 from distributed_worker import ENGINES, TRAINING_RUNS
 from launching import launch
+from test_progress import amount
 from tiny_training import assert_gradients_equal
 
 from lisa_hf.trainer import LOSS_PARTS
@@ -51,6 +53,9 @@ def test_training(name, cut, one, two):
             assert entry[key] == pytest.approx(reference[key], rel=1e-5), key
         assert entry["loss"] == pytest.approx(sum(entry[part] for part in LOSS_PARTS), rel=1e-5)
         assert entry.get("num_skipped_rows") == reference.get("num_skipped_rows")
+        assert entry["items/drawn"] == reference["items/drawn"] == 8
+        for key in ("images", "tokens", "masks"):
+            assert amount(entry, key, 1) == pytest.approx(amount(reference, key, 1)), key
     for gradients, reference in zip(found["gradients"], expected["gradients"], strict=True):
         assert_gradients_equal(gradients, reference)
     assert expected["logs"][-1]["num_skipped_rows"] == 2 * (1 + 2)  # two epochs
@@ -80,6 +85,8 @@ def assert_same_run(found: dict, expected: dict, num_steps: int):
 def test_engines_agree(engine, one, two):
     assert two[engine]["wrapper"] == WRAPPERS[engine]
     assert_same_run(two[engine], one["ddp"], NUM_STEPS)
+    (sheet,), (expected,) = two[engine]["sheets"], one["ddp"]["sheets"]
+    assert np.array_equal(sheet, expected)
 
 
 def assert_same_metrics(found: dict, expected: dict):
