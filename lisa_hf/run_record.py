@@ -4,8 +4,9 @@
   "started": "2026-01-31T12:00:00+00:00",
   "command": "recipes/train.py --config recipes/quickstart.yaml",
   "git_commit": "...",                      # of the checkout that the code ran in, "-dirty" if changed; or null
-  "versions": {"python": ..., "torch": ..., ...},
-  "hardware": {"device": ..., "num_processes": ...},
+  "versions": {"python": ..., "cuda": ..., "torch": ..., ...},    # cuda: null with a CPU build of torch
+  "hardware": {"device": ..., "num_processes": ..., "num_machines": ...},
+  "launcher": {"distributed_type": "DEEPSPEED", "zero_stage": 2},    # accelerate's name; DeepSpeed's stage or null
   "arguments": {"model": {...}, "data": {...}, "training": {...}},    # the three dataclasses, in full
   "data": {
     "train": [{"source", "split", "weight", "num_rows", "fingerprint"}, ...],    # weights sum to 1
@@ -28,6 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
 
 from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
@@ -35,7 +37,10 @@ from .mixture import EvaluationDataset, Mixture
 
 
 RUN_RECORD = "run.json"
-PACKAGES = ("lisa-hf", "torch", "transformers", "accelerate", "datasets", "peft", "deepspeed", "bitsandbytes")
+PACKAGES = (
+    *("lisa-hf", "torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed"),
+    *("bitsandbytes", "flash-attn"),
+)
 
 
 def write_run_record(
@@ -61,12 +66,17 @@ def write_run_record(
         "command": shlex.join(sys.argv),
         "directory": os.getcwd(),
         "git_commit": _git_commit(),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda} | _versions(),
         "hardware": {
             "device": torch.cuda.get_device_name()
             if training_args.device.type == "cuda"
             else training_args.device.type,
             "num_processes": training_args.world_size,
+            "num_machines": int(os.environ.get("GROUP_WORLD_SIZE", 1)),  # as torch's launcher says
+        },
+        "launcher": {
+            "distributed_type": AcceleratorState().distributed_type.value,
+            "zero_stage": training_args.deepspeed_plugin.zero_stage if training_args.deepspeed_plugin else None,
         },
         "arguments": {
             "model": dataclasses.asdict(model_args),

@@ -51,6 +51,9 @@ def test_launcher(launcher, expected, tmp_path):
     assert "Done." in output
     assert losses(tmp_path) == pytest.approx(expected, rel=1e-3)
     assert (tmp_path / "run" / "model.safetensors").exists() and (tmp_path / "run" / "predictions.png").exists()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["hardware"]["num_processes"] == num_processes
+    assert record["launcher"]["zero_stage"] == {"zero2": 2, "zero3": 3}.get(launcher)
 
 
 @pytest.mark.slow

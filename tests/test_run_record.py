@@ -38,7 +38,9 @@ def write(tmp_path):
 def test_record_tells_arguments_data_and_versions(write):
     record = write(learning_rate=5e-4, hub_token="secret")
     assert record["versions"]["transformers"] == version("transformers")
-    assert record["hardware"] == {"device": "cpu", "num_processes": 1}
+    assert {"python", "torch", "cuda", "tokenizers", "lisa-hf"} <= record["versions"].keys()
+    assert record["hardware"] == {"device": "cpu", "num_processes": 1, "num_machines": 1}
+    assert record["launcher"] == {"distributed_type": "NO", "zero_stage": None}
     assert record["arguments"]["model"]["trainable"] == ["seg_projector"]
     assert record["arguments"]["training"]["learning_rate"] == 5e-4
     assert "secret" not in json.dumps(record)
