@@ -50,7 +50,7 @@ def write_run_record(
     train_dataset: Mixture,
     eval_datasets: dict[str, EvaluationDataset],
 ) -> None:
-    """Writes `run.json` of a run that is about to start; call it on the main process alone.
+    """Writes `run.json` of a run whose trainer is made and about to start; call it on the main process alone.
 
     If the run resumes from a checkpoint, the records of its earlier starts are kept: a model saw the data of them all.
     """

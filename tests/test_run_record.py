@@ -4,6 +4,7 @@ import json
 from importlib.metadata import version
 
 import pytest
+from accelerate import Accelerator
 from test_mixture import dataset, image_file, segmentation_row
 
 from lisa_hf.arguments import DataArguments, LisaTrainingArguments, ModelArguments
@@ -23,6 +24,7 @@ def write(tmp_path):
             sources={"reason_seg": {"weight": 3, "split": "val"}, "shapes": 1}, eval_sources={"shapes": {}}
         )
         training_args = LisaTrainingArguments(output_dir=str(tmp_path / directory), use_cpu=True, **training)
+        Accelerator(cpu=True)  # as the trainer of a run has made one
         if streaming:
             sources = {name: some.to_iterable_dataset() for name, some in rows.items()}
             train_dataset = StreamingMixtureDataset(sources, weights=data_args.weights)
