@@ -26,6 +26,8 @@ from .argument_parser import ArgumentParser, nearest
 
 logger = logging.getLogger(__name__)
 
+# Arguments that become keys of the model's configuration, where they are given.
+LOSS_OPTIONS = ("ce_loss_weight", "mask_bce_loss_weight", "mask_dice_loss_weight", "mask_loss_points")
 TRAINABLE_PARTS = (
     "seg_projector",
     "mask_decoder",
@@ -81,6 +83,13 @@ class ModelArguments:
     mask_dice_loss_weight: float | None = field(
         default=None, metadata={"help": "Weight of the masks' dice loss; default: the model's (0.5, as LISA)."}
     )
+    mask_loss_points: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train the mask losses on so many pixels of each mask, most of them where the model is unsure, as "
+            "Mask2Former does with 12544: less memory and time with photos; default: the model's (0: all, as LISA)."
+        },
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of the VLM (sdpa, eager, ...); default: transformers' choice."}
     )
@@ -107,7 +116,7 @@ class ModelArguments:
         for part in self.trainable:
             if part not in TRAINABLE_PARTS:
                 raise ValueError(f"trainable: unknown part `{part}`, {nearest(part, TRAINABLE_PARTS)}")
-        for name in ("lora_r", "ce_loss_weight", "mask_bce_loss_weight", "mask_dice_loss_weight"):
+        for name in ("lora_r", *LOSS_OPTIONS):
             _check_range(self, name, 0)
         _check_range(self, "lora_dropout", 0, 1)
 

@@ -19,6 +19,8 @@ class LisaConfig(PreTrainedConfig):
         seg_token_id: id of `[SEG]`, the token whose predicting hidden state becomes a mask (LISA, section 3.2).
         ce_loss_weight, mask_bce_loss_weight, mask_dice_loss_weight: weights of the three loss parts; the defaults are
             those of LISA's training script.
+        mask_loss_points: pixels of each mask on which the mask losses are trained, see [`sampled_mask_losses`]
+            (Mask2Former: 12544); 0, the default, for all, as LISA.
         suppress_tokens: ids that are never predicted: their logits are minus infinity in loss and generation. For
             rows that a conversion appended to a vocabulary (`<image>`, `<pad>`) and that the original did not have.
     """
@@ -35,6 +37,7 @@ class LisaConfig(PreTrainedConfig):
     ce_loss_weight: float = 1.0
     mask_bce_loss_weight: float = 2.0
     mask_dice_loss_weight: float = 0.5
+    mask_loss_points: int = 0
     suppress_tokens: list[int] | None = None
 
     def __post_init__(self, custom_pipelines: dict | None = None, **kwargs):

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedConfig
 
-from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
+from .arguments import LOSS_OPTIONS, DataArguments, LisaTrainingArguments, ModelArguments
 from .configuration_lisa import LisaConfig
 from .initialization import initialize_weights
 from .mixture import EvaluationDataset, MixtureDataset
@@ -116,7 +116,7 @@ def load_model_and_processor(
             initialize_weights(model)
         if arguments.dtype:
             model.to(getattr(torch, arguments.dtype))
-    for name in ("ce_loss_weight", "mask_bce_loss_weight", "mask_dice_loss_weight"):
+    for name in LOSS_OPTIONS:
         if getattr(arguments, name) is not None:
             setattr(model.config, name, getattr(arguments, name))
     return model, processor

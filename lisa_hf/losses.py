@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 IGNORE_INDEX = -100  # of labels, as everywhere in transformers
 MASK_IGNORE_INDEX = 255  # of mask labels: pixels that count neither as object nor as background
 CHUNK_SIZE = 1024  # positions whose logits exist in float32 at a time
+OVERSAMPLING, IMPORTANCE = 3, 0.75  # of sampled pixels, as in PointRend and Mask2Former
 
 
 def text_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -49,6 +50,47 @@ def mask_losses(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> tuple[t
     overlap = 2 * (probabilities * targets).sum(1)
     dice = 1 - (overlap + 1e-3) / (probabilities.sum(1) + targets.sum(1) + 1e-3)
     return bce.sum(), dice.sum()
+
+
+def sampled_mask_losses(
+    masks: torch.Tensor, mask_labels: torch.Tensor, num_points: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`mask_losses`] at some pixels of each mask, chosen as in Mask2Former (arXiv 2112.01527, section 3.3).
+
+    Three times `num_points` pixels of a mask are drawn at random; three quarters of the points are those among them
+    whose logits are nearest to 0, the others are random again. Mask2Former's points lie anywhere between pixels; here
+    they are pixels, so that labels are never mixed and 255 is left out. Where there are no more pixels, all are taken.
+
+    Args:
+        masks: `(M, h, w)` logits that cover the image, at any size.
+        mask_labels: `(M, H, W)`, as in [`mask_losses`]; the logits are interpolated at these pixels alone.
+        num_points: pixels per mask.
+    """
+    size, num_pixels = mask_labels.shape[1:], mask_labels.shape[1:].numel()
+    labels = mask_labels.flatten(1)
+
+    def draw(number: int) -> torch.Tensor:
+        return torch.randint(num_pixels, (len(masks), number), device=masks.device)
+
+    if num_points >= num_pixels:
+        pixels = torch.arange(num_pixels, device=masks.device).expand(len(masks), -1)
+    else:
+        with torch.no_grad():
+            candidates = draw(OVERSAMPLING * num_points)
+            certainty = logits_at(masks, candidates, size).abs()
+            certainty = certainty.masked_fill(labels.gather(1, candidates) == MASK_IGNORE_INDEX, torch.inf)
+            uncertain = certainty.topk(int(IMPORTANCE * num_points), largest=False).indices
+        pixels = torch.cat([candidates.gather(1, uncertain), draw(num_points - uncertain.shape[1])], dim=1)
+    return mask_losses(logits_at(masks, pixels, size), labels.gather(1, pixels))
+
+
+def logits_at(masks: torch.Tensor, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """`masks` `(M, h, w)`, resized to `size` (H, W), at `pixels` `(M, P)`, indices row by row: `(M, P)` float32."""
+    height, width = size
+    x, y = (pixels % width + 0.5) / width, (pixels // width + 0.5) / height
+    grid = 2 * torch.stack([x, y], dim=-1) - 1
+    # At the centres of pixels this is what bilinear F.interpolate computes.
+    return F.grid_sample(masks[:, None].float(), grid[:, None], padding_mode="border", align_corners=False)[:, 0, 0]
 
 
 def check_mask_counts(mask_labels: list, masks_per_image: list[int], image_indices: torch.Tensor) -> None:

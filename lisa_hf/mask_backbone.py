@@ -5,6 +5,8 @@ states; a pyramid of tensors), in what their decoder wants of it and in how thei
 that knows these differences is here.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +25,9 @@ UNTRAINED_DECODER_MODULES = (
     "conv_s1",
 )
 SUPPORTED_MASK_MODELS = ("sam", "sam_hq", "sam2")
+# Numbers of an attention bias that exist at a time. On CPUs 16 MB, which are used again for the next piece; more than
+# 32 MB come from the system each time, page by page. On GPUs what keeps all of their cores at work.
+BIAS_SIZE = {"cpu": 2**22, "cuda": 2**27}
 
 
 def prompt_size(mask_config) -> int:
@@ -33,6 +38,46 @@ def prompt_size(mask_config) -> int:
 def padded_side(mask_config) -> int | None:
     """Side, in pixels, of the square that Sam and SamHQ pad images to; None for SAM 2, which stretches them."""
     return None if mask_config.model_type == "sam2" else mask_config.prompt_encoder_config.image_size
+
+
+def attend_in_pieces(mask_model: nn.Module) -> None:
+    """Makes the global attention of Sam's and SamHQ's encoder compute its relative positions piece by piece.
+
+    transformers makes a bias `(B, heads, H * W, H * W)` of them and a copy in another order: 2 x 1.1 GB per image
+    in float32 with ViT-H at 1024 pixels, in each of four layers. The results are the same.
+    """
+    if mask_model.config.model_type == "sam2" or mask_model.config.vision_config._attn_implementation != "sdpa":
+        return
+    for layer in mask_model.vision_encoder.layers:
+        if layer.window_size == 0 and layer.attn.use_rel_pos:
+            layer.attn.forward = partial(_global_attention, layer.attn)
+
+
+def _global_attention(attention: nn.Module, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, None]:
+    """`SamVisionSdpaAttention.forward` for `(B, H, W, C)`: some heads, and some rows of the image, at a time."""
+    batch_size, height, width, _ = hidden_states.shape
+    num_positions, num_heads = height * width, attention.num_attention_heads
+    qkv = attention.qkv(hidden_states).reshape(batch_size, num_positions, 3, num_heads, -1)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B * heads, H * W, C / heads) each
+    query = query.unflatten(1, (height, width))
+    relative_height = attention.get_rel_pos(height, height, attention.rel_pos_h)
+    relative_width = attention.get_rel_pos(width, width, attention.rel_pos_w)
+    bias_height = torch.einsum("bhwc,hkc->bhwk", query, relative_height)
+    bias_width = torch.einsum("bhwc,wkc->bhwk", query, relative_width)
+
+    size = BIAS_SIZE.get(hidden_states.device.type, BIAS_SIZE["cuda"])
+    heads_at_once = max(1, size // num_positions**2)
+    rows_at_once = max(1, size // (heads_at_once * width * num_positions))
+    heads = []
+    for q, k, v, h, w in zip(*(x.split(heads_at_once) for x in (query, key, value, bias_height, bias_width))):
+        pieces = []
+        for rows, by_height, by_width in zip(*(x.split(rows_at_once, dim=1) for x in (q, h, w))):
+            bias = by_height.contiguous()[..., None] + by_width.contiguous()[..., None, :]
+            bias = bias.view(len(k), 1, -1, num_positions)
+            pieces.append(F.scaled_dot_product_attention(rows.flatten(1, 2)[:, None], k[:, None], v[:, None], bias))
+        heads.append(torch.cat(pieces, dim=2))
+    output = torch.cat(heads).view(batch_size, num_heads, height, width, -1)
+    return attention.proj(output.permute(0, 2, 3, 1, 4).flatten(3)), None
 
 
 def encode_images(mask_model: nn.Module, pixel_values: torch.Tensor):
@@ -103,21 +148,34 @@ def decode_prompts(mask_model: nn.Module, image_embeddings, prompts: torch.Tenso
     return masks[:, 0, 0], iou_scores[:, 0, 0]
 
 
-def upscale_masks(low_res_masks: torch.Tensor, reshaped_size, original_size, side: int | None) -> torch.Tensor:
-    """Brings mask logits of one image back to its original size, as the mask model's own processor does.
+def unpad_masks(low_res_masks: torch.Tensor, reshaped_size, side: int | None) -> torch.Tensor:
+    """Mask logits of one image without what belongs to the padding.
 
     Args:
         low_res_masks: `(M, h, w)` logits of the decoder.
         reshaped_size: (H, W) of the image after the resize and before the padding.
-        original_size: (H, W) of the image.
         side: of the padded square, see [`padded_side`].
+
+    Returns:
+        `(M, H, W)` float32 logits, which cover the image; without padding, the masks at the decoder's size.
+    """
+    masks = low_res_masks.float()
+    if side is None:
+        return masks
+    masks = F.interpolate(masks[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0]
+    return masks[:, : int(reshaped_size[0]), : int(reshaped_size[1])]
+
+
+def upscale_masks(low_res_masks: torch.Tensor, reshaped_size, original_size, side: int | None) -> torch.Tensor:
+    """Brings mask logits of one image back to its original size, as the mask model's own processor does.
+
+    Args:
+        low_res_masks, reshaped_size, side: see [`unpad_masks`].
+        original_size: (H, W) of the image.
 
     Returns:
         `(M, H, W)` float32 logits.
     """
-    masks = low_res_masks[:, None].float()
-    if side is not None:
-        masks = F.interpolate(masks, (side, side), mode="bilinear", align_corners=False)
-        masks = masks[..., : int(reshaped_size[0]), : int(reshaped_size[1])]
+    masks = unpad_masks(low_res_masks, reshaped_size, side)
     original_size = (int(original_size[0]), int(original_size[1]))
-    return F.interpolate(masks, original_size, mode="bilinear", align_corners=False)[:, 0]
+    return F.interpolate(masks[:, None], original_size, mode="bilinear", align_corners=False)[:, 0]

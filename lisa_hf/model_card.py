@@ -39,6 +39,7 @@ MODEL_ARGUMENTS = (
     "ce_loss_weight",
     "mask_bce_loss_weight",
     "mask_dice_loss_weight",
+    "mask_loss_points",
     "dtype",
 )
 DATA_ARGUMENTS = ("num_questions", "explanatory_probability", "max_length")

@@ -22,14 +22,16 @@ from transformers.utils import ModelOutput
 
 from .configuration_lisa import LisaConfig
 from .generation_lisa import LisaGenerationMixin, SegTokens
-from .losses import IGNORE_INDEX, check_mask_counts, mask_losses, text_loss
+from .losses import IGNORE_INDEX, check_mask_counts, mask_losses, sampled_mask_losses, text_loss
 from .mask_backbone import (
     SUPPORTED_MASK_MODELS,
+    attend_in_pieces,
     decode_prompts,
     encode_images,
     padded_side,
     prompt_size,
     select_images,
+    unpad_masks,
     upscale_masks,
 )
 from .packing import packed_inputs, packing_obstacle
@@ -39,6 +41,8 @@ from .vlm_backbone import encode_vlm_images, split_vision_inputs
 
 # Not quantised: what makes the masks, and the vocabulary projection, through which [SEG] is chosen.
 UNQUANTIZED_MODULES = ["mask_model", "seg_projector", "lm_head"]
+# An image's masks at its original size are made at once up to so many pixels, about 100 MB with what the loss keeps.
+MASK_PIXELS = 2**22
 
 
 @dataclass
@@ -106,6 +110,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             )
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         self.mask_model = AutoModelForMaskGeneration.from_config(config.mask_config)
+        attend_in_pieces(self.mask_model)
         self.seg_projector = LisaSegProjector(config)
         if "mm_encoder_outputs" not in inspect.signature(self.vlm.forward).parameters:
             raise ValueError(
@@ -155,6 +160,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             vlm, dtype=dtype, attn_implementation=attn_implementation
         )
         sam_model = AutoModelForMaskGeneration.from_pretrained(mask_model, dtype=vlm_model.dtype)
+        attend_in_pieces(sam_model)
         config = LisaConfig(vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id)
         # Only the projector needs memory and random numbers: the two halves are replaced at once.
         with torch.device("meta"):
@@ -358,7 +364,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         return upscale_masks(low_res_masks, reshaped_size, original_size, padded_side(self.config.mask_config))
 
     def _mask_losses(self, image_masks, sizes, mask_labels, num_masks_in_batch, unused) -> dict[str, torch.Tensor]:
-        """Both mask losses at the original sizes.
+        """Both mask losses at the original sizes, on all pixels or on a sample of them.
 
         Args:
             image_masks: B tensors `(M_b, h, w)`.
@@ -368,10 +374,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         bce, dice = unused, unused
         for masks, size, labels in zip(image_masks, sizes, mask_labels):
             if len(masks):
-                # A photo's masks at its own size are large; those of one image exist at a time, here and backward.
-                image_bce, image_dice = checkpoint(
-                    self._image_mask_losses, masks, size, labels, use_reentrant=False, preserve_rng_state=False
-                )
+                image_bce, image_dice = self._image_mask_losses(masks, size, labels.to(masks.device))
                 bce, dice = bce + image_bce, dice + image_dice
         num_masks = sum(map(len, image_masks)) if num_masks_in_batch is None else num_masks_in_batch
         num_masks = torch.as_tensor(num_masks, device=bce.device).clamp(min=1)
@@ -380,8 +383,22 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             "mask_dice_loss": self.config.mask_dice_loss_weight * dice / num_masks,
         }
 
-    def _image_mask_losses(self, low_res_masks, size, labels) -> tuple[torch.Tensor, torch.Tensor]:
-        return mask_losses(self._upscale(low_res_masks, *size), labels.to(low_res_masks.device))
+    def _image_mask_losses(self, masks, size, labels) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both losses of one image's masks `(M, h, w)`, each summed over the masks."""
+        if self.training and self.config.mask_loss_points:
+            masks = unpad_masks(masks, size[0], padded_side(self.config.mask_config))
+            return sampled_mask_losses(masks, labels, self.config.mask_loss_points)
+
+        def losses(masks, labels):
+            return mask_losses(self._upscale(masks, *size), labels)
+
+        if labels.numel() <= MASK_PIXELS:
+            return losses(masks, labels)
+        # The masks of a large photo exist at its own size one or some at a time, here and in the backward pass.
+        at_once = max(1, MASK_PIXELS // labels[0].numel())
+        parts = zip(masks.split(at_once), labels.split(at_once))
+        parts = [checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return tuple(map(sum, zip(*parts)))
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = self.vlm.get_output_embeddings()(hidden_states)

@@ -79,7 +79,7 @@ def train(model, processor, output_dir, lora_r=4):
 
 @pytest.mark.parametrize("chat_template, tokens", [(None, 1), ("llava_v1", 3)])
 def test_a_vlm_and_a_mask_model_become_a_lisa(halves, chat_template, tokens):
-    model, processor = load(halves, chat_template=chat_template, mask_dice_loss_weight=0.7)
+    model, processor = load(halves, chat_template=chat_template, mask_dice_loss_weight=0.7, mask_loss_points=9)
 
     num_tokens = len(AutoTokenizer.from_pretrained(halves[0]))
     assert len(processor.tokenizer) == model.get_input_embeddings().num_embeddings == num_tokens + tokens
@@ -87,6 +87,7 @@ def test_a_vlm_and_a_mask_model_become_a_lisa(halves, chat_template, tokens):
     assert model.config.seg_token_id == processor.seg_token_id == num_tokens
     assert processor.chat_template == load_chat_template(chat_template or "llava_1_5")
     assert (model.config.mask_bce_loss_weight, model.config.mask_dice_loss_weight) == (2.0, 0.7)
+    assert model.config.mask_loss_points == 9
     # The halves' weights are theirs; the vocabulary grew at its end.
     vlm = LlavaForConditionalGeneration.from_pretrained(halves[0]).state_dict()
     found = model.vlm.state_dict()

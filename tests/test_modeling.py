@@ -25,9 +25,9 @@ from transformers import (
     AutoProcessor,
 )
 
-from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor, losses
-from lisa_hf.losses import mask_losses, text_loss
-from lisa_hf.mask_backbone import UNTRAINED_DECODER_MODULES, encode_images
+from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor, losses, modeling_lisa
+from lisa_hf.losses import logits_at, mask_losses, sampled_mask_losses, text_loss
+from lisa_hf.mask_backbone import BIAS_SIZE, UNTRAINED_DECODER_MODULES, encode_images
 
 
 # Rows that share images, in no order; several [SEG] in an answer, one in a user's turn, and an image without masks.
@@ -341,6 +341,24 @@ def test_rows_and_images_must_match():
         model(**batch)
 
 
+@pytest.mark.parametrize("size", [2**22, 2 * 64**2, 3 * 8 * 64])
+@pytest.mark.parametrize("name", ["llava-sam", "llava-sam_hq"])
+def test_attention_in_pieces_is_attention_at_once(name, size, monkeypatch):
+    """All at once; some heads at a time; some rows of the image as well."""
+    model, processor = FAMILIES[name]()
+    encoder = model.mask_model.vision_encoder
+    for parameter in encoder.parameters():
+        parameter.data.normal_(std=0.3)  # relative positions are zero in a new model
+    global_layers = [layer.attn for layer in encoder.layers if layer.window_size == 0]
+    assert global_layers
+    pixels = make_batch(processor)["mask_pixel_values"]
+    monkeypatch.setitem(BIAS_SIZE, "cpu", size)
+    found = encoder(pixels).last_hidden_state
+    for attention in global_layers:
+        del attention.forward
+    torch.testing.assert_close(found, encoder(pixels).last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
 def test_image_embeddings_replace_pixels(family):
     model, processor = family
     batch = make_batch(processor)
@@ -379,6 +397,73 @@ def test_ignored_pixels_change_nothing():
         expected["dice"] += 1 - (overlap + 1e-3) / (probabilities.sum() + targets.sum() + 1e-3)
     torch.testing.assert_close(bce, expected["bce"], rtol=1e-5, atol=0)
     torch.testing.assert_close(dice, expected["dice"], rtol=1e-5, atol=1e-6)
+
+
+def test_masks_of_large_photos_in_parts_are_masks_at_once(monkeypatch):
+    model, processor = FAMILIES["llava-sam"]()
+    batch = make_batch(processor)
+    expected = model(**batch).loss
+    expected.backward()
+    before = gradients(model)
+    model.zero_grad()
+    monkeypatch.setattr(modeling_lisa, "MASK_PIXELS", 100)
+    loss = model(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, before[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_losses_at_all_pixels_are_the_losses_of_masks():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.randn(3, 16, 20, generator=generator, requires_grad=True)
+    (labels,) = masks_for([3], [(30, 25)])
+    resized = F.interpolate(masks[:, None], (30, 25), mode="bilinear")[:, 0]
+    expected, found = mask_losses(resized, labels), sampled_mask_losses(masks, labels, num_points=30 * 25)
+    for one, other in zip(expected, found):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
+    one, other = (torch.autograd.grad(sum(losses), masks)[0] for losses in (expected, found))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_sampled_losses(monkeypatch):
+    """Random points give the loss of all pixels on average; by importance they are where the model is unsure."""
+    generator = torch.Generator().manual_seed(0)
+    masks = 5 * torch.randn(2, 16, 16, generator=generator)
+    (labels,) = masks_for([2], [(64, 64)])
+    dense = mask_losses(F.interpolate(masks[:, None], (64, 64), mode="bilinear")[:, 0], labels)
+
+    def sample(num_points: int, seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return torch.stack(sampled_mask_losses(masks, labels, num_points))
+
+    assert torch.equal(sample(50, seed=1), sample(50, seed=1)) and not torch.equal(
+        sample(50, seed=1), sample(50, seed=2)
+    )
+    chosen = []
+    monkeypatch.setattr(losses, "mask_losses", lambda logits, labels: chosen.append((logits, labels)))
+    torch.manual_seed(0)
+    sampled_mask_losses(masks, labels, 400)
+    (logits, labels_of_points), uniform = chosen.pop(), logits_at(masks, torch.arange(4096).expand(2, -1), (64, 64))
+    important = labels_of_points[:, :300]
+    assert logits.shape == labels_of_points.shape == (2, 400) and (important != 255).all()
+    assert logits[:, :300].abs().max() < uniform.abs().quantile(0.45) < logits[:, 300:].abs().max()
+    monkeypatch.undo()
+    monkeypatch.setattr(losses, "IMPORTANCE", 0)
+    average = torch.stack([sample(400, seed) for seed in range(200)]).mean(0)
+    torch.testing.assert_close(average, torch.stack(dense), rtol=0.01, atol=0)
+
+
+def test_points_are_sampled_in_training_alone():
+    model, processor = FAMILIES["llava-sam"]()
+    batch = make_batch(processor)
+    dense = model.train()(**batch).mask_bce_loss
+    model.config.mask_loss_points = 200
+    sampled = model(**batch)
+    assert sampled.mask_bce_loss != dense
+    sampled.loss.backward()
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients(model).values())
+    assert model.eval()(**batch).mask_bce_loss == dense
 
 
 def test_global_counts_make_parts_of_a_batch_add_up():
