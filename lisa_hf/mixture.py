@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset, Image, IterableDataset
 
 from .prompts import Question, evaluation_questions, sample_questions
-from .schema import decode_mask
+from .schema import run_lengths
 
 
 logger = logging.getLogger(__name__)
@@ -305,7 +305,7 @@ def load_image(row: dict) -> PIL.Image.Image:
 def _check_masks(questions: list[Question], ignore: dict | None):
     # A damaged encoding would otherwise stop the training later, in the collator, which knows no file names.
     for rle in [rle for question in questions for rle in question.masks] + ([ignore] if ignore else []):
-        decode_mask(rle)
+        run_lengths(rle)
 
 
 def _where(row: dict) -> str:

@@ -50,15 +50,26 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 def decode_mask(rle: dict[str, Any]) -> np.ndarray:
     """Decodes a compressed RLE to a mask of shape (H, W), dtype uint8 in {0, 1}."""
     height, width = _checked_size(rle)
+    runs = run_lengths(rle)
+    mask = np.repeat(np.arange(len(runs), dtype=np.uint8) % 2, runs)
+    return np.ascontiguousarray(mask.reshape(width, height).T)
+
+
+def run_lengths(rle: dict[str, Any]) -> np.ndarray:
+    """Lengths of an RLE's runs, in turn of 0 and 1 down the columns, dtype int64; their sum is H * W.
+
+    Raises:
+        ValueError: The RLE is damaged. So this also checks a mask, without drawing its pixels.
+    """
+    height, width = _checked_size(rle)
     # pycocotools would fill the rest of a mask that is larger than its counts with whatever is in memory.
-    runs = _run_lengths(rle["counts"])
+    runs = _parse_counts(rle["counts"])
     if runs.min(initial=0) < 0 or runs.sum() != height * width:
         raise ValueError(
             f"A mask of {height} x {width} has {height * width} pixels, but its RLE counts describe {runs.sum()}. "
             "The `size` is that of another image or the counts are damaged."
         )
-    mask = np.repeat(np.arange(len(runs), dtype=np.uint8) % 2, runs)
-    return np.ascontiguousarray(mask.reshape(width, height).T)
+    return runs
 
 
 def merge_masks(rles: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -66,7 +77,10 @@ def merge_masks(rles: Sequence[dict[str, Any]]) -> dict[str, Any]:
     sizes = {_checked_size(rle) for rle in rles}
     if len(sizes) != 1:
         raise ValueError(f"Merging needs at least one mask and all of one size, but found the sizes {sorted(sizes)}.")
-    return encode_mask(np.maximum.reduce([decode_mask(rle) for rle in rles]))
+    for rle in rles:
+        run_lengths(rle)  # pycocotools does not check them
+    union = coco_mask.merge(list(rles))
+    return {"size": [int(side) for side in union["size"]], "counts": union["counts"]}
 
 
 def make_row(
@@ -142,8 +156,8 @@ def _checked_size(rle: dict[str, Any]) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
-def _run_lengths(counts: bytes) -> np.ndarray:
-    """Lengths of the runs, in turn of 0 and 1 down the columns, from compressed counts; dtype int64.
+def _parse_counts(counts: bytes) -> np.ndarray:
+    """Lengths of the runs from compressed counts, see [`run_lengths`].
 
     A number is a little-endian chain of characters, code point 48 upwards: five bits of data and a bit for "more
     follows", negative if the last one's highest data bit is set. From the fourth number on it is the difference to
