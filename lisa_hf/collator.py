@@ -1,9 +1,10 @@
 """Items of a mixture become the inputs of [`LisaForConditionalGeneration.forward`]."""
 
 import logging
+from collections.abc import Sequence
 
-import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
 from .feature_cache import FeatureCache
@@ -11,7 +12,7 @@ from .losses import MASK_IGNORE_INDEX
 from .packing import pack_rows
 from .processing_lisa import LisaProcessor, TextTooLongError
 from .prompts import Question
-from .schema import decode_mask
+from .schema import run_lengths
 
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,13 @@ class LisaDataCollator:
         on_bad_row: what becomes of a question whose `[SEG]` lies behind `max_length`: "raise" stops, "skip" drops it
             and counts it. An image that loses all of its questions is dropped too; a batch never gets empty.
         packing: whether the questions about an image share one row, see [`pack_rows`] and [`use_packing`].
+        compact: whether pixels stay uint8 and masks run-length encoded. Loader workers then do less and hand over a
+            fraction of the bytes; [`expand_batch`], which [`LisaTrainer`] calls on its device, makes the rest.
         feature_cache: where features of frozen encoders are taken from, instead of pixels.
 
     The batch has what [`LisaProcessor.encode_conversations`] returns and `mask_labels`, a list of B uint8 tensors
-    `(M_b, H_b, W_b)`. If rows were skipped, here or in the data set, it also has their number as `num_skipped`, which
+    `(M_b, H_b, W_b)`; a compact one has int32 tensors `(M_b, R_b)` and as many of `ignored_pixels`, see
+    [`_run_ends`]. If rows were skipped, here or in the data set, it also has their number as `num_skipped`, which
     [`LisaTrainer`] takes out and logs.
     """
 
@@ -39,6 +43,7 @@ class LisaDataCollator:
         max_length: int | None = None,
         on_bad_row: str = "raise",
         packing: bool = False,
+        compact: bool = False,
         feature_cache: FeatureCache | None = None,
     ):
         if on_bad_row not in ("skip", "raise"):
@@ -47,6 +52,7 @@ class LisaDataCollator:
         self.max_length = max_length
         self.on_bad_row = on_bad_row
         self.packing = packing
+        self.compact = compact
         self.feature_cache = feature_cache
 
     def __call__(self, items: list[dict]) -> BatchFeature:
@@ -69,14 +75,19 @@ class LisaDataCollator:
             batch = BatchFeature(pack_rows(batch, image_token_id, tokenizer.pad_token_id))
         if self.feature_cache is not None:
             self.feature_cache.put_into(batch, [item["image"] for item in items])
-        batch["mask_labels"] = [mask_labels(item, kept) for item, kept in zip(items, questions)]
+        runs = [_run_ends(item, kept) for item, kept in zip(items, questions)]
+        if self.compact:
+            batch["mask_labels"], batch["ignored_pixels"] = map(list, zip(*runs))
+        else:
+            sizes = batch["original_sizes"].tolist()
+            batch["mask_labels"] = [_draw_masks(*ends, size) for ends, size in zip(runs, sizes)]
         if num_skipped:
             batch["num_skipped"] = num_skipped
         return batch
 
     def _encode(self, items: list[dict], questions: list[list[Question]]) -> BatchFeature:
         return self.processor.encode_conversations(
-            images=[item["image"] for item in items],
+            images=self.processor.encode_images([item["image"] for item in items], do_normalize=not self.compact),
             conversations=[question.messages for kept in questions for question in kept],
             image_indices=[index for index, kept in enumerate(questions) for _ in kept],
             max_length=self.max_length,
@@ -91,19 +102,58 @@ class LisaDataCollator:
         return True
 
 
+def expand_batch(batch: dict, processor: LisaProcessor) -> dict:
+    """Makes the model's inputs of a compact batch, where its tensors are; another one stays as it is."""
+    if "ignored_pixels" not in batch:
+        return batch
+    batch = {**batch}
+    processor.normalize_pixels(batch)
+    runs = zip(batch["mask_labels"], batch.pop("ignored_pixels"), batch["original_sizes"].tolist())
+    batch["mask_labels"] = [_draw_masks(*ends_and_size) for ends_and_size in runs]
+    return batch
+
+
 def mask_labels(item: dict, questions: list[Question]) -> torch.Tensor:
-    """Decodes the masks of the questions about one image, `(M, H, W)` uint8: 1 object, 0 background, 255 ignore."""
+    """The masks of the questions about one image, `(M, H, W)` uint8: 1 object, 0 background, 255 ignore."""
+    return _draw_masks(*_run_ends(item, questions), (item["image"].height, item["image"].width))
+
+
+def _run_ends(item: dict, questions: list[Question]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the runs of the questions' masks end, and those of the pixels to ignore, down the columns.
+
+    Returns:
+        int32 `(M, R)`, and `(1, R')` or `(0, 0)`; runs are in turn of 0 and 1, shorter lines are filled with H * W.
+    """
     height, width = item["image"].height, item["image"].width
-    rles = [rle for question in questions for rle in question.masks]
-    masks = np.zeros((len(rles), height, width), dtype=np.uint8)
-    for mask, rle in zip(masks, rles):
+    masks = [rle for question in questions for rle in question.masks]
+    for rle in masks:
         if list(rle["size"]) != [height, width]:
             raise ValueError(
                 f"{item['image_id']} of {item['source']}: a mask of {list(rle['size'])} for an image of "
                 f"{[height, width]} (height, width)."
             )
-        mask[:] = decode_mask(rle)
-    if item["ignore"] is not None:
+    ignored = [] if item["ignore"] is None else [item["ignore"]]
+    lines = [[torch.from_numpy(run_lengths(rle)).cumsum(0) for rle in rles] for rles in (masks, ignored)]
+    return tuple(
+        pad_sequence(ends, batch_first=True, padding_value=height * width).int()
+        if ends
+        else torch.zeros(0, 0, dtype=torch.int32)
+        for ends in lines
+    )
+
+
+def _draw_masks(ends: torch.Tensor, ignored_ends: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Mask labels `(M, H, W)` uint8 from what [`_run_ends`] made of them."""
+    masks = _draw_runs(ends, *size)
+    if len(ignored_ends):
         # Where both are annotated, the target is the stronger statement.
-        masks[(masks == 0) & (decode_mask(item["ignore"]) == 1)] = MASK_IGNORE_INDEX
-    return torch.from_numpy(masks)
+        masks.masked_fill_((masks == 0) & (_draw_runs(ignored_ends, *size) == 1), MASK_IGNORE_INDEX)
+    return masks
+
+
+def _draw_runs(ends: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """`(M, R)` ends of runs as `(M, H, W)` uint8 in {0, 1}: a pixel's value is the parity of the ends up to it."""
+    changes = torch.zeros(len(ends), height * width + 1, dtype=torch.uint8, device=ends.device)
+    changes.scatter_add_(1, ends.long(), torch.ones_like(ends, dtype=torch.uint8))
+    masks = changes[:, :-1].cumsum(1, dtype=torch.uint8) & 1  # a sum beyond 255 keeps its parity
+    return masks.view(len(ends), width, height).transpose(1, 2).contiguous()

@@ -2,10 +2,11 @@
 
 import os
 import re
+from functools import lru_cache
 
+import PIL.Image
 import torch
 import transformers
-from PIL.Image import Image
 from transformers import AddedToken, AutoImageProcessor, AutoProcessor, BatchFeature, LlamaTokenizer, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -15,14 +16,8 @@ from .mask_backbone import upscale_masks
 
 SEG_TOKEN = "[SEG]"
 IMAGE_TOKENS = ("<im_start>", "<im_end>")  # around the image in LISA's templates
-TEXT_INPUT_NAMES = (
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "labels",
-    "text_replacement_offsets",
-)
+TYPE_ID_NAMES = ("token_type_ids", "mm_token_type_ids")
+TEXT_INPUT_NAMES = ("input_ids", "attention_mask", *TYPE_ID_NAMES, "labels", "text_replacement_offsets")
 
 
 class TextTooLongError(ValueError):
@@ -134,13 +129,66 @@ class LisaProcessor(ProcessorMixin):
         features, _ = self._encode(images, text, image_indices, padding_side, **kwargs)
         return BatchFeature(features, tensor_type=return_tensors)
 
+    def encode_images(self, images: list[PIL.Image.Image], do_normalize: bool = True, **kwargs) -> dict:
+        """The part of a batch that follows from its B images alone.
+
+        Args:
+            do_normalize: False leaves pixels uint8 `(B, 3, H, W)` as the resize gives them,
+                for [`normalize_pixels`] on the model's device: a quarter of the bytes. A VLM's processor that pads or
+                rearranges what it has normalised does all of it here.
+
+        Returns:
+            As [`__call__`] without a text, and two more, for the texts about the images: `image_texts`, list of B str
+            that take the place of the image token, and `type_id_names`, the type ids that the VLM takes of each token.
+        """
+        images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+        raw = {} if do_normalize else {"do_rescale": False, "do_normalize": False}
+        # A text of nothing but the placeholder shows what the VLM's processor makes of each image: its vision inputs
+        # and the text that the placeholder becomes. So an image is processed once, however many rows are about it.
+        probe = self.vlm_processor(
+            images=[[image] for image in images],
+            text=[self.vlm_processor.image_token] * len(images),
+            return_text_replacement_offsets=True,
+            **(raw if raw and _normalizes_last(self.vlm_processor.image_processor) else {}),
+            **kwargs,
+        )
+        features = {key: value for key, value in probe.items() if key not in TEXT_INPUT_NAMES}
+        mask_inputs = self.mask_image_processor(images, **raw)
+        features["mask_pixel_values"] = mask_inputs["pixel_values"]
+        features["original_sizes"] = [[image.height, image.width] for image in images]
+        # SAM 2's processor stretches images to its square and therefore reports no sizes.
+        stretched = [[self.mask_image_processor.size["height"], self.mask_image_processor.size["width"]]]
+        features["reshaped_input_sizes"] = mask_inputs.get("reshaped_input_sizes", stretched * len(images))
+        features["image_texts"] = [offsets[0]["replacement"] for offsets in probe["text_replacement_offsets"]]
+        features["type_id_names"] = [name for name in TYPE_ID_NAMES if name in probe]
+        return features
+
+    def normalize_pixels(self, batch: dict) -> None:
+        """Rescales and normalises, in place, what [`encode_images`] left as uint8, on the device where it is."""
+        for name, image_processor in (
+            ("pixel_values", self.vlm_processor.image_processor),
+            ("mask_pixel_values", self.mask_image_processor),
+        ):
+            if name in batch and batch[name].dtype == torch.uint8:
+                batch[name] = _normalize(batch[name], image_processor)
+                if name == "mask_pixel_values":  # SAM pads the image with zeros after it is normalised
+                    pixels, sizes = batch[name], batch["reshaped_input_sizes"].to(batch[name].device)
+                    rows, columns = (torch.arange(side, device=pixels.device) for side in pixels.shape[-2:])
+                    is_image = (rows[:, None] < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])
+                    pixels *= is_image[:, None]
+
     def encode_conversations(
-        self, images, conversations, image_indices=None, max_length: int | None = None, padding_side: str = "right"
+        self,
+        images,
+        conversations,
+        image_indices=None,
+        max_length: int | None = None,
+        padding_side: str = "right",
     ) -> BatchFeature:
         """Prepares B images and N finished conversations for training, with labels on the assistant's turns.
 
         Args:
-            images: list of B PIL images.
+            images: list of B PIL images, or what [`encode_images`] made of them.
             conversations: list of N lists of messages (`role`, `content`), each with one image.
             image_indices: list of N ints, row to image.
             max_length: longest row in tokens, image tokens included; longer rows lose their end.
@@ -165,44 +213,33 @@ class LisaProcessor(ProcessorMixin):
         return BatchFeature(features, tensor_type="pt")
 
     def _encode(self, images, text, image_indices, padding_side, **kwargs):
-        if not isinstance(images, (list, tuple)):
-            images = [images]
-        images = [image[0] if isinstance(image, (list, tuple)) else image for image in images]
-        if not all(isinstance(image, Image) for image in images):
-            raise ValueError(
-                f"Every row is about an image: expected PIL images, got {[type(image).__name__ for image in images]}."
-            )
-        images = [image.convert("RGB") for image in images]
-        # A text of nothing but the placeholder shows what the VLM's processor makes of each image: its vision inputs
-        # and the text that the placeholder becomes. So an image is processed once, however many rows are about it.
-        probe = self.vlm_processor(
-            images=[[image] for image in images],
-            text=[self.vlm_processor.image_token] * len(images),
-            return_text_replacement_offsets=True,
-            **kwargs,
-        )
-        features = {key: value for key, value in probe.items() if key not in TEXT_INPUT_NAMES}
-        mask_inputs = self.mask_image_processor(images)
-        features["mask_pixel_values"] = mask_inputs["pixel_values"]
-        features["original_sizes"] = [[image.height, image.width] for image in images]
-        # SAM 2's processor stretches images to its square and therefore reports no sizes.
-        stretched = [[self.mask_image_processor.size["height"], self.mask_image_processor.size["width"]]]
-        features["reshaped_input_sizes"] = mask_inputs.get("reshaped_input_sizes", stretched * len(images))
+        if isinstance(images, dict):
+            features = dict(images)
+        else:
+            if not isinstance(images, (list, tuple)):
+                images = [images]
+            images = [image[0] if isinstance(image, (list, tuple)) else image for image in images]
+            if not all(isinstance(image, PIL.Image.Image) for image in images):
+                raise ValueError(
+                    "Every row is about an image: expected PIL images, got "
+                    f"{[type(image).__name__ for image in images]}."
+                )
+            features = self.encode_images(images, **kwargs)
+        image_texts, type_id_names = features.pop("image_texts"), features.pop("type_id_names")
         if text is None:
             return features, None
 
         text = [text] if isinstance(text, str) else list(text)
         image_indices = list(range(len(text))) if image_indices is None else [int(index) for index in image_indices]
         counts = [row.count(self.vlm_processor.image_token) for row in text]
-        if set(counts) - {1} or len(image_indices) != len(text) or max(image_indices) >= len(images):
+        if set(counts) - {1} or len(image_indices) != len(text) or max(image_indices) >= len(image_texts):
             raise ValueError(
                 f"Every text must hold the image token {self.vlm_processor.image_token} once and point to an image; "
-                f"got {counts} image tokens in {len(text)} texts, image_indices {image_indices} and {len(images)} "
-                "images."
+                f"got {counts} image tokens in {len(text)} texts, image_indices {image_indices} and "
+                f"{len(image_texts)} images."
             )
-        replacements = [offsets[0]["replacement"] for offsets in probe["text_replacement_offsets"]]
         text, replaced = self.vlm_processor.get_text_with_replacements(
-            text, images_replacements=[replacements[index] for index in image_indices]
+            text, images_replacements=[image_texts[index] for index in image_indices]
         )
         bos = self.tokenizer.bos_token
         encoding = self.tokenizer(
@@ -214,9 +251,8 @@ class LisaProcessor(ProcessorMixin):
             return_attention_mask=True,
         )
         features["input_ids"], features["attention_mask"] = encoding["input_ids"], encoding["attention_mask"]
-        for name in ("token_type_ids", "mm_token_type_ids"):
-            if name in probe:
-                features[name] = self.vlm_processor.create_mm_token_type_ids(encoding["input_ids"])
+        for name in type_id_names:
+            features[name] = self.vlm_processor.create_mm_token_type_ids(encoding["input_ids"])
         features["image_indices"] = image_indices
         return features, [
             {"tokens": tokens, "span": row[0]["span"], "new_span": row[0]["new_span"]}
@@ -286,7 +322,7 @@ class LisaProcessor(ProcessorMixin):
                     f"cut a {SEG_TOKEN} or the image off. Raise max_length or shorten the text: "
                     f"'...{self.tokenizer.decode(ids[-60:])}'."
                 )
-        for name in ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids"):
+        for name in ("input_ids", "attention_mask", "labels", *TYPE_ID_NAMES):
             if name in features:
                 features[name] = [row[keep] for row in features[name]]
 
@@ -344,3 +380,31 @@ class LisaProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         own = ["image_indices", "mask_pixel_values", "original_sizes", "reshaped_input_sizes"]
         return list(self.vlm_processor.model_input_names) + own
+
+
+@lru_cache
+def _normalizes_last(image_processor) -> bool:
+    """Whether pixels are rescaled and normalised after everything else, so that it can be done later as well.
+
+    Some image processors pad, cut or rearrange the normalised pixels; which, is found by trying.
+    """
+    images = [PIL.Image.linear_gradient("L").convert("RGB").resize(size) for size in ((160, 120), (90, 300))]
+    raw = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    expected = image_processor(images, return_tensors="pt")["pixel_values"]
+    if raw.dtype != torch.uint8 or raw.dim() != 4:
+        return False
+    return torch.allclose(_normalize(raw, image_processor), expected, rtol=0, atol=1e-5)
+
+
+def _normalize(pixels: torch.Tensor, image_processor) -> torch.Tensor:
+    """`(B, 3, H, W)` uint8 to float32, as the image processor does it."""
+    pixels = pixels.float()
+    if image_processor.do_rescale:
+        pixels *= image_processor.rescale_factor
+    if image_processor.do_normalize:
+        mean, std = (
+            torch.tensor(values, device=pixels.device).view(-1, 1, 1)
+            for values in (image_processor.image_mean, image_processor.image_std)
+        )
+        pixels.sub_(mean).div_(std)
+    return pixels

@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpointing import complete_save, resolve_checkpoint
+from .collator import expand_batch
 from .evaluation import PADDING, compute_metrics
 from .losses import IGNORE_INDEX
 from .metrics import intersection_and_union
@@ -108,6 +109,9 @@ class LisaTrainer(Trainer):
             put_on_device=True,
             dispatch_batches=False,
         )
+
+    def _prepare_inputs(self, inputs):
+        return expand_batch(super()._prepare_inputs(inputs), self.processing_class)
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,9 @@ def main():
         trainer = LisaTrainer(
             model=model,
             args=training_args,
-            data_collator=LisaDataCollator(processor, packing=use_packing(model.config, data_args.packing)),
+            data_collator=LisaDataCollator(
+                processor, packing=use_packing(model.config, data_args.packing), compact=True
+            ),
             processing_class=processor,
         )
         output_dir, results = Path(training_args.output_dir), {}

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from tiny_models import FAMILIES
 from tiny_training import IMAGE_SIZE, MASKS_DUE, Items, make_item
 from torch.utils.data import DataLoader
 
 from lisa_hf import LisaDataCollator
-from lisa_hf.collator import mask_labels
+from lisa_hf.collator import expand_batch, mask_labels
 from lisa_hf.processing_lisa import TextTooLongError
+from lisa_hf.prompts import Question
 from lisa_hf.schema import decode_mask, encode_mask
 
 
@@ -71,6 +73,33 @@ def test_masks_are_in_the_order_of_the_seg_tokens_and_ignored_where_nothing_else
         assert (masks == 255).any() == (item["ignore"] is not None and len(masks) > 0)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compact_batch_expands_to_the_plain_one(name):
+    _, processor = FAMILIES[name]()
+    items = [make_item(index, due) for index, due in enumerate(MASKS_DUE[:6])]
+    plain = LisaDataCollator(processor)(items)
+    compact = LisaDataCollator(processor, compact=True)(items)
+    assert compact["mask_pixel_values"].dtype == torch.uint8
+    # Idefics3 pads images with zeros after it has normalised them.
+    assert (compact["pixel_values"].dtype == torch.uint8) == (name != "idefics3-sam")
+    expanded = expand_batch(compact, processor)
+    assert expanded.keys() == plain.keys() and expand_batch(plain, processor) is plain
+    for key, value in plain.items():
+        if key.endswith("pixel_values"):
+            assert expanded[key].dtype == torch.float32
+        torch.testing.assert_close(expanded[key], value, rtol=0, atol=1e-6)
+
+
+def test_runs_are_drawn_as_they_are_decoded(processor):
+    """A run of length zero, more runs than a byte counts, and masks of unequal numbers of runs."""
+    masks = np.random.default_rng(0).random((3, 40, 30)) < 0.5
+    masks[0], masks[1, 0, 0], masks[2] = False, True, True
+    item = make_item(0, [])
+    item["image"] = item["image"].resize((30, 40))
+    questions = [Question([], [encode_mask(mask) for mask in masks])]
+    assert torch.equal(mask_labels(item, questions), torch.from_numpy(masks).to(torch.uint8))
+
+
 def test_text_too_long_for_its_seg_stops(processor, max_length):
     items = [make_item(0, [1]), with_long_question(make_item(1, [1, 1]), 1)]
     with pytest.raises(TextTooLongError, match=rf"max_length={max_length} would cut a \[SEG\].*Raise max_length"):
@@ -126,10 +155,11 @@ def test_unknown_setting():
         LisaDataCollator(None, on_bad_row="ignore")
 
 
-def test_batches_are_the_same_from_loader_workers(processor):
+@pytest.mark.parametrize("compact", [False, True])
+def test_batches_are_the_same_from_loader_workers(processor, compact):
     items = Items(8)
     items.items[5]["num_skipped"] = 3
-    collator = LisaDataCollator(processor)
+    collator = LisaDataCollator(processor, compact=compact)
     here = list(DataLoader(items, batch_size=4, collate_fn=collator))
     there = list(DataLoader(items, batch_size=4, collate_fn=collator, num_workers=2))
     for batch, expected in zip(there, here, strict=True):
