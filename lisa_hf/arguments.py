@@ -9,6 +9,7 @@ string. Mappings are written in YAML or JSON in both places. Whatever is wrong i
 
 import dataclasses
 import logging
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -259,7 +260,7 @@ class LisaTrainingArguments(TrainingArguments):
             )
         self.accelerator_config.dispatch_batches = False
         if self.muon_learning_rate is not None:
-            if self.full_learning_rate is not None or self.deepspeed_plugin or self.fsdp:
+            if self.full_learning_rate is not None or self.deepspeed_plugin or self.shards_weights:
                 raise ValueError(
                     "muon_learning_rate: expected neither full_learning_rate beside it, which it replaces, nor "
                     "DeepSpeed or FSDP, which cut the matrices that Muon needs whole"
@@ -278,6 +279,12 @@ class LisaTrainingArguments(TrainingArguments):
         _check_range(self, "full_learning_rate", 0)
         _check_range(self, "muon_learning_rate", 0)
         _check_range(self, "generation_max_new_tokens", 1)
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether each process holds a piece of the weights alone: ZeRO-3 and FSDP, of which the launcher may tell."""
+        stage = self.deepspeed_plugin.zero_stage if self.deepspeed_plugin else 0
+        return stage == 3 or bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, LisaTrainingArguments]:

@@ -23,7 +23,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainingArguments
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .mask_backbone import encode_images
 from .mixture import load_image, undecoded
@@ -100,8 +99,6 @@ def build_feature_cache(
         ValueError: no encoder is frozen, the disk is too small, or encoders are sharded and some images would be left
             out: processes that encode and processes that do not would wait for each other for ever.
     """
-    if is_deepspeed_zero3_enabled():
-        raise ValueError("feature_cache: expected no ZeRO-3, which shards the encoders; use ZeRO-2 or leave it out")
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     encoders = _frozen_encoders(model)
     if not encoders:
@@ -112,7 +109,7 @@ def build_feature_cache(
     model.eval()
     images = _Images(list(rows.values()), cache, processor)
     if len(images):
-        num_images = _fitting_images(images, model, list(encoders), cache, limit_gb, is_sharded=bool(args.fsdp))
+        num_images = _fitting_images(images, model, list(encoders), cache, limit_gb, is_sharded=args.shards_weights)
         share = torch.utils.data.Subset(images, range(args.process_index, num_images, args.world_size))
         loader = DataLoader(share, batch_size=None, num_workers=args.dataloader_num_workers)
         for path, inputs in tqdm(loader, desc="Encoding images", unit="image", disable=args.process_index > 0):

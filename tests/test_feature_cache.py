@@ -7,9 +7,9 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_models import FAMILIES, image
-from transformers import TrainingArguments
 
 from lisa_hf import LisaDataCollator
+from lisa_hf.arguments import LisaTrainingArguments
 from lisa_hf.feature_cache import build_feature_cache
 from lisa_hf.lora import prepare_for_training
 from lisa_hf.mixture import EvaluationDataset
@@ -39,7 +39,7 @@ def rows() -> Dataset:
 
 
 def build(tmp_path, rows, model, processor, **kwargs):
-    args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none")
+    args = LisaTrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none")
     return build_feature_cache(str(tmp_path / "cache"), model, processor, {"drawn": rows}, args, **kwargs)
 
 
@@ -118,7 +118,7 @@ def test_other_weights_or_preprocessing_have_another_directory(rows, tmp_path):
     assert len({first, second, build(tmp_path, rows, model, processor).directory}) == 3
 
 
-def test_limit_caches_what_fits(rows, tmp_path, caplog):
+def test_limit_caches_what_fits(rows, tmp_path, caplog, monkeypatch):
     model, processor = make_model()
     with caplog.at_level(logging.INFO):
         entry = build(tmp_path / "all", rows, model, processor)
@@ -130,3 +130,7 @@ def test_limit_caches_what_fits(rows, tmp_path, caplog):
     collator, dataset = LisaDataCollator(processor, feature_cache=cache), EvaluationDataset(rows)
     assert "image_embeddings" in collator([dataset[0], dataset[1]])
     assert "mask_pixel_values" in collator([dataset[1], dataset[2]])  # all of a batch, or none
+    # Processes that share an encoder all run it, or none does; here the launcher alone says that they do.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="with sharded encoders either all images are cached or none"):
+        build(tmp_path / "sharded", rows, model, processor, limit_gb=2.5 * size / 1e9)
