@@ -6,25 +6,28 @@ The first process writes what came out; `test_distributed.py` compares it with w
 """
 
 import datetime
-import importlib
 import io
-import os
 import sys
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from PIL import Image
-from tiny_training import Items, build_model, copy_state, make_trainer
+from tiny_training import (
+    ENGINES,
+    LISA_PARTS,
+    WITHOUT_MASKS,
+    Items,
+    build_model,
+    copy_state,
+    engine_state,
+    make_trainer,
+)
+from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset, Subset
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lisa_hf.arguments import TRAINABLE_PARTS
 from lisa_hf.evaluation import evaluate_benchmark
@@ -36,7 +39,6 @@ from lisa_hf.schema import FEATURES, encode_mask, make_row
 
 # Without the vision tower, whose last norm is not used.
 ALL_PARTS = [part for part in TRAINABLE_PARTS if part != "vision_tower"]
-LISA_PARTS = ["seg_projector", "mask_decoder", "embeddings"]
 # How eight items become a step: by name, items per process and micro-batch, and the other arguments.
 TRAINING_RUNS = {
     "full": {"parts": ALL_PARTS, "lora_r": 0, "cuts": (4, 2, 1)},
@@ -45,20 +47,6 @@ TRAINING_RUNS = {
     "checkpointing": {"parts": LISA_PARTS, "lora_r": 4, "cuts": (2,), "activation_checkpointing": True},
 }
 NUM_EVAL_ITEMS = 7
-
-ROOT = Path(__file__).parents[1]
-# How processes share a model, with the files that the launchers in recipes/accelerate use.
-ENGINES = {
-    "ddp": {},
-    "fsdp2": {
-        "fsdp": True,
-        "fsdp_config": yaml.safe_load((ROOT / "recipes/accelerate/fsdp2.yaml").read_text())["fsdp_config"],
-        "use_cpu": False,
-    },
-    "zero2": {"deepspeed": str(ROOT / "ds_configs/zero2.json")},
-    "zero3": {"deepspeed": str(ROOT / "ds_configs/zero3.json")},
-}
-WITHOUT_MASKS = [9, 10, 11, 12, 13, 14, 15, 4]
 
 
 def train(cut: int, num_processes: int, parts: list[str], lora_r: int, **arguments) -> dict:
@@ -87,31 +75,28 @@ def train(cut: int, num_processes: int, parts: list[str], lora_r: int, **argumen
     }
 
 
-@contextmanager
-def process_state(engine: str):
-    """Settings of accelerate that must not outlive a run.
+def build_speaker():
+    """A model whose answers are a `[SEG]` and end with it, or go on to the greatest length without any.
 
-    accelerate takes processes for FSDP's only if they have GPUs, and would quietly use DDP; so it is told they do.
-    DeepSpeed would compile a kernel for sums among CPU processes, minutes long, where gloo's serve as well.
+    Processes that share the weights must make as many passes for a short answer as the others make for a long one.
     """
-    deepspeed_torch = importlib.import_module("deepspeed.comm.torch")  # as an attribute, it is torch itself
-    with mock.patch.dict(os.environ), mock.patch.object(deepspeed_torch, "build_shm_op", lambda: None):
-        if engine == "fsdp2":
-            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-            backend = ("gloo", DistributedType.MULTI_GPU)
-            with mock.patch.object(PartialState, "_prepare_backend", lambda *args: backend):
-                yield
-        else:
-            yield
-    unset_hf_deepspeed_config()  # else the next model would be made in pieces
+    model, processor = build_model()
+    spoken = {processor.seg_token_id, 120}
+    generation_config = model.vlm.generation_config
+    generation_config.suppress_tokens = [i for i in range(len(processor.tokenizer)) if i not in spoken]
+    generation_config.eos_token_id = processor.seg_token_id
+    return model, processor
 
 
 def train_and_evaluate(engine: str, num_processes: int, num_steps: int) -> dict:
-    """Figures before the first step, and the losses of the steps, of which the last of each three has no mask."""
-    model, processor = build_model()
+    """Figures before the first step, and the losses of the steps, of which the last of each three has no mask.
+
+    AdamW and clipping are those of the recipes; clipping takes the gradient's norm over all pieces of the model.
+    """
+    model, processor = build_speaker()
     torch.manual_seed(0)
     model = prepare_for_training(model, LISA_PARTS, lora_r=4, lora_dropout=0.0)
-    with process_state(engine), tempfile.TemporaryDirectory() as output_dir:
+    with engine_state(engine), tempfile.TemporaryDirectory() as output_dir:
         trainer = make_trainer(
             model,
             processor,
@@ -121,6 +106,10 @@ def train_and_evaluate(engine: str, num_processes: int, num_steps: int) -> dict:
             max_steps=num_steps,
             per_device_train_batch_size=8 if num_processes == 1 else 1,
             gradient_accumulation_steps=1 if num_processes == 1 else 8 // num_processes,
+            optim="adamw_torch",
+            learning_rate=1e-3,
+            max_grad_norm=1.0,
+            per_device_eval_batch_size=1,  # answers of one process are as long as the longest
             metric_for_best_model="uneven_giou",
             eval_on_start=True,
             eval_generate=True,
@@ -129,18 +118,17 @@ def train_and_evaluate(engine: str, num_processes: int, num_steps: int) -> dict:
         trainer.remove_callback(trainer.recorder)  # whole gradients and weights are not to be had everywhere
         trainer.add_callback(PredictionSheet(trainer, Items(2)))
         trainer.train()
+        pieces = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
         return {
             "wrapper": type(trainer.model_wrapped).__name__,
+            "num_held_weights": sum(piece.numel() for piece in pieces),
             "logs": trainer.state.log_history,
             "sheets": [np.asarray(Image.open(path)) for path in Path(output_dir).glob("predictions/*.png")],
         }
 
 
 def make_evaluator(output_dir: str, eval_dataset=None, **arguments):
-    """A trainer whose model only ever generates three tokens, so that some answers have a `[SEG]`."""
-    model, processor = build_model()
-    spoken = {processor.seg_token_id, processor.tokenizer.eos_token_id, 120}
-    model.vlm.generation_config.suppress_tokens = [i for i in range(len(processor.tokenizer)) if i not in spoken]
+    model, processor = build_speaker()
     return make_trainer(model, processor, output_dir, eval_dataset=eval_dataset, eval_generate=True, **arguments)
 
 
@@ -187,6 +175,8 @@ def evaluate_benchmarks() -> dict[int, tuple[dict, dict]]:
 def run(num_processes: int, num_steps: int) -> dict:
     """All runs; a single process takes the eight items of a step at once."""
     results = {"metrics": evaluate(), "benchmarks": evaluate_benchmarks()}
+    for engine in ENGINES if num_processes > 1 else ["ddp"]:
+        results[engine] = train_and_evaluate(engine, num_processes, num_steps)
     if num_processes > 2:  # the eight items of a step cannot be shared by three
         return results
     for name, settings in TRAINING_RUNS.items():
@@ -196,8 +186,6 @@ def run(num_processes: int, num_steps: int) -> dict:
                 results.setdefault(name, train(8, 1, **settings))
             else:
                 results[name, cut] = train(cut, num_processes, **settings)
-    for engine in ENGINES if num_processes > 1 else ["ddp"]:
-        results[engine] = train_and_evaluate(engine, num_processes, num_steps)
     return results
 
 

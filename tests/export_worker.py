@@ -5,12 +5,14 @@
 `test_export.py` compares it with what the exported model answers.
 """
 
+import os
 import runpy
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tiny_training import engine_state
 
 import lisa_hf
 
@@ -48,4 +50,5 @@ def train(answers_file: Path, *arguments) -> None:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), *sys.argv[2:])
+    with engine_state("fsdp2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp"):
+        train(Path(sys.argv[1]), *sys.argv[2:])

@@ -10,19 +10,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def start(
-    script, *arguments, launcher: str = "ddp", num_processes: int = 2, port: int = 0, machine_rank: int = 0
-) -> subprocess.Popen:
+def start(script, *arguments, launcher: str = "ddp", num_processes: int = 2, options: tuple = ()) -> subprocess.Popen:
     """Starts `accelerate launch` with `recipes/accelerate/<launcher>.yaml`, in a process group of its own.
 
     Args:
         num_processes: of all machines.
-        port: of the main process; 0: any free one.
+        options: further ones of `accelerate launch`; they win over the file.
     """
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", f"recipes/accelerate/{launcher}.yaml", "--num_processes", num_processes),
-        *("--main_process_port", port, "--machine_rank", machine_rank),
+        *("--main_process_port", 0, *options),  # 0: any free one
         *(script, *arguments),
     ]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

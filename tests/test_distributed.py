@@ -4,10 +4,10 @@ import distributed_worker
 import numpy as np
 import pytest
 import torch
-from distributed_worker import ENGINES, TRAINING_RUNS
+from distributed_worker import TRAINING_RUNS
 from launching import launch
 from test_progress import amount
-from tiny_training import assert_gradients_equal
+from tiny_training import ENGINES, assert_gradients_equal
 
 from lisa_hf.trainer import LOSS_PARTS
 
@@ -40,8 +40,8 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """Evaluations alone."""
-    return run_in_processes(tmp_path_factory.mktemp("three"), 3)
+    """Evaluations alone count, which Trainer starts under ZeRO-2 as part of a training only."""
+    return run_in_processes(tmp_path_factory.mktemp("three"), 3, num_steps=1)
 
 
 @pytest.mark.parametrize(("name", "cut"), CUTS)
@@ -68,23 +68,38 @@ def figures(entry: dict) -> dict:
     return {key: value for key, value in entry.items() if not key.endswith(("_loss", "time", "_second"))}
 
 
-def assert_same_run(found: dict, expected: dict, num_steps: int):
-    """Equal figures before the first step, equal losses after it."""
-    found, expected = found["logs"][:-1], expected["logs"][:-1]  # the last entry sums up
-    losses = [entry["mask_bce_loss"] for entry in expected if "loss" in entry]
-    assert len(losses) == num_steps and losses[2] == 0 < losses[1]
+def split(logs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The losses of the steps, and the figures before the first one; the last entry sums up."""
+    return [entry for entry in logs if "loss" in entry], [entry for entry in logs[:-1] if "loss" not in entry]
+
+
+def assert_same_curve(found: dict, expected: dict, num_steps: int):
+    found, expected = split(found["logs"])[0], split(expected["logs"])[0]
+    masks = [entry["mask_bce_loss"] for entry in expected]
+    assert len(masks) == num_steps and masks[2] == 0 < masks[1]
     for entry, reference in zip(found, expected, strict=True):
-        if "loss" in reference:
-            for key in ("loss", "grad_norm", *LOSS_PARTS):
-                assert entry[key] == pytest.approx(reference[key], rel=1e-5), (key, entry["step"])
-        else:
-            assert figures(entry) == figures(reference)
+        for key in ("loss", "grad_norm", *LOSS_PARTS):
+            assert entry[key] == pytest.approx(reference[key], rel=1e-5), (key, entry["step"])
+
+
+def assert_same_figures(found: dict, expected: dict):
+    """Figures of an uneven evaluation set and of one without a mask, from given and from generated answers."""
+    found, expected = split(found["logs"])[1], split(expected["logs"])[1]
+    assert [figures(entry) for entry in found] == [figures(entry) for entry in expected]
+    uneven, maskless = expected
+    assert 0 < uneven["eval_uneven_generated_seg_rate"] < 1
+    assert maskless["eval_maskless_num_questions"] == 4 and maskless["eval_maskless_num_masks"] == 0
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_engines_agree(engine, one, two):
-    assert two[engine]["wrapper"] == WRAPPERS[engine]
-    assert_same_run(two[engine], one["ddp"], NUM_STEPS)
+def test_engines_agree(engine, one, two, three):
+    assert two[engine]["wrapper"] == three[engine]["wrapper"] == WRAPPERS[engine]
+    assert_same_curve(two[engine], one["ddp"], NUM_STEPS)
+    assert_same_figures(two[engine], one["ddp"])
+    assert_same_figures(three[engine], one["ddp"])
+    whole = one["ddp"]["num_held_weights"]
+    held = two[engine]["num_held_weights"] / whole
+    assert held < 0.6 if engine in ("fsdp2", "zero3") else held == 1
     (sheet,), (expected,) = two[engine]["sheets"], one["ddp"]["sheets"]
     assert np.array_equal(sheet, expected)
 
@@ -121,4 +136,5 @@ def test_evaluation_to_the_last_bit(one, two, three):
 def test_engines_agree_over_twenty_steps(tmp_path):
     expected, found = distributed_worker.run(1, 20), run_in_processes(tmp_path, 2, 20)
     for engine in ENGINES:
-        assert_same_run(found[engine], expected["ddp"], 20)
+        assert_same_curve(found[engine], expected["ddp"], 20)
+        assert_same_figures(found[engine], expected["ddp"])

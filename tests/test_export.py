@@ -20,6 +20,7 @@ import transformers
 import yaml
 from golden_model import converted_directory, original_state_dict
 from huggingface_hub import ModelCard
+from launching import launch
 from original_checkpoints import write_zero_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -375,7 +376,19 @@ def test_trainer_pushes_its_card_to_a_private_repository(tiny, runs, tmp_path, m
     assert "| shapes | train | 100.0 % | 12 |" in card.text and card.data.to_dict()["library_name"] == "peft"
 
 
-# ---- ZeRO -----------------------------------------------------------------------------------------------------------
+# ---- sharded weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_r", [0, 8])
+def test_round_trip_of_fsdp_on_two_processes(lora_r, command, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", **RUNS["lora"] | {"lora_r": lora_r, "save_steps": 5})
+    run, answers = tmp_path / "run", tmp_path / "answers.safetensors"
+    arguments = (answers, "--config", recipe, "--output_dir", run, "--use_cpu", "false")
+    launch(export_worker.__file__, *arguments, launcher="fsdp2")
+    command.run(run, "--output", tmp_path / "final")  # what the run itself saved at its end
+    command.run(run / "checkpoint-5", "--output", tmp_path / "checkpoint")
+    check_in_a_fresh_process(tmp_path, dict.fromkeys((tmp_path / "final", tmp_path / "checkpoint"), answers))
 
 
 @pytest.mark.slow

@@ -1,13 +1,23 @@
-"""A LLaVA + SAM LISA of a few thousand weights, items of every kind and the trainer around them.
+"""A LLaVA + SAM LISA of a few thousand weights, items of every kind, the trainer around them, in one process or more.
 
-Shared by the tests of training and by the processes that `test_distributed.py` starts.
+Shared by the tests of training and by the processes that `test_distributed.py` and `test_endurance.py` start.
 """
+
+import importlib
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lisa_hf import LisaDataCollator, LisaForConditionalGeneration, LisaProcessor, LisaTrainer
 from lisa_hf.arguments import LisaTrainingArguments
@@ -17,6 +27,7 @@ from lisa_hf.schema import encode_mask
 from lisa_hf.scratch import build_from_scratch, train_tokenizer
 
 
+ROOT = Path(__file__).parents[1]
 IMAGE_SIZE = 32  # of both encoders, in pixels
 QUESTION = "What is {phrase} in this image? Please output segmentation mask."
 # One list per item, one number of masks per question. Some batches of 1 or 2 of the first eight items have no mask; of
@@ -25,6 +36,19 @@ MASKS_DUE = [
     *([1], [1, 1, 0], [0], [2], [0, 0], [0], [1, 0, 2], [1]),
     *([1, 2], [0], [0], [0, 0], [0], [0, 0], [0, 0, 0], [0]),
 ]
+WITHOUT_MASKS = [9, 10, 11, 12, 13, 14, 15, 4]
+LISA_PARTS = ["seg_projector", "mask_decoder", "embeddings"]
+# How processes share a model, with the files that the launchers in recipes/accelerate use.
+ENGINES = {
+    "ddp": {},
+    "fsdp2": {
+        "fsdp": True,
+        "fsdp_config": yaml.safe_load((ROOT / "recipes/accelerate/fsdp2.yaml").read_text())["fsdp_config"],
+        "use_cpu": False,
+    },
+    "zero2": {"deepspeed": str(ROOT / "ds_configs/zero2.json")},
+    "zero3": {"deepspeed": str(ROOT / "ds_configs/zero3.json")},
+}
 VISION_CONFIG = {
     "model_type": "clip_vision_model",
     "hidden_size": 16,
@@ -202,3 +226,23 @@ def make_trainer(model, processor, output_dir, train_dataset=None, eval_dataset=
     )
     trainer.recorder = recorder
     return trainer
+
+
+@contextmanager
+def engine_state(engine: str):
+    """Settings of accelerate that an engine needs among CPU processes, and that must not outlive a run.
+
+    accelerate takes processes for FSDP's only if they have GPUs, and would quietly use DDP; so it is told they do, and
+    torch's own `fully_shard` cuts the model over gloo. DeepSpeed would compile a kernel for sums among CPU processes,
+    minutes long, where gloo's serve as well.
+    """
+    deepspeed_torch = importlib.import_module("deepspeed.comm.torch")  # as an attribute, it is torch itself
+    with mock.patch.dict(os.environ), mock.patch.object(deepspeed_torch, "build_shm_op", lambda: None):
+        if engine == "fsdp2":
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+            backend = ("gloo", DistributedType.MULTI_GPU)
+            with mock.patch.object(PartialState, "_prepare_backend", lambda *args: backend):
+                yield
+        else:
+            yield
+    unset_hf_deepspeed_config()  # else the next model would be made in pieces
