@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# By what torch.save's errors are known: a full disk is a RuntimeError to it, whose text depends on where it noticed.
+TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def complete_save(trainer: Trainer, directory: Path) -> Iterator[None]:
             torch.save(args, directory / TRAINING_ARGS_NAME)
             write_manifest(directory)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in TORCH_SAVE_ERRORS):
             raise
         raise OSError(
             f"{directory} could not be saved: {' '.join(str(error).split())} "

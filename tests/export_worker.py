@@ -1,6 +1,6 @@
 """Runs `recipes/train.py`, on as many processes as there are, and keeps what the model answers as it was trained.
 
-    torchrun --nproc_per_node 2 tests/export_worker.py ANSWERS.safetensors --config recipe.yaml ...
+    accelerate launch --config_file recipes/accelerate/ddp.yaml tests/export_worker.py ANSWERS.safetensors --config ...
 
 `test_export.py` compares it with what the exported model answers.
 """

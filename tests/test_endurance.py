@@ -17,9 +17,16 @@ from typing import NamedTuple
 import pytest
 import torch
 from fault_worker import FINAL, NUM_STEPS, Fault, Progress, run_training
-from tiny_training import ENGINES
+from tiny_training import ENGINES, make_trainer
 
-from lisa_hf.checkpointing import MANIFEST, find_checkpoint, find_fault, resolve_checkpoint, write_manifest
+from lisa_hf.checkpointing import (
+    MANIFEST,
+    complete_save,
+    find_checkpoint,
+    find_fault,
+    resolve_checkpoint,
+    write_manifest,
+)
 
 
 KILLED_PHASES = ("training", "saving", "evaluating")
@@ -175,6 +182,22 @@ def test_failures_give_one_line_and_leave_earlier_checkpoints(failure, engine, r
     assert re.search(message, lines[0]), lines[0]
     if failure == "full_disk":
         assert find_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0", OSError),
+        ("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0", OSError),
+        ("basic_ios::clear: iostream error", OSError),
+        ("Connection closed by peer [127.0.0.1]:5", RuntimeError),  # another process has ended, and says why
+    ],
+)
+def test_every_way_in_which_torch_reports_a_full_disk(message, expected, tiny, tmp_path):
+    trainer = make_trainer(*tiny, tmp_path)
+    with pytest.raises(expected, match=re.escape(message)):
+        with complete_save(trainer, tmp_path / "checkpoint-1"):
+            raise RuntimeError(message)
 
 
 # ---- manifests ------------------------------------------------------------------------------------------------------

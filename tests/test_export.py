@@ -381,7 +381,8 @@ def test_trainer_pushes_its_card_to_a_private_repository(tiny, runs, tmp_path, m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_r", [0, 8])
-def test_round_trip_of_fsdp_on_two_processes(lora_r, command, tmp_path):
+def test_round_trip_of_fsdp_on_two_processes(lora_r, command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     recipe = write_recipe(tmp_path / "recipe.yaml", **RUNS["lora"] | {"lora_r": lora_r, "save_steps": 5})
     run, answers = tmp_path / "run", tmp_path / "answers.safetensors"
     arguments = (answers, "--config", recipe, "--output_dir", run, "--use_cpu", "false")
@@ -394,7 +395,7 @@ def test_round_trip_of_fsdp_on_two_processes(lora_r, command, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_r", [0, 8])
 @pytest.mark.parametrize(("stage", "gather"), [(2, True), (3, True), (3, False)])
-def test_round_trip_of_zero_on_two_processes(stage, gather, lora_r, command, tmp_path):
+def test_round_trip_of_zero_on_two_processes(stage, gather, lora_r, command, tmp_path, monkeypatch):
     zero = {"stage": stage, "allgather_bucket_size": 5e7, "reduce_bucket_size": 5e7}
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = gather
@@ -403,19 +404,10 @@ def test_round_trip_of_zero_on_two_processes(stage, gather, lora_r, command, tmp
     )
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero, **auto}))
     recipe = write_recipe(tmp_path / "recipe.yaml", **RUNS["lora"] | {"lora_r": lora_r, "save_steps": 5})
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        + [export_worker.__file__, tmp_path / "answers.safetensors", "--config", recipe]
-        + ["--output_dir", tmp_path / "run", "--deepspeed", tmp_path / "zero.json"],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=580,
-    )
-    assert process.returncode == 0, process.stdout[-5000:]
     run, answers = tmp_path / "run", tmp_path / "answers.safetensors"
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    arguments = (answers, "--config", recipe, "--output_dir", run, "--deepspeed", tmp_path / "zero.json")
+    launch(export_worker.__file__, *arguments)
     command.run(run, "--output", tmp_path / "final")  # what the run itself saved at its end
     command.run(run / "checkpoint-5", "--output", tmp_path / "checkpoint")
     # The pieces alone, as if the run had been interrupted before the whole weights were written.
