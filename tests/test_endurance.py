@@ -62,7 +62,7 @@ def assert_ends_alike(directory: Path, expected: dict):
     found = torch.load(directory / FINAL)
     weights = expected["weights"]
     assert [name for name in weights if not torch.equal(weights[name], found["weights"][name])] == []
-    assert weights.keys() == found["weights"].keys()
+    assert weights.keys() == found["weights"].keys() and all(weight.numel() for weight in weights.values())
     assert found["logs"] == expected["logs"]
     assert found["best"] == expected["best"]
 
