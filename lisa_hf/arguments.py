@@ -92,7 +92,11 @@ class ModelArguments:
         },
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of the VLM (sdpa, eager, ...); default: transformers' choice."}
+        default=None,
+        metadata={
+            "help": "Attention of the VLM: sdpa, eager, flash_attention_2 (no packing), flex_attention, ...; default: "
+            "transformers' choice."
+        },
     )
     dtype: str | None = field(
         default=None,
@@ -237,6 +241,13 @@ class LisaTrainingArguments(TrainingArguments):
             "model from nothing; the other weights then take AdamW. Default: `optim` for all of them."
         },
     )
+    compile_mask_encoder: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the mask model's image encoder, whose input is always of one shape; the first step then "
+            "takes a minute more. `torch_compile` is the whole model, compiled again for each length of text."
+        },
+    )
     eval_generate: bool = field(
         default=False, metadata={"help": "Evaluate with generated answers too, not only with the true text given."}
     )
@@ -267,6 +278,8 @@ class LisaTrainingArguments(TrainingArguments):
                 )
             if self.optim not in ("adamw_torch", "adamw_torch_fused"):
                 raise ValueError(f"optim: expected adamw_torch(_fused) beside muon_learning_rate, found {self.optim}")
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16: expected a GPU, found none; on CPU it would do nothing. Take bf16, or neither.")
         if self.enable_jit_checkpoint:
             raise ValueError(
                 "enable_jit_checkpoint: expected false: recipes/train.py saves and stops on SIGTERM and SIGUSR1 "

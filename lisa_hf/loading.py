@@ -89,8 +89,6 @@ def load_model_and_processor(
     """
     chat_template = load_chat_template(arguments.chat_template)
     kwargs = {"dtype": arguments.dtype} if arguments.dtype else {}
-    if arguments.attn_implementation:
-        kwargs["attn_implementation"] = arguments.attn_implementation
     if arguments.model is not None:
         model, processor = load_lisa(arguments.model, **kwargs)
         processor.chat_template = chat_template or processor.chat_template
@@ -116,10 +114,24 @@ def load_model_and_processor(
             initialize_weights(model)
         if arguments.dtype:
             model.to(getattr(torch, arguments.dtype))
+    if arguments.attn_implementation:
+        choose_attention(model, arguments.attn_implementation)
     for name in LOSS_OPTIONS:
         if getattr(arguments, name) is not None:
             setattr(model.config, name, getattr(arguments, name))
     return model, processor
+
+
+def choose_attention(model: LisaForConditionalGeneration, name: str) -> None:
+    """Sets the attention of the VLM, its vision tower included; the mask model keeps SDPA, the fastest that SAM has.
+
+    Raises:
+        ValueError: it is unknown, not installed, or not made for this VLM.
+    """
+    try:
+        model.vlm.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"attn_implementation: {name} cannot be had: {error}") from error
 
 
 def load_tokenizer(path: str):

@@ -64,6 +64,8 @@ class LisaTrainer(Trainer):
                     f"metric_for_best_model is {metric}, expected it to begin with the data set that decides, one of "
                     f"{', '.join(names)}: {next(iter(names))}_{metric}, for example."
                 )
+        if self.args.compile_mask_encoder:
+            self.model.mask_model.vision_encoder.compile(dynamic=False)
         self.num_skipped_rows = 0
         self._num_masks_in_batch = None
         self.progress = Progress()
