@@ -5,6 +5,7 @@ states; a pyramid of tensors), in what their decoder wants of it and in how thei
 that knows these differences is here.
 """
 
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -137,15 +138,37 @@ def decode_prompts(mask_model: nn.Module, image_embeddings, prompts: torch.Tenso
     no_mask = mask_model.prompt_encoder.no_mask_embed(torch.zeros(1, dtype=torch.long, device=prompts.device))
     dense = no_mask.reshape(1, -1, 1, 1).expand_as(embeddings)
     position = mask_model.get_image_wide_positional_embeddings().to(dtype).expand_as(embeddings)
-    masks, iou_scores, *_ = mask_model.mask_decoder(
-        image_embeddings=embeddings.to(dtype),
-        image_positional_embeddings=position,
-        sparse_prompt_embeddings=prompts.to(dtype)[:, None, None],
-        dense_prompt_embeddings=dense,
-        multimask_output=False,
-        **decoder_kwargs,
-    )
+    with mended_hq_decoder(mask_model.mask_decoder) if model_type == "sam_hq" else nullcontext():
+        masks, iou_scores, *_ = mask_model.mask_decoder(
+            image_embeddings=embeddings.to(dtype),
+            image_positional_embeddings=position,
+            sparse_prompt_embeddings=prompts.to(dtype)[:, None, None],
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+            **decoder_kwargs,
+        )
     return masks[:, 0, 0], iou_scores[:, 0, 0]
+
+
+@contextmanager
+def mended_hq_decoder(decoder: nn.Module):
+    """Inside, transformers' SamHQ (5.23) computes the masks of the published SAM-HQ.
+
+    Its decoder drops the image embeddings that its transformer returns, and upscales those that went in, with rows and
+    columns exchanged.
+    """
+    attended = []
+    hooks = [
+        decoder.transformer.register_forward_hook(lambda module, args, output: attended.append(output[1])),
+        decoder.upscale_conv1.register_forward_pre_hook(
+            lambda module, args: attended.pop().transpose(2, 3).reshape(args[0].shape)
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def unpad_masks(low_res_masks: torch.Tensor, reshaped_size, side: int | None) -> torch.Tensor:

@@ -84,25 +84,6 @@ def sam_vit_b() -> dict:
     return state_dict
 
 
-def hq_decoder(width: int = 32, encoder_width: int = 32) -> dict:
-    """The tensors that SAM-HQ adds to the mask decoder, in its names."""
-    quarter, eighth = width // 4, width // 8
-    shapes = {"hf_token.weight": (1, width)}
-    for layer, rows in enumerate((width, width, eighth)):
-        shapes |= {f"hf_mlp.layers.{layer}.weight": (rows, width), f"hf_mlp.layers.{layer}.bias": (rows,)}
-    for module, (inputs, middle, outputs) in {
-        "compress_vit_feat": (encoder_width, width, eighth),
-        "embedding_encoder": (width, quarter, eighth),
-        "embedding_maskfeature": (eighth, quarter, eighth),
-    }.items():
-        is_transposed, size = module != "embedding_maskfeature", 2 if module != "embedding_maskfeature" else 3
-        for layer, (rows, columns) in {0: (inputs, middle), 3: (middle, outputs)}.items():
-            channels = (rows, columns) if is_transposed else (columns, rows)
-            shapes |= {f"{module}.{layer}.weight": (*channels, size, size), f"{module}.{layer}.bias": (columns,)}
-        shapes |= {f"{module}.1.weight": (middle,), f"{module}.1.bias": (middle,)}
-    return {f"mask_decoder.{name}": torch.randn(shape) * 0.1 for name, shape in shapes.items()}
-
-
 def lisa_of_other_sizes(text: dict, clip: dict, sam: dict, decoder: dict) -> LisaForConditionalGeneration:
     """A LISA with random weights; the arguments are fields of the configurations of its parts."""
     torch.manual_seed(0)

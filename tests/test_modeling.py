@@ -1,6 +1,7 @@
 """LisaForConditionalGeneration: forward, losses, gradients, saving and loading, on tiny random models."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from transformers import (
 
 from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor, losses, modeling_lisa
 from lisa_hf.losses import logits_at, mask_losses, sampled_mask_losses, text_loss
-from lisa_hf.mask_backbone import BIAS_SIZE, UNTRAINED_DECODER_MODULES, encode_images
+from lisa_hf.mask_backbone import BIAS_SIZE, UNTRAINED_DECODER_MODULES, encode_images, mended_hq_decoder
 
 
 # Rows that share images, in no order; several [SEG] in an answer, one in a user's turn, and an image without masks.
@@ -208,12 +209,14 @@ def test_masks_are_the_mask_models_own(family, monkeypatch):
     monkeypatch.setattr(model.mask_model.prompt_encoder, "forward", prompt_encoder)
     for number, image_index in enumerate([0, 1, 1, 1]):
         prompt["embedding"] = output.seg_embeddings[number]
-        expected = model.mask_model(
-            pixel_values=batch["mask_pixel_values"][image_index : image_index + 1],
-            input_points=torch.zeros(1, 1, 1, 2),
-            input_labels=torch.ones(1, 1, 1, dtype=torch.int),
-            multimask_output=False,
-        )
+        is_hq = model.config.mask_config.model_type == "sam_hq"
+        with mended_hq_decoder(model.mask_model.mask_decoder) if is_hq else nullcontext():
+            expected = model.mask_model(
+                pixel_values=batch["mask_pixel_values"][image_index : image_index + 1],
+                input_points=torch.zeros(1, 1, 1, 2),
+                input_labels=torch.ones(1, 1, 1, dtype=torch.int),
+                multimask_output=False,
+            )
         torch.testing.assert_close(output.low_res_masks[number], expected.pred_masks[0, 0, 0], rtol=0, atol=1e-5)
         torch.testing.assert_close(output.iou_scores[number], expected.iou_scores[0, 0, 0], rtol=0, atol=1e-5)
     assert (output.low_res_masks[1] - output.low_res_masks[3]).abs().max() > 1e-3  # prompts matter
