@@ -12,6 +12,7 @@ from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .arguments import ModelArguments
+from .checkpointing import find_checkpoint as find_complete_checkpoint
 from .configuration_lisa import LisaConfig
 from .conversion.checkpoints import LazyTensor, is_zero_checkpoint, open_checkpoint, open_zero_checkpoint
 from .conversion.saving import MAX_SHARD_SIZE, most_common_dtype
@@ -36,14 +37,15 @@ def find_checkpoint(run: Path) -> Path:
     """The newest complete model of a run.
 
     Args:
-        run: the output directory of a run, finished or not, or one checkpoint, which is then taken as it is.
+        run: the output directory of a run, finished or not, or one checkpoint, which is then taken as it is: of its
+            files, only the weights must be there and whole.
 
     Returns:
-        `run` itself, or one of its checkpoints. A newer one whose files are not all there and whole, because the run
-        was interrupted while it saved, is passed over with a warning.
+        `run` itself, or one of its checkpoints. A newer one that is not complete (see `checkpointing.py`), because the
+        run was interrupted while it saved, is passed over with a warning.
 
     Raises:
-        ValueError: nothing complete is there; says what is wrong with each.
+        ValueError: nothing complete is there.
     """
     if not run.is_dir():
         raise ValueError(
@@ -52,23 +54,23 @@ def find_checkpoint(run: Path) -> Path:
     if run.name.startswith("checkpoint-"):
         open_weights(run)
         return run
-    candidates = [(_step(path), path) for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
-    candidates.sort(reverse=True)
+    newest = find_complete_checkpoint(str(run))
     if _holds_model(run):
         # The final model comes before the checkpoint of its step: it may be that of the best one.
         state = run / "trainer_state.json"
         final_step = json.loads(state.read_text())["global_step"] if state.is_file() else float("inf")
-        candidates.insert(sum(step > final_step for step, _ in candidates), (final_step, run))
-    problems = []
-    for _, path in candidates:
-        try:
-            open_weights(path)
-        except ValueError as error:
-            logger.warning("Passed over %s: %s", path, error)
-            problems.append(str(error))
-        else:
-            return path
-    raise ValueError(" ".join([f"{run}: expected a model or a complete checkpoint-N in it, found none.", *problems]))
+        if newest is None or int(newest.rpartition("-")[2]) <= final_step:
+            try:
+                open_weights(run)
+                return run
+            except ValueError as error:
+                logger.warning("Passed over the final model: %s", error)
+    if newest is None:
+        raise ValueError(
+            f"{run}: expected a model or a complete checkpoint-N in it, found none. Of a checkpoint that is named "
+            "itself, nothing but the weights must be complete."
+        )
+    return Path(newest)
 
 
 def open_weights(checkpoint: Path) -> dict[str, LazyTensor]:
@@ -86,10 +88,6 @@ def open_weights(checkpoint: Path) -> dict[str, LazyTensor]:
 
 def _holds_model(directory: Path) -> bool:
     return any(directory.glob("model.safetensors*")) or any(directory.glob("model-*-of-*.safetensors"))
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------

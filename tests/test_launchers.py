@@ -4,6 +4,7 @@ import json
 import socket
 
 import pytest
+from golden_model import converted_directory
 from launching import ROOT, finish, launch, start
 from test_recipes import write_config
 
@@ -78,3 +79,22 @@ def test_two_machines(expected, tmp_path):
     for output in [finish(machine) for machine in machines]:
         assert "Traceback" not in output, output[-5000:]
     assert losses(tmp_path) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_evaluation_gives_the_same_figures_on_any_number_of_processes(tmp_path):
+    """A converted LISA on five images, so that one process has an image more than the other."""
+    source = {"shapes": {"num_train_scenes": 2, "num_validation_scenes": 5, "image_size": 64}}
+    written = []
+    for launcher, num_processes in (("cpu", 1), ("ddp", 2)):
+        output_dir = tmp_path / launcher
+        arguments = ("--eval_sources", json.dumps(source), "--output_dir", output_dir, "--use_cpu", "true")
+        launch(
+            *(ROOT / "recipes" / "evaluate.py", converted_directory(), *arguments),
+            *("--generation_max_new_tokens", 4),
+            launcher=launcher,
+            num_processes=num_processes,
+        )
+        written.append((output_dir / "evaluation.json").read_text())
+    assert written[0] == written[1]
+    assert json.loads(written[0])["benchmarks"]["shapes"]["num_items"] == 5
