@@ -57,6 +57,12 @@ class LisaTrainer(Trainer):
                 "average_tokens_across_devices is False, expected True: the loss is divided by the labels and masks "
                 "of all processes. Leave it out."
             )
+        state_dict_type = self.accelerator.state.fsdp_plugin.state_dict_type.name if self.is_fsdp_enabled else None
+        if state_dict_type not in (None, "FULL_STATE_DICT"):
+            raise ValueError(
+                f"fsdp_state_dict_type is {state_dict_type}, expected FULL_STATE_DICT, as in "
+                "recipes/accelerate/fsdp2.yaml: Trainer saves no model otherwise, only the pieces to resume from."
+            )
         metric, names = self.args.metric_for_best_model, self.eval_dataset
         if isinstance(names, dict) and metric and self.args.eval_strategy != "no":
             if not any(metric.removeprefix("eval_").startswith(f"{name}_") for name in names):

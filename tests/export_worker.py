@@ -28,9 +28,9 @@ class RecordingTrainer(lisa_hf.LisaTrainer):
     @torch.no_grad()
     def save_state(self):
         super().save_state()
-        batch = self.data_collator([self.eval_dataset[0], self.eval_dataset[1]])
+        batch = self._prepare_inputs(self.data_collator([self.eval_dataset[0], self.eval_dataset[1]]))
         self.model_wrapped.eval()
-        outputs = self.model_wrapped(**self._prepare_inputs(batch))  # on all processes: ZeRO-3 gathers the weights
+        outputs = self.model_wrapped(**batch)  # on all processes: ZeRO-3 gathers the weights
         if self.is_world_process_zero():
             tensors = {f"inputs.{name}": value for name, value in batch.items() if isinstance(value, torch.Tensor)}
             tensors |= {name: outputs[name].float() for name in ("low_res_masks", "last_hidden_state")}

@@ -20,7 +20,7 @@ import transformers
 import yaml
 from golden_model import converted_directory, original_state_dict
 from huggingface_hub import ModelCard
-from launching import launch
+from launching import finish, launch, start
 from original_checkpoints import write_zero_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -217,15 +217,19 @@ def test_incomplete_checkpoints_are_passed_over_and_named(runs, tmp_path, caplog
     damaged = truncate(run / "model.safetensors")
     with caplog.at_level(logging.WARNING, logger="lisa_hf"):
         assert export.find_checkpoint(run) == run / "checkpoint-5"
-    assert str(damaged) in caplog.text and "truncated" in caplog.text
-    truncate(run / "checkpoint-5" / "model.safetensors")
-    assert export.find_checkpoint(run) == run / "checkpoint-4"
+        assert str(damaged) in caplog.text and "truncated" in caplog.text
+        truncate(run / "checkpoint-5" / "model.safetensors")
+        assert export.find_checkpoint(run) == run / "checkpoint-4"
+        assert f"{run / 'checkpoint-5'} is passed over: its model.safetensors has" in caplog.text
+        (run / "checkpoint-4" / "manifest.json").unlink()  # killed while it saved
+        assert export.find_checkpoint(run) == run / "checkpoint-2"
+        assert "checkpoint-4 is passed over: it has no manifest.json" in caplog.text
+    assert export.find_checkpoint(run / "checkpoint-4") == run / "checkpoint-4"  # named, and its weights are whole
     (run / "checkpoint-5" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="checkpoint-5: expected a checkpoint file"):
         export.find_checkpoint(run / "checkpoint-5")  # named, so nothing else will do
-    truncate(run / "checkpoint-4" / "model.safetensors")
     shutil.rmtree(run / "checkpoint-2")
-    with pytest.raises(ValueError, match="a complete checkpoint-N in it, found none.*checkpoint-4"):
+    with pytest.raises(ValueError, match="a complete checkpoint-N in it, found none"):
         export.find_checkpoint(run)
 
 
@@ -390,6 +394,17 @@ def test_round_trip_of_fsdp_on_two_processes(lora_r, command, tmp_path, monkeypa
     command.run(run, "--output", tmp_path / "final")  # what the run itself saved at its end
     command.run(run / "checkpoint-5", "--output", tmp_path / "checkpoint")
     check_in_a_fresh_process(tmp_path, dict.fromkeys((tmp_path / "final", tmp_path / "checkpoint"), answers))
+
+
+@pytest.mark.slow
+def test_fsdp_that_would_leave_no_model_is_refused_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    recipe = write_recipe(tmp_path / "recipe.yaml", **RUNS["lora"])
+    arguments = (tmp_path / "answers", "--config", recipe, "--output_dir", tmp_path / "run", "--use_cpu", "false")
+    options = ("--fsdp_state_dict_type", "SHARDED_STATE_DICT")
+    process = start(export_worker.__file__, *arguments, launcher="fsdp2", options=options)
+    assert "fsdp_state_dict_type is SHARDED_STATE_DICT, expected FULL_STATE_DICT" in finish(process)
+    assert process.returncode != 0 and not list(tmp_path.glob("run/checkpoint-*"))
 
 
 @pytest.mark.slow
