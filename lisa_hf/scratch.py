@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     SamImageProcessorPil,
 )
@@ -78,35 +79,12 @@ def build_from_scratch(
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", normalized=False, special=True)})
     add_tokens(tokenizer, [SEG_TOKEN, *(token for token in IMAGE_TOKENS if token in chat_template)])
-
     causal_lm = AutoModelForCausalLM.from_pretrained(language_model) if language_model else None
-    text_config = causal_lm.config.to_dict() if language_model else dict(vlm_config["text_config"])
-    text_config |= {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    vlm_config = {
-        "model_type": "llava",
-        **vlm_config,
-        "text_config": text_config,
-        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
-    }
-    vision = mask_config["vision_config"]
-    sizes = {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
-    width = {"hidden_size": vision["output_channels"]}
-    mask_config = {
-        "model_type": "sam",
-        **mask_config,
-        "vision_config": {"num_pos_feats": vision["output_channels"] // 2, **vision},
-        "prompt_encoder_config": {**sizes, **width, **mask_config.get("prompt_encoder_config", {})},
-        "mask_decoder_config": {**width, **mask_config.get("mask_decoder_config", {})},
-    }
+    text_config = causal_lm.config.to_dict() if language_model else vlm_config["text_config"]
     config = LisaConfig(
-        vlm_config=AutoConfig.for_model(**vlm_config),
-        mask_config=AutoConfig.for_model(**mask_config),
-        seg_token_id=tokenizer.convert_tokens_to_ids("[SEG]"),
+        vlm_config=_vlm_config({**vlm_config, "text_config": text_config}, tokenizer),
+        mask_config=_mask_config(mask_config),
+        seg_token_id=tokenizer.convert_tokens_to_ids(SEG_TOKEN),
         **kwargs,
     )
     model = LisaForConditionalGeneration(config)
@@ -115,8 +93,37 @@ def build_from_scratch(
         model.vlm.base_model.language_model.load_state_dict(causal_lm.base_model.state_dict())
         model.get_output_embeddings().load_state_dict(causal_lm.get_output_embeddings().state_dict())
         model.tie_weights()
+    return model, _processor(config, tokenizer, chat_template)
 
-    clip = config.vlm_config.vision_config
+
+def _vlm_config(fields: dict, tokenizer) -> PreTrainedConfig:
+    text_config = {
+        **fields["text_config"],
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    fields = {"model_type": "llava", **fields, "text_config": text_config, "image_token_index": image_token_id}
+    return AutoConfig.for_model(**fields)
+
+
+def _mask_config(fields: dict) -> PreTrainedConfig:
+    """Gives the prompt encoder and the decoder the sizes that follow from the image encoder's."""
+    vision = fields["vision_config"]
+    sizes = {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
+    width = {"hidden_size": vision["output_channels"]}
+    parts = {
+        "vision_config": {"num_pos_feats": vision["output_channels"] // 2, **vision},
+        "prompt_encoder_config": {**sizes, **width, **fields.get("prompt_encoder_config", {})},
+        "mask_decoder_config": {**width, **fields.get("mask_decoder_config", {})},
+    }
+    return AutoConfig.for_model(**{"model_type": "sam", **fields, **parts})
+
+
+def _processor(config: LisaConfig, tokenizer, chat_template: str) -> LisaProcessor:
+    clip, side = config.vlm_config.vision_config, config.mask_config.vision_config.image_size
     vlm_processor = LlavaProcessor(
         CLIPImageProcessorPil(
             size={"shortest_edge": clip.image_size}, crop_size={"height": clip.image_size, "width": clip.image_size}
@@ -127,9 +134,8 @@ def build_from_scratch(
         num_additional_image_tokens=1,
         chat_template=chat_template,
     )
-    side = vision["image_size"]
     mask_image_processor = SamImageProcessorPil(size={"longest_edge": side}, pad_size={"height": side, "width": side})
-    return model, LisaProcessor(vlm_processor=vlm_processor, mask_image_processor=mask_image_processor)
+    return LisaProcessor(vlm_processor=vlm_processor, mask_image_processor=mask_image_processor)
 
 
 def row_texts(rows) -> Iterable[str]:

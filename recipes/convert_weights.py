@@ -21,7 +21,6 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 
 import argparse
 import logging
-import signal
 
 import torch
 
@@ -117,7 +116,6 @@ def main():
     args = parse_arguments()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("lisa_hf").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
     with exit_with_one_line():
         save_converted(convert(args), args.output, args.dtype and getattr(torch, args.dtype))
         print(f"Done. Model and processor: {args.output.resolve()}")

@@ -19,7 +19,6 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 import argparse
 import json
 import logging
-import signal
 
 import torch
 
@@ -47,7 +46,6 @@ def main():
     args = parse_arguments()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("lisa_hf").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
     with exit_with_one_line():
         checkpoint = find_checkpoint(args.run)
         dtype = DTYPES.get(args.dtype)

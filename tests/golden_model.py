@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
@@ -126,13 +125,12 @@ def run_command(*arguments) -> None:
 
 def convert(*arguments) -> None:
     """`recipes/convert_weights.py` in this process, which is faster."""
-    handler, logger = signal.getsignal(signal.SIGTERM), logging.getLogger("lisa_hf")
+    logger = logging.getLogger("lisa_hf")
     level, path = logger.level, list(sys.path)
     try:
         with mock.patch.object(sys, "argv", [str(COMMAND), *map(str, arguments)]):
             runpy.run_path(str(COMMAND), run_name="__main__")
     finally:
-        signal.signal(signal.SIGTERM, handler)
         logger.setLevel(level)
         sys.path[:] = path
 

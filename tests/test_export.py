@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +88,7 @@ def command(monkeypatch, capsys):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(sys, "path", list(sys.path))
     spec.loader.exec_module(module)
-    handler, level = signal.getsignal(signal.SIGTERM), logging.getLogger("lisa_hf").level
+    level = logging.getLogger("lisa_hf").level
 
     def run(*arguments) -> str:
         monkeypatch.setattr(sys, "argv", [str(COMMAND), *map(str, arguments)])
@@ -100,7 +99,6 @@ def command(monkeypatch, capsys):
         return capsys.readouterr().out
 
     yield SimpleNamespace(run=run, module=module)
-    signal.signal(signal.SIGTERM, handler)
     logging.getLogger("lisa_hf").setLevel(level)
 
 

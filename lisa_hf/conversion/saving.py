@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +102,8 @@ def most_common_dtype(tensors: dict[str, LazyTensor] | dict[str, torch.Tensor]) 
 def whole_directory(directory: Path) -> Iterator[Path]:
     """A new directory to write to, which gets its name only if everything went well and is removed otherwise.
 
+    Otherwise includes SIGTERM, which ends the program with code 143 here. For the main thread.
+
     Raises:
         ValueError: there is something of that name, other than an empty directory.
     """
@@ -109,12 +113,15 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     if incomplete.exists():  # of a run that was killed
         shutil.rmtree(incomplete)
     incomplete.mkdir(parents=True)
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield incomplete
         incomplete.rename(directory)
     except BaseException:
         shutil.rmtree(incomplete)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _save_configuration(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:
