@@ -98,6 +98,9 @@ NUM_DECODER_HEADS = 8
 def convert_sam(tensors: dict[str, LazyTensor]) -> ConvertedModel:
     """`SamModel` or `SamHQModel` with its processor.
 
+    By itself, transformers' `SamHQModel` (5.23) makes other masks of these weights than SAM-HQ's code: see
+    `mended_hq_decoder` in `mask_backbone.py`, which a LISA uses.
+
     Args:
         tensors: of a published `sam_vit_*.pth` or `sam_hq_vit_*.pth`.
 
