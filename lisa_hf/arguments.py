@@ -38,6 +38,7 @@ TRAINABLE_PARTS = (
     "mask_encoder",
     "language_model",
 )
+QUANTIZED_PARTS = ("vision_tower", "multi_modal_projector", "language_model")  # by load_in_8bit and load_in_4bit
 
 
 @dataclass
@@ -70,6 +71,20 @@ class ModelArguments:
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj"],
         metadata={"help": "Linear layers of the language model that get LoRA, by the last part of their name."},
+    )
+    use_dora: bool = field(default=False, metadata={"help": "DoRA instead of LoRA: directions and lengths apart."})
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Hold the VLM's frozen weights in 8 bits; needs bitsandbytes."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Hold the VLM's frozen weights in 4 bits (QLoRA); needs bitsandbytes."}
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "The 16 values of 4 bits."})
+    bnb_4bit_use_double_quant: bool = field(
+        default=True, metadata={"help": "Hold the scales of 4-bit weights in 8 bits, as QLoRA."}
+    )
+    bnb_4bit_compute_dtype: str | None = field(
+        default=None, metadata={"help": "Type in which 4-bit weights are multiplied; default: dtype, else bfloat16."}
     )
     trainable: list[str] = field(
         default_factory=lambda: ["seg_projector", "mask_decoder", "embeddings"],
@@ -121,9 +136,31 @@ class ModelArguments:
         for part in self.trainable:
             if part not in TRAINABLE_PARTS:
                 raise ValueError(f"trainable: unknown part `{part}`, {nearest(part, TRAINABLE_PARTS)}")
+        for name in ("use_dora", "load_in_8bit", "load_in_4bit"):
+            if getattr(self, name) and self.lora_r == 0:
+                raise ValueError(f"{name}: expected beside lora_r above 0, found lora_r 0")
+        if self.load_in_8bit or self.load_in_4bit:
+            self._check_quantization()
         for name in ("lora_r", *LOSS_OPTIONS):
             _check_range(self, name, 0)
         _check_range(self, "lora_dropout", 0, 1)
+
+    def _check_quantization(self):
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_8bit, load_in_4bit: expected one of them, found both")
+        if self.load_in_8bit and self.use_dora:
+            raise ValueError(
+                "use_dora: expected load_in_4bit beside it, found load_in_8bit, which PEFT cannot join to it"
+            )
+        if self.vlm_config is not None:
+            raise ValueError(
+                "vlm_config: expected no load_in_8bit and load_in_4bit beside it: random weights must train"
+            )
+        if quantized := [part for part in self.trainable if part in QUANTIZED_PARTS]:
+            raise ValueError(
+                f"trainable: {', '.join(quantized)} cannot train, since load_in_8bit and load_in_4bit hold "
+                f"{', '.join(QUANTIZED_PARTS)} in few bits. Leave one of the two out"
+            )
 
 
 @dataclass
@@ -231,8 +268,12 @@ class LisaTrainingArguments(TrainingArguments):
     hub_private_repo: bool | None = field(
         default=True, metadata={"help": "Whether a new repository of push_to_hub is private."}
     )
-    full_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the parts trained in full; default: learning_rate, LoRA's."}
+    learning_rates: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Learning rates of parts, e.g. {lora: 3e-4, mask_decoder: 1e-4}: of `lora` and those that "
+            "`trainable` may name; the others take learning_rate."
+        },
     )
     muon_learning_rate: float | None = field(
         default=None,
@@ -271,10 +312,10 @@ class LisaTrainingArguments(TrainingArguments):
             )
         self.accelerator_config.dispatch_batches = False
         if self.muon_learning_rate is not None:
-            if self.full_learning_rate is not None or self.deepspeed_plugin or self.shards_weights:
+            if self.learning_rates or self.deepspeed_plugin or self.shards_weights:
                 raise ValueError(
-                    "muon_learning_rate: expected neither full_learning_rate beside it, which it replaces, nor "
-                    "DeepSpeed or FSDP, which cut the matrices that Muon needs whole"
+                    "muon_learning_rate: expected neither learning_rates beside it, nor DeepSpeed or FSDP, which cut "
+                    "the matrices that Muon needs whole"
                 )
             if self.optim not in ("adamw_torch", "adamw_torch_fused"):
                 raise ValueError(f"optim: expected adamw_torch(_fused) beside muon_learning_rate, found {self.optim}")
@@ -289,7 +330,11 @@ class LisaTrainingArguments(TrainingArguments):
             # Under ZeRO-3, transformers would cut weights while a model is made, and neither building from parts nor
             # PEFT's copies of whole modules can be done on pieces. Trainer sets this again and cuts the whole model.
             unset_hf_deepspeed_config()
-        _check_range(self, "full_learning_rate", 0)
+        for part, rate in self.learning_rates.items():
+            if part not in ("lora", *TRAINABLE_PARTS):
+                raise ValueError(f"learning_rates: unknown part `{part}`, {nearest(part, ('lora', *TRAINABLE_PARTS))}")
+            if not isinstance(rate, (int, float)) or rate < 0:
+                raise ValueError(f"learning_rates: {part}: expected a number from 0, found {rate!r}")
         _check_range(self, "muon_learning_rate", 0)
         _check_range(self, "generation_max_new_tokens", 1)
 
@@ -316,7 +361,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         config = parser.parse_args(argv).config
         values = vars(parser.parse_args(argv, parser.parse_config(config) if config else None))
         del values["config"]
-        return parser.parse_dict(values)
+        model_args, data_args, training_args = parser.parse_dict(values)
+        _check_together(model_args, training_args)
+        return model_args, data_args, training_args
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
 
@@ -359,6 +406,16 @@ def exit_with_one_line():
         text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _check_together(model_args: ModelArguments, training_args: LisaTrainingArguments):
+    if training_args.shards_weights and (model_args.load_in_8bit or model_args.load_in_4bit):
+        raise ValueError(
+            "load_in_8bit, load_in_4bit: expected none with ZeRO-3 and FSDP, which cut weights; use ZeRO-2"
+        )
+    trained = [*model_args.trainable, *(["lora"] if model_args.lora_r else [])]
+    if frozen := [part for part in training_args.learning_rates if part not in trained]:
+        raise ValueError(f"learning_rates: {', '.join(frozen)} does not train; what does: {', '.join(trained)}")
 
 
 def _complete_options(arguments: DataArguments, field_name: str, defaults: dict) -> dict[str, dict]:

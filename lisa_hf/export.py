@@ -157,17 +157,20 @@ def build_base(checkpoint: Path) -> LisaForConditionalGeneration:
     if arguments["vlm_config"] is not None:
         arguments["tokenizer"] = str(checkpoint)  # one that was made from the data is there alone
     set_seed(record["arguments"]["training"]["seed"])
-    model, _ = load_model_and_processor(ModelArguments(**arguments))
-    return model
+    model, _ = load_model_and_processor(ModelArguments(**arguments), device_map="cpu")
+    # LoRA was trained beside the rounded weights; in few bits, their sum would be rounded once more.
+    return model.dequantize() if getattr(model, "is_quantized", False) else model
 
 
 def trained_model(trainer: LisaTrainer) -> LisaForConditionalGeneration | None:
     """The model at the end of a training, LoRA merged, on the main process; None on the others. All must call it."""
     plugin = trainer.accelerator.state.deepspeed_plugin
-    if not trainer.is_fsdp_enabled and (plugin is None or plugin.zero_stage != 3):
-        model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    is_quantized = getattr(model, "is_quantized", False)
+    if not is_quantized and not trainer.is_fsdp_enabled and (plugin is None or plugin.zero_stage != 3):
         return merge_lora(model) if trainer.is_world_process_zero() else None
-    # Each process holds a piece of every weight, and the whole need not fit beside it: it is put together on disk.
+    # Each process holds a piece of every weight, or all of them in few bits, and the whole need not fit beside it: it
+    # is put together on disk.
     directory = Path(trainer.args.output_dir, "checkpoint-final")
     trainer.save_model(str(directory), _internal_call=True)
     trainer.accelerator.wait_for_everyone()

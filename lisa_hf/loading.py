@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaTokenizer, PreTrainedConfig
+from transformers.utils import is_bitsandbytes_available
 
 from .arguments import LOSS_OPTIONS, DataArguments, LisaTrainingArguments, ModelArguments
 from .configuration_lisa import LisaConfig
@@ -80,15 +81,20 @@ def load_lisa(path: str, **kwargs) -> tuple[LisaForConditionalGeneration, LisaPr
 
 
 def load_model_and_processor(
-    arguments: ModelArguments, texts: Iterable[str] = ()
+    arguments: ModelArguments, texts: Iterable[str] = (), device_map: str | None = None
 ) -> tuple[LisaForConditionalGeneration, LisaProcessor]:
     """Loads or builds what the arguments name: a LISA model, a VLM and a mask model, or both halves from nothing.
 
     Args:
         texts: what a tokenizer is made from if a model from nothing names none.
+        device_map: where pretrained weights are put; by default weights in few bits on the GPU, others on the CPU.
     """
     chat_template = load_chat_template(arguments.chat_template)
-    kwargs = {"dtype": arguments.dtype} if arguments.dtype else {}
+    kwargs = {"device_map": device_map}
+    if arguments.dtype:
+        kwargs["dtype"] = arguments.dtype
+    if arguments.load_in_8bit or arguments.load_in_4bit:
+        kwargs["quantization_config"] = quantization_config(arguments)
     if arguments.model is not None:
         model, processor = load_lisa(arguments.model, **kwargs)
         processor.chat_template = chat_template or processor.chat_template
@@ -132,6 +138,25 @@ def choose_attention(model: LisaForConditionalGeneration, name: str) -> None:
         model.vlm.set_attn_implementation(name)
     except (ImportError, ValueError) as error:
         raise ValueError(f"attn_implementation: {name} cannot be had: {error}") from error
+
+
+def quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig:
+    """How the VLM's frozen weights are held; the defaults are QLoRA's (arXiv 2305.14314).
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    if not is_bitsandbytes_available():
+        raise ValueError(
+            "load_in_8bit and load_in_4bit need bitsandbytes, which is not here: pip install bitsandbytes"
+        )
+    return BitsAndBytesConfig(
+        load_in_8bit=arguments.load_in_8bit,
+        load_in_4bit=arguments.load_in_4bit,
+        bnb_4bit_quant_type=arguments.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=arguments.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=arguments.bnb_4bit_compute_dtype or arguments.dtype or "bfloat16",
+    )
 
 
 def load_tokenizer(path: str):

@@ -16,7 +16,7 @@ PROTOCOLS = {"": "lisa", "generated_": "generated"}  # as recipes/evaluate.py na
 BASES = ("vlm", "mask_model", "language_model", "model")  # the arguments that name what a run begins with
 TRAINING_ARGUMENTS = (
     "learning_rate",
-    "full_learning_rate",
+    "learning_rates",
     "lr_scheduler_type",
     "warmup_steps",
     "optim",
@@ -36,6 +36,9 @@ MODEL_ARGUMENTS = (
     "lora_alpha",
     "lora_dropout",
     "lora_target_modules",
+    "use_dora",
+    "load_in_8bit",
+    "load_in_4bit",
     "ce_loss_weight",
     "mask_bce_loss_weight",
     "mask_dice_loss_weight",
@@ -201,7 +204,7 @@ def _hyperparameters(record: dict, state: dict) -> dict:
     for group, names in (("training", TRAINING_ARGUMENTS), ("model", MODEL_ARGUMENTS), ("data", DATA_ARGUMENTS)):
         for name in names:
             value = arguments[group][name]
-            if value is not None:
+            if value is not None and value != {}:
                 chosen[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
     return chosen
 

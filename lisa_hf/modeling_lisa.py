@@ -45,6 +45,13 @@ UNQUANTIZED_MODULES = ["mask_model", "seg_projector", "lm_head"]
 MASK_PIXELS = 2**22
 
 
+def _skip_modules(quantization_config):
+    if isinstance(quantization_config, BitsAndBytesConfig) and quantization_config.llm_int8_skip_modules is None:
+        quantization_config = copy.copy(quantization_config)
+        quantization_config.llm_int8_skip_modules = UNQUANTIZED_MODULES
+    return quantization_config
+
+
 @dataclass
 class LisaOutput(ModelOutput):
     """Output of [`LisaForConditionalGeneration`] for B images, N rows and M_b masks of image b.
@@ -139,14 +146,19 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
     def from_pretrained(cls, *args, quantization_config=None, **kwargs):
         """As in transformers; a `BitsAndBytesConfig` quantises the VLM alone unless it names its own
         `llm_int8_skip_modules`, see `UNQUANTIZED_MODULES`."""
-        if isinstance(quantization_config, BitsAndBytesConfig) and quantization_config.llm_int8_skip_modules is None:
-            quantization_config = copy.copy(quantization_config)
-            quantization_config.llm_int8_skip_modules = UNQUANTIZED_MODULES
-        return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+        return super().from_pretrained(*args, quantization_config=_skip_modules(quantization_config), **kwargs)
 
     @classmethod
     def from_vlm_mask_model_pretrained(
-        cls, vlm: str, mask_model: str, *, seg_token_id: int, dtype="auto", attn_implementation: str | None = None
+        cls,
+        vlm: str,
+        mask_model: str,
+        *,
+        seg_token_id: int,
+        dtype="auto",
+        attn_implementation: str | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        device_map: str | None = None,
     ):
         """Joins a pretrained VLM and a pretrained mask model, in evaluation mode; the projector between them is new.
 
@@ -154,12 +166,17 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             vlm, mask_model: Hub ids or directories in transformers' format.
             seg_token_id: id of `[SEG]`; the vocabulary is the caller's to resize.
             dtype: of all weights; by default the VLM's own, which the mask model then takes too.
-            attn_implementation: of the VLM, as in `from_pretrained`.
+            attn_implementation, quantization_config, device_map: of the VLM, as in `from_pretrained`; the rest then
+                comes to the VLM's device.
         """
         vlm_model = AutoModelForImageTextToText.from_pretrained(
-            vlm, dtype=dtype, attn_implementation=attn_implementation
+            vlm,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=_skip_modules(quantization_config),
+            device_map=device_map,
         )
-        sam_model = AutoModelForMaskGeneration.from_pretrained(mask_model, dtype=vlm_model.dtype)
+        sam_model = AutoModelForMaskGeneration.from_pretrained(mask_model, dtype=vlm_model.dtype).to(vlm_model.device)
         attend_in_pieces(sam_model)
         config = LisaConfig(vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id)
         # Only the projector needs memory and random numbers: the two halves are replaced at once.
@@ -167,9 +184,16 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             model = cls(config)
         model.vlm, model.mask_model = vlm_model, sam_model
         model.config.vlm_config, model.config.mask_config = vlm_model.config, sam_model.config
-        model.seg_projector = LisaSegProjector(config).to(vlm_model.dtype)
+        model.seg_projector = LisaSegProjector(config).to(vlm_model.device, vlm_model.dtype)
         model.generation_config = vlm_model.generation_config
         model.tie_weights()
+        if quantization_config is not None:
+            # PEFT, Trainer, `dequantize` and whoever reads the configuration ask the whole model, not its half.
+            quantizer = vlm_model.hf_quantizer
+            quantizer.remove_quantization_config(vlm_model)
+            model.hf_quantizer, model.is_quantized = quantizer, True
+            model.quantization_method = quantizer.quantization_config.quant_method
+            quantizer.postprocess_model(model)
         return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:

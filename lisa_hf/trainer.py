@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .checkpointing import complete_save, resolve_checkpoint
 from .collator import expand_batch
 from .evaluation import PADDING, compute_metrics
+from .lora import rate_names
 from .losses import IGNORE_INDEX
 from .metrics import intersection_and_union
 from .model_card import write_model_card
@@ -185,24 +186,22 @@ class LisaTrainer(Trainer):
     # ---- optimizer --------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model=None):
-        """As Trainer, with another learning rate, or with Muon, for the parts that are trained in full."""
-        rate, muon_rate = self.args.full_learning_rate, self.args.muon_learning_rate
+        """As Trainer, with the learning rates of the parts, or with Muon for those that are trained in full."""
         optimizer = super().create_optimizer(model)
         model = self.model if model is None else model
-        if muon_rate is not None:
-            self.optimizer = use_muon(optimizer, model, muon_rate)
+        if self.args.muon_learning_rate is not None:
+            self.optimizer = use_muon(optimizer, model, self.args.muon_learning_rate)
             return self.optimizer
-        if rate is None:
-            return optimizer
-        lora = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
-        for group in list(optimizer.param_groups):
-            group["name"] = "lora"
-            full = [parameter for parameter in group["params"] if parameter not in lora]
-            group["params"] = [parameter for parameter in group["params"] if parameter in lora]
-            if full:
-                options = {key: value for key, value in group.items() if key != "params"}
-                optimizer.add_param_group({**options, "name": "full", "params": full, "lr": rate})
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        if self.args.learning_rates:
+            rates = {"other": self.args.learning_rate, **self.args.learning_rates}
+            names = rate_names(model, self.args.learning_rates)
+            names = {parameter: names[name] for name, parameter in model.named_parameters()}
+            groups = []
+            for group in optimizer.param_groups:
+                for name in dict.fromkeys(names[parameter] for parameter in group["params"]):
+                    params = [parameter for parameter in group["params"] if names[parameter] == name]
+                    groups.append({**group, "name": name, "params": params, "lr": rates[name]})
+            optimizer.param_groups[:] = groups
         return optimizer
 
     # ---- sharing ----------------------------------------------------------------------------------------------------

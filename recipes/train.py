@@ -68,9 +68,10 @@ def main():
             model_args.lora_alpha,
             model_args.lora_dropout,
             model_args.lora_target_modules,
+            model_args.use_dora,
         )
         if training_args.should_log:
-            print(trainable_summary(model))
+            print(trainable_summary(model, training_args))
         feature_cache = None
         if data_args.feature_cache is not None:
             feature_cache = build_feature_cache(

@@ -37,11 +37,9 @@ from lisa_hf.progress import PredictionSheet
 from lisa_hf.schema import FEATURES, encode_mask, make_row
 
 
-# Without the vision tower, whose last norm is not used.
-ALL_PARTS = [part for part in TRAINABLE_PARTS if part != "vision_tower"]
 # How eight items become a step: by name, items per process and micro-batch, and the other arguments.
 TRAINING_RUNS = {
-    "full": {"parts": ALL_PARTS, "lora_r": 0, "cuts": (4, 2, 1)},
+    "full": {"parts": list(TRAINABLE_PARTS), "lora_r": 0, "cuts": (4, 2, 1)},
     "lora": {"parts": LISA_PARTS, "lora_r": 4, "cuts": (2,)},
     "shuffled": {"parts": LISA_PARTS, "lora_r": 4, "cuts": (4,), "train_sampling_strategy": "random"},
     "checkpointing": {"parts": LISA_PARTS, "lora_r": 4, "cuts": (2,), "activation_checkpointing": True},

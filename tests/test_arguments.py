@@ -11,6 +11,7 @@ from transformers.trainer_utils import SaveStrategy
 from lisa_hf.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
 
 
+ROOT = Path(__file__).parents[1]
 CONFIG = """
 vlm_config: {model_type: llava, text_config: {rms_norm_eps: 1e-5, hidden_size: 64}}
 mask_config:
@@ -163,6 +164,14 @@ def test_file_that_is_no_mapping(fails, text, expected):
         (["--num_questions", "0"], "num_questions: expected a number from 1 to inf, found 0"),
         (["--logging_steps", "0"], "logging strategy"),  # transformers' own check
         (["--accelerator_config", '{"dispatch": false}'], "unexpected keyword argument 'dispatch'"),
+        (
+            ["--learning_rates", "{mask_encoder: 1e-4}"],
+            "learning_rates: mask_encoder does not train; what does: seg_pro",
+        ),
+        (
+            ["--load_in_4bit", "--deepspeed", f"{ROOT}/ds_configs/zero3.json"],
+            "expected none with ZeRO-3 and FSDP, which cut weights; use ZeRO-2",
+        ),
     ],
 )
 def test_mistake_on_the_command_line(fails, argv, expected):
@@ -181,6 +190,14 @@ def test_mistake_on_the_command_line(fails, argv, expected):
         ),
         ({"vlm": "a", "mask_model": "b", "language_model": "c"}, "language_model: expected beside vlm_config only"),
         ({"model": "a", "lora_dropout": 2.0}, "lora_dropout: expected a number from 0 to 1, found 2.0"),
+        ({"model": "a", "load_in_4bit": True, "lora_r": 0}, "load_in_4bit: expected beside lora_r above 0"),
+        ({"model": "a", "load_in_4bit": True, "load_in_8bit": True}, "expected one of them, found both"),
+        ({"model": "a", "load_in_8bit": True, "use_dora": True}, "use_dora: expected load_in_4bit beside it"),
+        ({"model": "a", "load_in_4bit": True, "trainable": ["vision_tower"]}, "trainable: vision_tower cannot train"),
+        (
+            {"vlm_config": {"model_type": "llava"}, "mask_config": {"model_type": "sam"}, "load_in_4bit": True},
+            "random weights must train",
+        ),
     ],
 )
 def test_model_arguments_that_contradict_each_other(arguments, expected):
@@ -191,8 +208,10 @@ def test_model_arguments_that_contradict_each_other(arguments, expected):
 def test_dataclasses_validate_without_the_parser(tmp_path):
     with pytest.raises(ValueError, match="explanatory_probability: expected a number from 0 to 1"):
         DataArguments(explanatory_probability=1.5)
-    with pytest.raises(ValueError, match="full_learning_rate: expected a number from 0"):
-        LisaTrainingArguments(output_dir=str(tmp_path), full_learning_rate=-1.0)
+    with pytest.raises(ValueError, match="learning_rates: lora: expected a number from 0, found -1"):
+        LisaTrainingArguments(output_dir=str(tmp_path), learning_rates={"lora": -1.0})
+    with pytest.raises(ValueError, match="learning_rates: unknown part `decoder`, the nearest .* is `mask_decoder`"):
+        LisaTrainingArguments(output_dir=str(tmp_path), learning_rates={"decoder": 1e-4})
 
 
 def test_script_prints_no_stack_trace(tmp_path):

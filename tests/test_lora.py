@@ -7,7 +7,7 @@ from tiny_training import Items, build_model, copy_state
 from transformers import AutoModel
 
 from lisa_hf import LisaDataCollator
-from lisa_hf.arguments import TRAINABLE_PARTS
+from lisa_hf.arguments import TRAINABLE_PARTS, LisaTrainingArguments
 from lisa_hf.lora import find_parts, merge_lora, prepare_for_training, trainable_summary
 from lisa_hf.trainer import cut_prompts
 
@@ -155,10 +155,60 @@ def test_errors(tiny):
         prepare_for_training(tiny[0], ["seg_projector"], lora_r=4, lora_target_modules=["query"])
 
 
-def test_summary_counts_what_trains(tiny):
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_a_vision_tower_trains_as_far_as_it_is_used(lora_r):
+    """Whatever trains has a gradient, else DDP would wait for it."""
+    model, processor = build_model()
+    model.config.vlm_config.vision_feature_layer = -2  # of two layers, the first one
+    model = prepare_for_training(model, ["vision_tower", "multi_modal_projector"], lora_r).train()
+    model(**LisaDataCollator(processor)([Items()[0]])).loss.backward()
+    assert [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None] == []
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad and "vision_tower" in name}
+    assert any("layers.0." in name for name in trained) and any("patch_embedding" in name for name in trained)
+    assert not any("layers.1." in name or "post_layernorm" in name for name in trained)
+
+
+def test_everything_trains_in_full():
+    model, processor = build_model()
+    model = prepare_for_training(model, list(TRAINABLE_PARTS), lora_r=0).train()
+    model(**LisaDataCollator(processor)([Items()[0]])).loss.backward()
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None] == []
+    known = ("prompt_encoder", "shared_image_embedding", "iou_prediction_head", "hypernetworks_mlps", "post_layernorm")
+    assert all(any(name in path for name in known) for path in frozen)
+
+
+def test_dora_trains_directions_and_lengths_apart():
+    model, processor = build_model()
+    start = outputs(model.eval(), processor)
+    model = prepare_for_training(model, ["seg_projector"], lora_r=4, use_dora=True).eval()
+    assert_outputs_close(outputs(model, processor), start, 1e-5)
+    lengths = [weight for name, weight in model.named_parameters() if "lora_magnitude_vector" in name]
+    assert len(lengths) == 4 and all(weight.requires_grad and weight.dim() == 1 for weight in lengths)
+    with torch.no_grad():
+        for weight in lengths:
+            weight.mul_(1.5)
+    unmerged = outputs(model, processor)
+    assert (unmerged["logits"] - start["logits"]).abs().max() > 0.1
+    assert_outputs_close(outputs(merge_lora(model), processor), unmerged, 1e-5)
+
+
+def test_summary_counts_what_trains(tiny, tmp_path):
+    size = sum(weight.numel() for weight in tiny[0].parameters())
     model = prepare_for_training(tiny[0], PARTS, lora_r=4)
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    *lines, last = trainable_summary(model).splitlines()
-    assert sum(int(line.split()[-1].replace(",", "")) for line in lines) == trained
-    assert f"{trained:,} of" in last
-    assert any(line.startswith("LoRA") for line in lines)
+    trained = {name: weight.numel() for name, weight in model.named_parameters() if weight.requires_grad}
+    args = LisaTrainingArguments(str(tmp_path), learning_rate=3e-4, learning_rates={"embeddings": 1e-5})
+    header, *lines, last = [line.split() for line in trainable_summary(model, args).splitlines()]
+    rows = {row[0]: row for row in lines}
+    assert rows["lora"] == [
+        "lora",
+        *[f"{sum(count for name, count in trained.items() if '.lora_' in name):,}"] * 2,
+        "float32",
+        "0.0003",
+    ]
+    assert rows["embeddings"][1] == rows["embeddings"][2] and rows["embeddings"][-1] == "1e-05"
+    assert rows["language_model"][1] == "0" and rows["language_model"][-1] == "float32"  # no rate
+    decoder = sum(count for name, count in trained.items() if "mask_decoder" in name)
+    assert rows["mask_decoder"][1] == f"{decoder:,}" and rows["mask_decoder"][2] != f"{decoder:,}"
+    lora = sum(count for name, count in trained.items() if ".lora_" in name)
+    assert last[:3] == ["sum", f"{sum(trained.values()):,}", f"{size + lora:,}"]
