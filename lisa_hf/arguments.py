@@ -145,6 +145,12 @@ class ModelArguments:
             _check_range(self, name, 0)
         _check_range(self, "lora_dropout", 0, 1)
 
+    @property
+    def adaptation(self) -> dict:
+        """What `prepare_for_training` takes of them."""
+        names = ("trainable", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora")
+        return {name: getattr(self, name) for name in names}
+
     def _check_quantization(self):
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_8bit, load_in_4bit: expected one of them, found both")

@@ -23,6 +23,15 @@ from .processing_lisa import LisaProcessor
 from .trainer import LOSS_PARTS, LisaTrainer
 
 
+def dry_run(trainer: LisaTrainer) -> None:
+    """Prints what [`describe_items`] and [`finish_dry_run`] find, with one step between them."""
+    data = describe_items(trainer.train_dataset, trainer.data_collator)
+    trainer.train()
+    result = finish_dry_run(trainer)
+    if trainer.is_world_process_zero():
+        print(data, result, sep="\n\n")
+
+
 def describe_items(dataset: Mixture, collator: LisaDataCollator, num_items: int = 32) -> str:
     """Draws the first items of a mixture and makes a batch of each.
 

@@ -14,7 +14,13 @@ from .initialization import initialize_weights
 from .mixture import EvaluationDataset, MixtureDataset
 from .modeling_lisa import LisaForConditionalGeneration
 from .processing_lisa import LisaProcessor
-from .scratch import CHAT_TEMPLATES, add_template_tokens, build_from_scratch, train_tokenizer
+from .scratch import (
+    CHAT_TEMPLATES,
+    add_template_tokens,
+    build_config_and_processor,
+    build_model,
+    train_tokenizer,
+)
 from .streaming import StreamingMixtureDataset
 
 
@@ -65,6 +71,12 @@ def load_lisa(path: str, **kwargs) -> tuple[LisaForConditionalGeneration, LisaPr
         ValueError: the checkpoint is of another architecture, in an original's format, or an adapter without its
             base.
     """
+    load_lisa_config(path)
+    return LisaForConditionalGeneration.from_pretrained(path, **kwargs), LisaProcessor.from_pretrained(path)
+
+
+def load_lisa_config(path: str) -> LisaConfig:
+    """The configuration of a LISA model; raises what [`load_lisa`] raises."""
     if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
         raise ValueError(
             f"{path} holds a LoRA adapter, not a whole model. Resume its training with `resume_from_checkpoint`, or "
@@ -77,55 +89,94 @@ def load_lisa(path: str, **kwargs) -> tuple[LisaForConditionalGeneration, LisaPr
             f"{path} is a '{config.model_type}' checkpoint, expected 'lisa'. To start a LISA model from a "
             "vision-language model give it as `vlm`, and a SAM-family model as `mask_model`."
         )
-    return LisaForConditionalGeneration.from_pretrained(path, **kwargs), LisaProcessor.from_pretrained(path)
+    return config
 
 
 def load_model_and_processor(
     arguments: ModelArguments, texts: Iterable[str] = (), device_map: str | None = None
 ) -> tuple[LisaForConditionalGeneration, LisaProcessor]:
-    """Loads or builds what the arguments name: a LISA model, a VLM and a mask model, or both halves from nothing.
+    """Loads or builds what the arguments name, see [`load_config_and_processor`] and [`load_model`]."""
+    config, processor = load_config_and_processor(arguments, texts)
+    return load_model(arguments, config, processor, device_map), processor
+
+
+def load_config_and_processor(
+    arguments: ModelArguments, texts: Iterable[str] = ()
+) -> tuple[LisaConfig, LisaProcessor]:
+    """What the model will look like, and its processor: everything but the weights.
 
     Args:
         texts: what a tokenizer is made from if a model from nothing names none.
-        device_map: where pretrained weights are put; by default weights in few bits on the GPU, others on the CPU.
+
+    Raises:
+        ValueError: a checkpoint is of another architecture, in an original's format, or an adapter without its base.
     """
     chat_template = load_chat_template(arguments.chat_template)
+    if arguments.vlm_config is not None:
+        if arguments.tokenizer:
+            tokenizer = load_tokenizer(arguments.tokenizer)
+        else:
+            tokenizer = train_tokenizer(texts)
+            add_template_tokens(tokenizer)
+        return build_config_and_processor(
+            arguments.vlm_config, arguments.mask_config, tokenizer, chat_template, arguments.language_model
+        )
+    if arguments.model is not None:
+        config, processor = load_lisa_config(arguments.model), LisaProcessor.from_pretrained(arguments.model)
+        processor.chat_template = chat_template or processor.chat_template
+        return config, processor
+    refuse_original(arguments.vlm)
+    refuse_original(arguments.mask_model)
+    processor = LisaProcessor.from_vlm_mask_model_pretrained(arguments.vlm, arguments.mask_model, chat_template)
+    config = LisaConfig(
+        vlm_config=AutoConfig.from_pretrained(arguments.vlm),
+        mask_config=AutoConfig.from_pretrained(arguments.mask_model),
+        seg_token_id=processor.seg_token_id,
+    )
+    text_config = config.vlm_config.get_text_config()
+    text_config.vocab_size = max(text_config.vocab_size, len(processor.tokenizer))
+    return config, processor
+
+
+def load_model(
+    arguments: ModelArguments, config: LisaConfig, processor: LisaProcessor, device_map: str | None = None
+) -> LisaForConditionalGeneration:
+    """Loads the weights that the arguments name: of a LISA model, of a VLM and a mask model, or random ones.
+
+    Args:
+        config, processor: from [`load_config_and_processor`].
+        device_map: where pretrained weights are put; by default weights in few bits on the GPU, others on the CPU.
+    """
     kwargs = {"device_map": device_map}
     if arguments.dtype:
         kwargs["dtype"] = arguments.dtype
     if arguments.load_in_8bit or arguments.load_in_4bit:
         kwargs["quantization_config"] = quantization_config(arguments)
     if arguments.model is not None:
-        model, processor = load_lisa(arguments.model, **kwargs)
-        processor.chat_template = chat_template or processor.chat_template
+        model = LisaForConditionalGeneration.from_pretrained(arguments.model, **kwargs)
     elif arguments.vlm is not None:
-        refuse_original(arguments.vlm)
-        refuse_original(arguments.mask_model)
-        processor = LisaProcessor.from_vlm_mask_model_pretrained(arguments.vlm, arguments.mask_model, chat_template)
         model = LisaForConditionalGeneration.from_vlm_mask_model_pretrained(
             arguments.vlm, arguments.mask_model, seg_token_id=processor.seg_token_id, **kwargs
         )
         if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(processor.tokenizer))
     else:
-        if arguments.tokenizer:
-            tokenizer = load_tokenizer(arguments.tokenizer)
-        else:
-            tokenizer = train_tokenizer(texts)
-            add_template_tokens(tokenizer)
-        model, processor = build_from_scratch(
-            arguments.vlm_config, arguments.mask_config, tokenizer, chat_template, arguments.language_model
-        )
+        model = build_model(config, arguments.language_model)
         if arguments.language_model is None:
             initialize_weights(model)
         if arguments.dtype:
             model.to(getattr(torch, arguments.dtype))
     if arguments.attn_implementation:
         choose_attention(model, arguments.attn_implementation)
+    set_loss_options(model.config, arguments)
+    return model
+
+
+def set_loss_options(config: LisaConfig, arguments: ModelArguments) -> None:
+    """Weights of the loss parts and points of masks, where the arguments give them."""
     for name in LOSS_OPTIONS:
         if getattr(arguments, name) is not None:
-            setattr(model.config, name, getattr(arguments, name))
-    return model, processor
+            setattr(config, name, getattr(arguments, name))
 
 
 def choose_attention(model: LisaForConditionalGeneration, name: str) -> None:

@@ -65,35 +65,57 @@ def build_from_scratch(
     """Builds a LLaVA + SAM LISA with random weights and its processor.
 
     Args:
+        language_model: directory of a causal language model whose weights the VLM's language model starts from.
+        others: see [`build_config_and_processor`].
+    """
+    config, processor = build_config_and_processor(
+        vlm_config, mask_config, tokenizer, chat_template, language_model, **kwargs
+    )
+    return build_model(config, language_model), processor
+
+
+def build_model(config: LisaConfig, language_model: str | None = None) -> LisaForConditionalGeneration:
+    """A model with random weights, or with those of a causal language model in its language model."""
+    model = LisaForConditionalGeneration(config)
+    if language_model is not None:
+        causal_lm = AutoModelForCausalLM.from_pretrained(language_model)
+        causal_lm.resize_token_embeddings(config.get_text_config().vocab_size)
+        model.vlm.base_model.language_model.load_state_dict(causal_lm.base_model.state_dict())
+        model.get_output_embeddings().load_state_dict(causal_lm.get_output_embeddings().state_dict())
+        model.tie_weights()
+    return model
+
+
+def build_config_and_processor(
+    vlm_config: dict, mask_config: dict, tokenizer, chat_template: str, language_model: str | None = None, **kwargs
+) -> tuple[LisaConfig, LisaProcessor]:
+    """The configuration of a LLaVA + SAM LISA and its processor.
+
+    Args:
         vlm_config: fields of `LlavaConfig`, with CLIP-like `vision_config` and any `text_config`; the vocabulary and
             image token follow from the tokenizer.
         mask_config: fields of `SamConfig`; one `image_size` and `patch_size` for its parts is enough, in
             `vision_config`.
         tokenizer: gets `<image>`, `[SEG]` and, for the templates that use them, `<im_start>` and `<im_end>`.
         chat_template: Jinja text.
-        language_model: directory of a causal language model whose weights the VLM's language model starts from;
-            `text_config` is then its configuration.
+        language_model: directory of a causal language model whose configuration `text_config` then is.
         kwargs: further fields of [`LisaConfig`].
     """
     tokenizer.add_tokens([AddedToken("<image>", normalized=False, special=True)])
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", normalized=False, special=True)})
     add_tokens(tokenizer, [SEG_TOKEN, *(token for token in IMAGE_TOKENS if token in chat_template)])
-    causal_lm = AutoModelForCausalLM.from_pretrained(language_model) if language_model else None
-    text_config = causal_lm.config.to_dict() if language_model else vlm_config["text_config"]
+    if language_model:
+        text_config = AutoConfig.from_pretrained(language_model).to_dict()
+    else:
+        text_config = vlm_config["text_config"]
     config = LisaConfig(
         vlm_config=_vlm_config({**vlm_config, "text_config": text_config}, tokenizer),
         mask_config=_mask_config(mask_config),
         seg_token_id=tokenizer.convert_tokens_to_ids(SEG_TOKEN),
         **kwargs,
     )
-    model = LisaForConditionalGeneration(config)
-    if causal_lm is not None:
-        causal_lm.resize_token_embeddings(len(tokenizer))
-        model.vlm.base_model.language_model.load_state_dict(causal_lm.base_model.state_dict())
-        model.get_output_embeddings().load_state_dict(causal_lm.get_output_embeddings().state_dict())
-        model.tie_weights()
-    return model, _processor(config, tokenizer, chat_template)
+    return config, _processor(config, tokenizer, chat_template)
 
 
 def _vlm_config(fields: dict, tokenizer) -> PreTrainedConfig:

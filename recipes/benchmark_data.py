@@ -21,22 +21,11 @@ import datasets
 import torch
 
 from data_scripts import load_sources
-from lisa_hf import LisaDataCollator, LisaProcessor
-from lisa_hf.arguments import ModelArguments, exit_with_one_line, parse_arguments
+from lisa_hf import LisaDataCollator
+from lisa_hf.arguments import exit_with_one_line, parse_arguments
 from lisa_hf.collator import mask_labels
-from lisa_hf.loading import load_chat_template, load_model_and_processor
+from lisa_hf.loading import load_config_and_processor
 from lisa_hf.mixture import MixtureDataset
-
-
-def load_processor(arguments: ModelArguments) -> LisaProcessor:
-    """The processor of a recipe's model, without the model's weights where there are any."""
-    if arguments.model is not None:
-        return LisaProcessor.from_pretrained(arguments.model)
-    if arguments.vlm is not None:
-        template = load_chat_template(arguments.chat_template)
-        return LisaProcessor.from_vlm_mask_model_pretrained(arguments.vlm, arguments.mask_model, template)
-    _, processor = load_model_and_processor(arguments)
-    return processor
 
 
 def measure(function: Callable, arguments: list) -> tuple[float, list[Any]]:
@@ -89,7 +78,7 @@ def main():
             exclude_refer_val=data_args.exclude_refer_val,
         )
         print(f"Opened {len(sources)} sources in {time.perf_counter() - start:.1f} s.")
-        processor = load_processor(model_args)
+        _, processor = load_config_and_processor(model_args)
         collator = LisaDataCollator(processor, data_args.max_length, data_args.on_bad_row)
         num_items = data_args.num_train_items or 64
 

@@ -23,13 +23,20 @@ import transformers
 
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
-from lisa_hf.arguments import exit_with_one_line, parse_arguments
+from lisa_hf.arguments import (
+    DataArguments,
+    LisaTrainingArguments,
+    ModelArguments,
+    exit_with_one_line,
+    parse_arguments,
+)
 from lisa_hf.checkpointing import StopOnSignal
-from lisa_hf.dry_run import describe_items, finish_dry_run
+from lisa_hf.dry_run import dry_run
 from lisa_hf.export import trained_model
 from lisa_hf.feature_cache import build_feature_cache
-from lisa_hf.loading import build_datasets, load_model_and_processor
+from lisa_hf.loading import build_datasets, load_config_and_processor, load_model
 from lisa_hf.lora import prepare_for_training, trainable_summary
+from lisa_hf.memory import report_memory
 from lisa_hf.packing import use_packing
 from lisa_hf.progress import PredictionSheet
 from lisa_hf.run_record import write_run_record
@@ -39,6 +46,78 @@ from lisa_hf.scratch import row_texts
 logger = logging.getLogger("train")
 
 
+def load_rows(data_args: DataArguments, training_args: LisaTrainingArguments):
+    """The rows of the training and evaluation sources, prepared by one process."""
+    if not data_args.sources:
+        raise ValueError("sources: expected at least one training source, found none")
+    with training_args.main_process_first(desc="data preparation"):
+        train_rows = load_sources(
+            data_args.sources,
+            data_args.data_dir,
+            streaming=data_args.streaming,
+            on_bad_row=data_args.on_bad_row,
+            exclude_refer_val=data_args.exclude_refer_val,
+        )
+        return train_rows, load_sources(data_args.eval_sources, data_args.data_dir, data_args.max_eval_items)
+
+
+def build_trainer(model_args: ModelArguments, data_args: DataArguments, training_args: LisaTrainingArguments):
+    """A trainer with its model and data, and the data sets to evaluate on."""
+    train_rows, eval_rows = load_rows(data_args, training_args)
+    train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)
+    texts = itertools.chain.from_iterable(row_texts(rows) for rows in train_rows.values())
+    config, processor = load_config_and_processor(model_args, texts)
+    if training_args.should_log:
+        print(report_memory(config, processor, model_args, data_args, training_args))
+    transformers.set_seed(training_args.seed)  # here: the export of a LoRA run draws the same random weights again
+    model = prepare_for_training(load_model(model_args, config, processor), **model_args.adaptation)
+    if training_args.should_log:
+        print(trainable_summary(model, training_args))
+    feature_cache = None
+    if data_args.feature_cache is not None:
+        feature_cache = build_feature_cache(
+            data_args.feature_cache, model, processor, train_rows, training_args, data_args.feature_cache_limit_gb
+        )
+    trainer = LisaTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_datasets if len(eval_datasets) > 1 else next(iter(eval_datasets.values()), None),
+        data_collator=LisaDataCollator(
+            processor,
+            data_args.max_length,
+            data_args.on_bad_row,
+            use_packing(model.config, data_args.packing),
+            compact=True,
+            feature_cache=feature_cache,
+        ),
+        processing_class=processor,
+    )
+    if eval_datasets:
+        trainer.add_callback(PredictionSheet(trainer, next(iter(eval_datasets.values()))))
+    return trainer, eval_datasets
+
+
+def finish(trainer: LisaTrainer) -> None:
+    """The last evaluation, and the model, its processor and metrics on disk."""
+    trainer.save_state()
+    if trainer.num_skipped_rows:
+        logger.warning("%d rows could not be used and were skipped.", trainer.num_skipped_rows)
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    output_dir = Path(trainer.args.output_dir)
+    model = trained_model(trainer)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(output_dir)
+        trainer.processing_class.save_pretrained(output_dir)
+        done = f"Done. Model, processor and metrics: {output_dir.resolve()}"
+        if trainer.eval_dataset is not None:
+            done += f"; predictions on held-out images: {(output_dir / 'predictions.png').resolve()}"
+        print(done)
+
+
 def main():
     model_args, data_args, training_args = parse_arguments()
     logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
@@ -46,86 +125,18 @@ def main():
     for name in ("data_scripts", "lisa_hf.feature_cache"):
         logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     with exit_with_one_line():
-        if not data_args.sources:
-            raise ValueError("sources: expected at least one training source, found none")
-        with training_args.main_process_first(desc="data preparation"):
-            train_rows = load_sources(
-                data_args.sources,
-                data_args.data_dir,
-                streaming=data_args.streaming,
-                on_bad_row=data_args.on_bad_row,
-                exclude_refer_val=data_args.exclude_refer_val,
-            )
-            eval_rows = load_sources(data_args.eval_sources, data_args.data_dir, data_args.max_eval_items)
-        train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)
-        texts = itertools.chain.from_iterable(row_texts(rows) for rows in train_rows.values())
-        transformers.set_seed(training_args.seed)  # here: the export of a LoRA run draws the same random weights again
-        model, processor = load_model_and_processor(model_args, texts)
-        model = prepare_for_training(
-            model,
-            model_args.trainable,
-            model_args.lora_r,
-            model_args.lora_alpha,
-            model_args.lora_dropout,
-            model_args.lora_target_modules,
-            model_args.use_dora,
-        )
-        if training_args.should_log:
-            print(trainable_summary(model, training_args))
-        feature_cache = None
-        if data_args.feature_cache is not None:
-            feature_cache = build_feature_cache(
-                data_args.feature_cache, model, processor, train_rows, training_args, data_args.feature_cache_limit_gb
-            )
-        eval_dataset = eval_datasets if len(eval_datasets) > 1 else next(iter(eval_datasets.values()), None)
-        trainer = LisaTrainer(
-            model=model,
-            args=training_args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=LisaDataCollator(
-                processor,
-                data_args.max_length,
-                data_args.on_bad_row,
-                use_packing(model.config, data_args.packing),
-                compact=True,
-                feature_cache=feature_cache,
-            ),
-            processing_class=processor,
-            callbacks=[stop := StopOnSignal()],
-        )
-        if eval_datasets:
-            trainer.add_callback(PredictionSheet(trainer, next(iter(eval_datasets.values()))))
+        trainer, eval_datasets = build_trainer(model_args, data_args, training_args)
         if training_args.dry_run:
-            data = describe_items(train_dataset, trainer.data_collator)
-            trainer.train()
-            result = finish_dry_run(trainer)
-            if trainer.is_world_process_zero():
-                print(data, result, sep="\n\n")
+            dry_run(trainer)
             return
+        trainer.add_callback(stop := StopOnSignal())
         if trainer.is_world_process_zero():
-            write_run_record(model_args, data_args, training_args, train_dataset, eval_datasets)
+            write_run_record(model_args, data_args, training_args, trainer.train_dataset, eval_datasets)
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         if stop.received:
             logger.warning("Stopped by %s. Go on with --resume_from_checkpoint auto.", stop.received.name)
-            return
-        trainer.save_state()
-        if trainer.num_skipped_rows:
-            logger.warning("%d rows could not be used and were skipped.", trainer.num_skipped_rows)
-        if eval_dataset is not None:
-            metrics = trainer.evaluate()
-            trainer.log_metrics("eval", metrics)
-            trainer.save_metrics("eval", metrics)
-
-        output_dir = Path(training_args.output_dir)
-        model = trained_model(trainer)
-        if trainer.is_world_process_zero():
-            model.save_pretrained(output_dir)
-            processor.save_pretrained(output_dir)
-            done = f"Done. Model, processor and metrics: {output_dir.resolve()}"
-            if eval_datasets:
-                done += f"; predictions on held-out images: {(output_dir / 'predictions.png').resolve()}"
-            print(done)
+        else:
+            finish(trainer)
 
 
 if __name__ == "__main__":

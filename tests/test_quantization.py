@@ -25,10 +25,8 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A directory with a whole `model` and its halves `vlm` and `sam`; the model; its processor."""
-    directory = tmp_path_factory.mktemp("saved")
+def quantisable_model(directory):
+    """Writes a whole `model` and its halves `vlm` and `sam`; returns the model and its processor."""
     # On a CPU, bitsandbytes takes widths of whole blocks only.
     widths = {"hidden_size": 64, "intermediate_size": 64}
     vision, text = tiny_models.vision_config("clip_vision_model") | widths, tiny_models.text_config
@@ -42,7 +40,13 @@ def saved(tmp_path_factory):
     processor.vlm_processor.save_pretrained(directory / "vlm")
     model.mask_model.save_pretrained(directory / "sam")
     processor.mask_image_processor.save_pretrained(directory / "sam")
-    return directory, model, processor
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    return directory, *quantisable_model(directory)
 
 
 def test_skipped_modules_are_those_that_transformers_is_told(saved, monkeypatch):
