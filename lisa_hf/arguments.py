@@ -292,7 +292,7 @@ class LisaTrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Compile the mask model's image encoder, whose input is always of one shape; the first step then "
-            "takes a minute more. `torch_compile` is the whole model, compiled again for each length of text."
+            "takes a minute more. (`torch_compile` is the whole model, whose shapes change with every batch.)"
         },
     )
     eval_generate: bool = field(
