@@ -213,7 +213,10 @@ class DataArguments:
         default=True, metadata={"help": "Let questions about an image share one row where VLM and attention allow it."}
     )
     feature_cache: str | None = field(
-        default=None, metadata={"help": "Directory of frozen encoders' features, computed once per training image."}
+        default=None,
+        metadata={
+            "help": "Directory of frozen encoders' features, computed once per training image, also of streams."
+        },
     )
     feature_cache_limit_gb: float | None = field(default=None, metadata={"help": "GB that it may take; default: all."})
     streaming: bool = field(
@@ -234,8 +237,6 @@ class DataArguments:
             raise ValueError(f"sources: expected a weight for each of them or for none, found none for {unweighted}")
         if self.streaming and self.num_train_items is not None:
             raise ValueError("num_train_items: expected none with streaming, which has no end; give max_steps")
-        if self.streaming and self.feature_cache is not None:
-            raise ValueError("feature_cache: expected none with streaming, whose images are not known in advance")
         self.eval_sources = _complete_options(self, "eval_sources", {"split": "validation"})
         for name, options in self.eval_sources.items():
             if options.get("on_bad_row", "raise") != "raise":

@@ -7,8 +7,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
-from .feature_cache import FeatureCache
+from .feature_cache import PIXELS, join_entries
 from .losses import MASK_IGNORE_INDEX
+from .mixture import decode_image
 from .packing import pack_rows
 from .processing_lisa import LisaProcessor, TextTooLongError
 from .prompts import Question
@@ -29,7 +30,8 @@ class LisaDataCollator:
         packing: whether the questions about an image share one row, see [`pack_rows`] and [`use_packing`].
         compact: whether pixels stay uint8 and masks run-length encoded. Loader workers then do less and hand over a
             fraction of the bytes; [`expand_batch`], which [`LisaTrainer`] calls on its device, makes the rest.
-        feature_cache: where features of frozen encoders are taken from, instead of pixels.
+
+    If each item of a batch has features from a feature cache, they take the place of its pixels, which are not made.
 
     The batch has what [`LisaProcessor.encode_conversations`] returns and `mask_labels`, a list of B uint8 tensors
     `(M_b, H_b, W_b)`; a compact one has int32 tensors `(M_b, R_b)` and as many of `ignored_pixels`, see
@@ -44,7 +46,6 @@ class LisaDataCollator:
         on_bad_row: str = "raise",
         packing: bool = False,
         compact: bool = False,
-        feature_cache: FeatureCache | None = None,
     ):
         if on_bad_row not in ("skip", "raise"):
             raise ValueError(f"on_bad_row must be 'skip' or 'raise', got '{on_bad_row}'.")
@@ -53,7 +54,6 @@ class LisaDataCollator:
         self.on_bad_row = on_bad_row
         self.packing = packing
         self.compact = compact
-        self.feature_cache = feature_cache
 
     def __call__(self, items: list[dict]) -> BatchFeature:
         num_skipped = sum(item.get("num_skipped", 0) for item in items)
@@ -73,25 +73,35 @@ class LisaDataCollator:
         if self.packing:
             tokenizer, image_token_id = self.processor.tokenizer, self.processor.vlm_processor.image_token_id
             batch = BatchFeature(pack_rows(batch, image_token_id, tokenizer.pad_token_id))
-        if self.feature_cache is not None:
-            self.feature_cache.put_into(batch, [item["image"] for item in items])
         runs = [_run_ends(item, kept) for item, kept in zip(items, questions)]
         if self.compact:
             batch["mask_labels"], batch["ignored_pixels"] = map(list, zip(*runs))
         else:
-            sizes = batch["original_sizes"].tolist()
-            batch["mask_labels"] = [_draw_masks(*ends, size) for ends, size in zip(runs, sizes)]
+            batch["mask_labels"] = [_draw_masks(*ends, item["original_size"]) for ends, item in zip(runs, items)]
         if num_skipped:
             batch["num_skipped"] = num_skipped
         return batch
 
     def _encode(self, items: list[dict], questions: list[list[Question]]) -> BatchFeature:
-        return self.processor.encode_conversations(
-            images=self.processor.encode_images([item["image"] for item in items], do_normalize=not self.compact),
+        images, features = self._encode_images(items)
+        batch = self.processor.encode_conversations(
+            images=images,
             conversations=[question.messages for kept in questions for question in kept],
             image_indices=[index for index, kept in enumerate(questions) for _ in kept],
             max_length=self.max_length,
         )
+        batch.update(features)
+        return batch
+
+    def _encode_images(self, items: list[dict]) -> tuple[dict, dict]:
+        """As [`LisaProcessor.encode_images`], and the features that stand for pixels which that does not give then."""
+        entries = [item["features"] for item in items]
+        known, features = ({}, {}) if None in entries else join_entries(entries)
+        skip = [PIXELS[name] for name in features]
+        if len(skip) < len(PIXELS):
+            images = [decode_image(item["image"]) for item in items]
+            known |= self.processor.encode_images(images, do_normalize=not self.compact, skip=skip)
+        return known, features
 
     def _fits(self, item: dict, question: Question) -> bool:
         try:
@@ -115,7 +125,7 @@ def expand_batch(batch: dict, processor: LisaProcessor) -> dict:
 
 def mask_labels(item: dict, questions: list[Question]) -> torch.Tensor:
     """The masks of the questions about one image, `(M, H, W)` uint8: 1 object, 0 background, 255 ignore."""
-    return _draw_masks(*_run_ends(item, questions), (item["image"].height, item["image"].width))
+    return _draw_masks(*_run_ends(item, questions), item["original_size"])
 
 
 def _run_ends(item: dict, questions: list[Question]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +134,7 @@ def _run_ends(item: dict, questions: list[Question]) -> tuple[torch.Tensor, torc
     Returns:
         int32 `(M, R)`, and `(1, R')` or `(0, 0)`; runs are in turn of 0 and 1, shorter lines are filled with H * W.
     """
-    height, width = item["image"].height, item["image"].width
+    height, width = item["original_size"]
     masks = [rle for question in questions for rle in question.masks]
     for rle in masks:
         if list(rle["size"]) != [height, width]:

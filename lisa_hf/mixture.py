@@ -2,11 +2,13 @@
 
 Both are map-style: item k is a pure function of the rows, the arguments and k, so the Trainer's own samplers shard,
 shuffle and resume them, and the number of loader workers changes nothing. An item is one image with its questions:
-`{"image": PIL image (RGB, upright), "image_id", "source", "questions": list of Question, "ignore": RLE or None,
-"num_skipped": int}`.
+`{"image": PIL image (RGB, upright), "original_size": [H, W] of its file, "features": its entry in a feature cache or
+None, "image_id", "source", "questions": list of Question, "ignore": RLE or None, "num_skipped": int}`. An image with
+features is not decoded before someone needs its pixels, see [`decode_image`].
 """
 
 import difflib
+import io
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -14,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from datasets import Dataset, Image, IterableDataset
+from datasets.utils.file_utils import xopen
 
 from .prompts import Question, evaluation_questions, sample_questions
 from .schema import run_lengths
@@ -32,8 +36,6 @@ MAX_DRAWS = 100
 # The share of bad rows that a source may have, and how many of its rows must have been drawn to judge it.
 MAX_BAD_SHARE = 0.01
 MIN_DRAWS = 100
-
-_RGB = Image(mode="RGB")
 
 
 def default_weights(sources: dict[str, Dataset | IterableDataset]) -> dict[str, float]:
@@ -110,6 +112,7 @@ class Mixture:
         self.merge_instances = merge_instances
         self.on_bad_row = on_bad_row
         self.num_drawn, self.num_bad = [0] * len(sources), [0] * len(sources)
+        self.feature_cache = None  # a `FeatureCache`: made of the rows and a model, it comes later than the mixture
 
     def draw_source(self, rng: np.random.Generator) -> int:
         """Index of a source, drawn by weight."""
@@ -123,7 +126,7 @@ class Mixture:
             row = next(rows)
             self.num_drawn[source] += 1
             try:
-                image = load_image(row)
+                image = load_image(row, self.feature_cache)
                 questions = sample_questions(
                     row, rng, self.num_questions, self.explanatory_probability, self.merge_instances
                 )
@@ -237,9 +240,9 @@ class EvaluationDataset(torch.utils.data.Dataset):
         return evaluation_questions(row, self.merge_instances, self.all_texts)
 
 
-def _item(row: dict, image: PIL.Image.Image, questions: list[Question], num_skipped: int) -> dict[str, Any]:
+def _item(row: dict, image: dict, questions: list[Question], num_skipped: int) -> dict[str, Any]:
     return {
-        "image": image,
+        **image,
         "image_id": row["image_id"],
         "source": row["source"],
         "questions": questions,
@@ -273,8 +276,12 @@ def _probabilities(names: list[str], weights: dict[str, float]) -> np.ndarray:
     return values / values.sum()
 
 
-def load_image(row: dict) -> PIL.Image.Image:
-    """The image of a row, RGB and turned upright as its EXIF orientation says.
+def load_image(row: dict, feature_cache=None) -> dict[str, Any]:
+    """What an item says of the image of a row: `image`, `original_size` and `features`.
+
+    Args:
+        feature_cache (`FeatureCache`, *optional*): Where its features are looked up. An image with an entry for both
+            encoders can be decoded, else it had none, and is not.
 
     Raises:
         ValueError: If the image cannot be read, or a mask of the row has another size.
@@ -282,14 +289,18 @@ def load_image(row: dict) -> PIL.Image.Image:
     if row["image"] is None:
         raise ValueError("it has no image. Remove it.")
     try:
-        image = _RGB.decode_example(row["image"])
+        file = read_file(row)
+        features = None if feature_cache is None else feature_cache.load(file)
+        image = PIL.Image.open(io.BytesIO(file))
+        if features is None or not feature_cache.is_complete:
+            image = decode_image(image)
+        size = [image.height, image.width] if features is None else features["original_sizes"].tolist()
     except Exception as error:
         # Pillow has no exception of its own for broken files: a bad PNG chunk is a SyntaxError, a bomb a plain
         # Exception, and a damaged EXIF block a struct.error, an AttributeError or a TypeError.
         raise ValueError(
             f"cannot read the image, {type(error).__name__}: {error}. Restore the file or remove its annotation."
         ) from error
-    size = [image.height, image.width]
     rles = [target["rle"] for target in row["targets"]]
     if row["ignore"] is not None:
         rles.append(row["ignore"])
@@ -299,7 +310,24 @@ def load_image(row: dict) -> PIL.Image.Image:
                 f"expected masks of the image's size {size} (height, width), found one of {list(rle['size'])}. "
                 "Restore the image that was annotated, or remove the annotation."
             )
-    return image
+    return {"image": image, "original_size": size, "features": features}
+
+
+def read_file(row: dict) -> bytes:
+    """The image file of an undecoded row, as it is stored."""
+    image = row["image"]
+    if image["bytes"] is not None:
+        return image["bytes"]
+    with xopen(image["path"], "rb") as file:  # also of an archive or a server
+        return file.read()
+
+
+def decode_image(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An opened image in RGB, turned upright as its EXIF orientation says; one that is so already stays as it is."""
+    image.load()
+    if image.getexif().get(PIL.Image.ExifTags.Base.Orientation) is not None:
+        image = PIL.ImageOps.exif_transpose(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_masks(questions: list[Question], ignore: dict | None):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Collection
 from functools import lru_cache
 
 import PIL.Image
@@ -129,13 +130,16 @@ class LisaProcessor(ProcessorMixin):
         features, _ = self._encode(images, text, image_indices, padding_side, **kwargs)
         return BatchFeature(features, tensor_type=return_tensors)
 
-    def encode_images(self, images: list[PIL.Image.Image], do_normalize: bool = True, **kwargs) -> dict:
+    def encode_images(
+        self, images: list[PIL.Image.Image], do_normalize: bool = True, skip: Collection[str] = (), **kwargs
+    ) -> dict:
         """The part of a batch that follows from its B images alone.
 
         Args:
             do_normalize: False leaves pixels uint8 `(B, 3, H, W)` as the resize gives them,
                 for [`normalize_pixels`] on the model's device: a quarter of the bytes. A VLM's processor that pads or
                 rearranges what it has normalised does all of it here.
+            skip: "pixel_values" or "mask_pixel_values" leaves out what the VLM's or the mask model's processor gives.
 
         Returns:
             As [`__call__`] without a text, and two more, for the texts about the images: `image_texts`, list of B str
@@ -143,24 +147,27 @@ class LisaProcessor(ProcessorMixin):
         """
         images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
         raw = {} if do_normalize else {"do_rescale": False, "do_normalize": False}
-        # A text of nothing but the placeholder shows what the VLM's processor makes of each image: its vision inputs
-        # and the text that the placeholder becomes. So an image is processed once, however many rows are about it.
-        probe = self.vlm_processor(
-            images=[[image] for image in images],
-            text=[self.vlm_processor.image_token] * len(images),
-            return_text_replacement_offsets=True,
-            **(raw if raw and _normalizes_last(self.vlm_processor.image_processor) else {}),
-            **kwargs,
-        )
-        features = {key: value for key, value in probe.items() if key not in TEXT_INPUT_NAMES}
-        mask_inputs = self.mask_image_processor(images, **raw)
-        features["mask_pixel_values"] = mask_inputs["pixel_values"]
-        features["original_sizes"] = [[image.height, image.width] for image in images]
-        # SAM 2's processor stretches images to its square and therefore reports no sizes.
-        stretched = [[self.mask_image_processor.size["height"], self.mask_image_processor.size["width"]]]
-        features["reshaped_input_sizes"] = mask_inputs.get("reshaped_input_sizes", stretched * len(images))
-        features["image_texts"] = [offsets[0]["replacement"] for offsets in probe["text_replacement_offsets"]]
-        features["type_id_names"] = [name for name in TYPE_ID_NAMES if name in probe]
+        features = {}
+        if "pixel_values" not in skip:
+            # A text of nothing but the placeholder shows what the VLM's processor makes of each image: its vision
+            # inputs and the text that the placeholder becomes. So an image is processed once, whatever is asked of it.
+            probe = self.vlm_processor(
+                images=[[image] for image in images],
+                text=[self.vlm_processor.image_token] * len(images),
+                return_text_replacement_offsets=True,
+                **(raw if raw and _normalizes_last(self.vlm_processor.image_processor) else {}),
+                **kwargs,
+            )
+            features |= {key: value for key, value in probe.items() if key not in TEXT_INPUT_NAMES}
+            features["image_texts"] = [offsets[0]["replacement"] for offsets in probe["text_replacement_offsets"]]
+            features["type_id_names"] = [name for name in TYPE_ID_NAMES if name in probe]
+        if "mask_pixel_values" not in skip:
+            mask_inputs = self.mask_image_processor(images, **raw)
+            features["mask_pixel_values"] = mask_inputs["pixel_values"]
+            features["original_sizes"] = [[image.height, image.width] for image in images]
+            # SAM 2's processor stretches images to its square and therefore reports no sizes.
+            stretched = [[self.mask_image_processor.size["height"], self.mask_image_processor.size["width"]]]
+            features["reshaped_input_sizes"] = mask_inputs.get("reshaped_input_sizes", stretched * len(images))
         return features
 
     def normalize_pixels(self, batch: dict) -> None:

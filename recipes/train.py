@@ -73,9 +73,8 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, training
     model = prepare_for_training(load_model(model_args, config, processor), **model_args.adaptation)
     if training_args.should_log:
         print(trainable_summary(model, training_args))
-    feature_cache = None
     if data_args.feature_cache is not None:
-        feature_cache = build_feature_cache(
+        train_dataset.feature_cache = build_feature_cache(
             data_args.feature_cache, model, processor, train_rows, training_args, data_args.feature_cache_limit_gb
         )
     trainer = LisaTrainer(
@@ -89,7 +88,6 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, training
             data_args.on_bad_row,
             use_packing(model.config, data_args.packing),
             compact=True,
-            feature_cache=feature_cache,
         ),
         processing_class=processor,
     )

@@ -95,7 +95,7 @@ def test_runs_are_drawn_as_they_are_decoded(processor):
     masks = np.random.default_rng(0).random((3, 40, 30)) < 0.5
     masks[0], masks[1, 0, 0], masks[2] = False, True, True
     item = make_item(0, [])
-    item["image"] = item["image"].resize((30, 40))
+    item["original_size"] = [40, 30]
     questions = [Question([], [encode_mask(mask) for mask in masks])]
     assert torch.equal(mask_labels(item, questions), torch.from_numpy(masks).to(torch.uint8))
 

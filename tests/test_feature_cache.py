@@ -2,7 +2,10 @@
 
 import io
 import logging
+import resource
+from unittest import mock
 
+import PIL.ImageFile
 import pytest
 import torch
 from datasets import Dataset
@@ -12,7 +15,7 @@ from lisa_hf import LisaDataCollator
 from lisa_hf.arguments import LisaTrainingArguments
 from lisa_hf.feature_cache import build_feature_cache
 from lisa_hf.lora import prepare_for_training
-from lisa_hf.mixture import EvaluationDataset
+from lisa_hf.mixture import EvaluationDataset, MixtureDataset, load_image, read_file, undecoded
 from lisa_hf.schema import FEATURES, encode_mask, make_row
 
 
@@ -38,9 +41,22 @@ def rows() -> Dataset:
     return make_rows()
 
 
-def build(tmp_path, rows, model, processor, **kwargs):
-    args = LisaTrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none")
-    return build_feature_cache(str(tmp_path / "cache"), model, processor, {"drawn": rows}, args, **kwargs)
+def build(tmp_path, rows, model, processor, limit_gb=None, **kwargs):
+    args = LisaTrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", **kwargs)
+    return build_feature_cache(str(tmp_path / "cache"), model, processor, {"drawn": rows}, args, limit_gb)
+
+
+def make_items(rows, indices, cache=None) -> list[dict]:
+    """Items as a mixture with this cache makes them, with questions that nothing is drawn for."""
+    questions = EvaluationDataset(rows).questions
+    return [
+        {**load_image(row, cache), "questions": questions(row), "ignore": row["ignore"]}
+        for row in (undecoded(rows)[index] for index in indices)
+    ]
+
+
+def find_entries(cache) -> list:
+    return sorted(path.relative_to(cache.directory) for path in cache.directory.glob("*/*"))
 
 
 def make_model(name: str = "llava-sam", trainable=("seg_projector", "mask_decoder", "embeddings")):
@@ -61,13 +77,17 @@ def count_encoder_runs(model) -> list[str]:
 def test_warm_cache_gives_the_step_without_encoders(name, rows, tmp_path):
     model, processor = make_model(name)
     cache = build(tmp_path, rows, model, processor)
-    assert len(list(cache.directory.glob("*/*.safetensors"))) == len(SIZES)  # and none for the broken image
-    dataset = EvaluationDataset(rows)
-    items = [dataset[index] for index in (2, 0)]
-    plain = LisaDataCollator(processor)(items)
-    cached = LisaDataCollator(processor, feature_cache=cache)(items)
+    assert len(find_entries(cache)) == len(SIZES)  # and none for the broken image
+    plain = LisaDataCollator(processor)(make_items(rows, (2, 0)))
+    with (
+        mock.patch.object(PIL.ImageFile.ImageFile, "load", side_effect=AssertionError("decodes")),
+        mock.patch.object(processor, "encode_images", side_effect=AssertionError("preprocesses")),
+    ):
+        cached = LisaDataCollator(processor)(make_items(rows, (2, 0), cache))
     assert {"pixel_values", "mask_pixel_values"} <= plain.keys() and "pixel_values" not in cached
     assert "mask_pixel_values" not in cached
+    for key in cached.keys() & plain.keys():
+        torch.testing.assert_close(cached[key], plain[key])
     expected = model(**plain)
     runs = count_encoder_runs(model)
     output = model(**cached)
@@ -78,12 +98,27 @@ def test_warm_cache_gives_the_step_without_encoders(name, rows, tmp_path):
         torch.testing.assert_close(masks, expected_masks, rtol=0, atol=0.05 * expected_masks.abs().max().item())
 
 
+def test_mixture_takes_the_same_draws_from_a_cache(rows, tmp_path):
+    model, processor = make_model()
+    plain, cached = (MixtureDataset({"drawn": rows}, length=8) for _ in range(2))
+    cached.feature_cache = build(tmp_path, rows, model, processor)
+    for item, expected in zip(map(cached.__getitem__, range(8)), map(plain.__getitem__, range(8))):
+        assert expected["features"] is None and item["features"] is not None
+        for key in ("image_id", "original_size", "questions", "num_skipped"):
+            assert item[key] == expected[key]
+    assert any(plain[index]["num_skipped"] for index in range(8))  # the broken image, drawn again in both
+
+
 def test_an_encoder_that_learns_is_not_cached(rows, tmp_path):
     model, processor = make_model(trainable=["seg_projector", "mask_decoder", "vision_tower"])
-    batch = LisaDataCollator(processor, feature_cache=build(tmp_path, rows, model, processor))(
-        [EvaluationDataset(rows)[0]]
-    )
+    cache = build(tmp_path, rows, model, processor)
+    with mock.patch.object(processor, "mask_image_processor", side_effect=AssertionError("preprocesses")):
+        batch = LisaDataCollator(processor)(make_items(rows, [0], cache))
     assert "image_embeddings" in batch and "pixel_values" in batch and "vision_features" not in batch
+    model, processor = make_model(trainable=["seg_projector", "mask_decoder", "mask_encoder"])
+    batch = LisaDataCollator(processor)(make_items(rows, [0], build(tmp_path, rows, model, processor)))
+    assert "mask_pixel_values" in batch and "vision_features" in batch and "pixel_values" not in batch
+    assert model(**batch).loss.isfinite()
     model, processor = make_model(trainable=["mask_encoder", "multi_modal_projector"])
     with pytest.raises(ValueError, match="expected a frozen encoder"):
         build(tmp_path, rows, model, processor)
@@ -95,14 +130,65 @@ def test_second_build_resumes_and_mends(rows, tmp_path):
     runs = count_encoder_runs(model)
     build(tmp_path, rows, model, processor)
     assert runs == ["mask", "vlm"]  # the example that tells an entry's size, and no image
-    first = EvaluationDataset(rows)[0]
-    path = cache.path(first["image"])
+    path = cache.path(read_file(undecoded(rows)[0]))
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    batch = LisaDataCollator(processor, feature_cache=cache)([first])
+    batch = LisaDataCollator(processor)(make_items(rows, [0], cache))
     assert "mask_pixel_values" in batch and "image_embeddings" not in batch
     build(tmp_path, rows, model, processor)
-    assert path.read_bytes() == whole and len(runs) == 2 + 4
+    assert path.stat().st_size == len(whole) and len(runs) == 2 + 4
+    assert "image_embeddings" in LisaDataCollator(processor)(make_items(rows, [0], cache))
+
+
+def test_interrupted_build_goes_on(rows, tmp_path):
+    model, processor = make_model()
+    runs = count_encoder_runs(model)
+
+    def interrupt(*_):
+        if len(runs) > 4:
+            raise KeyboardInterrupt
+
+    handle = model.vlm.base_model.get_encoder(modality="image").register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, rows, model, processor, per_device_train_batch_size=1)
+    handle.remove()
+    (left,) = (tmp_path / "cache").glob("*/*/*")  # one whole entry and nothing else
+    stamp = left.stat().st_mtime_ns
+    cache = build(tmp_path, rows, model, processor, per_device_train_batch_size=1)
+    assert len(find_entries(cache)) == len(SIZES) and left.stat().st_mtime_ns == stamp
+
+
+def test_full_disk_stops_and_leaves_nothing_half_written(rows, tmp_path):
+    model, processor = make_model()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # bytes that a file may have
+        with pytest.raises(ValueError, match="feature_cache: cannot write to .*Make room and start again"):
+            build(tmp_path, rows, model, processor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "cache").glob("*/*/*"))
+    assert len(find_entries(build(tmp_path, rows, model, processor))) == len(SIZES)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_processes_and_workers_share_the_images(streaming, rows, tmp_path):
+    """Two processes in turn, each with a loader worker: their shares are different images, and all of them."""
+    model, processor = make_model()
+    rows = rows.to_iterable_dataset(num_shards=2) if streaming else rows
+    counts = []
+    for rank in range(2):
+        runs = count_encoder_runs(model)
+        with (
+            mock.patch.object(LisaTrainingArguments, "process_index", rank),
+            mock.patch.object(LisaTrainingArguments, "world_size", 2),
+            mock.patch("torch.distributed.barrier"),
+        ):
+            cache = build(*(tmp_path, rows, model, processor), per_device_train_batch_size=1, dataloader_num_workers=1)
+        counts.append((runs.count("mask") - 1, len(find_entries(cache))))
+    assert counts in ([(2, 2), (1, 3)], [(1, 1), (2, 3)])
+    batch = LisaDataCollator(processor)(make_items(make_rows(), (0, 1, 2), cache))
+    assert "image_embeddings" in batch and len(batch["vision_features"]) == 3
 
 
 def test_other_weights_or_preprocessing_have_another_directory(rows, tmp_path):
@@ -126,11 +212,13 @@ def test_limit_caches_what_fits(rows, tmp_path, caplog, monkeypatch):
     # An entry's file has a header beside its tensors, so 2.5 files hold two entries.
     size = next(entry.directory.glob("*/*.safetensors")).stat().st_size
     cache = build(tmp_path, rows, model, processor, limit_gb=2.5 * size / 1e9)
-    assert "holds 2 of 4 images" in caplog.text and len(list(cache.directory.glob("*/*"))) == 2
-    collator, dataset = LisaDataCollator(processor, feature_cache=cache), EvaluationDataset(rows)
-    assert "image_embeddings" in collator([dataset[0], dataset[1]])
-    assert "mask_pixel_values" in collator([dataset[1], dataset[2]])  # all of a batch, or none
-    # Processes that share an encoder all run it, or none does; here the launcher alone says that they do.
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="with sharded encoders either all images are cached or none"):
-        build(tmp_path / "sharded", rows, model, processor, limit_gb=2.5 * size / 1e9)
+    assert "holds 2 images" in caplog.text and len(find_entries(cache)) == 2
+    collator = LisaDataCollator(processor)
+    assert "image_embeddings" in collator(make_items(rows, (0, 1), cache))
+    mixed, plain = collator(make_items(rows, (1, 2), cache)), collator(make_items(rows, (1, 2)))
+    assert mixed.keys() == plain.keys()  # features for all of a batch, or for none
+    torch.testing.assert_close(mixed["mask_pixel_values"], plain["mask_pixel_values"])
+    stream = rows.to_iterable_dataset()
+    with caplog.at_level(logging.INFO):
+        limited = build(tmp_path / "stream", stream, model, processor, 1.5 * size / 1e9, per_device_train_batch_size=1)
+    assert "images of streams of 0." in caplog.text and len(find_entries(limited)) == 1

@@ -129,6 +129,8 @@ def make_item(index: int, masks_due: list[int]) -> dict:
         questions.append(Question(messages, [encode_mask(_rectangle(rng, height, width)) for _ in range(due)]))
     return {
         "image": Image.fromarray(rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8)),
+        "original_size": [height, width],
+        "features": None,
         "image_id": f"image_{index}",
         "source": "drawn",
         "questions": questions,
