@@ -1,5 +1,7 @@
 """The losses of [`LisaForConditionalGeneration`]."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -8,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 IGNORE_INDEX = -100  # of labels, as everywhere in transformers
 MASK_IGNORE_INDEX = 255  # of mask labels: pixels that count neither as object nor as background
 CHUNK_SIZE = 1024  # positions whose logits exist in float32 at a time
+# An image's masks are made at its original size at once up to so many pixels, about 100 MB with what the loss keeps.
+MASK_PIXELS = 2**22
 OVERSAMPLING, IMPORTANCE = 3, 0.75  # of sampled pixels, as in PointRend and Mask2Former
 
 
@@ -50,6 +54,25 @@ def mask_losses(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> tuple[t
     overlap = 2 * (probabilities * targets).sum(1)
     dice = 1 - (overlap + 1e-3) / (probabilities.sum(1) + targets.sum(1) + 1e-3)
     return bce.sum(), dice.sum()
+
+
+def full_size_mask_losses(
+    low_res_masks: torch.Tensor, mask_labels: torch.Tensor, upscale: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`mask_losses`] of one image's masks `(M, h, w)` at the size `(M, H, W)` of its labels, which `upscale` makes.
+
+    The masks of a large photo exist at its own size one or some at a time, here and in the backward pass.
+    """
+
+    def losses(masks, labels):
+        return mask_losses(upscale(masks), labels)
+
+    if mask_labels.numel() <= MASK_PIXELS:
+        return losses(low_res_masks, mask_labels)
+    at_once = max(1, MASK_PIXELS // mask_labels[0].numel())
+    parts = zip(low_res_masks.split(at_once), mask_labels.split(at_once))
+    parts = [checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return tuple(map(sum, zip(*parts)))
 
 
 def sampled_mask_losses(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMaskGeneration,
@@ -22,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_lisa import LisaConfig
 from .generation_lisa import LisaGenerationMixin, SegTokens
-from .losses import IGNORE_INDEX, check_mask_counts, mask_losses, sampled_mask_losses, text_loss
+from .losses import IGNORE_INDEX, check_mask_counts, full_size_mask_losses, sampled_mask_losses, text_loss
 from .mask_backbone import (
     SUPPORTED_MASK_MODELS,
     attend_in_pieces,
@@ -41,8 +40,6 @@ from .vlm_backbone import encode_vlm_images, split_vision_inputs
 
 # Not quantised: what makes the masks, and the vocabulary projection, through which [SEG] is chosen.
 UNQUANTIZED_MODULES = ["mask_model", "seg_projector", "lm_head"]
-# An image's masks at its original size are made at once up to so many pixels, about 100 MB with what the loss keeps.
-MASK_PIXELS = 2**22
 
 
 def _skip_modules(quantization_config):
@@ -412,17 +409,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         if self.training and self.config.mask_loss_points:
             masks = unpad_masks(masks, size[0], padded_side(self.config.mask_config))
             return sampled_mask_losses(masks, labels, self.config.mask_loss_points)
-
-        def losses(masks, labels):
-            return mask_losses(self._upscale(masks, *size), labels)
-
-        if labels.numel() <= MASK_PIXELS:
-            return losses(masks, labels)
-        # The masks of a large photo exist at its own size one or some at a time, here and in the backward pass.
-        at_once = max(1, MASK_PIXELS // labels[0].numel())
-        parts = zip(masks.split(at_once), labels.split(at_once))
-        parts = [checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-        return tuple(map(sum, zip(*parts)))
+        return full_size_mask_losses(masks, labels, lambda masks: self._upscale(masks, *size))
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = self.vlm.get_output_embeddings()(hidden_states)

@@ -26,7 +26,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor, losses, modeling_lisa
+from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor, losses
 from lisa_hf.losses import logits_at, mask_losses, sampled_mask_losses, text_loss
 from lisa_hf.mask_backbone import BIAS_SIZE, UNTRAINED_DECODER_MODULES, encode_images, mended_hq_decoder
 
@@ -409,7 +409,7 @@ def test_masks_of_large_photos_in_parts_are_masks_at_once(monkeypatch):
     expected.backward()
     before = gradients(model)
     model.zero_grad()
-    monkeypatch.setattr(modeling_lisa, "MASK_PIXELS", 100)
+    monkeypatch.setattr(losses, "MASK_PIXELS", 100)
     loss = model(**batch).loss
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
