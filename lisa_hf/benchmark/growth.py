@@ -27,8 +27,9 @@ def axes(size: Size) -> dict[str, dict[str, Size]]:
         "image size, megapixels": {
             f"{height * width / 1e6:.2g}": replace(size, image_size=(height, width)) for height, width in photos
         },
-        "vocabulary": {
-            str(words): replace(size, text={**size.text, "vocab_size": words}) for words in (32_000, 64_000, 152_000)
+        "vocabulary, thousands": {
+            str(thousands): replace(size, text={**size.text, "vocab_size": 1000 * thousands})
+            for thousands in (32, 64, 152)
         },
     }
 
@@ -59,9 +60,13 @@ def growth_table(report: dict) -> str:
     lines = [f"| | {' | '.join(FIGURES.values())} |", "|---|" + "---:|" * len(FIGURES)]
     for axis, places in report.items():
         for place, variants in places.items():
-            cells = [" / ".join(f"{figures[name]:.3g}" for figures in variants.values()) for name in FIGURES]
+            cells = [" / ".join(_three_digits(figures[name]) for figures in variants.values()) for name in FIGURES]
             lines.append(f"| {axis}: {place} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def plot_growth(report: dict, path: Path) -> None:
