@@ -3,6 +3,7 @@
     python recipes/benchmark_data.py --config recipes/real_samples.yaml --data_dir dataset --dataloader_num_workers 4
 
 Takes the arguments of train.py and trains nothing; `--num_train_items` items of each source are made (default: 64).
+At the end it says how many workers keep a GPU busy that trains on so many images per second.
 """
 
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 
+import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import datasets
@@ -23,9 +26,11 @@ import torch
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator
 from lisa_hf.arguments import exit_with_one_line, parse_arguments
-from lisa_hf.collator import mask_labels
 from lisa_hf.loading import load_config_and_processor
-from lisa_hf.mixture import MixtureDataset
+from lisa_hf.mixture import MixtureDataset, load_image, undecoded
+
+
+IMAGES_PER_SECOND = (2, 4, 8, 16, 32, 64)  # of a GPU; recipes/benchmark.py tells a model's
 
 
 def measure(function: Callable, arguments: list) -> tuple[float, list[Any]]:
@@ -38,8 +43,7 @@ def measure(function: Callable, arguments: list) -> tuple[float, list[Any]]:
 def measure_stages(rows: datasets.Dataset, mixture: MixtureDataset, collator: LisaDataCollator) -> dict[str, float]:
     """CPU seconds per row of each stage, in one process. "rest" is what the whole takes more: text, labels, checks."""
     processor = collator.processor
-    image_type = datasets.Image(mode="RGB")
-    rows = rows.cast_column("image", datasets.Image(decode=False))
+    rows = undecoded(rows)
     # Once unmeasured: files get into the page cache, and libraries are loaded.
     measure(lambda item: collator([item]), [mixture[index] for index in range(len(mixture))])
     whole, items = measure(mixture.__getitem__, range(len(mixture)))
@@ -47,10 +51,10 @@ def measure_stages(rows: datasets.Dataset, mixture: MixtureDataset, collator: Li
     images = [item["image"] for item in items]
     stages = {}
     stages["row"], found = measure(lambda index: rows[index % len(rows)], range(len(items)))
-    stages["decode"], _ = measure(lambda row: image_type.decode_example(row["image"]), found)
-    stages["masks"], _ = measure(lambda item: mask_labels(item, item["questions"]), items)
-    stages["vlm"], _ = measure(lambda image: processor.vlm_processor.image_processor(image), images)
-    stages["mask_model"], _ = measure(lambda image: processor.mask_image_processor(image), images)
+    stages["decode"], _ = measure(load_image, found)
+    encode = partial(processor.encode_images, do_normalize=False)
+    stages["vlm"], _ = measure(lambda image: encode([image], skip=["mask_pixel_values"]), images)
+    stages["mask_model"], _ = measure(lambda image: encode([image], skip=["pixel_values"]), images)
     return stages | {"rest": max(0.0, whole + collating - sum(stages.values()))}
 
 
@@ -79,9 +83,10 @@ def main():
         )
         print(f"Opened {len(sources)} sources in {time.perf_counter() - start:.1f} s.")
         _, processor = load_config_and_processor(model_args)
-        collator = LisaDataCollator(processor, data_args.max_length, data_args.on_bad_row)
+        collator = LisaDataCollator(processor, data_args.max_length, data_args.on_bad_row, compact=True)
         num_items = data_args.num_train_items or 64
 
+        totals = []
         print(f"\n{'source':<16}{'rows/CPU s':>12}", end="")
         for index, (name, rows) in enumerate(sources.items()):
             mixture = MixtureDataset({name: rows}, length=num_items, on_bad_row=data_args.on_bad_row)
@@ -89,12 +94,16 @@ def main():
             if index == 0:
                 print("".join(f"{stage:>12}" for stage in seconds))
             total = sum(seconds.values())
+            totals.append(total)
             print(f"{name:<16}{1 / total:>12.1f}" + "".join(f"{part / total:>12.0%}" for part in seconds.values()))
         num_workers = max(1, training_args.dataloader_num_workers)
         weights = data_args.weights
         mixture = MixtureDataset(sources, length=4 * num_items, weights=weights, on_bad_row=data_args.on_bad_row)
         rate = measure_loader(mixture, collator, num_workers)
         print(f"\nThe mixture: {rate:.1f} rows/s with {num_workers} workers, {rate / num_workers:.1f} per worker.")
+        mean = sum(share * total for share, total in zip(mixture.probabilities, totals))
+        needed = ", ".join(f"{math.ceil(speed * mean)} for {speed}" for speed in IMAGES_PER_SECOND)
+        print(f"Workers with a core each that keep a GPU busy, by its images/s: {needed}.")
 
 
 if __name__ == "__main__":
