@@ -296,6 +296,10 @@ class LisaTrainingArguments(TrainingArguments):
             "takes a minute more. (`torch_compile` is the whole model, whose shapes change with every batch.)"
         },
     )
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata={"help": "Steps without finite loss and gradients that a run may leave out; one more stops it."},
+    )
     eval_generate: bool = field(
         default=False, metadata={"help": "Evaluate with generated answers too, not only with the true text given."}
     )
@@ -309,7 +313,7 @@ class LisaTrainingArguments(TrainingArguments):
         if self.dry_run:
             self.max_steps = self.logging_steps = self.save_steps = 1
             self.save_strategy, self.eval_strategy, self.load_best_model_at_end = "steps", "no", False
-            self.report_to, self.resume_from_checkpoint = "none", None
+            self.report_to, self.resume_from_checkpoint, self.max_nonfinite_steps = "none", None, 0
             self.output_dir = str(Path(self.output_dir or ".", "dry_run"))  # what is in output_dir stays as it is
         super().__post_init__()
         if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
@@ -343,6 +347,7 @@ class LisaTrainingArguments(TrainingArguments):
             if not isinstance(rate, (int, float)) or rate < 0:
                 raise ValueError(f"learning_rates: {part}: expected a number from 0, found {rate!r}")
         _check_range(self, "muon_learning_rate", 0)
+        _check_range(self, "max_nonfinite_steps", 0)
         _check_range(self, "generation_max_new_tokens", 1)
 
     @property

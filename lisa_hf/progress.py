@@ -25,9 +25,10 @@ from .inference import draw_predictions
 
 
 def collate_with_sources(collator: Callable, items: list[dict]) -> BatchFeature:
-    """What the collator makes of B items, and `sources`, the names of their B sources, for [`Progress.count`]."""
+    """What the collator makes of B items, and the names of their B `sources` and `image_ids`."""
     batch = collator(items)
     batch["sources"] = [item["source"] for item in items]
+    batch["image_ids"] = [item["image_id"] for item in items]
     return batch
 
 

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .checkpointing import complete_save, resolve_checkpoint
 from .collator import expand_batch
 from .evaluation import PADDING, compute_metrics
+from .health import NonFiniteSteps
 from .lora import rate_names
 from .losses import IGNORE_INDEX
 from .metrics import intersection_and_union
@@ -75,6 +76,7 @@ class LisaTrainer(Trainer):
             self.model.mask_model.vision_encoder.compile(dynamic=False)
         self.num_skipped_rows = 0
         self._num_masks_in_batch = None
+        self.nonfinite_steps = NonFiniteSteps(self.args.max_nonfinite_steps)
         self.progress = Progress()
         self.add_callback(self.progress)
 
@@ -127,6 +129,9 @@ class LisaTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         epoch_iterator = self.progress.watch(epoch_iterator)
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.nonfinite_steps.start_step([list(zip(batch["sources"], batch.pop("image_ids"))) for batch in batches])
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.optimizer.check_grad_overflow = True  # in every dtype, see `NonFiniteSteps`
         for batch in batches:
             self.progress.count(batch)
         # Skipped rows are counted in loader workers and travel with the batch; the model does not know them.
@@ -143,10 +148,26 @@ class LisaTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
         inputs = {**inputs, "num_masks_in_batch": self._num_masks_in_batch}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        self.nonfinite_steps.add({part: outputs[part] for part in LOSS_PARTS})
         for part in LOSS_PARTS:
             # Trainer multiplies the loss by the number of processes, whose gradients it averages; so do the parts.
-            self._loss_parts[part] += outputs[part].detach() * self.accelerator.num_processes
+            value = outputs[part].detach() * self.accelerator.num_processes
+            self._loss_parts[part] += value.where(value.isfinite(), 0)  # as Trainer does with the loss
         return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model):
+        self._check_step(model)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None:  # else it was clipped, and checked before
+            self._check_step(model)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _check_step(self, model):
+        self.nonfinite_steps.check(self, self.accelerator.unwrap_model(model), self.state.global_step + 1)
+        if self.nonfinite_steps.error:
+            self.control.should_save = self.control.should_training_stop = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -166,7 +187,10 @@ class LisaTrainer(Trainer):
         self._reset_loss_parts()
         self.progress.reset()
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        return super().train(checkpoint, *args, **kwargs)
+        output = super().train(checkpoint, *args, **kwargs)
+        if self.nonfinite_steps.error:
+            raise ValueError(self.nonfinite_steps.error)
+        return output
 
     def _run_epoch(self, *args, **kwargs):
         # Trainer would make one step more, if a run had made all of its steps when its last checkpoint was saved.
@@ -176,6 +200,8 @@ class LisaTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
+        if self.nonfinite_steps.spoils_weights:
+            return
         directory = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with complete_save(self, directory):
             super()._save_checkpoint(model, trial)

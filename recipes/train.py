@@ -34,6 +34,7 @@ from lisa_hf.checkpointing import StopOnSignal
 from lisa_hf.dry_run import dry_run
 from lisa_hf.export import trained_model
 from lisa_hf.feature_cache import build_feature_cache
+from lisa_hf.health import FlatFigures
 from lisa_hf.loading import build_datasets, load_config_and_processor, load_model
 from lisa_hf.lora import prepare_for_training, trainable_summary
 from lisa_hf.memory import report_memory
@@ -90,6 +91,7 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, training
             compact=True,
         ),
         processing_class=processor,
+        callbacks=[FlatFigures()],
     )
     if eval_datasets:
         trainer.add_callback(PredictionSheet(trainer, next(iter(eval_datasets.values()))))

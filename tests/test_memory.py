@@ -11,8 +11,9 @@ from test_quantization import quantisable_model
 from tiny_training import LISA_PARTS, Items, build_model, make_trainer
 from torch.profiler import ProfilerActivity, profile
 
-from lisa_hf import LisaDataCollator, benchmark
+from lisa_hf import LisaDataCollator
 from lisa_hf.arguments import TRAINABLE_PARTS, DataArguments, LisaTrainingArguments, ModelArguments
+from lisa_hf.benchmark import models as benchmark
 from lisa_hf.loading import load_config_and_processor, load_model
 from lisa_hf.lora import prepare_for_training
 from lisa_hf.memory import activation_bytes, build_empty_model, estimate_memory, report_memory
