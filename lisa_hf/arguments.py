@@ -202,6 +202,15 @@ class DataArguments:
     on_bad_row: Literal["skip", "raise"] = field(
         default="skip", metadata={"help": "What to do about an unreadable image or mask: skip and count it, or stop."}
     )
+    min_decoded_edge: int | None = field(
+        default=None,
+        metadata={
+            "help": "Decode a training JPEG at 1/2, 1/4 or 1/8 of its size if that divides both edges and leaves the "
+            "longer one so many pixels: less time for large photos, slightly other pixels. 1024 suits SAM; a VLM "
+            "whose image tokens grow with the photo (Qwen, Idefics3) sees a smaller one. Default: in full, as in "
+            "evaluation."
+        },
+    )
     exclude_refer_val: bool = field(
         default=False,
         metadata={
@@ -245,7 +254,7 @@ class DataArguments:
                     "rows is another score"
                 )
         _check_range(self, "feature_cache_limit_gb", 0)
-        for name in ("num_questions", "max_length", "num_train_items", "max_eval_items"):
+        for name in ("num_questions", "max_length", "min_decoded_edge", "num_train_items", "max_eval_items"):
             _check_range(self, name, 1)
         _check_range(self, "explanatory_probability", 0, 1)
 

@@ -101,6 +101,7 @@ class LisaDataCollator:
         if len(skip) < len(PIXELS):
             images = [decode_image(item["image"]) for item in items]
             known |= self.processor.encode_images(images, do_normalize=not self.compact, skip=skip)
+            known["original_sizes"] = [item["original_size"] for item in items]  # an image may be a reduced photo
         return known, features
 
     def _fits(self, item: dict, question: Question) -> bool:

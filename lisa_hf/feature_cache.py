@@ -127,6 +127,7 @@ def build_feature_cache(
     rows: dict[str, Dataset] | dict[str, IterableDataset],
     args: TrainingArguments,
     limit_gb: float | None = None,
+    min_decoded_edge: int | None = None,
 ) -> FeatureCache:
     """Computes what is missing for the images of `rows`; each process takes its share, and a second call resumes.
 
@@ -138,6 +139,7 @@ def build_feature_cache(
         rows: training rows by source, of `lisa_hf.schema.FEATURES`.
         args: `per_device_train_batch_size` images are encoded at a time and `dataloader_num_workers` read them.
         limit_gb: what all entries may take, in GB; images beyond it are encoded in every step, as without a cache.
+        min_decoded_edge: as the mixture's, which it is for: images are encoded as it decodes them.
 
     Raises:
         ValueError: no encoder is frozen, the disk is too small or full, or encoders are sharded and some images would
@@ -147,7 +149,8 @@ def build_feature_cache(
     encoders = _frozen_encoders(model)
     if not encoders:
         raise ValueError("feature_cache: expected a frozen encoder, but both of them are in `trainable`")
-    cache = FeatureCache(Path(directory) / _fingerprint(encoders, processor), is_complete=len(encoders) == len(PIXELS))
+    fingerprint = _fingerprint(encoders, [processor.to_dict(), min_decoded_edge])
+    cache = FeatureCache(Path(directory) / fingerprint, is_complete=len(encoders) == len(PIXELS))
     model.to(args.device)
     was_training = model.training
     model.eval()
@@ -157,7 +160,7 @@ def build_feature_cache(
     loader = DataLoader(
         _share(sources, num_images, args.process_index, args.world_size),
         batch_size=args.per_device_train_batch_size,
-        collate_fn=partial(_missing_images, cache=cache, processor=processor),
+        collate_fn=partial(_missing_images, cache=cache, processor=processor, min_decoded_edge=min_decoded_edge),
         num_workers=args.dataloader_num_workers,
     )
     progress = tqdm(desc="Feature cache", unit="image", total=num_images, disable=args.process_index > 0)
@@ -185,7 +188,9 @@ def _share(sources: list[Dataset] | list[IterableDataset], num_images: int | Non
     return ChainDataset([split_dataset_by_node(source, rank, num_ranks) for source in sources])
 
 
-def _missing_images(rows: list[dict], cache: FeatureCache, processor: LisaProcessor) -> tuple[int, list, dict, list]:
+def _missing_images(
+    rows: list[dict], cache: FeatureCache, processor: LisaProcessor, min_decoded_edge: int | None
+) -> tuple[int, list, dict, list]:
     """What to encode of some rows.
 
     Unreadable images are left to the training, which says which they are and counts them.
@@ -198,12 +203,13 @@ def _missing_images(rows: list[dict], cache: FeatureCache, processor: LisaProces
         try:
             path = cache.path(read_file(row))
             if path not in images and not cache.has(path):
-                images[path] = load_image(row)["image"]
+                images[path] = load_image(row, min_decoded_edge=min_decoded_edge)
         except (ValueError, OSError, TypeError):
             continue
     if not images:
         return len(rows), [], {}, []
-    inputs = processor.encode_images(list(images.values()), do_normalize=False)
+    inputs = processor.encode_images([image["image"] for image in images.values()], do_normalize=False)
+    inputs["original_sizes"] = [image["original_size"] for image in images.values()]
     image_texts, type_id_names = inputs.pop("image_texts"), inputs.pop("type_id_names")
     texts = [{"image_text": text, "type_id_names": type_id_names} for text in image_texts]
     return len(rows), list(images), dict(BatchFeature(inputs, tensor_type="pt")), texts
@@ -302,9 +308,9 @@ def _frozen_encoders(model: nn.Module) -> dict[str, list[nn.Module]]:
     }
 
 
-def _fingerprint(encoders: dict[str, list[nn.Module]], processor: LisaProcessor) -> str:
+def _fingerprint(encoders: dict[str, list[nn.Module]], preprocessing: list) -> str:
     """A name for weights and preprocessing: the same only if every bit of them is."""
-    digest = hashlib.sha256(FORMAT + json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(FORMAT + json.dumps(preprocessing, sort_keys=True, default=str).encode())
     for name, modules in encoders.items():
         digest.update(name.encode())
         for module in modules:

@@ -230,6 +230,7 @@ def build_datasets(
         "num_questions": data_args.num_questions,
         "explanatory_probability": data_args.explanatory_probability,
         "on_bad_row": data_args.on_bad_row,
+        "min_decoded_edge": data_args.min_decoded_edge,
     }
     if data_args.streaming:
         train_dataset = StreamingMixtureDataset(

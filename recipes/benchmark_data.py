@@ -51,7 +51,7 @@ def measure_stages(rows: datasets.Dataset, mixture: MixtureDataset, collator: Li
     images = [item["image"] for item in items]
     stages = {}
     stages["row"], found = measure(lambda index: rows[index % len(rows)], range(len(items)))
-    stages["decode"], _ = measure(load_image, found)
+    stages["decode"], _ = measure(partial(load_image, min_decoded_edge=mixture.min_decoded_edge), found)
     encode = partial(processor.encode_images, do_normalize=False)
     stages["vlm"], _ = measure(lambda image: encode([image], skip=["mask_pixel_values"]), images)
     stages["mask_model"], _ = measure(lambda image: encode([image], skip=["pixel_values"]), images)
@@ -85,11 +85,12 @@ def main():
         _, processor = load_config_and_processor(model_args)
         collator = LisaDataCollator(processor, data_args.max_length, data_args.on_bad_row, compact=True)
         num_items = data_args.num_train_items or 64
+        settings = {"on_bad_row": data_args.on_bad_row, "min_decoded_edge": data_args.min_decoded_edge}
 
         totals = []
         print(f"\n{'source':<16}{'rows/CPU s':>12}", end="")
         for index, (name, rows) in enumerate(sources.items()):
-            mixture = MixtureDataset({name: rows}, length=num_items, on_bad_row=data_args.on_bad_row)
+            mixture = MixtureDataset({name: rows}, length=num_items, **settings)
             seconds = measure_stages(rows, mixture, collator)
             if index == 0:
                 print("".join(f"{stage:>12}" for stage in seconds))
@@ -98,7 +99,7 @@ def main():
             print(f"{name:<16}{1 / total:>12.1f}" + "".join(f"{part / total:>12.0%}" for part in seconds.values()))
         num_workers = max(1, training_args.dataloader_num_workers)
         weights = data_args.weights
-        mixture = MixtureDataset(sources, length=4 * num_items, weights=weights, on_bad_row=data_args.on_bad_row)
+        mixture = MixtureDataset(sources, length=4 * num_items, weights=weights, **settings)
         rate = measure_loader(mixture, collator, num_workers)
         print(f"\nThe mixture: {rate:.1f} rows/s with {num_workers} workers, {rate / num_workers:.1f} per worker.")
         mean = sum(share * total for share, total in zip(mixture.probabilities, totals))

@@ -76,7 +76,13 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, training
         print(trainable_summary(model, training_args))
     if data_args.feature_cache is not None:
         train_dataset.feature_cache = build_feature_cache(
-            data_args.feature_cache, model, processor, train_rows, training_args, data_args.feature_cache_limit_gb
+            data_args.feature_cache,
+            model,
+            processor,
+            train_rows,
+            training_args,
+            data_args.feature_cache_limit_gb,
+            data_args.min_decoded_edge,
         )
     trainer = LisaTrainer(
         model=model,

@@ -1,17 +1,25 @@
 """Items become batches: what is in them, what is skipped, and what is refused."""
 
+import io
+
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from tiny_models import FAMILIES
+from datasets import Dataset, Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import FAMILIES, image
 from tiny_training import IMAGE_SIZE, MASKS_DUE, Items, make_item
 from torch.utils.data import DataLoader
+from transformers import SamImageProcessorPil
 
 from lisa_hf import LisaDataCollator
 from lisa_hf.collator import expand_batch, mask_labels
+from lisa_hf.mixture import load_image, reduce_decoding
 from lisa_hf.processing_lisa import TextTooLongError
-from lisa_hf.prompts import Question
-from lisa_hf.schema import decode_mask, encode_mask
+from lisa_hf.prompts import Question, evaluation_questions
+from lisa_hf.schema import FEATURES, decode_mask, encode_mask, make_row
 
 
 def with_long_question(item: dict, number: int, words: int = 40) -> dict:
@@ -148,6 +156,47 @@ def test_mask_of_another_size_names_its_image(processor):
     height, width = item["image"].height, item["image"].width
     with pytest.raises(ValueError, match=rf"image_0 of drawn: a mask of \[7, 9\] .* \[{height}, {width}\]"):
         LisaDataCollator(processor)([item])
+
+
+def photo_item(height: int, width: int, min_decoded_edge: int | None) -> dict:
+    """An item about a JPEG, with two masks."""
+    file = io.BytesIO()
+    image(height, width).save(file, format="JPEG")
+    masks = np.random.default_rng(0).random((2, height, width)) < 0.5
+    targets = [{"phrases": [f"circle {index}"], "rle": encode_mask(mask)} for index, mask in enumerate(masks)]
+    row = make_row(file.getvalue(), "photo", "photos", "semantic", targets=targets)
+    (row,) = Dataset.from_list([row], features=FEATURES).cast_column("image", Image(decode=False))
+    return {
+        **load_image(row, min_decoded_edge=min_decoded_edge),
+        **{"image_id": "photo", "source": "photos", "ignore": None},
+        "questions": evaluation_questions(row),
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_photo_of_reduced_scale_has_the_sizes_and_masks_of_the_full_one(name):
+    model, processor = FAMILIES[name]()
+    full, reduced = (LisaDataCollator(processor)([photo_item(240, 320, edge)]) for edge in (None, 64))
+    for key in ("original_sizes", "reshaped_input_sizes", "mask_labels"):
+        torch.testing.assert_close(reduced[key], full[key], rtol=0, atol=0)
+    assert not torch.equal(reduced["mask_pixel_values"], full["mask_pixel_values"])
+    # The model refuses a text whose image tokens are not as many as the image's features.
+    assert model(**reduced).loss.isfinite()
+
+
+@given(
+    edges=st.tuples(st.integers(40, 400), st.integers(40, 400)),
+    min_decoded_edge=st.integers(8, 64),
+    side=st.integers(16, 64),
+)
+@settings(max_examples=100, deadline=None)
+def test_reduced_scale_does_not_change_what_sam_resizes_to(edges, min_decoded_edge, side):
+    processor = SamImageProcessorPil(size={"longest_edge": side}, pad_size={"height": side, "width": side})
+    file = io.BytesIO()
+    PIL.Image.new("RGB", edges).save(file, format="JPEG")
+    full, reduced = PIL.Image.open(file), PIL.Image.open(file)
+    reduce_decoding(reduced, min_decoded_edge)
+    assert processor(reduced)["reshaped_input_sizes"] == processor(full)["reshaped_input_sizes"]
 
 
 def test_unknown_setting():

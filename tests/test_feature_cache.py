@@ -5,6 +5,7 @@ import logging
 import resource
 from unittest import mock
 
+import PIL.Image
 import PIL.ImageFile
 import pytest
 import torch
@@ -41,9 +42,11 @@ def rows() -> Dataset:
     return make_rows()
 
 
-def build(tmp_path, rows, model, processor, limit_gb=None, **kwargs):
+def build(tmp_path, rows, model, processor, limit_gb=None, min_decoded_edge=None, **kwargs):
     args = LisaTrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", **kwargs)
-    return build_feature_cache(str(tmp_path / "cache"), model, processor, {"drawn": rows}, args, limit_gb)
+    return build_feature_cache(
+        str(tmp_path / "cache"), model, processor, {"drawn": rows}, args, limit_gb, min_decoded_edge
+    )
 
 
 def make_items(rows, indices, cache=None) -> list[dict]:
@@ -202,6 +205,28 @@ def test_other_weights_or_preprocessing_have_another_directory(rows, tmp_path):
     second = build(tmp_path, rows, model, processor).directory
     processor.mask_image_processor.image_mean = [0.5, 0.5, 0.5]
     assert len({first, second, build(tmp_path, rows, model, processor).directory}) == 3
+
+
+def test_photos_of_reduced_scale_have_entries_of_their_own(tmp_path):
+    file = io.BytesIO()
+    PIL.Image.effect_noise((256, 192), 200).save(file, format="JPEG")
+    targets = [{"phrases": ["circle"], "rle": encode_mask(torch.ones(192, 256).byte().numpy())}]
+    row = make_row(file.getvalue(), "photo", "drawn", "semantic", targets=targets)
+    rows = Dataset.from_list([row], features=FEATURES)
+    model, processor = make_model()
+    collator = LisaDataCollator(processor)
+    batches = []
+    for edge in (None, 32):
+        mixture = MixtureDataset({"drawn": rows}, length=1, min_decoded_edge=edge)
+        pixels = collator([mixture[0]])["pixel_values"]
+        mixture.feature_cache = build(tmp_path, rows, model, processor, min_decoded_edge=edge)
+        batches.append(collator([mixture[0]]))
+        with torch.no_grad():
+            (features,) = model.vlm.base_model.get_image_features(pixels, return_dict=True).pooler_output
+        torch.testing.assert_close(batches[-1]["vision_features"][0], features.bfloat16())
+    full, reduced = batches
+    assert not torch.equal(full["vision_features"][0], reduced["vision_features"][0])
+    assert full["original_sizes"].tolist() == reduced["original_sizes"].tolist() == [[192, 256]]
 
 
 def test_limit_caches_what_fits(rows, tmp_path, caplog, monkeypatch):

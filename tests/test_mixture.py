@@ -207,13 +207,15 @@ def broken_image(kind, path):
 KINDS = ("missing", "empty", "no image", "truncated jpeg", "damaged png", "damaged exif", "bomb", "other size")
 
 
+@pytest.mark.parametrize("min_decoded_edge", [None, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_image_is_skipped_and_counted_or_named(kind, tmp_path, monkeypatch, caplog):
+def test_a_bad_image_is_skipped_and_counted_or_named(kind, min_decoded_edge, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000 if kind == "bomb" else 10**6)
     path, reason = broken_image(kind, tmp_path / "bad.file")
     good = segmentation_row("classes", "good", image_file(tmp_path / "good.png"))
     rows = dataset(segmentation_row("classes", "bad", path), good)
-    data = MixtureDataset({"classes": rows}, length=40)
+    settings = {"length": 40, "min_decoded_edge": min_decoded_edge}
+    data = MixtureDataset({"classes": rows}, **settings)
 
     with caplog.at_level(logging.WARNING):
         items = list(data)
@@ -223,7 +225,7 @@ def test_a_bad_image_is_skipped_and_counted_or_named(kind, tmp_path, monkeypatch
     assert len(caplog.records) == sum(item["num_skipped"] for item in items)
     assert comparable(data[7]) == comparable(items[7])
 
-    for strict in (MixtureDataset({"classes": rows}, length=40, on_bad_row="raise"), EvaluationDataset(rows)):
+    for strict in (MixtureDataset({"classes": rows}, on_bad_row="raise", **settings), EvaluationDataset(rows)):
         with pytest.raises(ValueError) as error:
             list(strict)
         for part in ("'classes/bad'", "of 'classes'", path, reason):
@@ -342,6 +344,47 @@ def test_a_photo_is_turned_upright_before_its_masks_are_compared(tmp_path):
     assert EvaluationDataset(dataset(segmentation_row("classes", 0, image)))[0]["image"].size == (WIDTH, HEIGHT)
 
 
+def photo_row(path, size, orientation=1):
+    """A row about a photo of smooth colours; its EXIF orientation turns it to `size` (width, height)."""
+    across, down = (np.linspace(0, 3, edge) for edge in (size if orientation < 5 else size[::-1]))
+    colours = [np.sin(np.add.outer(down, across) * frequency) * 120 + 128 for frequency in (1, 2, 3)]
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = orientation
+    PIL.Image.fromarray(np.stack(colours, axis=-1).astype(np.uint8)).save(path, exif=exif)
+    targets = [{"phrases": ["sea"], "rle": mask(1, size[::-1])}]
+    return make_row(str(path), "photos/0", "photos", "semantic", targets=targets)
+
+
+@pytest.mark.parametrize(
+    "size, min_decoded_edge, factor",
+    [
+        ((192, 128), 24, 8),
+        ((192, 128), 25, 4),
+        ((128, 192), 49, 2),
+        ((192, 128), 97, 1),  # small enough
+        ((192, 124), 24, 4),
+        ((191, 128), 24, 1),  # no factor divides it
+    ],
+)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_large_photo_is_decoded_at_reduced_scale(size, min_decoded_edge, factor, orientation, tmp_path):
+    rows = dataset(photo_row(tmp_path / "photo.jpg", size, orientation))
+    full = EvaluationDataset(rows)[0]
+    item = MixtureDataset({"photos": rows}, length=1, min_decoded_edge=min_decoded_edge)[0]
+    width, height = size
+    assert full["image"].size == size and item["image"].size == (width // factor, height // factor)
+    assert item["original_size"] == full["original_size"] == [height, width]
+    assert {tuple(rle["size"]) for question in item["questions"] for rle in question.masks} == {(height, width)}
+    expected = np.asarray(full["image"].reduce(factor), dtype=float)
+    assert np.abs(expected - np.asarray(item["image"])).mean() < (2 if factor > 1 else 1e-9)
+
+
+def test_other_files_are_decoded_in_full(tmp_path):
+    rows = dataset(photo_row(tmp_path / "photo.png", (192, 128)))
+    plain, item = (MixtureDataset({"photos": rows}, length=1, min_decoded_edge=edge)[0] for edge in (None, 24))
+    assert comparable(item) == comparable(plain)
+
+
 def test_images_may_be_stored_in_the_rows(tmp_path):
     encoded = io.BytesIO()
     PIL.Image.new("RGB", (WIDTH, HEIGHT), "red").save(encoded, format="PNG")
@@ -391,6 +434,7 @@ def test_settings_reach_the_questions(sources):
         ({"num_questions": 0}, "num_questions must be at least 1, got 0"),
         ({"explanatory_probability": -1}, r"in \[0, 1\], got -1"),
         ({"on_bad_row": "ignore"}, r"'skip', 'raise'.*got 'ignore'"),
+        ({"min_decoded_edge": 0}, "min_decoded_edge must be at least 1 pixel, got 0"),
     ],
 )
 def test_contradictory_arguments_are_refused(sources, arguments, message):
