@@ -281,6 +281,10 @@ class LisaTrainingArguments(TrainingArguments):
             "help": "Order of the items; those of a mixture are random draws already, so they come in sequence."
         },
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Keep False: every process uses all weights that train in every step, also without a mask."},
+    )
     hub_private_repo: bool | None = field(
         default=True, metadata={"help": "Whether a new repository of push_to_hub is private."}
     )
