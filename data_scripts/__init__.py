@@ -101,10 +101,13 @@ def make_builder(
 ) -> SourceBuilder:
     """The builder behind [`load_source`], which has the same arguments and raises the same for wrong ones."""
     builder_class = _find_builder(name, builder)
-    known = _option_names(builder_class)
-    for option in options:
+    known = _option_types(builder_class)
+    for option, value in options.items():
         if option not in known:
             raise ValueError(f"The source {name!r} has no option {option!r}; its options are {sorted(known)}.")
+        kind = known[option]
+        if kind in (bool, int) and not isinstance(value, kind):
+            raise ValueError(f"The option {option!r} of the source {name!r} is {kind.__name__}, but found {value!r}.")
     if not builder_class.SOURCE:
         options |= {"config_name": name, "split": split or "train"}
     options |= {"data_dir": data_dir, "cache_dir": cache_dir}
@@ -172,6 +175,7 @@ def _find_builder(name: str, builder: str | None) -> type:
     return SOURCES[builder or name]
 
 
-def _option_names(builder_class: type) -> set[str]:
-    own = {field.name for field in dataclasses.fields(builder_class.BUILDER_CONFIG_CLASS)}
-    return own - {field.name for field in dataclasses.fields(datasets.BuilderConfig)}
+def _option_types(builder_class: type) -> dict[str, type]:
+    shared = {field.name for field in dataclasses.fields(datasets.BuilderConfig)}
+    own = dataclasses.fields(builder_class.BUILDER_CONFIG_CLASS)
+    return {field.name: field.type for field in own if field.name not in shared}

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import re
+import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterable
 from typing import Any, get_args, get_type_hints
@@ -35,7 +36,10 @@ class ArgumentParser(HfArgumentParser):
         raise ValueError(message)
 
     def parse_args(self, args=None, namespace=None) -> Namespace:
+        args = list(sys.argv[1:] if args is None else args)
+        cleared = self._take_nulls(args)
         namespace, unknown = self.parse_known_args(args, namespace)
+        vars(namespace).update(dict.fromkeys(cleared))
         if unknown and unknown[0].startswith("--"):
             flag = unknown[0].split("=")[0]
             raise ValueError(f"unknown argument {flag}, {nearest(flag.lstrip('-').replace('-', '_'), self._hints())}")
@@ -67,6 +71,18 @@ class ArgumentParser(HfArgumentParser):
             except ValueError as error:
                 raise ValueError(f"{where}: {key}: {error}") from error
         return namespace
+
+    def _take_nulls(self, args: list[str]) -> list[str]:
+        """Takes `--key null` out of `args`, for keys that may be null: the way to clear what a file sets."""
+        optional = {f"--{name}": name for name, hint in self._hints().items() if type(None) in get_args(hint)}
+        cleared = []
+        for index in reversed(range(len(args))):
+            flag, _, value = args[index].partition("=")
+            is_pair = args[index] in optional and args[index + 1 : index + 2] == ["null"]
+            if flag in optional and (is_pair or value == "null"):
+                del args[index : index + 1 + is_pair]
+                cleared.append(optional[flag])
+        return cleared
 
     def _hints(self) -> dict[str, Any]:
         """Type of every argument, by its name."""

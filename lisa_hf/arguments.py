@@ -124,6 +124,7 @@ class ModelArguments:
             if len(given) != 1:
                 raise ValueError(
                     f"expected one of model, {pair[0]} and {pair[1]}, found {' and '.join(given) or 'none of them'}"
+                    + (f"; `--{given[-1]} null` clears what a file sets" if given else "")
                 )
         if (self.vlm_config is None) != (self.mask_config is None):
             raise ValueError("vlm_config and mask_config: expected both (a model from nothing) or none, found one")

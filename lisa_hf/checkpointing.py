@@ -132,6 +132,8 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
             raise ValueError(f"{output_dir} has no complete checkpoint. Start anew without resume_from_checkpoint.")
         logger.info("Resuming from %s." if found else "No complete checkpoint in %s, starting.", found or output_dir)
         return found
+    if not Path(resume_from_checkpoint).is_dir():
+        raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} does not exist. Name another, or `auto`.")
     if fault := find_fault(Path(resume_from_checkpoint)):
         raise ValueError(
             f"{resume_from_checkpoint} is no complete checkpoint: {fault}. Name another, or `auto` for the newest one "

@@ -54,7 +54,7 @@ def describe_items(dataset: Mixture, collator: LisaDataCollator, num_items: int 
     for name, counts in sorted(lengths.items()):
         tokens = f"{min(counts)} to {max(counts)}"
         lines.append(f"{name:<20}{drawn[name]:>8}{len(counts):>8}{masks[name]:>8}{tokens:>20}")
-    return "\n".join([*lines, "", example])
+    return "\n".join([*lines, "", "The first row, with what the model learns to answer in double brackets:", example])
 
 
 def show_row(batch: BatchFeature, processor: LisaProcessor) -> str:
@@ -90,4 +90,4 @@ def finish_dry_run(trainer: LisaTrainer) -> str:
     if trainer.args.should_save:
         shutil.rmtree(trainer.args.output_dir)
     parts = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    return f"Dry run: one step ({parts}) and one checkpoint ({size / 2**20:.1f} MiB) are as they should be."
+    return f"Dry run: one step ({parts}) and one checkpoint ({size / 2**20:.1f} MiB) went well."

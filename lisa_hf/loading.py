@@ -45,7 +45,11 @@ def refuse_original(path: str) -> None:
     elif (local / "latest").is_file() and not (local / "trainer_state.json").is_file():
         source = "lisa-train"  # a ZeRO checkpoint, and none of Trainer's
     else:
-        config, _ = PreTrainedConfig.get_config_dict(path)
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(path)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(f"There is no model in {path}, neither as a directory nor on the Hub: {reason}") from error
         if "mm_vision_select_layer" not in config:
             return
         source = "lisa" if "train_mask_decoder" in config else "llava"

@@ -12,6 +12,7 @@ MASK_IGNORE_INDEX = 255  # of mask labels: pixels that count neither as object n
 CHUNK_SIZE = 1024  # positions whose logits exist in float32 at a time
 # An image's masks are made at its original size at once up to so many pixels, about 100 MB with what the loss keeps.
 MASK_PIXELS = 2**22
+BACKGROUND_LOGIT = -1e4  # at which both losses and their gradients are exactly 0 for a background pixel
 OVERSAMPLING, IMPORTANCE = 3, 0.75  # of sampled pixels, as in PointRend and Mask2Former
 
 
@@ -44,9 +45,13 @@ def mask_losses(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> tuple[t
     logits = mask_logits.flatten(1).float()
     labels = mask_labels.flatten(1)
     ignored = labels == MASK_IGNORE_INDEX
-    # At this logit both losses and their gradients are exactly 0 for a background pixel. Photos have millions of
-    # pixels, so the masks are touched as few times as possible.
-    logits = logits.masked_fill(ignored, -1e4) if ignored.any() else logits
+    # Photos have millions of pixels, so the masks are touched as few times as possible.
+    logits = logits.masked_fill(ignored, BACKGROUND_LOGIT) if ignored.any() else logits
+    return _sum_losses(logits, labels, ignored)
+
+
+def _sum_losses(logits: torch.Tensor, labels: torch.Tensor, ignored: torch.Tensor):
+    """[`mask_losses`] of `(M, P)` logits, those of ignored pixels being `BACKGROUND_LOGIT`."""
     targets = (labels == 1).float()
     num_pixels = labels.shape[1] - ignored.sum(1)
     bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1) / num_pixels.clamp(min=1)
@@ -104,7 +109,10 @@ def sampled_mask_losses(
             certainty = certainty.masked_fill(labels.gather(1, candidates) == MASK_IGNORE_INDEX, torch.inf)
             uncertain = certainty.topk(int(IMPORTANCE * num_points), largest=False).indices
         pixels = torch.cat([candidates.gather(1, uncertain), draw(num_points - uncertain.shape[1])], dim=1)
-    return mask_losses(logits_at(masks, pixels, size), labels.gather(1, pixels))
+    labels = labels.gather(1, pixels)
+    ignored = labels == MASK_IGNORE_INDEX
+    # Without asking whether there is one, for which a GPU would have to be waited for.
+    return _sum_losses(logits_at(masks, pixels, size).masked_fill(ignored, BACKGROUND_LOGIT), labels, ignored)
 
 
 def logits_at(masks: torch.Tensor, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

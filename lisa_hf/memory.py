@@ -98,7 +98,7 @@ def report_memory(
     return (
         f"Memory per process, estimated: {_format(estimate.total)}{host}: {parts}; for "
         f"{args.per_device_train_batch_size} images of {IMAGE_SIZE[1]} x {IMAGE_SIZE[0]} at a time, with {rows} rows "
-        f"of {length} tokens."
+        f"of {length} tokens{'' if data_args.max_length else ' (an example; without max_length rows may be longer)'}."
     )
 
 

@@ -49,7 +49,7 @@ def main():
         for index, mask in enumerate(answer.masks.numpy()):
             PIL.Image.fromarray(mask).save(output_dir / f"mask_{index}.png")
         overlay_masks(image, answer.masks.numpy()).save(output_dir / "overlay.png")
-        print(f"{len(answer.masks)} masks and overlay.png: {output_dir.resolve()}")
+        print(f"Masks: {len(answer.masks)}; they and overlay.png: {output_dir.resolve()}")
         if len(answer.masks) == 0:
             print("No [SEG] in the answer. A mask is asked for as in training: '... Please output segmentation mask.'")
 

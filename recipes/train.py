@@ -127,8 +127,8 @@ def finish(trainer: LisaTrainer) -> None:
 def main():
     model_args, data_args, training_args = parse_arguments()
     logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
-    # How much is skipped or left out, and how large the feature cache gets, said once.
-    for name in ("data_scripts", "lisa_hf.feature_cache"):
+    # How much is skipped or left out, how large the feature cache gets and what is resumed from, said once.
+    for name in ("data_scripts", "lisa_hf.feature_cache", "lisa_hf.checkpointing"):
         logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     with exit_with_one_line():
         trainer, eval_datasets = build_trainer(model_args, data_args, training_args)

@@ -93,6 +93,13 @@ def test_command_line_wins_on_either_side_of_the_file(parse, tmp_path, before):
     assert data_args.sources == {"refcoco+": {"weight": 0.5, "split": "train"}}
 
 
+def test_null_on_the_command_line_clears_what_the_file_sets(parse):
+    cleared = ("--vlm_config", "null", "--mask_config=null", "--metric_for_best_model", "loss")
+    model_args, _, training_args = parse(CONFIG, "--model", "outputs/mine", *cleared)
+    assert (model_args.model, model_args.vlm_config, model_args.mask_config) == ("outputs/mine", None, None)
+    assert training_args.metric_for_best_model == "loss"
+
+
 def test_weights_are_given_or_lisa_s(parse):
     assert parse(CONFIG)[1].weights == {"shapes": 1.5, "reason_seg": 9}
     assert parse_arguments(["--model", "some/model", "--sources", "{a: , b: {split: val}}"])[1].weights is None
