@@ -414,19 +414,19 @@ def exit_with_one_line():
     """Turns what is wrong with the user's input or machine into one line on stderr and exit code 2: `ValueError`,
     `OSError`, `SafetensorError`.
 
-    So it does with the death of a loader worker, which torch reports as a `RuntimeError`. The line goes to stderr, the
-    trace to the debug log.
+    So it does with the death of a loader worker and with a tracker that is not installed, which torch and transformers
+    report as a `RuntimeError`. The line goes to stderr, the trace to the debug log.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        if isinstance(error, RuntimeError):
-            if "DataLoader worker (pid" not in str(error):
-                raise
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
             error = OSError(
                 f"a loader worker has died ({error}). Most often the host's memory was full: lower "
                 "dataloader_num_workers, or ask for more memory"
             )
+        elif isinstance(error, RuntimeError) and "to be installed" not in str(error):  # a tracker of `report_to`
+            raise
         logger.debug("The full trace:", exc_info=True)
         # A loader worker hands its trace over as text; its last line is the error.
         text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)

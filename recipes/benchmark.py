@@ -96,6 +96,8 @@ def main():
     arguments = parse_arguments()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmark.py: error: --device: expected cpu, found cuda, but torch sees no GPU")
+    if arguments.repeats < 1:
+        sys.exit(f"benchmark.py: error: --repeats: expected 1 or more, found {arguments.repeats}")
     size, dtype = SIZES[arguments.size], getattr(torch, arguments.dtype)
     if arguments.growth:
         write_growth(arguments.growth, measure_growth(size, arguments.device, dtype, arguments.repeats))

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 from transformers.trainer_utils import SaveStrategy
 
-from lisa_hf.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
+from lisa_hf.arguments import (
+    DataArguments,
+    LisaTrainingArguments,
+    ModelArguments,
+    exit_with_one_line,
+    parse_arguments,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -236,3 +242,12 @@ def test_script_prints_no_stack_trace(tmp_path):
         "recipe.yaml, line 2: unknown key `num_question`, the nearest valid name is `num_questions`" in result.stderr
     )
     assert "Traceback" not in result.stderr
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(capsys):
+    message = "WandbCallback requires wandb to be installed. Run `pip install wandb`."  # transformers' own
+    with pytest.raises(SystemExit), exit_with_one_line():
+        raise RuntimeError(message)
+    assert capsys.readouterr().err.endswith(f"error: {message}\n")
+    with pytest.raises(RuntimeError, match="a bug"), exit_with_one_line():
+        raise RuntimeError("a bug")
