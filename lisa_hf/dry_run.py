@@ -23,13 +23,11 @@ from .processing_lisa import LisaProcessor
 from .trainer import LOSS_PARTS, LisaTrainer
 
 
-def dry_run(trainer: LisaTrainer) -> None:
-    """Prints what [`describe_items`] and [`finish_dry_run`] find, with one step between them."""
+def dry_run(trainer: LisaTrainer) -> str:
+    """What [`describe_items`] and [`finish_dry_run`] find, with one step between them; for all processes."""
     data = describe_items(trainer.train_dataset, trainer.data_collator)
     trainer.train()
-    result = finish_dry_run(trainer)
-    if trainer.is_world_process_zero():
-        print(data, result, sep="\n\n")
+    return f"{data}\n\n{finish_dry_run(trainer)}"
 
 
 def describe_items(dataset: Mixture, collator: LisaDataCollator, num_items: int = 32) -> str:

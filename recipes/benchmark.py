@@ -21,6 +21,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from importlib.util import find_spec
 
 import torch
 
@@ -98,6 +99,8 @@ def main():
         sys.exit("benchmark.py: error: --device: expected cpu, found cuda, but torch sees no GPU")
     if arguments.repeats < 1:
         sys.exit(f"benchmark.py: error: --repeats: expected 1 or more, found {arguments.repeats}")
+    if arguments.growth and find_spec("matplotlib") is None:  # before minutes of measuring
+        sys.exit("benchmark.py: error: --growth: its plot needs matplotlib: pip install matplotlib")
     size, dtype = SIZES[arguments.size], getattr(torch, arguments.dtype)
     if arguments.growth:
         write_growth(arguments.growth, measure_growth(size, arguments.device, dtype, arguments.repeats))

@@ -25,7 +25,8 @@ import torch
 
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator
-from lisa_hf.arguments import exit_with_one_line, parse_arguments
+from lisa_hf.arguments import parse_arguments
+from lisa_hf.command_line import exit_with_one_line
 from lisa_hf.loading import load_config_and_processor
 from lisa_hf.mixture import MixtureDataset, load_image, undecoded
 

@@ -24,7 +24,7 @@ import logging
 
 import torch
 
-from lisa_hf.arguments import exit_with_one_line
+from lisa_hf.command_line import exit_with_one_line
 from lisa_hf.conversion.checkpoints import (
     add_delta,
     is_zero_checkpoint,

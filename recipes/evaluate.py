@@ -29,7 +29,8 @@ import logging
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.argument_parser import nearest
-from lisa_hf.arguments import DataArguments, exit_with_one_line, parse_arguments
+from lisa_hf.arguments import DataArguments, parse_arguments
+from lisa_hf.command_line import exit_with_one_line
 from lisa_hf.evaluation import evaluate_benchmark, markdown_table, write_results
 from lisa_hf.inference import draw_predictions
 from lisa_hf.loading import load_lisa

@@ -22,7 +22,7 @@ import logging
 
 import torch
 
-from lisa_hf.arguments import exit_with_one_line
+from lisa_hf.command_line import exit_with_one_line
 from lisa_hf.conversion.saving import whole_directory
 from lisa_hf.export import find_checkpoint, push_to_hub, restore_model, save_adapter, save_model, save_records
 

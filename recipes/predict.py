@@ -16,7 +16,7 @@ import argparse
 import PIL.Image
 import torch
 
-from lisa_hf.arguments import exit_with_one_line
+from lisa_hf.command_line import exit_with_one_line
 from lisa_hf.inference import answer_questions, question_messages
 from lisa_hf.loading import load_lisa
 from lisa_hf.visualization import overlay_masks

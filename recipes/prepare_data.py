@@ -28,7 +28,8 @@ from data_scripts import SOURCES, complete_options, load_source
 from data_scripts.check import check_source
 from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
 from data_scripts.parquet import write_card, write_parquet
-from lisa_hf.arguments import exit_with_one_line, parse_data_arguments
+from lisa_hf.arguments import parse_data_arguments
+from lisa_hf.command_line import exit_with_one_line
 from lisa_hf.visualization import preview_sheet
 
 

@@ -23,14 +23,9 @@ import transformers
 
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
-from lisa_hf.arguments import (
-    DataArguments,
-    LisaTrainingArguments,
-    ModelArguments,
-    exit_with_one_line,
-    parse_arguments,
-)
+from lisa_hf.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
 from lisa_hf.checkpointing import StopOnSignal
+from lisa_hf.command_line import exit_with_one_line
 from lisa_hf.dry_run import dry_run
 from lisa_hf.export import trained_model
 from lisa_hf.feature_cache import build_feature_cache
@@ -133,7 +128,9 @@ def main():
     with exit_with_one_line():
         trainer, eval_datasets = build_trainer(model_args, data_args, training_args)
         if training_args.dry_run:
-            dry_run(trainer)
+            report = dry_run(trainer)
+            if trainer.is_world_process_zero():
+                print(report)
             return
         trainer.add_callback(stop := StopOnSignal())
         if trainer.is_world_process_zero():

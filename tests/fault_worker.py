@@ -22,8 +22,8 @@ from test_streaming import one_source
 from tiny_training import ENGINES, LISA_PARTS, Items, build_model, engine_state, make_trainer
 from torch.utils.data import get_worker_info
 
-from lisa_hf.arguments import exit_with_one_line
 from lisa_hf.checkpointing import StopOnSignal
+from lisa_hf.command_line import exit_with_one_line
 from lisa_hf.lora import prepare_for_training
 from lisa_hf.streaming import StreamingMixtureDataset
 from lisa_hf.trainer import LisaTrainer

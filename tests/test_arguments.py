@@ -8,13 +8,8 @@ from pathlib import Path
 import pytest
 from transformers.trainer_utils import SaveStrategy
 
-from lisa_hf.arguments import (
-    DataArguments,
-    LisaTrainingArguments,
-    ModelArguments,
-    exit_with_one_line,
-    parse_arguments,
-)
+from lisa_hf.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
+from lisa_hf.command_line import exit_with_one_line
 
 
 ROOT = Path(__file__).parents[1]

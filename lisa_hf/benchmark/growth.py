@@ -70,11 +70,9 @@ def _three_digits(value: float) -> str:
 
 
 def plot_growth(report: dict, path: Path) -> None:
-    """One column per axis, one row per figure."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The plot needs matplotlib: pip install matplotlib") from error
+    """One column per axis, one row per figure; needs matplotlib, which nothing else does."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     panels = figure.subplots(len(FIGURES), len(report), sharex="col", squeeze=False)
     for column, (axis, places) in enumerate(report.items()):
