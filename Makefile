@@ -24,7 +24,7 @@ export PYTHONPATH := $(CURDIR)
 # Two processes of one thread each are faster than one of two; accelerate calls that multi_gpu, on CPUs too.
 quickstart: $(INSTALLED)
 	$(BIN)/accelerate launch --quiet --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \
-		--dynamo_backend no --num_cpu_threads_per_process 1 recipes/train.py --config recipes/quickstart.yaml
+		--dynamo_backend no --num_cpu_threads_per_process 1 recipes/train.py --config recipes/configs/quickstart.yaml
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES)

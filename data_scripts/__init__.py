@@ -1,4 +1,4 @@
-"""One `datasets` builder per source of training data, all with the rows of `lisa_hf.schema`."""
+"""One `datasets` builder per source of training data, all with the rows of `lisa_hf.data.rows`."""
 
 import dataclasses
 import difflib
@@ -70,7 +70,7 @@ def load_source(
         options: Fields of the source's `BuilderConfig`.
 
     Returns:
-        Rows with `lisa_hf.schema.FEATURES`; a `Dataset`, or an `IterableDataset` if streaming; with `split=None` a
+        Rows with `lisa_hf.data.rows.FEATURES`; a `Dataset`, or an `IterableDataset` if streaming; with `split=None` a
         `DatasetDict` or an `IterableDatasetDict` of them.
 
     Raises:

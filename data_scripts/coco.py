@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from lisa_hf.schema import make_row
+from lisa_hf.data.rows import make_row
 
 from .source import SourceBuilder, SourceConfig, encode_segmentation, errors_naming, join_inside, read_json
 

@@ -5,8 +5,8 @@
       chat: {builder: hub, path: chat/*.parquet, messages_column: messages}
       converted: {builder: hub, path: parquet/ade20k}
 
-A data set that has the columns of `lisa_hf.schema` already, as `recipes/prepare_data.py convert` writes them, is taken
-as it is.
+A data set that has the columns of `lisa_hf.data.rows` already, as `recipes/prepare_data.py convert` writes them, is
+taken as it is.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import datasets
 
-from lisa_hf import schema
+from lisa_hf.data.masks import encode_mask
+from lisa_hf.data.rows import FEATURES, make_row
 
 from .own_data import OwnData, OwnDataConfig, read_mask
 from .source import encode_segmentation, errors_naming, read_image_size
@@ -36,7 +37,7 @@ class HubConfig(OwnDataConfig):
         mask_column: Masks: images of one channel, 0 where the target is not, or COCO RLE.
         phrases_column: What the mask shows: a text, or a list of interchangeable ones.
         messages_column: For conversations instead: lists of `role` and `content`.
-        task, is_sentence: As in `lisa_hf.schema.make_row`.
+        task, is_sentence: As in `lisa_hf.data.rows.make_row`.
     """
 
     path: str = ""
@@ -76,8 +77,8 @@ class Hub(OwnData):
         rows = datasets.load_dataset(**arguments, split=config.split, revision=config.revision, streaming=True)
         names = [config.image_column, config.messages_column or config.mask_column]
         names += [] if config.messages_column else [config.phrases_column]
-        if schema.FEATURES.keys() <= set(rows.column_names):
-            rows, names = rows.select_columns(list(schema.FEATURES)), ["image"]
+        if FEATURES.keys() <= set(rows.column_names):
+            rows, names = rows.select_columns(list(FEATURES)), ["image"]
         for name in names:
             if name not in rows.column_names:
                 raise ValueError(
@@ -106,7 +107,7 @@ class Hub(OwnData):
     def make_row(self, record):
         name, row = record
         config = self.config
-        if schema.FEATURES.keys() <= row.keys():
+        if FEATURES.keys() <= row.keys():
             return row
         with errors_naming(f"{config.path!r}, row {name} (shard-row)"):
             image = row[config.image_column]
@@ -116,13 +117,13 @@ class Hub(OwnData):
             if "counts" in mask:
                 rle = encode_segmentation(mask, *read_image_size(_file(image)))
             else:
-                rle = schema.encode_mask(read_mask(_file(mask)))
+                rle = encode_mask(read_mask(_file(mask)))
             target = {"phrases": [phrases] if isinstance(phrases, str) else phrases, "rle": rle}
             return self._make_row(image, name, config.task, targets=[target], is_sentence=config.is_sentence)
 
     def _make_row(self, image: dict[str, Any], name: str, task: str, **columns: Any) -> dict[str, Any]:
         # A file's path may be one inside an archive; its content is what counts.
-        return schema.make_row(image["bytes"] or image["path"], name, self.source, task, **columns)
+        return make_row(image["bytes"] or image["path"], name, self.source, task, **columns)
 
 
 def _file(image: dict[str, Any]) -> str | io.BytesIO:

@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 from pycocotools import mask as coco_mask
 
-from lisa_hf.schema import make_row
+from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder
 from .source import SourceBuilder, errors_naming, read_json

@@ -8,7 +8,7 @@ Mirrors the VQA data set of the original.
 
 import os
 
-from lisa_hf.schema import make_row
+from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder
 from .source import errors_naming, join_inside, read_json

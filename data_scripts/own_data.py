@@ -16,7 +16,8 @@ import os
 import numpy as np
 import PIL.Image
 
-from lisa_hf.schema import encode_mask, make_row
+from lisa_hf.data.masks import encode_mask
+from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder, CocoConfig, make_instances_row, read_instances
 from .source import (

@@ -33,7 +33,7 @@ def write_parquet(
     By these names `load_dataset` finds the splits of the directory, whatever they are called.
 
     Args:
-        rows: Rows of `lisa_hf.schema.FEATURES`, prepared.
+        rows: Rows of `lisa_hf.data.rows.FEATURES`, prepared.
         directory: Directory of the source, made if it is not there.
         split: Name of the split.
         num_threads: How many shards are written at once.

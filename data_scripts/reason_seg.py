@@ -12,7 +12,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from lisa_hf.schema import encode_mask, make_row
+from lisa_hf.data.masks import encode_mask
+from lisa_hf.data.rows import make_row
 
 from .source import SourceBuilder, errors_naming, read_image_size, read_json
 

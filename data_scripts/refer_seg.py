@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lisa_hf.schema import encode_mask, make_row, merge_masks
+from lisa_hf.data.masks import encode_mask, merge_masks
+from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder, CocoConfig, read_refs
 from .source import encode_segmentation, errors_naming, join_inside, read_json

@@ -19,7 +19,8 @@ import re
 import cv2
 import numpy as np
 
-from lisa_hf.schema import encode_mask, make_row, merge_masks
+from lisa_hf.data.masks import encode_mask, merge_masks
+from lisa_hf.data.rows import make_row
 
 from .source import SourceBuilder, SourceConfig
 

@@ -19,7 +19,9 @@ import PIL.Image
 from filelock import FileLock
 from pycocotools import mask as coco_mask
 
-from lisa_hf import schema
+from lisa_hf.data import masks, rows
+from lisa_hf.data.masks import decode_mask
+from lisa_hf.data.rows import FEATURES
 
 
 logger = logging.getLogger(__name__)
@@ -106,7 +108,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         raise NotImplementedError
 
     def make_row(self, record: Any) -> dict[str, Any] | None:
-        """Makes the row of a record (`schema.make_row`), or None if there is nothing to ask about.
+        """Makes the row of a record (`make_row`), or None if there is nothing to ask about.
 
         Raises:
             ValueError: If the record is bad; the message names the file and the record.
@@ -244,7 +246,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
     def _fingerprint(self, data_dir: str | None) -> str:
         digest = hashlib.sha256(type(self).__name__.encode())
         builders = [base for base in type(self).__mro__ if issubclass(base, SourceBuilder)]
-        for module in dict.fromkeys([*map(inspect.getmodule, builders), schema]):
+        for module in dict.fromkeys([*map(inspect.getmodule, builders), masks, rows]):
             digest.update(inspect.getsource(module).encode())
         for path in self.annotation_files(data_dir):
             status = os.stat(path)
@@ -254,7 +256,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
             description=inspect.getdoc(type(self)),
-            features=schema.FEATURES,
+            features=FEATURES,
             homepage=self.DOWNLOAD_PAGE,
             license=self.LICENCE,
         )
@@ -361,5 +363,5 @@ def encode_segmentation(segmentation: dict | list, height: int, width: int) -> d
         rle = coco_mask.frPyObjects(segmentation, height, width)
     else:
         rle = {"size": [height, width], "counts": counts.encode()}
-    schema.decode_mask(rle)  # Raises if the counts describe a mask of another size.
+    decode_mask(rle)  # Raises if the counts describe a mask of another size.
     return {"size": [height, width], "counts": rle["counts"]}

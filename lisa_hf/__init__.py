@@ -3,12 +3,12 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .collator import LisaDataCollator
-from .configuration_lisa import LisaConfig
-from .modeling_lisa import LisaForConditionalGeneration
-from .pipeline_lisa import ReasoningSegmentationPipeline
-from .processing_lisa import LisaProcessor
-from .trainer import LisaTrainer
+from .data.collator import LisaDataCollator
+from .model.configuration_lisa import LisaConfig
+from .model.modeling_lisa import LisaForConditionalGeneration
+from .model.pipeline_lisa import ReasoningSegmentationPipeline
+from .model.processing_lisa import LisaProcessor
+from .training.trainer import LisaTrainer
 
 
 AutoConfig.register("lisa", LisaConfig)

@@ -11,18 +11,18 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from .arguments import ModelArguments
-from .checkpointing import find_checkpoint as find_complete_checkpoint
-from .configuration_lisa import LisaConfig
 from .conversion.checkpoints import LazyTensor, is_zero_checkpoint, open_checkpoint, open_zero_checkpoint
 from .conversion.saving import MAX_SHARD_SIZE, most_common_dtype
-from .loading import load_model_and_processor
-from .lora import merge_lora
-from .model_card import EVALUATION, write_model_card
-from .modeling_lisa import LisaForConditionalGeneration
-from .processing_lisa import LisaProcessor
-from .run_record import RUN_RECORD, find_run_record
-from .trainer import LisaTrainer
+from .model.configuration_lisa import LisaConfig
+from .model.modeling_lisa import LisaForConditionalGeneration
+from .model.processing_lisa import LisaProcessor
+from .training.arguments import ModelArguments
+from .training.build import load_model_and_processor
+from .training.checkpointing import find_checkpoint as find_complete_checkpoint
+from .training.model_card import EVALUATION, write_model_card
+from .training.run_record import RUN_RECORD, find_run_record
+from .training.trainable import merge_lora
+from .training.trainer import LisaTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ def save_records(
 
     Args:
         model_id: of the repository on the Hub, or the name of the directory.
-        evaluation: output directory of recipes/evaluate.py, whose figures and sheets the card shows too.
+        evaluation: output directory of recipes/eval.py, whose figures and sheets the card shows too.
 
     Raises:
         ValueError: `evaluation` holds no figures, or the run has no record.
@@ -225,7 +225,7 @@ def save_records(
     sources = list(checkpoint.glob("predictions*.png"))
     if evaluation is not None:
         if not (evaluation / EVALUATION).is_file():
-            raise ValueError(f"{evaluation}: expected the {EVALUATION} that recipes/evaluate.py writes, found none.")
+            raise ValueError(f"{evaluation}: expected the {EVALUATION} that recipes/eval.py writes, found none.")
         sources = [evaluation / EVALUATION, *evaluation.glob("predictions*.png")]
     for source in sources:
         shutil.copy(source, directory)

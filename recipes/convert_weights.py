@@ -11,20 +11,13 @@
 Prints every tensor's old and new name, fails if one is left over or missing, and reads again what it wrote.
 """
 
+import argparse
+import logging
 import sys
 from pathlib import Path
 
-
-# This directory comes first on the path, where evaluate.py would hide the package of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-
-
-import argparse
-import logging
-
 import torch
 
-from lisa_hf.command_line import exit_with_one_line
 from lisa_hf.conversion.checkpoints import (
     add_delta,
     is_zero_checkpoint,
@@ -36,6 +29,7 @@ from lisa_hf.conversion.lisa import convert_lisa
 from lisa_hf.conversion.llava import convert_llava
 from lisa_hf.conversion.sam import convert_sam
 from lisa_hf.conversion.saving import ConvertedModel, save_converted
+from lisa_hf.training.errors import exit_with_one_line
 
 
 SOURCES = {

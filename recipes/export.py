@@ -8,23 +8,17 @@ newest complete checkpoint is taken. The directory appears when everything is wr
 private unless `--public` is given; if the upload is interrupted, the command that it prints goes on.
 """
 
-import sys
-from pathlib import Path
-
-
-# This directory comes first on the path, where evaluate.py would hide the package of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-
-
 import argparse
 import json
 import logging
+import sys
+from pathlib import Path
 
 import torch
 
-from lisa_hf.command_line import exit_with_one_line
 from lisa_hf.conversion.saving import whole_directory
 from lisa_hf.export import find_checkpoint, push_to_hub, restore_model, save_adapter, save_model, save_records
+from lisa_hf.training.errors import exit_with_one_line
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="new directory")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; by default that of the training")
     parser.add_argument("--adapter-only", action="store_true", help="LoRA and fully trained parts, without the base")
-    parser.add_argument("--evaluation", type=Path, metavar="DIR", help="output of recipes/evaluate.py, for the card")
+    parser.add_argument("--evaluation", type=Path, metavar="DIR", help="output of recipes/eval.py, for the card")
     parser.add_argument("--push-to-hub", metavar="NAME", help="repository that gets the directory, made if need be")
     parser.add_argument("--public", action="store_true", help="the new repository is for everybody to see")
     return parser.parse_args()

@@ -3,23 +3,16 @@
 python recipes/predict.py outputs/quickstart --image scene.png --question "What is blue?"
 """
 
-import sys
-from pathlib import Path
-
-
-# This directory comes first on the path, where evaluate.py would hide the package of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-
-
 import argparse
+from pathlib import Path
 
 import PIL.Image
 import torch
 
-from lisa_hf.command_line import exit_with_one_line
-from lisa_hf.inference import answer_questions, question_messages
-from lisa_hf.loading import load_lisa
-from lisa_hf.visualization import overlay_masks
+from lisa_hf.evaluation.predict import answer_questions, question_messages
+from lisa_hf.evaluation.visualization import overlay_masks
+from lisa_hf.training.build import load_lisa
+from lisa_hf.training.errors import exit_with_one_line
 
 
 def main():

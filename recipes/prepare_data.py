@@ -1,23 +1,17 @@
 """Prepares the data sets of a mixture: fetches them, checks them, shows them, converts them to Parquet.
 
     python recipes/prepare_data.py download ade20k refcoco --data_dir dataset
-    python recipes/prepare_data.py check --config recipes/real_samples.yaml --data_dir ../shared/real_samples
+    python recipes/prepare_data.py check --config recipes/configs/real_samples.yaml --data_dir ../shared/real_samples
     python recipes/prepare_data.py preview refcoco --data_dir dataset
     python recipes/prepare_data.py convert refcoco reason_seg --data_dir dataset --output_dir parquet
 
 Each takes the names of sources, or the `--config` of a recipe for the sources of its mixture and its evaluation.
 """
 
-import sys
-from pathlib import Path
-
-
-# This directory comes first on the path, where evaluate.py would hide the package of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-
-
 import argparse
 import logging
+import sys
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -28,9 +22,9 @@ from data_scripts import SOURCES, complete_options, load_source
 from data_scripts.check import check_source
 from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
 from data_scripts.parquet import write_card, write_parquet
-from lisa_hf.arguments import parse_data_arguments
-from lisa_hf.command_line import exit_with_one_line
-from lisa_hf.visualization import preview_sheet
+from lisa_hf.evaluation.visualization import preview_sheet
+from lisa_hf.training.arguments import parse_data_arguments
+from lisa_hf.training.errors import exit_with_one_line
 
 
 def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:

@@ -1,42 +1,33 @@
 """Fine-tunes a LISA model.
 
-    accelerate launch recipes/train.py --config recipes/quickstart.yaml
-    accelerate launch recipes/train.py --config recipes/quickstart.yaml --max_steps 20 --output_dir outputs/try
+    accelerate launch recipes/train.py --config recipes/configs/quickstart.yaml
+    accelerate launch recipes/train.py --config recipes/configs/quickstart.yaml --max_steps 20 --output_dir outputs/try
     accelerate launch --config_file recipes/accelerate/zero2.yaml --num_processes 2 recipes/train.py --config ...
 
-The keys of the YAML file are the arguments of `lisa_hf.arguments`; the command line wins over the file. With
+The keys of the YAML file are the arguments of `lisa_hf.training.arguments`; the command line wins over the file. With
 `--resume_from_checkpoint auto` one command both starts a run and goes on with it.
 """
 
-import sys
-from pathlib import Path
-
-
-# This directory comes first on the path, where evaluate.py would hide the package of that name.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-
-
 import itertools
 import logging
+from pathlib import Path
 
 import transformers
 
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
-from lisa_hf.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
-from lisa_hf.checkpointing import StopOnSignal
-from lisa_hf.command_line import exit_with_one_line
-from lisa_hf.dry_run import dry_run
+from lisa_hf.data.feature_cache import build_feature_cache
 from lisa_hf.export import trained_model
-from lisa_hf.feature_cache import build_feature_cache
-from lisa_hf.health import FlatFigures
-from lisa_hf.loading import build_datasets, load_config_and_processor, load_model
-from lisa_hf.lora import prepare_for_training, trainable_summary
-from lisa_hf.memory import report_memory
-from lisa_hf.packing import use_packing
-from lisa_hf.progress import PredictionSheet
-from lisa_hf.run_record import write_run_record
-from lisa_hf.scratch import row_texts
+from lisa_hf.from_scratch.models import row_texts
+from lisa_hf.model.packing import use_packing
+from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
+from lisa_hf.training.build import build_datasets, load_config_and_processor, load_model
+from lisa_hf.training.callbacks import FlatFigures, PredictionSheet, StopOnSignal
+from lisa_hf.training.dry_run import dry_run
+from lisa_hf.training.errors import exit_with_one_line
+from lisa_hf.training.memory_estimate import report_memory
+from lisa_hf.training.run_record import write_run_record
+from lisa_hf.training.trainable import prepare_for_training, trainable_summary
 
 
 logger = logging.getLogger("train")
@@ -123,7 +114,7 @@ def main():
     model_args, data_args, training_args = parse_arguments()
     logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
     # How much is skipped or left out, how large the feature cache gets and what is resumed from, said once.
-    for name in ("data_scripts", "lisa_hf.feature_cache", "lisa_hf.checkpointing"):
+    for name in ("data_scripts", "lisa_hf.data.feature_cache", "lisa_hf.training.checkpointing"):
         logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     with exit_with_one_line():
         trainer, eval_datasets = build_trainer(model_args, data_args, training_args)

@@ -1,8 +1,8 @@
 from pathlib import Path
 
 import pytest
-from golden_model import convert
-from tiny_training import build_model
+from fixtures.golden_model import convert
+from fixtures.tiny_training import build_model
 
 
 @pytest.fixture

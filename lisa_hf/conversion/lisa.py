@@ -4,11 +4,11 @@ from pathlib import Path
 
 from transformers import CLIPVisionConfig
 
-from ..configuration_lisa import LisaConfig
-from ..modeling_lisa import LisaForConditionalGeneration
-from ..processing_lisa import SEG_TOKEN, LisaProcessor
-from . import Shapes, convert_state_dict, nest
+from ..model.configuration_lisa import LisaConfig
+from ..model.modeling_lisa import LisaForConditionalGeneration
+from ..model.processing_lisa import SEG_TOKEN, LisaProcessor
 from .checkpoints import LazyTensor
+from .key_tables import Shapes, convert_state_dict, nest
 from .llava import (
     LLAVA_KEY_TABLE,
     add_vision_tower,

@@ -21,10 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..loading import load_chat_template
-from ..processing_lisa import add_tokens
-from . import Shapes, convert_state_dict
+from ..model.processing_lisa import add_tokens
+from ..training.build import load_chat_template
 from .checkpoints import LazyTensor
+from .key_tables import Shapes, convert_state_dict
 from .saving import ConvertedModel, build_without_weights
 
 

@@ -1,0 +1,80 @@
+"""Original checkpoints become this project's: visible key tables, applied strictly.
+
+A table is a list of rows (regular expression of a whole original key, replacement). The replacement is the new key, a
+tuple of new keys (one tensor that the new model holds under several names) or None (not a weight: dropped).
+"""
+
+import logging
+import re
+
+
+logger = logging.getLogger(__name__)
+
+
+class Shapes(dict):
+    """Shapes of a checkpoint's tensors by name: `Shapes.of(state_dict)["lm_head.weight"]`.
+
+    Raises:
+        ValueError: the checkpoint has no such tensor.
+    """
+
+    @classmethod
+    def of(cls, state_dict: dict) -> "Shapes":
+        return cls({key: tuple(tensor.shape) for key, tensor in state_dict.items()})
+
+    def __missing__(self, key: str):
+        raise ValueError(
+            f"The checkpoint has no {key}, one of the tensors that its geometry is read from: it is incomplete or of "
+            f"another model. It has {list(self)[:5]} and {max(len(self) - 5, 0)} more."
+        )
+
+
+def nest(table: list, source: str, target: str) -> list:
+    """The rows of a table whose model has become a part of another: prefixes its original and its new keys."""
+    prefix = re.escape(source)
+    nested = []
+    for pattern, replacement in table:
+        if isinstance(replacement, tuple):
+            replacement = tuple(target + key for key in replacement)
+        elif replacement is not None:
+            replacement = target + replacement
+        nested.append((f"{prefix}(?:{pattern})", replacement))
+    return nested
+
+
+def convert_key(key: str, table: list) -> tuple[str, ...] | None:
+    """New keys of an original key, by the first row that matches: none if it is dropped, None if no row matches."""
+    for pattern, replacement in table:
+        match = re.fullmatch(pattern, key)
+        if match is not None:
+            replacements = replacement if isinstance(replacement, tuple) else (replacement,)
+            return tuple(match.expand(new_key) for new_key in replacements if new_key is not None)
+    return None
+
+
+def convert_state_dict(state_dict: dict, table: list) -> dict:
+    """Renames the keys of a state dict, and logs each; the values pass through, whatever they are.
+
+    Raises:
+        ValueError: keys that no row of the table matches, or several keys that become the same one; all are listed.
+    """
+    converted, origins, unknown, collisions = {}, {}, [], []
+    for key, value in state_dict.items():
+        new_keys = convert_key(key, table)
+        if new_keys is None:
+            unknown.append(key)
+            continue
+        logger.info("%s -> %s", key, " and ".join(new_keys) or "dropped")
+        for new_key in new_keys:
+            if new_key in converted:
+                collisions.append(f"{origins[new_key]} and {key} -> {new_key}")
+            converted[new_key], origins[new_key] = value, key
+    problems = []
+    if unknown:
+        problems.append(f"{len(unknown)} of {len(state_dict)} keys are in no row of the key table: {unknown}.")
+    if collisions:
+        problems.append(f"Keys that become the same one: {collisions}.")
+    if problems:
+        problems.append("This is another architecture, or the table lacks a row.")
+        raise ValueError(" ".join(problems))
+    return converted

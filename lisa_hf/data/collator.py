@@ -1,0 +1,170 @@
+"""Items of a mixture become the inputs of [`LisaForConditionalGeneration.forward`]."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature
+
+from ..model.losses import MASK_IGNORE_INDEX
+from ..model.packing import pack_rows
+from ..model.processing_lisa import LisaProcessor, TextTooLongError
+from .feature_cache import PIXELS, join_entries
+from .images import decode_image
+from .masks import run_lengths
+from .prompts import Question
+
+
+logger = logging.getLogger(__name__)
+
+
+class LisaDataCollator:
+    """Collates B items, one image and its questions each, to one batch of B images and N rows.
+
+    Args:
+        processor: of the model.
+        max_length: longest row in tokens, image tokens included. Longer rows lose their end, but never a `[SEG]`.
+        on_bad_row: what becomes of a question whose `[SEG]` lies behind `max_length`: "raise" stops, "skip" drops it
+            and counts it. An image that loses all of its questions is dropped too; a batch never gets empty.
+        packing: whether the questions about an image share one row, see [`pack_rows`] and [`use_packing`].
+        compact: whether pixels stay uint8 and masks run-length encoded. Loader workers then do less and hand over a
+            fraction of the bytes; [`expand_batch`], which [`LisaTrainer`] calls on its device, makes the rest.
+
+    If each item of a batch has features from a feature cache, they take the place of its pixels, which are not made.
+
+    The batch has what [`LisaProcessor.encode_conversations`] returns and `mask_labels`, a list of B uint8 tensors
+    `(M_b, H_b, W_b)`; a compact one has int32 tensors `(M_b, R_b)` and as many of `ignored_pixels`, see
+    [`_run_ends`]. If rows were skipped, here or in the data set, it also has their number as `num_skipped`, which
+    [`LisaTrainer`] takes out and logs.
+    """
+
+    def __init__(
+        self,
+        processor: LisaProcessor,
+        max_length: int | None = None,
+        on_bad_row: str = "raise",
+        packing: bool = False,
+        compact: bool = False,
+    ):
+        if on_bad_row not in ("skip", "raise"):
+            raise ValueError(f"on_bad_row must be 'skip' or 'raise', got '{on_bad_row}'.")
+        self.processor = processor
+        self.max_length = max_length
+        self.on_bad_row = on_bad_row
+        self.packing = packing
+        self.compact = compact
+
+    def __call__(self, items: list[dict]) -> BatchFeature:
+        num_skipped = sum(item.get("num_skipped", 0) for item in items)
+        questions = [item["questions"] for item in items]
+        try:
+            batch = self._encode(items, questions)
+        except TextTooLongError:
+            if self.on_bad_row == "raise":
+                raise
+            questions = [[q for q in item["questions"] if self._fits(item, q)] for item in items]
+            num_skipped += sum(len(item["questions"]) - len(kept) for item, kept in zip(items, questions))
+            if not any(questions):
+                raise
+            items = [item for item, kept in zip(items, questions) if kept]
+            questions = [kept for kept in questions if kept]
+            batch = self._encode(items, questions)
+        if self.packing:
+            tokenizer, image_token_id = self.processor.tokenizer, self.processor.vlm_processor.image_token_id
+            batch = BatchFeature(pack_rows(batch, image_token_id, tokenizer.pad_token_id))
+        runs = [_run_ends(item, kept) for item, kept in zip(items, questions)]
+        if self.compact:
+            batch["mask_labels"], batch["ignored_pixels"] = map(list, zip(*runs))
+        else:
+            batch["mask_labels"] = [_draw_masks(*ends, item["original_size"]) for ends, item in zip(runs, items)]
+        if num_skipped:
+            batch["num_skipped"] = num_skipped
+        return batch
+
+    def _encode(self, items: list[dict], questions: list[list[Question]]) -> BatchFeature:
+        images, features = self._encode_images(items)
+        batch = self.processor.encode_conversations(
+            images=images,
+            conversations=[question.messages for kept in questions for question in kept],
+            image_indices=[index for index, kept in enumerate(questions) for _ in kept],
+            max_length=self.max_length,
+        )
+        batch.update(features)
+        return batch
+
+    def _encode_images(self, items: list[dict]) -> tuple[dict, dict]:
+        """As [`LisaProcessor.encode_images`], and the features that stand for pixels which that does not give then."""
+        entries = [item["features"] for item in items]
+        known, features = ({}, {}) if None in entries else join_entries(entries)
+        skip = [PIXELS[name] for name in features]
+        if len(skip) < len(PIXELS):
+            images = [decode_image(item["image"]) for item in items]
+            known |= self.processor.encode_images(images, do_normalize=not self.compact, skip=skip)
+            known["original_sizes"] = [item["original_size"] for item in items]  # an image may be a reduced photo
+        return known, features
+
+    def _fits(self, item: dict, question: Question) -> bool:
+        try:
+            self._encode([item], [[question]])
+        except TextTooLongError as error:
+            logger.warning("Skipped a question about %s of %s: %s", item["image_id"], item["source"], error)
+            return False
+        return True
+
+
+def expand_batch(batch: dict, processor: LisaProcessor) -> dict:
+    """Makes the model's inputs of a compact batch, where its tensors are; another one stays as it is."""
+    if "ignored_pixels" not in batch:
+        return batch
+    batch = {**batch}
+    processor.normalize_pixels(batch)
+    runs = zip(batch["mask_labels"], batch.pop("ignored_pixels"), batch["original_sizes"].tolist())
+    batch["mask_labels"] = [_draw_masks(*ends_and_size) for ends_and_size in runs]
+    return batch
+
+
+def mask_labels(item: dict, questions: list[Question]) -> torch.Tensor:
+    """The masks of the questions about one image, `(M, H, W)` uint8: 1 object, 0 background, 255 ignore."""
+    return _draw_masks(*_run_ends(item, questions), item["original_size"])
+
+
+def _run_ends(item: dict, questions: list[Question]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the runs of the questions' masks end, and those of the pixels to ignore, down the columns.
+
+    Returns:
+        int32 `(M, R)`, and `(1, R')` or `(0, 0)`; runs are in turn of 0 and 1, shorter lines are filled with H * W.
+    """
+    height, width = item["original_size"]
+    masks = [rle for question in questions for rle in question.masks]
+    for rle in masks:
+        if list(rle["size"]) != [height, width]:
+            raise ValueError(
+                f"{item['image_id']} of {item['source']}: a mask of {list(rle['size'])} for an image of "
+                f"{[height, width]} (height, width)."
+            )
+    ignored = [] if item["ignore"] is None else [item["ignore"]]
+    lines = [[torch.from_numpy(run_lengths(rle)).cumsum(0) for rle in rles] for rles in (masks, ignored)]
+    return tuple(
+        pad_sequence(ends, batch_first=True, padding_value=height * width).int()
+        if ends
+        else torch.zeros(0, 0, dtype=torch.int32)
+        for ends in lines
+    )
+
+
+def _draw_masks(ends: torch.Tensor, ignored_ends: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Mask labels `(M, H, W)` uint8 from what [`_run_ends`] made of them."""
+    masks = _draw_runs(ends, *size)
+    if len(ignored_ends):
+        # Where both are annotated, the target is the stronger statement.
+        masks.masked_fill_((masks == 0) & (_draw_runs(ignored_ends, *size) == 1), MASK_IGNORE_INDEX)
+    return masks
+
+
+def _draw_runs(ends: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """`(M, R)` ends of runs as `(M, H, W)` uint8 in {0, 1}: a pixel's value is the parity of the ends up to it."""
+    changes = torch.zeros(len(ends), height * width + 1, dtype=torch.uint8, device=ends.device)
+    changes.scatter_add_(1, ends.long(), torch.ones_like(ends, dtype=torch.uint8))
+    masks = changes[:, :-1].cumsum(1, dtype=torch.uint8) & 1  # a sum beyond 255 keeps its parity
+    return masks.view(len(ends), width, height).transpose(1, 2).contiguous()

@@ -1,0 +1,1 @@
+"""Metrics, benchmarks, predictions and pictures of them."""

@@ -1,0 +1,213 @@
+"""The model card of a run: what a model was made from, on which data, how, and how well it does, from its records."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from ..evaluation.benchmarks import markdown_table
+from .run_record import find_run_record
+
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+EVALUATION = "evaluation.json"  # what recipes/eval.py writes
+PROTOCOLS = {"": "lisa", "generated_": "generated"}  # as recipes/eval.py names them
+BASES = ("vlm", "mask_model", "language_model", "model")  # the arguments that name what a run begins with
+TRAINING_ARGUMENTS = (
+    "learning_rate",
+    "learning_rates",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "fp16",
+    "seed",
+)
+MODEL_ARGUMENTS = (
+    "trainable",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "use_dora",
+    "load_in_8bit",
+    "load_in_4bit",
+    "ce_loss_weight",
+    "mask_bce_loss_weight",
+    "mask_dice_loss_weight",
+    "mask_loss_points",
+    "dtype",
+)
+DATA_ARGUMENTS = ("num_questions", "explanatory_probability", "max_length")
+
+
+def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapter: bool = False) -> None:
+    """Writes the README.md of a model.
+
+    Args:
+        directory: of the model; sheets of predictions and figures of benchmarks (`predictions*.png`,
+            `evaluation.json`) in it are shown.
+        checkpoint: what the model was made from, in or beside which the records of its run are.
+        model_id: of its repository on the Hub, or the name of its directory.
+        is_adapter: the directory holds an adapter alone.
+
+    Raises:
+        ValueError: the run has no record.
+    """
+    record = find_run_record(checkpoint)
+    if record is None:
+        raise ValueError(
+            f"{checkpoint}: expected the run.json of its run in it or in the directory above, which the model card is "
+            "made from; found none. Copy it there."
+        )
+    state = _read_json(checkpoint / "trainer_state.json")
+    results = evaluation_results(record, _metrics(checkpoint, state))
+    stages = _stages(record)
+    data = [row for stage in stages for row in stage["data"]["train"]]
+    bases = list({base["name"]: base for stage in stages for base in _bases(stage)}.values())
+    benchmarks = {
+        name if result["split"] in name else f"{name} ({result['split']})": result
+        for name, result in _read_json(directory / EVALUATION).get("benchmarks", {}).items()
+    }
+    card = ModelCard.from_template(
+        _card_data(model_id, bases, results, is_adapter),
+        template_path=str(TEMPLATE),
+        model_name=Path(model_id).name,
+        model_id=model_id,
+        is_adapter=is_adapter,
+        bases=bases,
+        results=results,
+        benchmarks=markdown_table(benchmarks) if benchmarks else "",
+        predictions=sorted(path.name for path in directory.glob("predictions*.png")),
+        data=list({json.dumps(row): row for row in data}.values()),
+        not_train=sorted({(row["source"], row["split"]) for row in data if row["split"] != "train"}),
+        hyperparameters=_hyperparameters(record, state),
+        versions=record["versions"],
+        git_commit=record["git_commit"],
+    )
+    card.save(directory / "README.md")
+
+
+def evaluation_results(record: dict, metrics: dict[str, float]) -> list[dict]:
+    """One row per evaluation source and protocol: `source`, `split`, `protocol`, `giou`, `ciou`, `interval` (95 %, of
+    gIoU) and `num_masks`."""
+    sources = record["data"]["eval"]
+    results = []
+    for source in sources:
+        prefix = f"eval_{source['source']}_" if len(sources) > 1 else "eval_"
+        for protocol, name in PROTOCOLS.items():
+            if prefix + protocol + "giou" not in metrics:
+                continue
+            low, high = (metrics[f"{prefix}{protocol}giou_{end}"] for end in ("low", "high"))
+            results.append(
+                {
+                    "source": source["source"],
+                    "split": source["split"],
+                    "protocol": name,
+                    "giou": round(metrics[f"{prefix}{protocol}giou"], 4),
+                    "ciou": round(metrics[f"{prefix}{protocol}ciou"], 4),
+                    "interval": f"{low:.4f} to {high:.4f}",
+                    "num_masks": int(metrics[f"{prefix}num_masks"]),
+                }
+            )
+    return results
+
+
+def _metrics(checkpoint: Path, state: dict) -> dict[str, float]:
+    """The figures of just these weights: of the end of the run, or of the evaluation at the checkpoint's step."""
+    if figures := _read_json(checkpoint / "eval_results.json"):
+        return figures
+    entries = [entry for entry in state.get("log_history", []) if entry["step"] == state["global_step"]]
+    return {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
+
+
+def _stages(record: dict) -> list[dict]:
+    """The record, those of the run's earlier starts, and those of the models that it continues, the newest first."""
+    continued = record["continues"]
+    return [record, *reversed(record["earlier_starts"]), *(_stages(continued) if continued else [])]
+
+
+def _bases(record: dict) -> list[dict]:
+    """Name, Hub id (or None), link and licence (or None) of the models that a run began with."""
+    bases = []
+    for argument in BASES:
+        name = record["arguments"]["model"][argument]
+        if name is None or (argument == "model" and record["continues"]):  # those that it was made from count
+            continue
+        path = Path(record["directory"], name)
+        is_local = path.exists()
+        bases.append(
+            {
+                "name": path.name if is_local else name,
+                "hub_id": None if is_local else name,
+                "link": path.name if is_local else f"[{name}](https://huggingface.co/{name})",
+                "license": _license(str(path / "README.md") if is_local else name),
+            }
+        )
+    return bases
+
+
+def _license(model: str) -> str | None:
+    """The licence in a model card, given by its file or its repository; None if there is none or no connection."""
+    try:
+        return ModelCard.load(model).data.license
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+        return None
+
+
+def _card_data(model_id: str, bases: list[dict], results: list[dict], is_adapter: bool) -> ModelCardData:
+    licenses = {base["license"] for base in bases}
+    is_one = len(licenses) == 1 and None not in licenses
+    license_fields = {"license": licenses.pop()} if is_one else {"license": "other", "license_name": "see-below"}
+    return ModelCardData(
+        **(license_fields if bases else {}),
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="image-segmentation",
+        tags=["lisa", "reasoning-segmentation", "image-text-to-text"],
+        base_model=[base["hub_id"] for base in bases if base["hub_id"]] or None,
+        model_name=Path(model_id).name,
+        eval_results=[
+            EvalResult(
+                task_type="image-segmentation",
+                task_name="reasoning segmentation",
+                dataset_type=result["source"],
+                dataset_name=result["source"],
+                dataset_split=result["split"],
+                metric_type=metric,
+                metric_name=f"{name} ({result['protocol']})",
+                metric_value=result[metric],
+            )
+            for result in results
+            for metric, name in (("giou", "gIoU"), ("ciou", "cIoU"))
+        ]
+        or None,
+    )
+
+
+def _hyperparameters(record: dict, state: dict) -> dict:
+    arguments = record["arguments"]
+    training = arguments["training"]
+    batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    chosen = {
+        "steps": state.get("global_step", training["max_steps"]),
+        "epochs": round(state.get("epoch") or 0, 2),
+        "images per step": batch * record["hardware"]["num_processes"],
+        "processes": f"{record['hardware']['num_processes']} x {record['hardware']['device']}",
+    }
+    for group, names in (("training", TRAINING_ARGUMENTS), ("model", MODEL_ARGUMENTS), ("data", DATA_ARGUMENTS)):
+        for name in names:
+            value = arguments[group][name]
+            if value is not None and value != {}:
+                chosen[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return chosen
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,145 @@
+"""`run.json`: what a training run was started with, written before its first step into its output directory.
+
+{
+  "started": "2026-01-31T12:00:00+00:00",
+  "command": "recipes/train.py --config recipes/configs/quickstart.yaml",
+  "git_commit": "...",                      # of the checkout that the code ran in, "-dirty" if changed; or null
+  "versions": {"python": ..., "cuda": ..., "torch": ..., ...},    # cuda: null with a CPU build of torch
+  "hardware": {"device": ..., "num_processes": ..., "num_machines": ...},
+  "launcher": {"distributed_type": "DEEPSPEED", "zero_stage": 2},    # accelerate's name; DeepSpeed's stage or null
+  "arguments": {"model": {...}, "data": {...}, "training": {...}},    # the three dataclasses, in full
+  "data": {
+    "train": [{"source", "split", "weight", "num_rows", "fingerprint"}, ...],    # weights sum to 1
+    "eval": [{"source", "split", "num_rows", "fingerprint"}, ...]
+  },
+  "continues": {...},                       # the record of the LISA model that `model` names; or null
+  "earlier_starts": [{...}, ...]            # the records of this run before it was resumed
+}
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset, IterableDataset
+
+from ..data.mixture import EvaluationDataset, Mixture
+from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
+
+
+RUN_RECORD = "run.json"
+PACKAGES = (
+    *("lisa-hf", "torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed"),
+    *("bitsandbytes", "flash-attn"),
+)
+
+
+def write_run_record(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: LisaTrainingArguments,
+    train_dataset: Mixture,
+    eval_datasets: dict[str, EvaluationDataset],
+) -> None:
+    """Writes `run.json` of a run whose trainer is made and about to start; call it on the main process alone.
+
+    If the run resumes from a checkpoint, the records of its earlier starts are kept: a model saw the data of them all.
+    """
+    output_dir = Path(training_args.output_dir)
+    earlier = read_run_record(output_dir) if training_args.resume_from_checkpoint else None
+    train = [
+        {**_describe(name, data_args.sources, rows), "weight": float(weight)}
+        for name, rows, weight in zip(train_dataset.names, train_dataset.sources, train_dataset.probabilities)
+    ]
+    evaluation = [_describe(name, data_args.eval_sources, dataset.rows) for name, dataset in eval_datasets.items()]
+    record = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "directory": os.getcwd(),
+        "git_commit": _git_commit(),
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda} | _versions(),
+        "hardware": {
+            "device": torch.cuda.get_device_name()
+            if training_args.device.type == "cuda"
+            else training_args.device.type,
+            "num_processes": training_args.world_size,
+            "num_machines": int(os.environ.get("GROUP_WORLD_SIZE", 1)),  # as torch's launcher says
+        },
+        "launcher": {
+            "distributed_type": AcceleratorState().distributed_type.value,
+            "zero_stage": training_args.deepspeed_plugin.zero_stage if training_args.deepspeed_plugin else None,
+        },
+        "arguments": {
+            "model": dataclasses.asdict(model_args),
+            "data": dataclasses.asdict(data_args),
+            "training": training_args.to_dict(),
+        },
+        "data": {"train": train, "eval": evaluation},
+        "continues": read_run_record(Path(model_args.model)) if model_args.model else None,
+        "earlier_starts": [*earlier.pop("earlier_starts"), earlier] if earlier else [],
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    incomplete = output_dir / f"{RUN_RECORD}.incomplete"
+    incomplete.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(incomplete, output_dir / RUN_RECORD)
+
+
+def read_run_record(directory: Path) -> dict | None:
+    """The record in a run's output directory or in an exported model; None if there is none.
+
+    Raises:
+        ValueError: `run.json` is no JSON.
+    """
+    path = directory / RUN_RECORD
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Restore it, or remove it to go on without.") from error
+
+
+def find_run_record(checkpoint: Path) -> dict | None:
+    """The record of the run that a checkpoint belongs to: in it, or in the directory above a `checkpoint-*`."""
+    record = read_run_record(checkpoint)
+    if record is None and checkpoint.name.startswith("checkpoint-"):
+        record = read_run_record(checkpoint.resolve().parent)
+    return record
+
+
+def _describe(name: str, options: dict[str, dict], rows: Dataset | IterableDataset) -> dict:
+    is_prepared = isinstance(rows, Dataset)
+    return {
+        "source": name,
+        "split": options[name]["split"],
+        "num_rows": len(rows) if is_prepared else None,  # a stream does not know
+        "fingerprint": rows._fingerprint if is_prepared else None,
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git_commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # git is not installed, or the disk is slow
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,222 @@
+"""What `recipes/convert_weights.py` refuses and lists, what it leaves on disk, and how much memory it needs."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.golden_model import (
+    COMMAND,
+    convert,
+    converted_directory,
+    load_json,
+    original_directory,
+    original_state_dict,
+    training_state_dict,
+    write_shards,
+)
+from fixtures.original_checkpoints import (
+    CLIP,
+    language_model,
+    linear_projector,
+    sam_vit_b,
+    write_7b,
+    write_llava,
+    write_zero_checkpoint,
+)
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModel
+
+from lisa_hf.conversion import saving
+from lisa_hf.training.arguments import ModelArguments
+from lisa_hf.training.build import load_model_and_processor
+
+
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argument", ["model", "vlm"])
+def test_originals_are_refused_with_the_command_that_converts_them(tmp_path, argument):
+    write_llava(tmp_path / "llava", {}, {}, mm_vision_tower=str(CLIP))
+    write_llava(tmp_path / "llava-delta", {}, {}, mm_vision_tower=str(CLIP))
+    write_zero_checkpoint(tmp_path / "ckpt_model", training_state_dict())
+    expected = {
+        original_directory(): "lisa --checkpoint {} --output",
+        tmp_path / "llava": "llava --checkpoint {} --output",
+        tmp_path / "llava-delta": "llava-delta --checkpoint {} --base LLAMA --output",
+        tmp_path / "ckpt_model": "lisa-train --checkpoint {} --base LLAVA --output",
+    }
+    for path, command in expected.items():
+        arguments = {"model": {"model": str(path)}, "vlm": {"vlm": str(path), "mask_model": "sam"}}[argument]
+        with pytest.raises(ValueError) as refused:
+            load_model_and_processor(ModelArguments(**arguments))
+        assert f"`python recipes/convert_weights.py {command.format(path)} OUTPUT`" in str(refused.value)
+
+
+def test_an_original_mask_model_is_refused_with_its_command(tmp_path):
+    torch.save(sam_vit_b(), tmp_path / "sam.pth")
+    arguments = ModelArguments(vlm=str(converted_directory()), mask_model=str(tmp_path / "sam.pth"))
+    with pytest.raises(ValueError, match=r"recipes/convert_weights.py sam --checkpoint .*sam\.pth --output"):
+        load_model_and_processor(arguments)
+
+
+def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, fail):
+    state_dict = sam_vit_b()
+    cases = {
+        r"image_encoder\.extra\.weight.*mask_decoder\.extra\.bias": state_dict
+        | {"image_encoder.extra.weight": torch.zeros(1), "mask_decoder.extra.bias": torch.zeros(1)},
+        r"2 tensors are missing: .*vision_encoder\.layers\.3\.mlp\.lin1\.bias.*mask_decoder\.iou_token\.weight": {
+            name: tensor
+            for name, tensor in state_dict.items()
+            if name not in ("image_encoder.blocks.3.mlp.lin1.bias", "mask_decoder.iou_token.weight")
+        },
+        r"vision_encoder\.neck\.conv1\.weight \(32, 31, 1, 1\), expected \(32, 32, 1, 1\)": state_dict
+        | {"image_encoder.neck.0.weight": torch.zeros(32, 31, 1, 1)},
+        r"The checkpoint has no image_encoder\.pos_embed": {
+            name: tensor for name, tensor in state_dict.items() if name != "image_encoder.pos_embed"
+        },
+    }
+    for message, content in cases.items():
+        torch.save(content, tmp_path / "sam.pth")
+        found = fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
+        assert re.search(message, found), found
+
+
+def test_unknown_and_missing_tensors_of_lisa_are_listed(tmp_path, fail):
+    directory = Path(shutil.copytree(original_directory(), tmp_path / "lisa"))
+    arguments = ("lisa", "--checkpoint", directory, "--vision-tower", CLIP)
+    state_dict = {name: tensor for name, tensor in original_state_dict().items() if "vision_tower" not in name}
+    write_shards(state_dict | {"model.mm_projector.4.bias": torch.zeros(1), "extra": torch.zeros(1)}, directory)
+    assert re.search(r"'model\.mm_projector\.4\.bias', 'extra'", fail(tmp_path / "converted", *arguments))
+    gone = {"model.text_hidden_fcs.0.2.bias", "model.layers.1.mlp.up_proj.weight"}
+    write_shards({name: tensor for name, tensor in state_dict.items() if name not in gone}, directory)
+    message = fail(tmp_path / "converted", *arguments)
+    assert "2 tensors are missing" in message
+    assert "seg_projector.linear_2.bias" in message and "layers.1.mlp.up_proj.weight" in message
+
+
+def test_missing_shards_and_tensors_are_named(tmp_path, fail):
+    state_dict = language_model(640) | linear_projector()
+    write_llava(tmp_path / "llava", state_dict, {}, mm_vision_tower=str(CLIP), mm_use_im_start_end=False)
+    index = tmp_path / "llava" / "pytorch_model.bin.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.gone.weight"] = "pytorch_model-00001-of-00002.bin"
+    index.write_text(json.dumps(content))
+    arguments = ("llava", "--checkpoint", tmp_path / "llava")
+    assert "model.gone.weight" in fail(tmp_path / "converted", *arguments)
+    shard = tmp_path / "llava" / "pytorch_model-00002-of-00002.bin"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert f"{shard} cannot be read" in fail(tmp_path / "converted", *arguments)
+    shard.unlink()
+    assert f"{shard} is missing" in fail(tmp_path / "converted", *arguments)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_pickles_are_not_executed(tmp_path, fail, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"image_encoder.pos_embed": Malicious()}, tmp_path / "sam.pth")
+    assert "cannot be read" in fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
+    assert not Path("executed").exists()
+    torch.save({"model": sam_vit_b()}, tmp_path / "sam.pth")
+    assert "['model']" in fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path, fail):
+    message = fail(tmp_path / "converted", "lisa", "--checkpoint", "xinlai/LISA-7B-v1")
+    assert "xinlai/LISA-7B-v1 does not exist" in message and "hf download" in message
+
+
+def test_a_converted_model_is_not_converted_again(fail, tmp_path):
+    message = fail(tmp_path / "converted", "lisa", "--checkpoint", converted_directory())
+    assert "['LisaForConditionalGeneration']" in message and "needs no conversion" in message
+
+
+def test_output_that_exists_is_kept(tmp_path, capsys):
+    (tmp_path / "sam").mkdir()
+    (tmp_path / "sam" / "mine").touch()
+    torch.save(sam_vit_b(), tmp_path / "sam.pth")
+    with pytest.raises(SystemExit):
+        convert("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "sam")
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "sam").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_it_leaves_nothing(tmp_path, monkeypatch, signal_number):
+    def save_half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        signal.raise_signal(signal_number)
+
+    monkeypatch.setattr(saving, "save_file", save_half)
+    torch.save(sam_vit_b(), tmp_path / "sam.pth")
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        convert("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "sam")
+    assert [path.name for path in tmp_path.iterdir()] == ["sam.pth"]
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path):
+    (tmp_path / "sam.incomplete").mkdir()
+    (tmp_path / "sam.incomplete" / "model.safetensors").write_bytes(b"half")
+    torch.save(sam_vit_b(), tmp_path / "sam.pth")
+    convert("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "sam")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sam", "sam.pth"]
+
+
+def test_a_disk_that_forgets_is_noticed(tmp_path, fail, monkeypatch):
+    def save_zeros(tensors, path, metadata):
+        save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path, metadata)
+
+    monkeypatch.setattr(saving, "save_file", save_zeros)
+    torch.save(sam_vit_b(), tmp_path / "sam.pth")
+    message = fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
+    assert "does not hold what was written" in message and "vision_encoder.pos_embed" in message
+
+
+def test_shards_and_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "MAX_SHARD_SIZE", "300KB")
+    output = tmp_path / "converted"
+    convert("lisa", "--checkpoint", original_directory(), "--vision-tower", CLIP, "--output", output)
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    names = set()
+    for shard in set(index["weight_map"].values()):
+        with safe_open(output / shard, "pt") as tensors:
+            names |= set(tensors.keys())
+    assert names == set(index["weight_map"]) and len(set(index["weight_map"].values())) > 3
+    assert index["metadata"]["total_size"] > 1e6
+    model, info = AutoModel.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    rows = model.get_input_embeddings().weight
+    vocab_size = load_json("model_config")["vocab_final"]
+    assert torch.equal(rows[:vocab_size], original_state_dict()["model.embed_tokens.weight"])
+    assert not rows[vocab_size:].any()
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_memory_does_not_depend_on_the_number_of_layers(tmp_path):
+    """Measured: 4.2 GB with four layers (2 GB of weights) and with eight (3.6 GB)."""
+    peaks = {}
+    for num_layers in (4, 8):
+        directory, output = tmp_path / f"layers-{num_layers}", tmp_path / f"converted-{num_layers}"
+        write_7b(directory, num_layers)
+        process = os.posix_spawn(
+            sys.executable,
+            [sys.executable, str(COMMAND), "llava", "--checkpoint", str(directory), "--output", str(output)],
+            os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        _, status, usage = os.wait4(process, 0)
+        assert status == 0
+        peaks[num_layers] = usage.ru_maxrss / 2**20  # GB: Linux counts in kB
+    assert peaks[8] < 1.1 * peaks[4] and peaks[8] < 6, peaks

@@ -1,0 +1,251 @@
+"""The feature cache: a warm one gives the same step without encoders, a stale or damaged entry is never used."""
+
+import io
+import logging
+import resource
+from unittest import mock
+
+import PIL.Image
+import PIL.ImageFile
+import pytest
+import torch
+from datasets import Dataset
+from fixtures.tiny_models import FAMILIES, image
+
+from lisa_hf import LisaDataCollator
+from lisa_hf.data.feature_cache import build_feature_cache
+from lisa_hf.data.images import load_image, read_file, undecoded
+from lisa_hf.data.masks import encode_mask
+from lisa_hf.data.mixture import EvaluationDataset, MixtureDataset
+from lisa_hf.data.rows import FEATURES, make_row
+from lisa_hf.training.arguments import LisaTrainingArguments
+from lisa_hf.training.trainable import prepare_for_training
+
+
+SIZES = [(40, 60), (64, 32), (50, 50)]
+
+
+def make_rows() -> Dataset:
+    """Three images with a question each, and a row whose image is broken."""
+    rows = []
+    for index, (height, width) in enumerate(SIZES):
+        file = io.BytesIO()
+        image(height, width, seed=index).save(file, format="PNG")
+        mask = torch.zeros(height, width, dtype=torch.uint8)
+        mask[: height // 2, : width // 3] = 1
+        targets = [{"phrases": ["circle"], "rle": encode_mask(mask.numpy())}]
+        rows.append(make_row(file.getvalue(), f"image_{index}", "drawn", "semantic", targets=targets))
+    rows.append({**rows[0], "image": {"bytes": b"broken", "path": None}})
+    return Dataset.from_list(rows, features=FEATURES)
+
+
+@pytest.fixture
+def rows() -> Dataset:
+    return make_rows()
+
+
+def build(tmp_path, rows, model, processor, limit_gb=None, min_decoded_edge=None, **kwargs):
+    args = LisaTrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", **kwargs)
+    return build_feature_cache(
+        str(tmp_path / "cache"), model, processor, {"drawn": rows}, args, limit_gb, min_decoded_edge
+    )
+
+
+def make_items(rows, indices, cache=None) -> list[dict]:
+    """Items as a mixture with this cache makes them, with questions that nothing is drawn for."""
+    questions = EvaluationDataset(rows).questions
+    return [
+        {**load_image(row, cache), "questions": questions(row), "ignore": row["ignore"]}
+        for row in (undecoded(rows)[index] for index in indices)
+    ]
+
+
+def find_entries(cache) -> list:
+    return sorted(path.relative_to(cache.directory) for path in cache.directory.glob("*/*"))
+
+
+def make_model(name: str = "llava-sam", trainable=("seg_projector", "mask_decoder", "embeddings")):
+    model, processor = FAMILIES[name]()
+    return prepare_for_training(model, list(trainable), lora_r=0), processor
+
+
+def count_encoder_runs(model) -> list[str]:
+    runs = []
+    backbone = model.vlm.base_model
+    modules = {"mask": model.mask_model.vision_encoder, "vlm": backbone.get_encoder(modality="image")}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda *_, name=name: runs.append(name))
+    return runs
+
+
+@pytest.mark.parametrize("name", ["llava-sam", "llava-sam_hq", "llava-sam2", "idefics3-sam", "gemma3-sam"])
+def test_warm_cache_gives_the_step_without_encoders(name, rows, tmp_path):
+    model, processor = make_model(name)
+    cache = build(tmp_path, rows, model, processor)
+    assert len(find_entries(cache)) == len(SIZES)  # and none for the broken image
+    plain = LisaDataCollator(processor)(make_items(rows, (2, 0)))
+    with (
+        mock.patch.object(PIL.ImageFile.ImageFile, "load", side_effect=AssertionError("decodes")),
+        mock.patch.object(processor, "encode_images", side_effect=AssertionError("preprocesses")),
+    ):
+        cached = LisaDataCollator(processor)(make_items(rows, (2, 0), cache))
+    assert {"pixel_values", "mask_pixel_values"} <= plain.keys() and "pixel_values" not in cached
+    assert "mask_pixel_values" not in cached
+    for key in cached.keys() & plain.keys():
+        torch.testing.assert_close(cached[key], plain[key])
+    expected = model(**plain)
+    runs = count_encoder_runs(model)
+    output = model(**cached)
+    assert not runs
+    torch.testing.assert_close(output.loss, expected.loss, rtol=0.02, atol=0)  # bfloat16 has eight bits
+    for masks, expected_masks in zip(output.pred_masks, expected.pred_masks, strict=True):
+        assert masks.dtype == expected_masks.dtype
+        torch.testing.assert_close(masks, expected_masks, rtol=0, atol=0.05 * expected_masks.abs().max().item())
+
+
+def test_mixture_takes_the_same_draws_from_a_cache(rows, tmp_path):
+    model, processor = make_model()
+    plain, cached = (MixtureDataset({"drawn": rows}, length=8) for _ in range(2))
+    cached.feature_cache = build(tmp_path, rows, model, processor)
+    for item, expected in zip(map(cached.__getitem__, range(8)), map(plain.__getitem__, range(8))):
+        assert expected["features"] is None and item["features"] is not None
+        for key in ("image_id", "original_size", "questions", "num_skipped"):
+            assert item[key] == expected[key]
+    assert any(plain[index]["num_skipped"] for index in range(8))  # the broken image, drawn again in both
+
+
+def test_an_encoder_that_learns_is_not_cached(rows, tmp_path):
+    model, processor = make_model(trainable=["seg_projector", "mask_decoder", "vision_tower"])
+    cache = build(tmp_path, rows, model, processor)
+    with mock.patch.object(processor, "mask_image_processor", side_effect=AssertionError("preprocesses")):
+        batch = LisaDataCollator(processor)(make_items(rows, [0], cache))
+    assert "image_embeddings" in batch and "pixel_values" in batch and "vision_features" not in batch
+    model, processor = make_model(trainable=["seg_projector", "mask_decoder", "mask_encoder"])
+    batch = LisaDataCollator(processor)(make_items(rows, [0], build(tmp_path, rows, model, processor)))
+    assert "mask_pixel_values" in batch and "vision_features" in batch and "pixel_values" not in batch
+    assert model(**batch).loss.isfinite()
+    model, processor = make_model(trainable=["mask_encoder", "multi_modal_projector"])
+    with pytest.raises(ValueError, match="expected a frozen encoder"):
+        build(tmp_path, rows, model, processor)
+
+
+def test_second_build_resumes_and_mends(rows, tmp_path):
+    model, processor = make_model()
+    cache = build(tmp_path, rows, model, processor)
+    runs = count_encoder_runs(model)
+    build(tmp_path, rows, model, processor)
+    assert runs == ["mask", "vlm"]  # the example that tells an entry's size, and no image
+    path = cache.path(read_file(undecoded(rows)[0]))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    batch = LisaDataCollator(processor)(make_items(rows, [0], cache))
+    assert "mask_pixel_values" in batch and "image_embeddings" not in batch
+    build(tmp_path, rows, model, processor)
+    assert path.stat().st_size == len(whole) and len(runs) == 2 + 4
+    assert "image_embeddings" in LisaDataCollator(processor)(make_items(rows, [0], cache))
+
+
+def test_interrupted_build_goes_on(rows, tmp_path):
+    model, processor = make_model()
+    runs = count_encoder_runs(model)
+
+    def interrupt(*_):
+        if len(runs) > 4:
+            raise KeyboardInterrupt
+
+    handle = model.vlm.base_model.get_encoder(modality="image").register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, rows, model, processor, per_device_train_batch_size=1)
+    handle.remove()
+    (left,) = (tmp_path / "cache").glob("*/*/*")  # one whole entry and nothing else
+    stamp = left.stat().st_mtime_ns
+    cache = build(tmp_path, rows, model, processor, per_device_train_batch_size=1)
+    assert len(find_entries(cache)) == len(SIZES) and left.stat().st_mtime_ns == stamp
+
+
+def test_full_disk_stops_and_leaves_nothing_half_written(rows, tmp_path):
+    model, processor = make_model()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # bytes that a file may have
+        with pytest.raises(ValueError, match="feature_cache: cannot write to .*Make room and start again"):
+            build(tmp_path, rows, model, processor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "cache").glob("*/*/*"))
+    assert len(find_entries(build(tmp_path, rows, model, processor))) == len(SIZES)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_processes_and_workers_share_the_images(streaming, rows, tmp_path):
+    """Two processes in turn, each with a loader worker: their shares are different images, and all of them."""
+    model, processor = make_model()
+    rows = rows.to_iterable_dataset(num_shards=2) if streaming else rows
+    counts = []
+    for rank in range(2):
+        runs = count_encoder_runs(model)
+        with (
+            mock.patch.object(LisaTrainingArguments, "process_index", rank),
+            mock.patch.object(LisaTrainingArguments, "world_size", 2),
+            mock.patch("torch.distributed.barrier"),
+        ):
+            cache = build(*(tmp_path, rows, model, processor), per_device_train_batch_size=1, dataloader_num_workers=1)
+        counts.append((runs.count("mask") - 1, len(find_entries(cache))))
+    assert counts in ([(2, 2), (1, 3)], [(1, 1), (2, 3)])
+    batch = LisaDataCollator(processor)(make_items(make_rows(), (0, 1, 2), cache))
+    assert "image_embeddings" in batch and len(batch["vision_features"]) == 3
+
+
+def test_other_weights_or_preprocessing_have_another_directory(rows, tmp_path):
+    model, processor = make_model()
+    first = build(tmp_path, rows, model, processor).directory
+    with torch.no_grad():
+        model.seg_projector.linear_1.weight.add_(1)  # not of an encoder
+    assert build(tmp_path, rows, model, processor).directory == first
+    with torch.no_grad():
+        next(model.mask_model.vision_encoder.parameters()).view(-1)[0] += 1e-3
+    second = build(tmp_path, rows, model, processor).directory
+    processor.mask_image_processor.image_mean = [0.5, 0.5, 0.5]
+    assert len({first, second, build(tmp_path, rows, model, processor).directory}) == 3
+
+
+def test_photos_of_reduced_scale_have_entries_of_their_own(tmp_path):
+    file = io.BytesIO()
+    PIL.Image.effect_noise((256, 192), 200).save(file, format="JPEG")
+    targets = [{"phrases": ["circle"], "rle": encode_mask(torch.ones(192, 256).byte().numpy())}]
+    row = make_row(file.getvalue(), "photo", "drawn", "semantic", targets=targets)
+    rows = Dataset.from_list([row], features=FEATURES)
+    model, processor = make_model()
+    collator = LisaDataCollator(processor)
+    batches = []
+    for edge in (None, 32):
+        mixture = MixtureDataset({"drawn": rows}, length=1, min_decoded_edge=edge)
+        pixels = collator([mixture[0]])["pixel_values"]
+        mixture.feature_cache = build(tmp_path, rows, model, processor, min_decoded_edge=edge)
+        batches.append(collator([mixture[0]]))
+        with torch.no_grad():
+            (features,) = model.vlm.base_model.get_image_features(pixels, return_dict=True).pooler_output
+        torch.testing.assert_close(batches[-1]["vision_features"][0], features.bfloat16())
+    full, reduced = batches
+    assert not torch.equal(full["vision_features"][0], reduced["vision_features"][0])
+    assert full["original_sizes"].tolist() == reduced["original_sizes"].tolist() == [[192, 256]]
+
+
+def test_limit_caches_what_fits(rows, tmp_path, caplog, monkeypatch):
+    model, processor = make_model()
+    with caplog.at_level(logging.INFO):
+        entry = build(tmp_path / "all", rows, model, processor)
+    assert "4 images of 0." in caplog.text and "GB are free" in caplog.text
+    # An entry's file has a header beside its tensors, so 2.5 files hold two entries.
+    size = next(entry.directory.glob("*/*.safetensors")).stat().st_size
+    cache = build(tmp_path, rows, model, processor, limit_gb=2.5 * size / 1e9)
+    assert "holds 2 images" in caplog.text and len(find_entries(cache)) == 2
+    collator = LisaDataCollator(processor)
+    assert "image_embeddings" in collator(make_items(rows, (0, 1), cache))
+    mixed, plain = collator(make_items(rows, (1, 2), cache)), collator(make_items(rows, (1, 2)))
+    assert mixed.keys() == plain.keys()  # features for all of a batch, or for none
+    torch.testing.assert_close(mixed["mask_pixel_values"], plain["mask_pixel_values"])
+    stream = rows.to_iterable_dataset()
+    with caplog.at_level(logging.INFO):
+        limited = build(tmp_path / "stream", stream, model, processor, 1.5 * size / 1e9, per_device_train_batch_size=1)
+    assert "images of streams of 0." in caplog.text and len(find_entries(limited)) == 1

@@ -1,0 +1,333 @@
+"""The streaming mixture: every row is dealt once, resuming is exact, and the rows are those of the prepared data.
+
+    accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 \\
+        tests/data/test_streaming.py DIRECTORY
+
+is what `test_two_processes_with_two_workers_each_share_the_rows` starts.
+"""
+
+import json
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from accelerate import PartialState, skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from datasets import Image, IterableDataset, load_dataset
+from datasets.table import embed_table_storage
+from fixtures.tiny_training import assert_gradients_equal, build_model, make_trainer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_data_scripts import TREE
+from test_mixture import comparable, dataset, image_file, segmentation_row, vqa_row
+from test_sources import NAMES
+from torch.utils.data import DataLoader, get_worker_info
+from workers.launching import launch
+
+from data_scripts import load_source
+from lisa_hf.data import mixture
+from lisa_hf.data.mixture import MixtureDataset
+from lisa_hf.data.streaming import StreamingMixtureDataset
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Sources of 7, 9 and 4 rows, of which the first has a bad row and the second an empty one."""
+    directory = tmp_path_factory.mktemp("images")
+    image = image_file(directory / "image.png")
+    classes = [segmentation_row("classes", index, image) for index in range(7)]
+    classes[3]["image"]["path"] = str(directory / "missing.png")
+    things = [segmentation_row("things", index, image) for index in range(9)]
+    things[5]["targets"] = []
+    return {
+        "classes": dataset(*classes),
+        "things": dataset(*things),
+        "talk": dataset(*[vqa_row("talk", index, image) for index in range(4)]),
+    }
+
+
+@pytest.fixture(scope="module")
+def streamed(prepared):
+    """The same rows in 7, 3 and 1 shards."""
+    return {name: rows.to_iterable_dataset(num_shards=len(rows) % 8 or 1) for name, rows in prepared.items()} | {
+        "things": prepared["things"].to_iterable_dataset(num_shards=3),
+        "talk": prepared["talk"].to_iterable_dataset(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def bad_rows_are_tolerated(request, monkeypatch):
+    if "streamed" in request.fixturenames:
+        monkeypatch.setattr(mixture, "MAX_BAD_SHARE", 1)
+
+
+def one_source(num_rows, num_shards, directory, **changes):
+    image = image_file(Path(directory) / "image.png")
+    rows = dataset(*[{**segmentation_row("classes", index, image), **changes} for index in range(num_rows)])
+    return {"classes": rows.to_iterable_dataset(num_shards=num_shards)}
+
+
+def drawn(stream, number):
+    return [comparable(item) for item in islice(stream, number)]
+
+
+@given(
+    num_rows=st.integers(1, 30),
+    num_shards=st.integers(1, 8),
+    num_readers=st.integers(1, 6),
+    buffer_size=st.sampled_from([1, 4, 100]),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_pass_deals_every_row_to_one_reader(tmp_path_factory, num_rows, num_shards, num_readers, buffer_size):
+    sources = one_source(num_rows, min(num_shards, num_rows), tmp_path_factory.getbasetemp())
+    dealt = {0: Counter(), 1: Counter(), 2: Counter()}
+    for rank in range(num_readers):
+        data = StreamingMixtureDataset(sources, rank=rank, num_ranks=num_readers, shuffle_buffer_size=buffer_size)
+        for item in data:
+            this_pass = data.state_dict()["positions"]["classes"]["pass"]
+            if this_pass not in dealt:
+                break
+            dealt[this_pass][item["image_id"]] += 1
+    for rows in dealt.values():
+        assert rows == Counter({f"classes/{index}": 1 for index in range(num_rows)})
+
+
+def test_passes_and_seeds_give_other_orders(tmp_path):
+    sources = one_source(20, 4, tmp_path)
+
+    def order(seed):
+        return [item["image_id"] for item in islice(StreamingMixtureDataset(sources, seed=seed), 40)]
+
+    assert order(0) == order(0)
+    first, second, other = order(0)[:20], order(0)[20:], order(1)[:20]
+    assert sorted(first) == sorted(second) == sorted(other)
+    for one, another in ((first, second), (first, other), (first, sorted(first))):
+        assert sum(a == b for a, b in zip(one, another)) < 10
+
+
+def test_sources_come_in_the_proportions_of_their_weights(streamed):
+    for weights, shares in (
+        (None, {"classes": 4.5 / 12, "things": 4.5 / 12, "talk": 3 / 12}),
+        ({"classes": 8, "things": 0, "talk": 2}, {"classes": 0.8, "things": 0, "talk": 0.2}),
+    ):
+        items = list(islice(StreamingMixtureDataset(streamed, weights=weights), 500))
+        counts = Counter(item["source"] for item in items)
+        for name, share in shares.items():
+            assert abs(counts[name] - 500 * share) <= 5 * (500 * share * (1 - share)) ** 0.5
+    assert {item["image_id"] for item in items} == {f"classes/{i}" for i in (0, 1, 2, 4, 5, 6)} | {
+        f"talk/{i}" for i in range(4)
+    }
+    assert sum(item["num_skipped"] for item in items) > 0
+
+
+# Resuming
+
+
+@given(k=st.integers(0, 40), num_ranks=st.sampled_from([1, 2, 4]), data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_a_state_resumes_exactly_at_any_item(streamed, k, num_ranks, data):
+    rank = data.draw(st.integers(0, num_ranks - 1))
+
+    def stream():
+        return StreamingMixtureDataset(streamed, rank=rank, num_ranks=num_ranks, seed=3)
+
+    expected = drawn(stream(), k + 12)[k:]
+    interrupted, resumed = stream(), stream()
+    drawn(interrupted, k)
+    resumed.load_state_dict(json.loads(json.dumps(interrupted.state_dict())))
+    assert drawn(resumed, 7) == expected[:7]
+    again = stream()
+    again.load_state_dict(resumed.state_dict())
+    assert drawn(again, 5) == expected[7:]
+    assert drawn(resumed, 5) == expected[:5]  # each iteration begins where the state was
+
+
+def test_the_state_of_another_reader_or_other_sources_is_refused(streamed):
+    one, other = (StreamingMixtureDataset(streamed, rank=rank, num_ranks=2) for rank in (0, 1))
+    next(iter(one))
+    other.load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match=r"Expected the state of reader 1 of 2, found that of \[0, 2\]. Resume"):
+        next(iter(other))
+    fewer = StreamingMixtureDataset({"talk": streamed["talk"]})
+    with pytest.raises(ValueError, match=r"Expected a state of the sources \['talk'\], found one of"):
+        fewer.load_state_dict(one.state_dict())
+
+
+def loader_of(data, rank, num_ranks, num_workers, collate_fn=list):
+    """The batches of one process, two items each, as the Trainer's loader has them."""
+    loader = DataLoader(data, batch_size=2, num_workers=num_workers, collate_fn=collate_fn)
+    if isinstance(data, StreamingMixtureDataset):
+        rank, num_ranks = 0, 1
+    return prepare_data_loader(loader, num_processes=num_ranks, process_index=rank)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("streaming", [False, True])
+@given(k=st.integers(0, 10))
+@settings(max_examples=4, deadline=None)
+def test_skipping_batches_as_the_trainer_does_is_exact(prepared, streamed, streaming, num_workers, num_ranks, k):
+    for rank in range(num_ranks):
+
+        def loader():
+            if streaming:
+                data = StreamingMixtureDataset(streamed, rank=rank, num_ranks=num_ranks, seed=1)
+            else:
+                data = MixtureDataset(prepared, length=24 * num_ranks, seed=1)
+            return loader_of(data, rank, num_ranks, num_workers)
+
+        expected = [[comparable(item) for item in batch] for batch in islice(loader(), 12)]
+        resumed = islice(skip_first_batches(loader(), k), 12 - k)
+        assert [[comparable(item) for item in batch] for batch in resumed] == expected[k:]
+
+
+def test_a_loader_worker_is_a_reader_with_a_state(streamed):
+    def stream(rank, num_ranks):
+        return StreamingMixtureDataset(streamed, rank=rank, num_ranks=num_ranks)
+
+    def items_and_state(items):
+        return [comparable(item) for item in items], get_worker_info().dataset.state_dict()
+
+    for rank in (0, 1):
+        batches = list(islice(loader_of(stream(rank, 2), rank, 2, 2, items_and_state), 10))
+        for worker in (0, 1):
+            expected = drawn(stream(2 * rank + worker, 4), 10)
+            assert [item for items, _ in batches[worker::2] for item in items] == expected
+            # Whoever keeps the states, as torchdata's StatefulDataLoader does, resumes without making the items again.
+            reader = stream(2 * rank + worker, 4)
+            reader.load_state_dict(batches[2 + worker][1])
+            assert drawn(reader, 6) == expected[4:]
+
+
+# Bad rows
+
+
+def test_a_source_of_empty_rows_raises_instead_of_looping(tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture, "MAX_DRAWS", 10)
+    with pytest.raises(ValueError, match="'classes': none of 10 drawn rows .* 0 bad"):
+        next(iter(StreamingMixtureDataset(one_source(3, 1, tmp_path, targets=[]))))
+    missing = {"path": str(tmp_path / "missing.png"), "bytes": None}
+    with pytest.raises(ValueError, match="'classes': none of 10 drawn rows .* 10 bad .*missing.png"):
+        next(iter(StreamingMixtureDataset(one_source(3, 1, tmp_path, image=missing))))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_a_source_without_rows_raises_instead_of_looping(tmp_path, num_ranks):
+    def no_rows(shards):
+        yield from ()
+
+    void = one_source(1, 1, tmp_path)["classes"]
+    void = IterableDataset.from_generator(no_rows, void.features, gen_kwargs={"shards": [0, 1]})
+    with pytest.raises(ValueError, match="Source 'void' has no rows"):
+        StreamingMixtureDataset({"void": void})
+    settings = {"rank": num_ranks - 1, "num_ranks": num_ranks, "weights": {"void": 1}}
+    with pytest.raises(ValueError, match="Source 'void' has no rows"):
+        next(iter(StreamingMixtureDataset({"void": void}, **settings)))
+
+
+def test_more_than_one_percent_of_bad_rows_raises(prepared):
+    sources = {name: rows.to_iterable_dataset() for name, rows in prepared.items()}
+    with pytest.raises(ValueError, match="'classes': .* drawn rows are bad, more than 1%.*missing.png"):
+        list(islice(StreamingMixtureDataset(sources), 1000))
+    assert len(list(islice(StreamingMixtureDataset(sources), 100))) == 100
+    with pytest.raises(ValueError, match="Row 'classes/3' of 'classes'"):
+        list(islice(StreamingMixtureDataset(sources, on_bad_row="raise"), 100))
+
+
+def test_contradictory_arguments_are_refused(prepared, streamed):
+    for arguments, message in (
+        ({"sources": prepared}, "'classes' is of the type Dataset, expected a streamed IterableDataset"),
+        ({"rank": 2, "num_ranks": 2}, "got rank 2 and num_ranks 2"),
+        ({"shuffle_buffer_size": 0}, "at least 1 row, got 0"),
+        ({"weights": {"clases": 1}}, "Did you mean 'classes'?"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            StreamingMixtureDataset(**{"sources": streamed, **arguments})
+
+
+# Rows
+
+
+@pytest.mark.parametrize("name", ["shapes", "pascal_part", "reason_seg", *NAMES])
+def test_streamed_rows_are_the_prepared_and_the_parquet_rows(name, tmp_path):
+    options = {"num_train_scenes": 20, "image_size": 64} if name == "shapes" else {"data_dir": str(TREE)}
+    options["cache_dir"] = str(tmp_path / "cache")
+    rows = load_source(name, **options)
+    shard = rows.with_format("arrow").map(embed_table_storage, batched=True)
+    shard.to_parquet(tmp_path / "rows.parquet")
+    parquet = {"path": "parquet", "data_files": str(tmp_path / "rows.parquet"), "split": "train"}
+    kinds = [
+        rows,
+        load_source(name, streaming=True, **options),
+        load_dataset(**parquet, cache_dir=options["cache_dir"]),
+        load_dataset(**parquet, streaming=True),
+    ]
+
+    def content(row):
+        image = row["image"]
+        return {**row, "image": image["bytes"] or Path(image["path"]).read_bytes()}
+
+    expected, *others = [[content(row) for row in rows.cast_column("image", Image(decode=False))] for rows in kinds]
+    assert len(expected) > 0
+    for found in others:
+        assert found == expected
+
+    # And so are the items: one pass over each stream has the images of the rows.
+    for streamed in (kinds[1], kinds[3]):
+        items = list(islice(StreamingMixtureDataset({name: streamed}), len(expected)))
+        assert sorted(item["image_id"] for item in items) == sorted(row["image_id"] for row in expected)
+        assert all(item["image"].mode == "RGB" and item["questions"] for item in items)
+
+
+# Trainer
+
+
+def make_stream_trainer(directory, rank=0, num_ranks=1, **arguments):
+    data = StreamingMixtureDataset(one_source(64, 8, directory), rank=rank, num_ranks=num_ranks)
+    arguments = {"per_device_train_batch_size": 2, "dataloader_num_workers": 2} | arguments
+    return make_trainer(*build_model(), directory, data, **arguments)
+
+
+def test_a_run_resumes_exactly_from_a_checkpoint(tmp_path):
+    arguments = {"max_steps": 4, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    runs = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        trainer = make_stream_trainer(tmp_path, **arguments)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs.append(trainer)
+    whole, resumed = (trainer.recorder.gradients for trainer in runs)
+    assert len(whole) == 4 and len(resumed) == 1
+    assert_gradients_equal(resumed[0], whole[3])
+    assert runs[1].state.log_history[-2]["loss"] == pytest.approx(runs[0].state.log_history[-2]["loss"], rel=1e-5)
+
+
+def test_the_stream_of_another_process_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Expected the stream of process 0 of 1, found that of rank 1 of 2"):
+        make_stream_trainer(tmp_path, rank=1, num_ranks=2).train()
+
+
+def read_two_passes(directory):
+    """Writes the images of this process's batches, until two passes over the rows must have been read by all."""
+    state = PartialState(cpu=True)
+    trainer = make_stream_trainer(directory, state.process_index, state.num_processes)
+    trainer.data_collator = lambda items: {"image_ids": [item["image_id"] for item in items]}
+    batches = islice(trainer.get_train_dataloader(), 2 * 64 // 2 // state.num_processes)
+    image_ids = [batch["image_ids"] for batch in batches]
+    Path(directory, f"{state.process_index}.json").write_text(json.dumps(image_ids))
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def test_two_processes_with_two_workers_each_share_the_rows(tmp_path):
+    launch(__file__, tmp_path)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    rows = Counter(f"classes/{index}" for index in range(64))
+    for one_pass in (slice(0, 16), slice(16, 32)):
+        assert Counter(image_id for batches in ranks for batch in batches[one_pass] for image_id in batch) == rows
+    assert all(len(batch) == 2 for batches in ranks for batch in batches)
+
+
+if __name__ == "__main__":
+    read_two_passes(sys.argv[1])

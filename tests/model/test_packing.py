@@ -1,0 +1,179 @@
+"""Packed rows are separate rows: the same loss, gradients, masks and evaluation, whatever the VLM."""
+
+import copy
+
+import pytest
+import torch
+from fixtures.tiny_models import FAMILIES, SIDE, conversation, image, qwen2_5_vl_sam, qwen3_vl_sam
+from fixtures.tiny_training import Items, assert_gradients_equal, build_model, make_trainer
+
+from lisa_hf import LisaDataCollator
+from lisa_hf.model.packing import pack_rows, packing_obstacle, unpack_rows, use_packing
+
+
+# Three images with 3, 1 and 2 questions: a long one beyond gemma3's window of 8, several turns, one without a mask.
+CONVERSATIONS = [
+    conversation("What is the red circle? And the circle of a circle?", "Sure, [SEG] and [SEG].", "Is it?", "It is."),
+    conversation("What is it?", "It is [SEG]."),
+    conversation("What is the circle?", "The circle.", "Sure?", "Sure, it is [SEG]."),
+    conversation("Is [SEG] red?", "It is."),
+    conversation("The red circle?", "It is red [SEG]."),
+    conversation("The red circle?", "It is [SEG]. What is it?"),
+]
+IMAGE_INDICES = [0, 0, 0, 1, 2, 2]
+SIZES = [(40, 60), (64, 32), (50, 50)]
+MASKS_PER_IMAGE = [4, 0, 2]
+
+
+def make_batch(processor) -> dict:
+    images = [image(*size, seed=index) for index, size in enumerate(SIZES)]
+    batch = processor.encode_conversations(images, CONVERSATIONS, IMAGE_INDICES)
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.randint(0, 2, (n, *size), generator=generator) for n, size in zip(MASKS_PER_IMAGE, SIZES)]
+    return {**batch, "mask_labels": masks}
+
+
+def qwen_batch() -> dict:
+    """The same for a Qwen without a processor: 64 tokens, `[SEG]` is 50, the image 60 between 62 and 63."""
+    generator = torch.Generator().manual_seed(0)
+    grids = [[1, 4, 8], [1, 8, 4], [1, 4, 4]]
+    rows, labels = [], []
+    for number, index in enumerate(IMAGE_INDICES):
+        prompt = [5, 62, *[60] * (grids[index][1] * grids[index][2] // 4), 63, 6, 7, *range(10, 14 + 3 * number)]
+        answer = [30 + number, 50, 31]
+        rows.append(torch.tensor(prompt + answer))
+        labels.append(torch.tensor([-100] * len(prompt) + answer))
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=2)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (input_ids != 2).long(),
+        "mm_token_type_ids": (input_ids == 60).long(),
+        "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
+        "pixel_values": torch.randn(sum(h * w for _, h, w in grids), 3 * 4 * 4, generator=generator),
+        "image_grid_thw": torch.tensor(grids),
+        "image_indices": torch.tensor(IMAGE_INDICES),
+        "mask_pixel_values": torch.randn(3, 3, SIDE, SIDE, generator=generator),
+        "original_sizes": torch.tensor([[SIDE, SIDE]] * 3),
+        "reshaped_input_sizes": torch.tensor([[SIDE, SIDE]] * 3),
+        "mask_labels": [torch.randint(0, 2, (n, SIDE, SIDE), generator=generator) for n in (3, 1, 2)],
+    }
+
+
+def make_family(name: str, attention: str = "sdpa"):
+    """Model, batch of separate rows and the same batch packed."""
+    if name.startswith("qwen"):
+        model = {"qwen2_5_vl": qwen2_5_vl_sam, "qwen3_vl": qwen3_vl_sam}[name]()
+        batch, image_token_id, pad_token_id = qwen_batch(), 60, 2
+    else:
+        model, processor = FAMILIES[f"{name}-sam"]()
+        batch, image_token_id = make_batch(processor), processor.vlm_processor.image_token_id
+        pad_token_id = processor.tokenizer.pad_token_id
+    model.vlm.set_attn_implementation(attention)
+    return model, batch, pack_rows(batch, image_token_id, pad_token_id)
+
+
+def loss_and_gradients(model, batch: dict):
+    model = copy.deepcopy(model).train()
+    output = model(**batch, output_masks=True)
+    output.loss.backward()
+    return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3", "qwen2_5_vl", "qwen3_vl"])
+def test_packed_equals_separate(name, attention):
+    model, batch, packed_batch = make_family(name, attention)
+    assert packed_batch["input_ids"].shape[0] == 3 and packed_batch["image_indices"].tolist() == [0, 1, 2]
+    assert packed_batch["attention_mask"].sum() < batch["attention_mask"].sum() - 3 * 4
+    separate, gradients = loss_and_gradients(model, batch)
+    packed, packed_gradients = loss_and_gradients(model, packed_batch)
+    for part in ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss"):
+        torch.testing.assert_close(packed[part], separate[part], rtol=1e-5, atol=1e-6, msg=part)
+    for found, expected in zip(packed.pred_masks, separate.pred_masks, strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=1e-5 * max(1, separate.low_res_masks.abs().max().item())
+        )
+    assert packed_gradients.keys() == gradients.keys()
+    overall = max(gradient.abs().max() for gradient in gradients.values())
+    for parameter, gradient in gradients.items():
+        scale = max(gradient.abs().max(), 0.01 * overall)
+        assert (packed_gradients[parameter] - gradient).abs().max() <= 1e-5 * scale, parameter
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3", "qwen2_5_vl"])
+def test_unpacking_gives_the_rows_back(name):
+    _, batch, packed_batch = make_family(name)
+    unpacked = unpack_rows(packed_batch)
+    assert unpacked.keys() == batch.keys()
+    real = batch["attention_mask"].bool()
+    for key, value in batch.items():
+        if key == "input_ids":
+            assert torch.equal(unpacked[key][real], value[real]) and not unpacked[key][~real].any()
+        elif key != "mask_labels":
+            assert torch.equal(unpacked[key], value), key
+
+
+def test_a_packed_row_grows_with_the_questions_alone():
+    _, batch, packed_batch = make_family("llava")
+    separate, packed = batch["attention_mask"], packed_batch["attention_mask"]
+    prefix = (packed_batch["segment_ids"] == 0).sum(1)
+    saved = torch.tensor([2, 0, 1]) * prefix  # one copy stays
+    by_image = torch.zeros(3, dtype=torch.long).index_add(0, batch["image_indices"], separate.sum(1))
+    assert torch.equal(packed.sum(1), by_image - saved) and prefix.min() > 16  # the image's tokens and more
+    labels, segments = packed_batch["labels"], packed_batch["segment_ids"]
+    assert not ((labels != -100) & (segments <= 0)).any()
+    begins = segments[:, 1:] != segments[:, :-1]
+    assert (labels[:, 1:][begins] == -100).all()
+    assert (packed_batch["shift_labels"] != -100).sum() == (batch["labels"] != -100).sum()
+
+
+def test_questions_that_differ_before_their_image_stay_apart():
+    model, processor = FAMILIES["llava-sam"]()
+    asked = [conversation("What is it?", "It is red."), conversation("Is it red?", "It is.")]
+    asked.append([{"role": "user", "content": [*asked[1][0]["content"][::-1]]}, asked[1][1]])  # text before the image
+    batch = processor.encode_conversations([image(40, 60)], asked, [0, 0, 0])
+    packed = pack_rows(batch, processor.vlm_processor.image_token_id, processor.tokenizer.pad_token_id)
+    assert packed["image_indices"].tolist() == [0, 0] and packed["segment_ids"].amax(1).tolist() == [2, 1]
+    torch.testing.assert_close(model(**packed).loss, model(**batch).loss, rtol=1e-5, atol=0)
+
+
+def test_what_would_mix_questions_up_is_refused(caplog):
+    model, _, packed_batch = make_family("llava")
+    assert use_packing(model.config, True) and not use_packing(model.config, False) and not caplog.records
+    model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2' cannot keep packed questions apart.*`packing=False`"):
+        model(**packed_batch)
+    assert not use_packing(model.config, True)
+    assert "stay separate rows: attn_implementation 'flash_attention_2'" in caplog.text
+    model.config.get_text_config()._attn_implementation = "sdpa"
+    model.config.get_text_config().model_type = "mistral"  # with a window that nobody has tested
+    assert "this is llava on mistral" in packing_obstacle(model.config)
+
+
+def test_training_and_evaluation_do_not_depend_on_packing(tmp_path):
+    """A step of 8 items in two accumulated batches, and both protocols of the evaluation."""
+    results = []
+    for packing in (False, True):
+        model, processor = build_model()
+        trainer = make_trainer(
+            model,
+            processor,
+            tmp_path,
+            Items(8),
+            Items(8),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            eval_generate=True,
+        )
+        trainer.data_collator = LisaDataCollator(processor, packing=packing)
+        assert ("segment_ids" in trainer.data_collator([Items(1)[0]])) == packing
+        trainer.train()
+        results.append((trainer.recorder.gradients[0], trainer.state.log_history[0], trainer.evaluate()))
+    (gradients, log, metrics), (packed_gradients, packed_log, packed_metrics) = results
+    assert_gradients_equal(packed_gradients, gradients)
+    for part in ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss"):
+        assert packed_log[part] == pytest.approx(log[part], rel=1e-5)
+    assert metrics["eval_generated_giou"] is not None
+    for key in metrics:
+        if not key.endswith(("runtime", "per_second")):
+            assert packed_metrics[key] == pytest.approx(metrics[key], rel=1e-4, nan_ok=True), key

@@ -1,0 +1,437 @@
+"""`recipes/export.py`: from what a run left, finished or not, to a directory that answers the same anywhere."""
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import PIL.Image
+import pytest
+import torch
+import transformers
+import yaml
+from fixtures.golden_model import converted_directory, original_state_dict
+from fixtures.original_checkpoints import write_zero_checkpoint
+from fixtures.tiny_training import make_trainer
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_recipes import SHAPES, TINY
+from workers import export_worker
+from workers.launching import finish, launch, start
+
+from lisa_hf import export
+from lisa_hf.conversion.checkpoints import open_zero_checkpoint
+from lisa_hf.evaluation.benchmarks import write_results
+from lisa_hf.training.trainable import prepare_for_training
+
+
+ROOT = Path(__file__).parents[2]
+COMMAND = ROOT / "recipes" / "export.py"
+RUN = {
+    "sources": {"shapes": SHAPES},
+    "eval_sources": {"shapes": SHAPES},
+    "max_steps": 5,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "per_device_train_batch_size": 1,
+    "learning_rate": 1e-3,
+    "generation_max_new_tokens": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+}
+# LoRA on a converted LISA, all weights of one, and LoRA on weights and a tokenizer that are nowhere on disk.
+RUNS = {
+    "lora": {"model": None, **RUN},
+    "full": {"model": None, "lora_r": 0, **RUN},
+    "from_nothing": TINY | RUN | {"trainable": ["mask_decoder"], "eval_generate": True},
+}
+
+
+def write_recipe(path: Path, **arguments) -> Path:
+    if "model" in arguments:
+        arguments["model"] = str(converted_directory())
+    path.write_text(yaml.safe_dump(arguments))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """`runs(name)`: the directory of one of the `RUNS`, with `run` and `answers.safetensors`; trained once."""
+    made = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            directory = made[name] = tmp_path_factory.mktemp(name)
+            recipe = write_recipe(directory / "recipe.yaml", **RUNS[name])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(datasets.config, "HF_DATASETS_CACHE", directory / "cache")
+                export_worker.train(
+                    directory / "answers.safetensors", "--config", recipe, "--output_dir", directory / "run"
+                )
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command in this process; returns what it printed."""
+    spec = importlib.util.spec_from_file_location("export_command", COMMAND)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec.loader.exec_module(module)
+    level = logging.getLogger("lisa_hf").level
+
+    def run(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [str(COMMAND), *map(str, arguments)])
+        try:
+            module.main()
+        except SystemExit:
+            pytest.fail(capsys.readouterr().err)
+        return capsys.readouterr().out
+
+    yield SimpleNamespace(run=run, module=module)
+    logging.getLogger("lisa_hf").setLevel(level)
+
+
+def largest_difference(model, answers_file: Path) -> float:
+    """Between the masks of a model and those of the model in training."""
+    tensors = load_file(answers_file)
+    inputs = {name.removeprefix("inputs."): value for name, value in tensors.items() if name.startswith("inputs.")}
+    with torch.no_grad():
+        outputs = model.eval()(**inputs)
+    return max((outputs[name] - tensors[name]).abs().max().item() for name in ("low_res_masks", "last_hidden_state"))
+
+
+# ---- round trips ----------------------------------------------------------------------------------------------------
+
+FRESH = """
+import sys
+
+import torch
+from safetensors.torch import load_file
+
+
+class NoPackage:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "lisa_hf":
+            raise ModuleNotFoundError(f"{name} is not here", name=name)
+
+
+sys.meta_path.insert(0, NoPackage())
+from transformers import AutoModel, AutoProcessor, pipeline
+
+picture, *arguments = sys.argv[1:]
+for directory, answers in zip(arguments[::2], arguments[1::2]):
+    model = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
+    AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+    tensors = load_file(answers)
+    inputs = {name.removeprefix("inputs."): value for name, value in tensors.items() if name.startswith("inputs.")}
+    with torch.no_grad():
+        masks = model(**inputs).low_res_masks
+    difference = (masks - tensors["low_res_masks"]).abs().max().item()
+    assert len(masks) and difference <= 1e-4, (directory, difference)
+    pipe = pipeline("reasoning-segmentation", model=directory, trust_remote_code=True)
+    answer = pipe(picture, question="What is red?", max_new_tokens=3)
+    assert answer["masks"].shape[1:] == (40, 60), answer
+"""
+
+
+def check_in_a_fresh_process(directory: Path, exports: dict[Path, Path]):
+    """Loads exported models without this package and compares their masks, to 1e-4, with those of the training."""
+    PIL.Image.effect_noise((60, 40), 100).save(directory / "picture.png")
+    environment = {"HF_MODULES_CACHE": directory / "modules", "HF_HOME": directory / "home", "HF_HUB_OFFLINE": "1"}
+    arguments = [path for pair in exports.items() for path in pair]
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH, directory / "picture.png", *arguments],
+        cwd=directory,
+        env=os.environ | {name: str(value) for name, value in environment.items()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+def test_round_trips(runs, command, tmp_path):
+    exports = {}
+    for name in RUNS:
+        # Without its final model, as after an interruption: the newest checkpoint counts.
+        shutil.copytree(runs(name) / "run", tmp_path / name / "run")
+        (tmp_path / name / "run" / "model.safetensors").unlink()
+        printed = command.run(tmp_path / name / "run", "--output", tmp_path / f"{name}-out")
+        assert "checkpoint-5" in printed
+        exports[tmp_path / f"{name}-out"] = runs(name) / "answers.safetensors"
+    for directory in exports:
+        assert not {"optimizer.pt", "training_args.bin", "adapter_config.json"} & set(os.listdir(directory))
+    check_in_a_fresh_process(tmp_path, exports)
+
+
+def test_adapter_alone_is_restored_on_its_base(runs, command, tmp_path):
+    command.run(runs("lora") / "run" / "checkpoint-5", "--adapter-only", "--output", tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    model, _ = export.restore_model(tmp_path / "adapter")
+    assert largest_difference(model, runs("lora") / "answers.safetensors") <= 1e-4
+    assert "restore_model" in (tmp_path / "adapter" / "README.md").read_text()
+    with pytest.raises(ValueError, match="not the checkpoint of a run with LoRA"):
+        export.save_adapter(runs("full") / "run" / "checkpoint-5", tmp_path / "none")
+
+
+def test_final_model_in_shards_of_another_type(runs, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "MAX_SHARD_SIZE", "200KB")
+    printed = command.run(runs("lora") / "run", "--output", tmp_path / "out", "--dtype", "bf16")
+    assert f"Exported {runs('lora') / 'run'}:" in printed  # the final model, as new as the newest checkpoint
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    shards = set(index["weight_map"].values())
+    assert len(shards) > 2
+    for shard in shards:
+        with safe_open(tmp_path / "out" / shard, "pt") as tensors:
+            dtypes = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+        assert dtypes == {"BF16"}
+    model, _ = export.restore_model(tmp_path / "out")
+    assert largest_difference(model.float(), runs("lora") / "answers.safetensors") < 0.5
+
+
+# ---- interrupted and damaged ----------------------------------------------------------------------------------------
+
+
+def truncate(file: Path) -> Path:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return file
+
+
+def test_incomplete_checkpoints_are_passed_over_and_named(runs, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(runs("full") / "run", run)
+    assert export.find_checkpoint(run) == run  # the final model
+    damaged = truncate(run / "model.safetensors")
+    with caplog.at_level(logging.WARNING, logger="lisa_hf"):
+        assert export.find_checkpoint(run) == run / "checkpoint-5"
+        assert str(damaged) in caplog.text and "truncated" in caplog.text
+        truncate(run / "checkpoint-5" / "model.safetensors")
+        assert export.find_checkpoint(run) == run / "checkpoint-4"
+        assert f"{run / 'checkpoint-5'} is passed over: its model.safetensors has" in caplog.text
+        (run / "checkpoint-4" / "manifest.json").unlink()  # killed while it saved
+        assert export.find_checkpoint(run) == run / "checkpoint-2"
+        assert "checkpoint-4 is passed over: it has no manifest.json" in caplog.text
+    assert export.find_checkpoint(run / "checkpoint-4") == run / "checkpoint-4"  # named, and its weights are whole
+    (run / "checkpoint-5" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="checkpoint-5: expected a checkpoint file"):
+        export.find_checkpoint(run / "checkpoint-5")  # named, so nothing else will do
+    shutil.rmtree(run / "checkpoint-2")
+    with pytest.raises(ValueError, match="a complete checkpoint-N in it, found none"):
+        export.find_checkpoint(run)
+
+
+def test_nothing_is_left_of_an_export_that_fails(runs, command, tmp_path, monkeypatch, capsys):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command.module, "save_records", no_space)
+    with pytest.raises(pytest.fail.Exception, match="error: .*No space left"):
+        command.run(runs("full") / "run", "--output", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(pytest.fail.Exception, match="out exists and is not empty"):
+        command.run(runs("full") / "run", "--output", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_adapter_without_a_record_of_its_base(runs, tmp_path):
+    shutil.copytree(runs("lora") / "run" / "checkpoint-5", tmp_path / "checkpoint-5")
+    with pytest.raises(ValueError, match="what it belongs to stands in the run.json of its run"):
+        export.restore_model(tmp_path / "checkpoint-5")
+
+
+def test_missing_and_truncated_zero_files_are_named(tmp_path):
+    weights = {name: tensor for name, tensor in original_state_dict().items() if "text_hidden" in name}
+    write_zero_checkpoint(tmp_path, weights, num_processes=3)
+    step = tmp_path / "global_step10"
+    assert open_zero_checkpoint(tmp_path).keys() == weights.keys()
+    for name in ("bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"):
+        (step / name).rename(tmp_path / "aside")
+        with pytest.raises(ValueError, match=f"{name} missing"):
+            open_zero_checkpoint(tmp_path)
+        (tmp_path / "aside").rename(step / name)
+    truncate(step / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    with pytest.raises(ValueError, match="rank_1_mp_rank_00_optim_states.pt cannot be read: it is truncated"):
+        open_zero_checkpoint(tmp_path)
+
+
+# ---- model card and Hub ---------------------------------------------------------------------------------------------
+
+
+def test_model_card_tells_the_run(runs, command, tmp_path):
+    command.run(runs("from_nothing") / "run", "--output", tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    figures = json.loads((runs("from_nothing") / "run" / "eval_results.json").read_text())
+    found = {(result.metric_name, result.dataset_split): result.metric_value for result in card.data.eval_results}
+    assert found["gIoU (lisa)", "validation"] == pytest.approx(figures["eval_giou"], abs=1e-4)
+    assert found["cIoU (generated)", "validation"] == pytest.approx(figures["eval_generated_ciou"], abs=1e-4)
+    assert "| shapes | train | 100.0 % | 12 |" in card.text
+    for line in (
+        "| learning_rate | 0.001 |",
+        "| trainable | mask_decoder |",
+        "| steps | 5 |",
+        "| images per step | 1 |",
+    ):
+        assert line in card.text
+    assert "Trained from random weights" in card.text and "Trained on the split" not in card.text
+    assert PIL.Image.open(tmp_path / "out" / "predictions.png").width > 1000 and "](predictions.png)" in card.text
+    code = card.text.split("```python\n")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+    assert 'model="out"' in code
+
+
+def test_model_card_of_a_run_on_a_test_split_and_of_bases(runs, tmp_path):
+    record = json.loads((runs("lora") / "run" / "run.json").read_text())
+    source = {"source": "reason_seg", "split": "val", "weight": 0.25, "num_rows": None, "fingerprint": None}
+    record["directory"] = str(tmp_path)
+    earlier = record | {"data": {"train": [source], "eval": []}}
+    (tmp_path / "sam").mkdir()
+    ModelCard("---\nlicense: apache-2.0\n---\n").save(tmp_path / "sam" / "README.md")
+    record["arguments"]["model"] |= {"model": None, "vlm": "somebody/vlm", "mask_model": "sam"}
+    record["earlier_starts"] = [earlier]
+    shutil.copytree(runs("lora") / "run" / "checkpoint-5", tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    export.save_records(tmp_path / "run", tmp_path, "me/mine", is_adapter=False)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "**Trained on the split `val` of reason_seg**" in card.text
+    assert "| reason_seg | val | 25.0 % | streamed |" in card.text
+    assert "- sam: apache-2.0" in card.text
+    assert "- [somebody/vlm](https://huggingface.co/somebody/vlm): its licence is not recorded here" in card.text
+    assert card.data.base_model == ["somebody/vlm"] and card.data.license == "other"
+    assert "Not evaluated." in card.text  # checkpoint-5 has no figures of its own
+
+
+def test_model_card_shows_an_evaluation_on_benchmarks(runs, command, tmp_path):
+    evaluation = tmp_path / "evaluation"
+    figures = {f"{name}{end}": 0.5 for name in ("giou", "ciou") for end in ("", "_low", "_high")}
+    result = {"builder": "reason_seg", "split": "val", "protocols": {"lisa": figures | {"num_questions": 7}}}
+    with pytest.raises(pytest.fail.Exception, match="evaluation: expected the evaluation.json"):
+        command.run(runs("full") / "run", "--output", tmp_path / "out", "--evaluation", evaluation)
+    write_results(evaluation, "outputs/mine", {"reason_seg_val": result, "mine": result})
+    PIL.Image.new("RGB", (4, 4)).save(evaluation / "predictions_reason_seg_val.png")
+    command.run(runs("full") / "run", "--output", tmp_path / "out", "--evaluation", evaluation)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| reason_seg_val | lisa | 7 | 50.0 (50.0 to 50.0) |" in card and "| mine (val) | lisa |" in card
+    assert (
+        "](predictions_reason_seg_val.png)" in card and (tmp_path / "out" / "predictions_reason_seg_val.png").exists()
+    )
+
+
+class RecordingApi:
+    """Stands in for HfApi and keeps what would be sent."""
+
+    calls = []
+
+    def create_repo(self, repo_id, **options):
+        self.calls.append(("create_repo", repo_id, options))
+        return SimpleNamespace(repo_id=f"me/{repo_id}", __str__=lambda: repo_id)
+
+    def upload_folder(self, folder_path, **options):
+        files = {path.name: path.stat().st_size for path in Path(folder_path).iterdir()}
+        self.calls.append(("upload_folder", files, options))
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+@pytest.mark.parametrize("public", [False, True])
+def test_push_sends_the_directory_to_a_private_repository(adapter_only, public, runs, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(RecordingApi, "calls", [])
+    monkeypatch.setattr(export, "HfApi", RecordingApi)
+    options = ["--adapter-only"] * adapter_only + ["--public"] * public
+    printed = command.run(
+        runs("lora") / "run" / "checkpoint-5", "--output", tmp_path / "out", "--push-to-hub", "mine", *options
+    )
+    (_, name, created), (_, files, uploaded) = RecordingApi.calls
+    assert (name, created["repo_type"], created["private"]) == ("mine", "model", not public)
+    assert uploaded == {"repo_id": "me/mine", "repo_type": "model"}
+    assert set(files) == set(os.listdir(tmp_path / "out")) and all(files.values())
+    assert {"README.md", "run.json", "tokenizer.json"} <= set(files)
+    assert ("adapter_model.safetensors" in files) == adapter_only
+    assert ("model.safetensors" in files) == ("modeling_lisa.py" in files) == (not adapter_only)
+    assert "hf upload mine" in printed and ("--private" in printed) == (not public)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ('snapshot_download("mine")' if adapter_only else 'model="mine"') in card
+
+
+def test_trainer_pushes_its_card_to_a_private_repository(tiny, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(RecordingApi, "calls", [])
+    monkeypatch.setattr(transformers.trainer, "hf_api", RecordingApi)
+    model, processor = tiny
+    trainer = make_trainer(prepare_for_training(model, ["seg_projector"]), processor, tmp_path / "run")
+    shutil.copy(runs("lora") / "run" / "run.json", tmp_path / "run")
+    trainer.push_to_hub()
+    (_, name, created), (_, files, _) = RecordingApi.calls
+    assert name == "run" and created["private"]
+    assert {"README.md", "run.json", "adapter_model.safetensors"} <= set(files)
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "| shapes | train | 100.0 % | 12 |" in card.text and card.data.to_dict()["library_name"] == "peft"
+
+
+# ---- sharded weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_r", [0, 8])
+def test_round_trip_of_fsdp_on_two_processes(lora_r, command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    recipe = write_recipe(tmp_path / "recipe.yaml", **RUNS["lora"] | {"lora_r": lora_r, "save_steps": 5})
+    run, answers = tmp_path / "run", tmp_path / "answers.safetensors"
+    arguments = (answers, "--config", recipe, "--output_dir", run, "--use_cpu", "false")
+    launch(export_worker.__file__, *arguments, launcher="fsdp2")
+    command.run(run, "--output", tmp_path / "final")  # what the run itself saved at its end
+    command.run(run / "checkpoint-5", "--output", tmp_path / "checkpoint")
+    check_in_a_fresh_process(tmp_path, dict.fromkeys((tmp_path / "final", tmp_path / "checkpoint"), answers))
+
+
+@pytest.mark.slow
+def test_fsdp_that_would_leave_no_model_is_refused_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    recipe = write_recipe(tmp_path / "recipe.yaml", **RUNS["lora"])
+    arguments = (tmp_path / "answers", "--config", recipe, "--output_dir", tmp_path / "run", "--use_cpu", "false")
+    options = ("--fsdp_state_dict_type", "SHARDED_STATE_DICT")
+    process = start(export_worker.__file__, *arguments, launcher="fsdp2", options=options)
+    assert "fsdp_state_dict_type is SHARDED_STATE_DICT, expected FULL_STATE_DICT" in finish(process)
+    assert process.returncode != 0 and not list(tmp_path.glob("run/checkpoint-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_r", [0, 8])
+@pytest.mark.parametrize(("stage", "gather"), [(2, True), (3, True), (3, False)])
+def test_round_trip_of_zero_on_two_processes(stage, gather, lora_r, command, tmp_path, monkeypatch):
+    zero = {"stage": stage, "allgather_bucket_size": 5e7, "reduce_bucket_size": 5e7}
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = gather
+    auto = dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+    )
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero, **auto}))
+    recipe = write_recipe(tmp_path / "recipe.yaml", **RUNS["lora"] | {"lora_r": lora_r, "save_steps": 5})
+    run, answers = tmp_path / "run", tmp_path / "answers.safetensors"
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    arguments = (answers, "--config", recipe, "--output_dir", run, "--deepspeed", tmp_path / "zero.json")
+    launch(export_worker.__file__, *arguments)
+    command.run(run, "--output", tmp_path / "final")  # what the run itself saved at its end
+    command.run(run / "checkpoint-5", "--output", tmp_path / "checkpoint")
+    # The pieces alone, as if the run had been interrupted before the whole weights were written.
+    for name in ("model.safetensors", export.ADAPTER_WEIGHTS):
+        (run / "checkpoint-5" / name).unlink(missing_ok=True)
+    command.run(run / "checkpoint-5", "--output", tmp_path / "pieces")
+    exports = dict.fromkeys((tmp_path / "final", tmp_path / "checkpoint", tmp_path / "pieces"), answers)
+    check_in_a_fresh_process(tmp_path, exports)
+
+    script = [sys.executable, "zero_to_fp32.py", ".", tmp_path / "script"]
+    subprocess.run(script, cwd=run / "checkpoint-5", check=True, capture_output=True, timeout=300)
+    weights = torch.load(tmp_path / "script" / "pytorch_model.bin", weights_only=True)
+    expected = open_zero_checkpoint(run / "checkpoint-5")
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n].load()) for n in weights)

@@ -1,0 +1,100 @@
+"""Every launcher of recipes/accelerate starts the training recipe, on CPUs here, and trains the same model."""
+
+import json
+import socket
+
+import pytest
+from fixtures.golden_model import converted_directory
+from test_recipes import write_config
+from workers.launching import ROOT, finish, launch, start
+
+
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+# FSDP among CPU processes is DDP to accelerate; test_distributed.py and test_export.py have it as on GPUs.
+LAUNCHERS = {"cpu": 1, "single_gpu": 1, "ddp": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
+OFFLOAD = ("zero2_offload", "zero3_offload")
+
+
+def test_deepspeed_files_leave_to_trainer_what_it_knows():
+    assert [path.stem for path in DS_CONFIGS] == ["zero2", "zero2_offload", "zero3", "zero3_offload"]
+    for path in DS_CONFIGS:
+        config = json.loads(path.read_text())
+        # An optimizer named here would be DeepSpeed's own, which compiles for minutes and knows no parameter groups.
+        assert not {"optimizer", "scheduler"} & config.keys()
+        for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            assert config[name] == "auto"
+        zero = config["zero_optimization"]
+        assert zero["stage"] == int(path.stem[4])
+        assert ("offload_optimizer" in zero) == path.stem.endswith("offload")
+
+
+def arguments(directory, num_processes: int) -> tuple:
+    config = write_config(directory / "tiny.yaml", per_device_train_batch_size=2 // num_processes, lora_dropout=0.0)
+    return (ROOT / "recipes" / "train.py", "--config", config, "--output_dir", directory / "run")
+
+
+def losses(directory) -> list[float]:
+    state = json.loads((directory / "run" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cpu")
+    launch(*arguments(directory, 1), launcher="cpu", num_processes=1)
+    return losses(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, *OFFLOAD])
+def test_launcher(launcher, expected, tmp_path):
+    options = ()
+    if launcher in OFFLOAD:
+        launcher, options = launcher[:5], ("--deepspeed_config_file", f"ds_configs/{launcher}.json")
+    num_processes = LAUNCHERS[launcher]
+    output = launch(
+        *arguments(tmp_path, num_processes), launcher=launcher, num_processes=num_processes, options=options
+    )
+    assert "Done." in output
+    assert losses(tmp_path) == pytest.approx(expected, rel=1e-5)
+    assert (tmp_path / "run" / "model.safetensors").exists() and (tmp_path / "run" / "predictions.png").exists()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["hardware"]["num_processes"] == num_processes
+    assert record["launcher"]["zero_stage"] == {"zero2": 2, "zero3": 3}.get(launcher)
+
+
+@pytest.mark.slow
+def test_two_machines(expected, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = [
+        start(
+            *arguments(tmp_path, 2),
+            launcher="multi_node",
+            options=("--main_process_port", port, "--machine_rank", rank),
+        )
+        for rank in (0, 1)
+    ]
+    for output in [finish(machine) for machine in machines]:
+        assert "Traceback" not in output, output[-5000:]
+    assert losses(tmp_path) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_evaluation_gives_the_same_figures_on_any_number_of_processes(tmp_path):
+    """A converted LISA on five images, so that one process has an image more than the other."""
+    source = {"shapes": {"num_train_scenes": 2, "num_validation_scenes": 5, "image_size": 64}}
+    written = []
+    for launcher, num_processes in (("cpu", 1), ("ddp", 2)):
+        output_dir = tmp_path / launcher
+        arguments = ("--eval_sources", json.dumps(source), "--output_dir", output_dir, "--use_cpu", "true")
+        launch(
+            *(ROOT / "recipes" / "eval.py", converted_directory(), *arguments),
+            *("--generation_max_new_tokens", 4),
+            launcher=launcher,
+            num_processes=num_processes,
+        )
+        written.append((output_dir / "evaluation.json").read_text())
+    assert written[0] == written[1]
+    assert json.loads(written[0])["benchmarks"]["shapes"]["num_items"] == 5

@@ -1,0 +1,354 @@
+"""The recipes as a user runs them: subprocesses, files on disk, one clear line for what is wrong."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import yaml
+from transformers import AutoModel, AutoProcessor
+
+import lisa_hf  # noqa: F401  registers the classes
+from data_scripts import SOURCES
+from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
+from lisa_hf.training.build import load_chat_template
+
+
+ROOT = Path(__file__).parents[2]
+REAL_SAMPLES = Path(os.environ.get("LISA_REAL_SAMPLES", ROOT.parent / "shared" / "real_samples"))
+STORIES = REAL_SAMPLES.parent / "weights" / "stories260K"
+
+SHAPES = {"num_train_scenes": 12, "num_validation_scenes": 3, "image_size": 64}
+TINY = {
+    "vlm_config": {
+        "model_type": "llava",
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 16,
+        },
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        },
+    },
+    "mask_config": {
+        "model_type": "sam",
+        "vision_config": {
+            "hidden_size": 32,
+            "output_channels": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 16,
+            "window_size": 4,
+            "global_attn_indexes": [0],
+            "scale": 1.0,
+        },
+        "mask_decoder_config": {"mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 32},
+    },
+    "chat_template": "llava_1_5",
+    "sources": {"shapes": SHAPES},
+    "eval_sources": {"shapes": SHAPES},
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "generation_max_new_tokens": 8,
+    "eval_generate": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+}
+
+
+def run(script: str, *arguments, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(cwd / "datasets_cache"),
+    }
+    command = [sys.executable, str(ROOT / "recipes" / script), *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    if check and result.returncode != 0:
+        pytest.fail(f"{script} ended with {result.returncode}:\n{result.stderr[-3000:]}")
+    return result
+
+
+def write_config(path: Path, **changes) -> Path:
+    values = {key: value for key, value in (TINY | changes).items() if value is not None}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A model that the training recipe made, LoRA merged."""
+    directory = tmp_path_factory.mktemp("trained")
+    result = run("train.py", "--config", write_config(directory / "tiny.yaml"), "--output_dir", "run", cwd=directory)
+    assert result.stdout.splitlines()[-1].startswith("Done.") and str(directory / "run") in result.stdout
+    return directory / "run"
+
+
+def test_training_leaves_a_model_figures_and_a_sheet(trained):
+    model, processor = AutoModel.from_pretrained(trained), AutoProcessor.from_pretrained(trained)
+    assert type(model).__name__ == "LisaForConditionalGeneration"
+    assert processor.seg_token_id == model.config.seg_token_id
+    assert not any("lora" in name for name in model.state_dict())
+    figures = json.loads((trained / "eval_results.json").read_text())
+    assert {"eval_giou", "eval_generated_giou", "eval_generated_false_seg_rate"} <= figures.keys()
+    assert json.loads((trained / "run.json").read_text())["data"]["train"][0]["num_rows"] == SHAPES["num_train_scenes"]
+    sheet = PIL.Image.open(trained / "predictions.png")
+    assert sheet.width > 1000 and np.asarray(sheet).std() > 10
+
+
+def test_evaluate_gives_the_figures_of_the_training(trained, tmp_path):
+    run(
+        "eval.py",
+        trained,
+        "--eval_sources",
+        json.dumps({"shapes": SHAPES}),
+        "--output_dir",
+        tmp_path / "figures",
+        "--generation_max_new_tokens",
+        "8",
+        "--use_cpu",
+        "true",
+        cwd=tmp_path,
+    )
+    written = json.loads((tmp_path / "figures" / "evaluation.json").read_text())
+    assert written["model"] == str(trained)
+    assert set(written["benchmarks"]) <= {"shapes", "shapes_short", "shapes_long"}
+    result = written["benchmarks"]["shapes"]
+    assert (result["builder"], result["split"], result["num_items"]) == ("shapes", "validation", 3)
+    trained_figures = json.loads((trained / "eval_results.json").read_text())
+    for protocol, prefix in (("lisa", ""), ("generated", "generated_")):
+        for name in ("giou", "ciou", "giou_low", "ciou_high", "p@0.5"):
+            figures = result["protocols"][protocol]
+            assert figures[name] == pytest.approx(trained_figures[f"eval_{prefix}{name}"], rel=1e-4), name
+    assert figures["seg_rate"] == trained_figures["eval_generated_seg_rate"]
+    assert (tmp_path / "figures" / "predictions_shapes.png").exists()
+
+
+def test_benchmarks_by_protocol(trained, tmp_path):
+    tree = ROOT / "tests" / "golden" / "tree" / "dataset"
+    benchmarks = ("reason_seg_val", "refcoco_val", "grefcoco_val")
+    arguments = (
+        "--data_dir",
+        tree,
+        "--benchmarks",
+        *benchmarks,
+        "--generation_max_new_tokens",
+        4,
+        "--use_cpu",
+        "true",
+    )
+    printed = run("eval.py", trained, *arguments, cwd=tmp_path).stdout
+    output_dir = tmp_path / "outputs" / "evaluate" / trained.name
+    assert (output_dir / "evaluation.md").read_text() in printed and str(output_dir) in printed
+    results = json.loads((output_dir / "evaluation.json").read_text())["benchmarks"]
+    assert list(results) == ["reason_seg_val", "reason_seg_val_short", "reason_seg_val_long", *benchmarks[1:]]
+    # One photo is asked for by a phrase with a second text, which LISA never asks, and one by a sentence.
+    questions = {
+        name: {protocol: figures["num_questions"] for protocol, figures in result["protocols"].items()}
+        for name, result in results.items()
+    }
+    assert questions["reason_seg_val"] == {"lisa": 2, "generated": 2, "all_texts": 3, "generated_all_texts": 3}
+    assert questions["reason_seg_val_short"] == {"lisa": 1, "generated": 1, "all_texts": 2, "generated_all_texts": 2}
+    assert questions["reason_seg_val_long"] == {"lisa": 1, "generated": 1}
+    # As many as LISA asks, one of them about nobody.
+    golden = json.loads((ROOT / "tests" / "golden" / "datasets.json").read_text())["val"]["refcoco|unc|val"]
+    asked = sum(len(item["conversations"]) for item in golden["items"].values())
+    assert questions["refcoco_val"] == {"lisa": asked, "generated": asked}
+    assert results["refcoco_val"]["builder"] == "refcoco" and results["refcoco_val"]["num_items"] == golden["len"]
+    assert {"n_acc", "t_acc"} <= results["refcoco_val"]["protocols"]["lisa"].keys()
+    assert "n_acc" not in results["grefcoco_val"]["protocols"]["lisa"]
+    for name in benchmarks:
+        assert PIL.Image.open(output_dir / f"predictions_{name}.png").width > 1000
+
+
+def test_unknown_benchmark_names_the_nearest(tmp_path):
+    result = run("eval.py", "model", "--benchmarks", "reasonseg_val", cwd=tmp_path, check=False)
+    assert_one_line(result, "reasonseg_val", "the nearest valid name is `reason_seg_val`", "refcoco_testA")
+
+
+def test_predict_prints_the_answer_and_writes_masks(trained, tmp_path):
+    PIL.Image.fromarray(np.full((40, 60, 3), 200, dtype=np.uint8)).save(tmp_path / "scene.png")
+    result = run(
+        "predict.py",
+        trained,
+        "--image",
+        "scene.png",
+        "--question",
+        "What is red?",
+        "--max_new_tokens",
+        8,
+        cwd=tmp_path,
+    )
+    output_dir = tmp_path / "outputs" / "predict"
+    assert str(output_dir) in result.stdout
+    assert PIL.Image.open(output_dir / "overlay.png").size == (60, 40)
+
+
+@pytest.mark.skipif(not (REAL_SAMPLES.is_dir() and STORIES.is_dir()), reason="needs the real samples and stories260K")
+def test_real_samples_train_and_evaluate(tmp_path):
+    run(
+        "train.py",
+        "--config",
+        ROOT / "recipes" / "configs" / "real_samples.yaml",
+        "--data_dir",
+        REAL_SAMPLES,
+        "--language_model",
+        STORIES,
+        "--tokenizer",
+        STORIES / "tokenizer.model",
+        "--output_dir",
+        tmp_path / "run",
+        "--use_cpu",
+        "true",
+        cwd=tmp_path,
+    )
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert state["global_step"] == 20 and np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+    figures = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert figures["eval_num_masks"] == 4  # one question about each ReasonSeg val photo
+
+
+def make_reason_seg(directory: Path) -> Path:
+    """Four photos in ReasonSeg's layout, the first of which is no image."""
+    images = directory / "reason_seg" / "ReasonSeg" / "train"
+    images.mkdir(parents=True)
+    for index in range(4):
+        noise = np.random.default_rng(index).integers(0, 255, (120, 160, 3), dtype=np.uint8)
+        PIL.Image.fromarray(noise).save(images / f"{index}.jpg")
+        shape = {"label": "target", "points": [[5, 5], [30, 5], [30, 30]]}
+        (images / f"{index}.json").write_text(
+            json.dumps({"shapes": [shape], "text": ["the thing"], "is_sentence": False})
+        )
+    data = (images / "0.jpg").read_bytes()
+    (images / "0.jpg").write_bytes(data[: len(data) // 2])  # header intact, pixels cut off
+    return directory
+
+
+def assert_one_line(result: subprocess.CompletedProcess, *parts: str):
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    (line,) = (line for line in result.stderr.splitlines() if ": error: " in line)
+    for part in parts:
+        assert part in line, line
+
+
+def test_unknown_key_names_the_nearest(tmp_path):
+    config = write_config(tmp_path / "typo.yaml", learning_rte=1e-3)
+    result = run("train.py", "--config", config, cwd=tmp_path, check=False)
+    assert_one_line(result, "typo.yaml", "learning_rte", "learning_rate")
+
+
+def test_missing_data_directory_names_what_was_looked_for(tmp_path):
+    config = write_config(tmp_path / "c.yaml", sources={"reason_seg": 1}, eval_sources=None, data_dir="nowhere")
+    result = run("train.py", "--config", config, cwd=tmp_path, check=False)
+    assert_one_line(result, "nowhere", "reason_seg/ReasonSeg")
+
+
+def test_unreadable_image_stops_or_is_skipped_and_counted(tmp_path):
+    data_dir = make_reason_seg(tmp_path / "data")
+    config = write_config(
+        tmp_path / "c.yaml",
+        sources={"reason_seg": 1},
+        eval_sources=None,
+        data_dir=str(data_dir),
+        eval_generate=False,
+        max_steps=8,
+        dataloader_num_workers=1,
+    )
+    arguments = ("train.py", "--config", config, "--output_dir", tmp_path / "run")
+    stopped = run(*arguments, "--on_bad_row", "raise", cwd=tmp_path, check=False)
+    assert_one_line(stopped, "0.jpg", "cannot read the image")
+    run(*arguments, "--on_bad_row", "skip", cwd=tmp_path)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["log_history"][-2]["num_skipped_rows"] >= 1
+
+
+def test_text_too_long_never_loses_a_seg(tmp_path):
+    config = write_config(tmp_path / "c.yaml", max_length=12, on_bad_row="raise", eval_sources=None)
+    result = run("train.py", "--config", config, cwd=tmp_path, check=False)
+    assert_one_line(result, "max_length=12", "[SEG]")
+
+
+def test_checkpoint_of_another_architecture(trained, tmp_path):
+    model = AutoModel.from_pretrained(trained)
+    model.vlm.save_pretrained(tmp_path / "llava")
+    result = run(
+        "predict.py", tmp_path / "llava", "--image", ROOT / "README.md", "--question", "?", cwd=tmp_path, check=False
+    )
+    assert_one_line(result, "cannot read", "README.md")
+    result = run("eval.py", tmp_path / "llava", "--eval_sources", "{shapes: {}}", cwd=tmp_path, check=False)
+    assert_one_line(result, "llava", "expected 'lisa'", "mask_model")
+
+
+# ---- the files ---------------------------------------------------------------------------------------------------
+
+RECIPES = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The command line wins over what this machine may lack.
+    arguments = ["--config", str(path), "--bf16", "false", "--use_cpu", "true"]
+    model_args, data_args, training_args = parse_arguments(arguments)
+    load_chat_template(model_args.chat_template)
+    for name, options in (*data_args.sources.items(), *data_args.eval_sources.items()):
+        fields = dataclasses.fields(SOURCES[options.get("builder") or name].BUILDER_CONFIG_CLASS)
+        assert options.keys() <= {"builder", "split", "weight", *(field.name for field in fields)}
+    assert training_args.output_dir == f"outputs/{path.stem}"
+
+    header = path.read_text().split("\n\n")[0].replace("\n#", "")
+    if model_args.vlm_config is None:
+        assert (
+            "accelerate launch" in header
+            and f"--config recipes/configs/{path.name}" in header
+            and "Hardware: " in header
+        )
+        num_gpus, product = re.search(r"batch: (\d+) GPUs? x .*? = (\d+) images", header).groups()
+        batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+        assert int(num_gpus) * batch == int(product)
+
+
+def test_the_table_of_recipes_and_of_the_original_s_flags():
+    text = (ROOT / "recipes" / "README.md").read_text()
+    assert sorted(re.findall(r"^\| \[`.*?`\]\(configs/(\w+\.yaml)\)", text, re.MULTILINE)) == [
+        path.name for path in RECIPES
+    ]
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| `--", "| in the code"))]
+    assert len(rows) > 25
+    keys = {key for _, here in rows for key in re.findall(r"`(\w+)(?:: [^`]*)?`", here)}
+    arguments = (ModelArguments, DataArguments, LisaTrainingArguments)
+    assert keys - {field.name for cls in arguments for field in dataclasses.fields(cls)} == {"mask_decoder"}
+
+
+def test_dry_run_tells_of_data_and_one_step_and_leaves_nothing(tmp_path):
+    config = write_config(tmp_path / "c.yaml", num_questions=2, max_steps=50)
+    points = ("--mask_loss_points", 50)
+    result = run("train.py", "--config", config, "--output_dir", tmp_path / "run", "--dry_run", *points, cwd=tmp_path)
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("shapes "))
+    _, items, rows, masks, low, _, high = line.split()
+    assert (items, rows) == ("12", "12") and 0 < int(masks) <= 24 and int(low) <= int(high)
+    assert "<image> x 4 " in result.stdout and result.stdout.count("[[") == 2  # two questions, packed
+    assert "Dry run: one step (loss " in result.stdout and "MiB) went well." in result.stdout
+    assert not list((tmp_path / "run").rglob("*.safetensors"))

@@ -1,0 +1,248 @@
+"""Arguments: the YAML file, the command line over it, and one clear line about every mistake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers.trainer_utils import SaveStrategy
+
+from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
+from lisa_hf.training.errors import exit_with_one_line
+
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+vlm_config: {model_type: llava, text_config: {rms_norm_eps: 1e-5, hidden_size: 64}}
+mask_config:
+  model_type: sam
+trainable: [seg_projector, language_model]
+ce_loss_weight: 2
+sources:
+  shapes: 1.5
+  reason_seg: {weight: 9, split: test}
+eval_sources: {reason_seg: {split: test}, shapes: {}}
+learning_rate: 5e-4
+max_steps: 20
+save_strategy: no
+lr_scheduler_kwargs: {min_lr: 1e-6}
+metric_for_best_model: null
+"""
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def parse(config, *argv):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(config)
+        return parse_arguments(["--output_dir", str(tmp_path), "--config", str(path), *argv])
+
+    return parse
+
+
+@pytest.fixture
+def fails(parse, capsys):
+    def fails(config, *argv):
+        """The line that a mistake gives on stderr."""
+        with pytest.raises(SystemExit) as error:
+            parse(config, *argv)
+        assert error.value.code == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "error: " in message
+        return message
+
+    return fails
+
+
+def test_file_gives_every_kind_of_value(parse):
+    model_args, data_args, training_args = parse(CONFIG)
+    assert model_args.vlm_config == {"model_type": "llava", "text_config": {"rms_norm_eps": 1e-5, "hidden_size": 64}}
+    assert model_args.trainable == ["seg_projector", "language_model"] and model_args.ce_loss_weight == 2.0
+    assert data_args.sources == {
+        "shapes": {"weight": 1.5, "split": "train"},
+        "reason_seg": {"weight": 9, "split": "test"},
+    }
+    assert data_args.eval_sources == {"reason_seg": {"split": "test"}, "shapes": {"split": "validation"}}
+    assert training_args.learning_rate == 5e-4 and training_args.max_steps == 20
+    assert training_args.save_strategy == SaveStrategy.NO and training_args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert training_args.metric_for_best_model is None
+    # what the file leaves out keeps its default
+    assert model_args.lora_target_modules == ["q_proj", "v_proj"] and data_args.on_bad_row == "skip"
+    assert training_args.greater_is_better and not training_args.remove_unused_columns
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_command_line_wins_on_either_side_of_the_file(parse, tmp_path, before):
+    overrides = [
+        "--learning_rate",
+        "1e-3",
+        "--trainable",
+        "--max-steps=-1",
+        "--sources",
+        "{refcoco+: 5e-1}",
+        "--use_cpu",
+    ]
+    if before:
+        (tmp_path / "recipe.yaml").write_text(CONFIG)
+        arguments = parse_arguments([*overrides, "--config", str(tmp_path / "recipe.yaml")])
+    else:
+        arguments = parse(CONFIG, *overrides)
+    model_args, data_args, training_args = arguments
+    assert training_args.learning_rate == 1e-3 and training_args.max_steps == -1 and training_args.use_cpu
+    assert model_args.trainable == [] and model_args.ce_loss_weight == 2.0
+    assert data_args.sources == {"refcoco+": {"weight": 0.5, "split": "train"}}
+
+
+def test_null_on_the_command_line_clears_what_the_file_sets(parse):
+    cleared = ("--vlm_config", "null", "--mask_config=null", "--metric_for_best_model", "loss")
+    model_args, _, training_args = parse(CONFIG, "--model", "outputs/mine", *cleared)
+    assert (model_args.model, model_args.vlm_config, model_args.mask_config) == ("outputs/mine", None, None)
+    assert training_args.metric_for_best_model == "loss"
+
+
+def test_weights_are_given_or_lisa_s(parse):
+    assert parse(CONFIG)[1].weights == {"shapes": 1.5, "reason_seg": 9}
+    assert parse_arguments(["--model", "some/model", "--sources", "{a: , b: {split: val}}"])[1].weights is None
+
+
+def test_command_line_alone():
+    model_args, data_args, _ = parse_arguments(["--model", "some/model", "--eval_sources", '{"shapes": null}'])
+    assert model_args.model == "some/model" and data_args.eval_sources == {"shapes": {"split": "validation"}}
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("lerning_rate: 1", "unknown key `lerning_rate`, the nearest valid name is `learning_rate`"),
+        ("config: other.yaml", "unknown key `config`, the nearest valid name is"),
+        (
+            "learning_rate: fast",
+            "learning_rate: argument --learning_rate/--learning-rate: invalid float value: 'fast'",
+        ),
+        ("learning_rate: [1, 2]", "learning_rate: unexpected value `2`: no argument takes it"),
+        ("learning_rate: {peak: 1}", "invalid float value: '{\"peak\": 1}'"),
+        ("learning_rate: []", "learning_rate: argument --learning_rate/--learning-rate: expected one argument"),
+        ("num_questions:", "num_questions: expected a value, found null"),
+        ("max_steps: 1.5", "invalid int value: '1.5'"),
+        ("bf16: perhaps", "Truthy value expected: got perhaps"),
+        ("on_bad_row: stop", "invalid choice: 'stop' (choose from"),
+        ("eval_sources: shapes", "expected a mapping such as {name: value}, found `shapes`"),
+    ],
+)
+def test_mistake_in_the_file_names_file_line_and_key(fails, line, expected):
+    message = fails(f"model: some/model\n{line}\n")
+    assert "recipe.yaml, line 2: " in message and expected in message
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", "recipe.yaml: expected a mapping of arguments to values, found nothing"),
+        ("- model", "recipe.yaml: expected a mapping of arguments to values, found a sequence"),
+        ("model: [a", 'recipe.yaml", line'),
+        ("model: a: b", "mapping values are not allowed here"),
+    ],
+)
+def test_file_that_is_no_mapping(fails, text, expected):
+    assert expected in fails(text)
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--lora-alfa", "4"], "unknown argument --lora-alfa, the nearest valid name is `lora_alpha`"),
+        (["--learn", "4"], "unknown argument --learn, the nearest valid name is"),  # no abbreviations
+        (["stray"], "unexpected value `stray`"),
+        (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
+        (["--sources", "{a: "], "expected a mapping in YAML or JSON, found `{a: `"),
+        (["--config", "absent.yaml"], "No such file or directory: 'absent.yaml'"),
+        (
+            ["--trainable", "mask_encode"],
+            "trainable: unknown part `mask_encode`, the nearest valid name is `mask_encoder`",
+        ),
+        (["--vlm", "a"], "expected one of model, vlm and vlm_config, found model and vlm"),
+        (["--sources", "{a: 0}"], "sources: a: expected a weight above 0, found 0"),
+        (["--sources", "{a: 1, b: }"], "sources: expected a weight for each of them or for none, found none for"),
+        (["--streaming", "--num_train_items", "9"], "num_train_items: expected none with streaming"),
+        (["--accelerator_config", '{"split_batches": true}'], "expected neither split_batches nor dispatch_batches"),
+        (["--sources", "{a: [b]}"], "sources: a: expected a mapping of options, found ['b']"),
+        (["--eval_sources", "{a: 2}"], "eval_sources: a: expected no weight, found 2"),
+        (["--eval_sources", "{a: {on_bad_row: skip}}"], "eval_sources: a: expected no on_bad_row, found skip"),
+        (["--num_questions", "0"], "num_questions: expected a number from 1 to inf, found 0"),
+        (["--logging_steps", "0"], "logging strategy"),  # transformers' own check
+        (["--accelerator_config", '{"dispatch": false}'], "unexpected keyword argument 'dispatch'"),
+        (
+            ["--learning_rates", "{mask_encoder: 1e-4}"],
+            "learning_rates: mask_encoder does not train; what does: seg_pro",
+        ),
+        (
+            ["--load_in_4bit", "--deepspeed", f"{ROOT}/ds_configs/zero3.json"],
+            "expected none with ZeRO-3 and FSDP, which cut weights; use ZeRO-2",
+        ),
+    ],
+)
+def test_mistake_on_the_command_line(fails, argv, expected):
+    assert expected in fails("model: some/model", *argv)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ({}, "expected one of model, vlm and vlm_config, found none of them"),
+        ({"vlm": "a"}, "expected one of model, mask_model and mask_config, found none of them"),
+        ({"vlm": "a", "vlm_config": {}, "mask_model": "b"}, "found vlm and vlm_config"),
+        (
+            {"vlm_config": {"hidden_size": 8}, "mask_config": {"model_type": "sam"}},
+            "expected a `model_type` among its keys, found",
+        ),
+        ({"vlm": "a", "mask_model": "b", "language_model": "c"}, "language_model: expected beside vlm_config only"),
+        ({"model": "a", "lora_dropout": 2.0}, "lora_dropout: expected a number from 0 to 1, found 2.0"),
+        ({"model": "a", "load_in_4bit": True, "lora_r": 0}, "load_in_4bit: expected beside lora_r above 0"),
+        ({"model": "a", "load_in_4bit": True, "load_in_8bit": True}, "expected one of them, found both"),
+        ({"model": "a", "load_in_8bit": True, "use_dora": True}, "use_dora: expected load_in_4bit beside it"),
+        ({"model": "a", "load_in_4bit": True, "trainable": ["vision_tower"]}, "trainable: vision_tower cannot train"),
+        (
+            {"vlm_config": {"model_type": "llava"}, "mask_config": {"model_type": "sam"}, "load_in_4bit": True},
+            "random weights must train",
+        ),
+    ],
+)
+def test_model_arguments_that_contradict_each_other(arguments, expected):
+    with pytest.raises(ValueError, match=expected):
+        ModelArguments(**arguments)
+
+
+def test_dataclasses_validate_without_the_parser(tmp_path):
+    with pytest.raises(ValueError, match="explanatory_probability: expected a number from 0 to 1"):
+        DataArguments(explanatory_probability=1.5)
+    with pytest.raises(ValueError, match="learning_rates: lora: expected a number from 0, found -1"):
+        LisaTrainingArguments(output_dir=str(tmp_path), learning_rates={"lora": -1.0})
+    with pytest.raises(ValueError, match="learning_rates: unknown part `decoder`, the nearest .* is `mask_decoder`"):
+        LisaTrainingArguments(output_dir=str(tmp_path), learning_rates={"decoder": 1e-4})
+
+
+def test_script_prints_no_stack_trace(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: some/model\nnum_question: 3\n")
+    script = "from lisa_hf.arguments import parse_arguments; parse_arguments()"
+    result = subprocess.run(
+        [sys.executable, "-c", script, "--config", "recipe.yaml"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and result.stdout == ""
+    assert (
+        "recipe.yaml, line 2: unknown key `num_question`, the nearest valid name is `num_questions`" in result.stderr
+    )
+    assert "Traceback" not in result.stderr
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(capsys):
+    message = "WandbCallback requires wandb to be installed. Run `pip install wandb`."  # transformers' own
+    with pytest.raises(SystemExit), exit_with_one_line():
+        raise RuntimeError(message)
+    assert capsys.readouterr().err.endswith(f"error: {message}\n")
+    with pytest.raises(RuntimeError, match="a bug"), exit_with_one_line():
+        raise RuntimeError("a bug")

@@ -1,0 +1,125 @@
+"""Where a training starts: from a VLM and a mask model, or from a LISA model. For resuming, see test_trainer.py."""
+
+import pytest
+import torch
+from fixtures.tiny_training import (
+    IMAGE_SIZE,
+    QUESTION,
+    TEXT_CONFIG,
+    VISION_CONFIG,
+    Items,
+    build_model,
+    copy_state,
+    make_trainer,
+)
+from test_trainer import LISA_PARTS, training_logs
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from lisa_hf.from_scratch.models import train_tokenizer
+from lisa_hf.training.arguments import ModelArguments
+from lisa_hf.training.build import load_chat_template, load_model_and_processor
+from lisa_hf.training.trainable import merge_lora, prepare_for_training
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """Directories of a VLM, whose tokenizer knows nothing of LISA, and of a mask model."""
+    root = tmp_path_factory.mktemp("halves")
+    tokenizer = train_tokenizer([QUESTION, "It is", "There is none. The answer is red."] * 10, vocab_size=400)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in ("<image>", "<pad>")])
+    tokenizer.pad_token = "<pad>"
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=VISION_CONFIG,
+        text_config={**TEXT_CONFIG, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(root / "vlm")
+    LlavaProcessor(
+        CLIPImageProcessorPil(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        ),
+        tokenizer,
+        patch_size=VISION_CONFIG["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=load_chat_template("llava_1_5"),
+    ).save_pretrained(root / "vlm")
+    model, processor = build_model()
+    model.mask_model.save_pretrained(root / "sam")
+    processor.mask_image_processor.save_pretrained(root / "sam")
+    return root / "vlm", root / "sam"
+
+
+def load(halves, **arguments):
+    return load_model_and_processor(ModelArguments(vlm=str(halves[0]), mask_model=str(halves[1]), **arguments))
+
+
+def train(model, processor, output_dir, lora_r=4):
+    trainer = make_trainer(
+        prepare_for_training(model, LISA_PARTS, lora_r),
+        processor,
+        output_dir,
+        Items(),
+        max_steps=2,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("chat_template, tokens", [(None, 1), ("llava_v1", 3)])
+def test_a_vlm_and_a_mask_model_become_a_lisa(halves, chat_template, tokens):
+    model, processor = load(halves, chat_template=chat_template, mask_dice_loss_weight=0.7, mask_loss_points=9)
+
+    num_tokens = len(AutoTokenizer.from_pretrained(halves[0]))
+    assert len(processor.tokenizer) == model.get_input_embeddings().num_embeddings == num_tokens + tokens
+    assert model.get_output_embeddings().out_features == num_tokens + tokens
+    assert model.config.seg_token_id == processor.seg_token_id == num_tokens
+    assert processor.chat_template == load_chat_template(chat_template or "llava_1_5")
+    assert (model.config.mask_bce_loss_weight, model.config.mask_dice_loss_weight) == (2.0, 0.7)
+    assert model.config.mask_loss_points == 9
+    # The halves' weights are theirs; the vocabulary grew at its end.
+    vlm = LlavaForConditionalGeneration.from_pretrained(halves[0]).state_dict()
+    found = model.vlm.state_dict()
+    assert vlm.keys() == found.keys()
+    assert [name for name in vlm if not torch.equal(found[name][: len(vlm[name])], vlm[name])] == []
+    masks, expected = model.mask_model.state_dict(), build_model()[0].mask_model.state_dict()
+    assert [name for name in expected if not torch.equal(masks[name], expected[name])] == []
+
+
+def test_a_lisa_model_is_continued_with_all_that_it_learned(halves, tmp_path):
+    model, processor = load(halves, chat_template="llava_v1", ce_loss_weight=0.5, mask_dice_loss_weight=0.7)
+    before = copy_state(model)
+    trainer = train(model, processor, tmp_path / "first")
+    trained = merge_lora(trainer.model)
+    trained.save_pretrained(tmp_path / "lisa")
+    processor.save_pretrained(tmp_path / "lisa")
+    expected = copy_state(trained)
+    for part in ("seg_projector", "mask_model.mask_decoder", "embed_tokens", "lm_head", "q_proj"):
+        assert any(part in name and not torch.equal(expected[name], before[name]) for name in expected), part
+
+    continued, again = load_model_and_processor(ModelArguments(model=str(tmp_path / "lisa")))
+    state = copy_state(continued)
+    assert state.keys() == expected.keys()
+    assert [name for name in state if not torch.equal(state[name], expected[name])] == []
+    weights = ("ce_loss_weight", "mask_bce_loss_weight", "mask_dice_loss_weight")
+    assert [getattr(continued.config, name) for name in weights] == [0.5, 2.0, 0.7]
+    assert again.chat_template == processor.chat_template and again.seg_token_id == processor.seg_token_id
+    # It trains on, from there: a third and a fourth step, not two first ones.
+    first, third = training_logs(trainer)[0], training_logs(train(continued, again, tmp_path / "second"))[0]
+    assert third["loss"] < first["loss"]
+
+    arguments = ModelArguments(model=str(tmp_path / "lisa"), mask_dice_loss_weight=0.2, chat_template="llava_1_5")
+    changed, processor = load_model_and_processor(arguments)
+    assert [getattr(changed.config, name) for name in weights] == [0.5, 2.0, 0.2]
+    assert processor.chat_template == load_chat_template("llava_1_5")

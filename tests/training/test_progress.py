@@ -1,0 +1,304 @@
+"""What a training says of itself while it runs: counts, times, rates and memory in its log."""
+
+import io
+import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from fixtures.tiny_training import MASKS_DUE, Items, build_model, copy_state, make_trainer
+from tensorboardX.proto import event_pb2
+from test_mixture import dataset, image_file, segmentation_row
+
+from lisa_hf.data.mixture import MixtureDataset
+from lisa_hf.training import callbacks as progress
+from lisa_hf.training.callbacks import PredictionSheet
+from lisa_hf.training.trainable import prepare_for_training
+
+
+LISA_PARTS = ["seg_projector", "mask_decoder", "embeddings"]
+SOURCES = ["one", "two", "three"]
+
+
+class ItemsOfThreeSources(Items):
+    def __init__(self):
+        super().__init__()
+        for index, item in enumerate(self.items):
+            item["source"] = SOURCES[index % 5 % 3]
+
+
+def training_logs(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def amount(entry: dict, name: str, num_steps: int) -> float:
+    """What a rate counted."""
+    return entry[f"{name}_per_second"] * (entry["data_wait_time"] + entry["compute_time"]) * num_steps
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "packing", "num_workers"),
+    [(8, 1, False, 0), (2, 4, True, 0), (3, 2, False, 2), (1, 3, True, 2)],
+)
+def test_counts_are_those_of_the_items_consumed(batch_size, accumulation, packing, num_workers, tiny, tmp_path):
+    model, processor = tiny
+    items, logging_steps = ItemsOfThreeSources(), 2
+    trainer = make_trainer(
+        prepare_for_training(model, LISA_PARTS, lora_r=4),
+        processor,
+        tmp_path,
+        items,
+        items,
+        max_steps=6,
+        logging_steps=logging_steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        dataloader_num_workers=num_workers,
+        dataloader_drop_last=True,
+        eval_strategy="steps",
+        eval_steps=3,
+    )
+    trainer.data_collator.packing = packing
+    trainer.train()
+
+    # Trainer forgets the batches that do not fill a step of an epoch only if drop_last leaves them out.
+    batches_per_epoch = len(items) // batch_size
+    steps = []
+    while len(steps) < 6:
+        batches = [range(index * batch_size, (index + 1) * batch_size) for index in range(batches_per_epoch)]
+        steps += [batches[start : start + accumulation] for start in range(0, len(batches), accumulation)]
+    logs = training_logs(trainer)
+    assert len(logs) == 3
+    for number, entry in enumerate(logs):
+        batches = [batch for step in steps[number * 2 : number * 2 + logging_steps] for batch in step]
+        indices = [index for batch in batches for index in batch]
+        for name in SOURCES:
+            assert entry.get(f"items/{name}", 0) == sum(items[index]["source"] == name for index in indices)
+        assert amount(entry, "images", logging_steps) == pytest.approx(len(indices))
+        masks = sum(sum(MASKS_DUE[index]) for index in indices)
+        assert amount(entry, "masks", logging_steps) == pytest.approx(masks)
+        collated = [trainer.data_collator([items[index] for index in batch]) for batch in batches]
+        tokens = sum(batch["attention_mask"].sum().item() for batch in collated)
+        assert amount(entry, "tokens", logging_steps) == pytest.approx(tokens)
+        assert all("sources" not in batch for batch in collated)
+
+
+def test_counts_of_a_resumed_run_go_on(tmp_path):
+    def train(checkpoint=None):
+        model, processor = build_model()
+        trainer = make_trainer(
+            prepare_for_training(model, LISA_PARTS, lora_r=4),
+            processor,
+            tmp_path,
+            ItemsOfThreeSources(),
+            max_steps=5,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+        )
+        trainer.train(checkpoint)
+        return [
+            {key: value for key, value in entry.items() if key.startswith("items/")}
+            for entry in training_logs(trainer)
+        ]
+
+    counts = train()
+    assert [sum(entry.values()) for entry in counts] == [4] * 5
+    assert train(str(tmp_path / "checkpoint-2")) == counts
+
+
+def test_sources_are_those_of_the_mixture(tiny, tmp_path):
+    model, processor = tiny
+    image = image_file(tmp_path / "image.png")
+    rows = dataset(*[segmentation_row("shared", index, image) for index in range(4)])  # read in two ways
+    mixture = MixtureDataset({"first": rows, "second": rows}, length=40, weights={"first": 3, "second": 1})
+    trainer = make_trainer(model, processor, tmp_path, mixture, max_steps=5, logging_steps=5)
+    trainer.train()
+    (entry,) = training_logs(trainer)
+    names = [mixture[index]["source"] for index in range(40)]
+    assert {key: entry[key] for key in entry if key.startswith("items/")} == {
+        "items/first": names.count("first"),
+        "items/second": names.count("second"),
+    }
+    assert names.count("second") > 0
+
+
+class Clock:
+    """Stands still but for what is said to take time, in seconds."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def slow(self, function, seconds: float):
+        def slowed(*args, **kwargs):
+            self.now += seconds
+            return function(*args, **kwargs)
+
+        return slowed
+
+
+def test_times_are_those_of_data_and_of_computing(tiny, tmp_path, monkeypatch):
+    model, processor = tiny
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    trainer = make_trainer(
+        model,
+        processor,
+        tmp_path,
+        Items(),
+        Items(1),
+        max_steps=4,
+        logging_steps=2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.data_collator = clock.slow(trainer.data_collator, 1.0)
+    trainer.training_step = clock.slow(trainer.training_step, 10.0)
+    trainer.prediction_step = clock.slow(trainer.prediction_step, 100.0)
+    trainer.save_model = clock.slow(trainer.save_model, 1000.0)
+    trainer.train()
+    for entry in training_logs(trainer):
+        assert entry["data_wait_time"] == 2.0  # two batches per step
+        assert entry["compute_time"] == 20.0
+        assert entry["images_per_second"] == 8 / 22
+
+
+def test_memory_is_the_peak_of_the_process(tiny, tmp_path):
+    model, processor = tiny
+    trainer = make_trainer(model, processor, tmp_path, Items(), max_steps=3)
+    step, held = trainer.training_step, []
+
+    def hungry(*args, **kwargs):
+        if trainer.state.global_step == 1:
+            held.append(bytearray(b"1" * 500_000_000))
+        held.clear()
+        return step(*args, **kwargs)
+
+    trainer.training_step = hungry
+    trainer.train()
+    first, second, third = (entry["peak_memory_gb"] for entry in training_logs(trainer))
+    assert first + 0.4 < second <= third < second + 0.4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first", "named"),
+    [
+        ({}, 1.0, {}),
+        ({"learning_rates": {"mask_decoder": 0.5}}, 1.0, {"other": 1.0, "mask_decoder": 0.5}),
+        ({"muon_learning_rate": 0.25}, 0.25, {"muon": 0.25, "adamw": 1.0}),
+    ],
+)
+def test_learning_rates_are_those_that_a_step_was_made_with(arguments, first, named, tiny, tmp_path):
+    model, processor = tiny
+    trainer = make_trainer(
+        prepare_for_training(model, LISA_PARTS, lora_r=4),
+        processor,
+        tmp_path,
+        Items(),
+        max_steps=4,
+        optim="adamw_torch",
+        learning_rate=1.0,
+        lr_scheduler_type="linear",
+        **arguments,
+    )
+    trainer.train()
+    for entry, factor in zip(training_logs(trainer), (1, 0.75, 0.5, 0.25), strict=True):
+        found = {key: value for key, value in entry.items() if key.startswith("learning_rate")}
+        expected = {"learning_rate": first} | {f"learning_rate/{name}": rate for name, rate in named.items()}
+        assert found == pytest.approx({name: factor * rate for name, rate in expected.items()})
+
+
+def read_events(directory: Path):
+    """The summaries of TensorBoard's event files: `(step, value)`."""
+    for path in directory.rglob("events.out.tfevents.*"):
+        records = path.read_bytes()
+        while records:  # each: length (8 bytes), its checksum (4), the event, its checksum (4)
+            (length,) = struct.unpack("<Q", records[:8])
+            event = event_pb2.Event.FromString(records[12 : 12 + length])
+            yield from ((event.step, value) for value in event.summary.value)
+            records = records[16 + length :]
+
+
+def test_trackers_get_what_the_log_has(tiny, tmp_path):
+    model, processor = tiny
+    trainer = make_trainer(
+        model, processor, tmp_path, Items(), max_steps=2, report_to="tensorboard", per_device_train_batch_size=2
+    )
+    trainer.train()
+    found = {(step, value.tag): value.simple_value for step, value in read_events(tmp_path)}
+    entries = training_logs(trainer)
+    assert [entry["step"] for entry in entries] == [1, 2]
+    for entry in entries:
+        for name in entry.keys() - {"step"}:
+            assert found[entry["step"], f"train/{name}"] == pytest.approx(entry[name]), name
+
+
+# ---- sheets of predictions ------------------------------------------------------------------------------------------
+
+
+def test_each_evaluation_draws_the_same_images_and_changes_nothing(tmp_path):
+    sheets, weights = {}, []
+    for name in ("with", "without"):
+        model, processor = build_model()
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            prepare_for_training(model, LISA_PARTS, lora_r=4, lora_dropout=0.5),
+            processor,
+            tmp_path / name,
+            Items(),
+            {"first": Items(3), "second": Items(2)},
+            max_steps=2,
+            learning_rate=5.0,
+            eval_strategy="steps",
+            eval_steps=1,
+            eval_on_start=True,
+            metric_for_best_model="first_giou",
+            report_to="tensorboard",
+        )
+        if name == "with":
+            trainer.add_callback(PredictionSheet(trainer, Items(3)))
+        trainer.train()
+        weights.append(copy_state(trainer.model))
+    assert [key for key in weights[0] if not torch.equal(weights[0][key], weights[1][key])] == []
+
+    for step in range(3):
+        with PIL.Image.open(tmp_path / "with" / "predictions" / f"step-{step}.png") as sheet:
+            sheets[step] = np.asarray(sheet)
+    with PIL.Image.open(tmp_path / "with" / "predictions.png") as sheet:
+        assert np.array_equal(np.asarray(sheet), sheets[2])
+    reported = {
+        step: np.asarray(PIL.Image.open(io.BytesIO(value.image.encoded_image_string)))
+        for step, value in read_events(tmp_path / "with")
+        if value.tag == "eval/predictions"
+    }
+    assert reported.keys() == sheets.keys()
+    assert all(np.array_equal(reported[step], sheets[step]) for step in sheets)
+    # The photo of the first cell is the same, and the answers are those of other weights.
+    assert np.array_equal(sheets[0][36:256, 12:232], sheets[2][36:256, 12:232])
+    assert not np.array_equal(sheets[0], sheets[2])
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_sheets_go_to_trackers_that_take_images(name, tiny, tmp_path, monkeypatch):
+    model, processor = tiny
+    logged = []
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(log=logged.append, Image=lambda image: image))
+    trainer = make_trainer(model, processor, tmp_path, eval_dataset=Items(1))
+    trainer.add_callback(PredictionSheet(trainer, Items(1)))
+    trainer.args.report_to = [name]
+    trainer.evaluate()
+    (entry,) = logged
+    assert entry["train/global_step"] == 0
+    with PIL.Image.open(tmp_path / "predictions" / "step-0.png") as sheet:
+        assert np.array_equal(np.asarray(entry["eval/predictions"]), np.asarray(sheet))

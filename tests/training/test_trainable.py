@@ -1,0 +1,209 @@
+"""What trains beside LoRA, merging it, and adapters on disk."""
+
+import pytest
+import torch
+from fixtures.tiny_training import Items, build_model, copy_state
+from peft import PeftModel
+from transformers import AutoModel
+
+from lisa_hf import LisaDataCollator
+from lisa_hf.training.arguments import TRAINABLE_PARTS, LisaTrainingArguments
+from lisa_hf.training.trainable import find_parts, merge_lora, prepare_for_training, trainable_summary
+from lisa_hf.training.trainer import cut_prompts
+
+
+PARTS = ["seg_projector", "mask_decoder", "embeddings", "multi_modal_projector"]
+
+
+def adapted_model(tied: bool = False):
+    """A model with LoRA whose trained weights are all away from their start, and its processor."""
+    model, processor = build_model(tie_word_embeddings=tied)
+    model = prepare_for_training(model, PARTS, lora_r=4)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight), alpha=0.05)
+    return model.eval(), processor
+
+
+def outputs(model, processor) -> dict[str, torch.Tensor]:
+    """Teacher-forced logits and masks, and masks of generated answers in which every third token is a `[SEG]`."""
+    batch = LisaDataCollator(processor)([Items()[index] for index in range(4)])
+    vision = {key: batch[key] for key in ("pixel_values", "mask_pixel_values", "image_indices")}
+
+    def answer(row, ids):
+        return [processor.seg_token_id] if len(ids) % 3 == 0 else [10, 11]
+
+    with torch.no_grad():
+        forward = model(**batch, output_logits=True)
+        generated = model.generate(
+            **vision,
+            **cut_prompts(batch, processor),
+            max_new_tokens=6,
+            do_sample=False,
+            prefix_allowed_tokens_fn=answer,
+        )
+    assert len(generated.low_res_masks) >= 2 * len(batch["input_ids"])
+    return {
+        "logits": forward.logits[batch["attention_mask"].bool()],
+        "pred_masks": torch.cat([masks.flatten() for masks in forward.pred_masks]),
+        "sequences": generated.sequences,
+        "generated_masks": generated.low_res_masks,
+        "seg_row_indices": generated.seg_row_indices,
+    }
+
+
+def assert_outputs_close(found: dict, expected: dict, tolerance: float):
+    for name, value in expected.items():
+        assert found[name].shape == value.shape
+        assert (found[name] - value).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_equals_unmerged_also_from_disk(tied, tmp_path):
+    model, processor = adapted_model(tied)
+    fresh, _ = build_model(tie_word_embeddings=tied)
+    start = outputs(fresh.eval(), processor)
+    unmerged = outputs(model, processor)
+    assert (unmerged["logits"] - start["logits"]).abs().max() > 0.1
+    assert (unmerged["pred_masks"] - start["pred_masks"]).abs().max() > 0.01
+
+    merged = merge_lora(model)
+    assert not isinstance(merged, PeftModel)
+    assert copy_state(merged).keys() == copy_state(fresh).keys()
+    assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == tied
+    in_memory = outputs(merged, processor)
+    assert_outputs_close(in_memory, unmerged, 1e-5)
+
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(loaded) is type(merged)
+    assert_outputs_close(outputs(loaded, processor), in_memory, 0.0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_and_fully_trained_parts_reload_exactly(tied, tmp_path):
+    model, processor = adapted_model(tied)
+    model.save_pretrained(tmp_path)
+    base, _ = build_model(tie_word_embeddings=tied)
+    loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    expected, found = copy_state(model), copy_state(loaded)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert_outputs_close(outputs(loaded.eval(), processor), outputs(model, processor), 0.0)
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_tied_embeddings_stay_tied_in_training(lora_r):
+    model, processor = build_model(tie_word_embeddings=True)
+    model = prepare_for_training(model, ["embeddings"], lora_r).train()
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    model(**LisaDataCollator(processor)([Items()[0]])).loss.backward()
+    optimizer.step()
+    assert torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    plain, _ = build_model()
+    assert not torch.equal(plain.get_input_embeddings().weight, plain.get_output_embeddings().weight)
+    merged = merge_lora(model)
+    assert torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
+
+
+def test_lora_is_in_the_language_model_alone(tiny):
+    model, _ = tiny
+    # The vision tower and the mask model have layers of these names too.
+    elsewhere = {name for name, _ in model.named_modules() if name.endswith(("q_proj", "v_proj"))}
+    assert any("vision_tower" in name for name in elsewhere)
+    assert any("mask_decoder" in name for name in elsewhere)
+    model = prepare_for_training(model, ["seg_projector"], lora_r=4, lora_target_modules=["q_proj", "v_proj"])
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+    prefix = "base_model.model.vlm.model.language_model.layers"
+    assert adapted == {f"{prefix}.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "v_proj")}
+
+
+def test_parts_cover_the_model_without_overlap(tiny):
+    model, _ = tiny
+    parts = find_parts(model)
+    assert set(parts) == set(TRAINABLE_PARTS)
+    owners = {name: [] for name, _ in model.named_parameters()}
+    for part, paths in parts.items():
+        for name in owners:
+            if any(name.startswith(path + ".") for path in paths):
+                owners[name].append(part)
+    several = {tuple(parts) for parts in owners.values() if len(parts) > 1}
+    assert several == {("embeddings", "language_model")}  # the input embeddings are a layer of the language model
+    nobodys = {name.split(".")[1] for name, parts in owners.items() if not parts}
+    assert nobodys == {"shared_image_embedding", "prompt_encoder"}
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_heads_without_a_loss_are_frozen(lora_r, tiny):
+    model = prepare_for_training(tiny[0], ["mask_decoder"], lora_r)
+    heads = ("iou_prediction_head", *(f"output_hypernetworks_mlps.{index}" for index in (1, 2, 3)))
+    decoder = {name: weight for name, weight in model.named_parameters() if "mask_decoder" in name}
+    for head in heads:
+        weights = [weight for name, weight in decoder.items() if f".{head}." in name]
+        assert weights and not any(weight.requires_grad for weight in weights)
+    trained = [name for name, weight in decoder.items() if weight.requires_grad]
+    assert any("upscale_conv1" in name for name in trained)
+    assert any("output_hypernetworks_mlps.0" in name for name in trained)
+
+
+def test_errors(tiny):
+    with pytest.raises(ValueError, match="`trainable` names the language model and lora_r is 4.*lora_r 0"):
+        prepare_for_training(tiny[0], ["language_model"], lora_r=4)
+    with pytest.raises(ValueError, match="no layer of the language model named query"):
+        prepare_for_training(tiny[0], ["seg_projector"], lora_r=4, lora_target_modules=["query"])
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_a_vision_tower_trains_as_far_as_it_is_used(lora_r):
+    """Whatever trains has a gradient, else DDP would wait for it."""
+    model, processor = build_model()
+    model.config.vlm_config.vision_feature_layer = -2  # of two layers, the first one
+    model = prepare_for_training(model, ["vision_tower", "multi_modal_projector"], lora_r).train()
+    model(**LisaDataCollator(processor)([Items()[0]])).loss.backward()
+    assert [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None] == []
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad and "vision_tower" in name}
+    assert any("layers.0." in name for name in trained) and any("patch_embedding" in name for name in trained)
+    assert not any("layers.1." in name or "post_layernorm" in name for name in trained)
+
+
+def test_everything_trains_in_full():
+    model, processor = build_model()
+    model = prepare_for_training(model, list(TRAINABLE_PARTS), lora_r=0).train()
+    model(**LisaDataCollator(processor)([Items()[0]])).loss.backward()
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None] == []
+    known = ("prompt_encoder", "shared_image_embedding", "iou_prediction_head", "hypernetworks_mlps", "post_layernorm")
+    assert all(any(name in path for name in known) for path in frozen)
+
+
+def test_dora_trains_directions_and_lengths_apart():
+    model, processor = build_model()
+    start = outputs(model.eval(), processor)
+    model = prepare_for_training(model, ["seg_projector"], lora_r=4, use_dora=True).eval()
+    assert_outputs_close(outputs(model, processor), start, 1e-5)
+    lengths = [weight for name, weight in model.named_parameters() if "lora_magnitude_vector" in name]
+    assert len(lengths) == 4 and all(weight.requires_grad and weight.dim() == 1 for weight in lengths)
+    with torch.no_grad():
+        for weight in lengths:
+            weight.mul_(1.5)
+    unmerged = outputs(model, processor)
+    assert (unmerged["logits"] - start["logits"]).abs().max() > 0.1
+    assert_outputs_close(outputs(merge_lora(model), processor), unmerged, 1e-5)
+
+
+def test_summary_counts_what_trains(tiny, tmp_path):
+    size = sum(weight.numel() for weight in tiny[0].parameters())
+    model = prepare_for_training(tiny[0], PARTS, lora_r=4)
+    trained = {name: weight.numel() for name, weight in model.named_parameters() if weight.requires_grad}
+    args = LisaTrainingArguments(str(tmp_path), learning_rate=3e-4, learning_rates={"embeddings": 1e-5})
+    header, *lines, last = [line.split() for line in trainable_summary(model, args).splitlines()]
+    rows = {row[0]: row for row in lines}
+    lora = sum(count for name, count in trained.items() if ".lora_" in name)
+    assert rows["lora"] == ["lora", f"{lora:,}", f"{lora:,}", "float32", "0.0003"]
+    assert rows["embeddings"][1] == rows["embeddings"][2] and rows["embeddings"][-1] == "1e-05"
+    assert rows["language_model"][1] == "0" and rows["language_model"][-1] == "float32"  # no rate
+    decoder = sum(count for name, count in trained.items() if "mask_decoder" in name)
+    assert rows["mask_decoder"][1] == f"{decoder:,}" and rows["mask_decoder"][2] != f"{decoder:,}"
+    assert last[:3] == ["sum", f"{sum(trained.values()):,}", f"{size + lora:,}"]

@@ -1,0 +1,472 @@
+"""LisaTrainer on one process: the loss of a step, what moves, the log, resuming, evaluation.
+
+Two processes are in test_distributed.py.
+"""
+
+import numpy as np
+import pytest
+import torch
+from fixtures.tiny_training import (
+    MASKS_DUE,
+    Items,
+    assert_gradients_equal,
+    build_model,
+    copy_state,
+    make_item,
+    make_trainer,
+)
+from transformers import EvalPrediction
+
+from lisa_hf import LisaDataCollator, LisaForConditionalGeneration
+from lisa_hf.evaluation.metrics import SegmentationMetric, intersection_and_union
+from lisa_hf.model.generation_lisa import LisaGenerateOutput
+from lisa_hf.training.arguments import TRAINABLE_PARTS, LisaTrainingArguments
+from lisa_hf.training.trainable import find_parts, prepare_for_training
+from lisa_hf.training.trainer import LOSS_PARTS, PADDING, compute_metrics, cut_prompts
+
+
+LISA_PARTS = ["seg_projector", "mask_decoder", "embeddings"]
+# What no forward pass of this model uses: it reads the features before this norm.
+UNUSED = "vlm.model.vision_tower.post_layernorm"
+
+
+def training_logs(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+# ---- the loss of a step ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_batch():
+    """Loss parts and gradients of the first eight items in one plain forward pass, normalised by the batch itself."""
+    model, processor = build_model()
+    model = prepare_for_training(model, TRAINABLE_PARTS, lora_r=0).train()
+    output = model(**LisaDataCollator(processor)([Items()[index] for index in range(8)]))
+    output.loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return {"loss": output.loss.item()} | {part: output[part].item() for part in LOSS_PARTS}, gradients
+
+
+@pytest.mark.parametrize("cut", [8, 4, 2, 1])
+def test_loss_and_gradients_do_not_depend_on_accumulation(cut, tiny, whole_batch, tmp_path):
+    model, processor = tiny
+    trainer = make_trainer(
+        prepare_for_training(model, TRAINABLE_PARTS, lora_r=0),
+        processor,
+        tmp_path,
+        Items(),
+        per_device_train_batch_size=cut,
+        gradient_accumulation_steps=8 // cut,
+    )
+    trainer.train()
+    logged, gradients = whole_batch
+    (entry,) = training_logs(trainer)
+    assert {name: entry[name] for name in logged} == pytest.approx(logged, rel=1e-5)
+    assert_gradients_equal(trainer.recorder.gradients[0], gradients)
+
+
+def test_logged_parts_are_means_over_steps_and_sum_to_the_loss(tiny, tmp_path):
+    model, processor = tiny
+    model = prepare_for_training(model, LISA_PARTS, lora_r=0)
+    initial = copy_state(model)
+    every_step = make_trainer(model, processor, tmp_path, Items(), max_steps=4)
+    every_step.train()
+    model.load_state_dict(initial)
+    every_other = make_trainer(model, processor, tmp_path, Items(), max_steps=4, logging_steps=2)
+    every_other.train()
+    for name in ("loss", *LOSS_PARTS):
+        steps = [entry[name] for entry in training_logs(every_step)]
+        means = [(first + second) / 2 for first, second in zip(steps[::2], steps[1::2])]
+        assert [entry[name] for entry in training_logs(every_other)] == pytest.approx(means, rel=1e-5)
+    for entry in training_logs(every_step) + training_logs(every_other):
+        assert entry["loss"] == pytest.approx(sum(entry[part] for part in LOSS_PARTS), rel=1e-5)
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_no_gradient(lora_r, reentrant, tmp_path):
+    gradients, losses, passes = [], [], []
+    for checkpointing in (False, True):
+        model, processor = build_model()
+        calls = []
+        model.vlm.base_model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        parts = ["seg_projector", "mask_decoder"] if lora_r else TRAINABLE_PARTS
+        trainer = make_trainer(
+            prepare_for_training(model, parts, lora_r, lora_dropout=0.0),
+            processor,
+            tmp_path,
+            Items(),
+            activation_checkpointing=checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": reentrant},
+        )
+        trainer.train()
+        gradients.append(trainer.recorder.gradients[0])
+        losses.append(training_logs(trainer)[0]["loss"])
+        passes.append(len(calls))
+    assert passes == [1, 2]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert_gradients_equal(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [("float32", True), ("bfloat16", True), ("bfloat16", False)])
+def test_bfloat16(dtype, autocast, tmp_path):
+    losses = []
+    for settings in ({}, {"bf16": autocast, "eval_strategy": "steps", "eval_steps": 2, "eval_generate": True}):
+        model, processor = build_model()
+        model = model.to(getattr(torch, dtype)) if settings else model
+        model = prepare_for_training(model, LISA_PARTS, lora_r=4, lora_dropout=0.0)
+        trainer = make_trainer(model, processor, tmp_path, Items(), Items(4), max_steps=2, **settings)
+        trainer.train()
+        losses.append([entry["loss"] for entry in training_logs(trainer)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+    assert "eval_generated_giou" in trainer.state.log_history[-2]
+    assert model.get_output_embeddings().weight.dtype == getattr(torch, dtype)
+
+
+# ---- what moves -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parts", "lora_r"), [(LISA_PARTS, 4), (["seg_projector"], 4), (LISA_PARTS, 0), (TRAINABLE_PARTS, 0)]
+)
+def test_frozen_weights_stay_and_all_others_move(parts, lora_r, tiny, tmp_path):
+    model, processor = tiny
+    paths = [path for part in parts for path in find_parts(model)[part]]
+    model = prepare_for_training(model, parts, lora_r)
+    before = copy_state(model)
+    trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    # The A matrices of LoRA have no gradient in the first step, while the B matrices are zero.
+    trainer = make_trainer(model, processor, tmp_path, Items(), max_steps=2, optim="adamw_torch", weight_decay=0.1)
+    trainer.train()
+    after = copy_state(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in trainable if not name.startswith(UNUSED)}
+
+    for name in trainable:
+        plain = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        if ".lora_" in name:
+            assert plain.startswith("vlm.model.language_model.layers.")
+        else:
+            assert any(plain.startswith(path + ".") for path in paths)
+    assert any(".lora_" in name for name in trainable) == (lora_r > 0)
+    assert not any(head in name for name in trainable for head in ("iou_prediction_head", "hypernetworks_mlps.1"))
+
+
+def test_learning_rate_groups(tiny, tmp_path):
+    model, processor = tiny
+    model = prepare_for_training(model, LISA_PARTS, lora_r=4)
+    arguments = {
+        "learning_rate": 1.0,  # nobody's
+        "learning_rates": {"lora": 1e-3, "mask_decoder": 3e-2, "embeddings": 1e-2, "seg_projector": 0.0},
+        "weight_decay": 0.1,
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "linear",
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    trainer = make_trainer(model, processor, tmp_path, Items(), **arguments)
+    optimizer = trainer.create_optimizer()
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    grouped = [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
+    assert sorted(grouped) == sorted(trainable)
+    for group in optimizer.param_groups:
+        for name in (names[id(weight)] for weight in group["params"]):
+            part = "lora" if ".lora_" in name else "mask_decoder" if "mask_decoder" in name else None
+            part = part or ("seg_projector" if "seg_projector" in name else "embeddings")
+            assert group["lr"] == arguments["learning_rates"][part]
+            assert group["weight_decay"] == (0.0 if "bias" in name or "layer_norm" in name else 0.1)
+    assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
+        *((1e-3, 0.1), (1e-2, 0.1), (3e-2, 0.1), (0.0, 0.1)),
+        *((3e-2, 0.0), (0.0, 0.0)),
+    }
+
+    rates = [group["lr"] for group in optimizer.param_groups]
+    start = copy_state(model)
+    trainer.train()
+    moved = {name.split(".")[2] for name, weight in copy_state(model).items() if not torch.equal(weight, start[name])}
+    assert moved == {"vlm", "mask_model"}  # at rate 0 the projector stays
+    schedule = [[factor * rate for rate in rates] for factor in (1, 0.75, 0.5, 0.25)]
+    assert trainer.recorder.rates == [pytest.approx(step) for step in schedule]
+    model, processor = build_model()
+    resumed = make_trainer(prepare_for_training(model, LISA_PARTS, 4), processor, tmp_path, Items(), **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.recorder.rates == [pytest.approx(step) for step in schedule[2:]]
+    assert [group["weight_decay"] for group in resumed.optimizer.param_groups] == [
+        group["weight_decay"] for group in optimizer.param_groups
+    ]
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_resume_restores_every_tensor_and_continues_the_same_curve(lora_r, num_workers, tmp_path):
+    arguments = {
+        # Four steps per epoch: the checkpoint lies inside the first one, and the run crosses into the second.
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "train_sampling_strategy": "random",
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "optim": "adamw_torch",
+        "learning_rate": 2e-3,
+        "learning_rates": {"lora": 5e-3} if lora_r else {"mask_decoder": 5e-3},
+        "lr_scheduler_type": "cosine",
+        "dataloader_num_workers": num_workers,
+    }
+
+    def trainer(output_dir, weights_seed=None):
+        model, processor = build_model()
+        model = prepare_for_training(model, LISA_PARTS, lora_r, lora_dropout=0.2)
+        if weights_seed is not None:
+            # What is not restored cannot be right by chance. Frozen weights of a LoRA run are the base model's.
+            torch.manual_seed(weights_seed)
+            for weight in model.parameters():
+                if weight.requires_grad or not lora_r:
+                    torch.nn.init.normal_(weight)
+        return make_trainer(model, processor, output_dir, Items(), **arguments)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", weights_seed=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+
+    saved, restored = whole.recorder.saved_states[3], resumed.recorder.initial_state
+    assert saved.keys() == restored.keys()
+    assert [name for name in saved if not torch.equal(saved[name], restored[name])] == []
+    for entry, expected in zip(training_logs(resumed)[3:], training_logs(whole)[3:], strict=True):
+        for name in ("step", "loss", "grad_norm", "learning_rate", *LOSS_PARTS):
+            assert entry[name] == expected[name], name
+    final, expected = copy_state(resumed.model), copy_state(whole.model)
+    assert [name for name in final if not torch.equal(final[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_best_model_by_giou_is_loaded_and_remembered_across_a_resume(lora_r, tmp_path):
+    arguments = {
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+    }
+
+    def trainer(output_dir, scores):
+        model, processor = build_model()
+        model = prepare_for_training(model, LISA_PARTS, lora_r)
+        made = make_trainer(model, processor, output_dir, Items(), Items(1), **arguments)
+        scores = iter(scores)
+        made.compute_metrics = lambda prediction: {"giou": next(scores)}
+        return made
+
+    first = trainer(tmp_path, [0.9, 0.5, 0.7, 0.6])
+    first.train()
+    resumed = trainer(tmp_path, [0.7, 0.6])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    best = first.recorder.saved_states[1]
+    for done in (first, resumed):
+        assert done.state.best_metric == 0.9
+        assert done.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+        loaded = copy_state(done.model)
+        assert [name for name in best if not torch.equal(best[name], loaded[name])] == []
+    last = first.recorder.saved_states[4]
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+
+
+def test_best_model_by_giou_with_the_real_metric(tiny, tmp_path):
+    model, processor = tiny
+    trainer = make_trainer(
+        model,
+        processor,
+        tmp_path,
+        Items(),
+        Items(4),
+        max_steps=3,
+        learning_rate=0.5,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+    )
+    trainer.train()
+    gious = [entry["eval_giou"] for entry in trainer.state.log_history if "eval_giou" in entry]
+    assert len(gious) == 3
+    assert trainer.state.best_metric == max(gious)
+    assert (tmp_path / f"checkpoint-{1 + np.argmax(gious)}").is_dir()
+
+
+def test_best_model_among_several_evaluation_sets(tiny, tmp_path):
+    model, processor = tiny
+    sets = {"near": Items(2), "far": Items(1)}
+    arguments = {"eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ValueError, match="giou, expected it to begin with .* near, far: near_giou"):
+        make_trainer(model, processor, tmp_path, Items(), sets, **arguments)
+    trainer = make_trainer(
+        model, processor, tmp_path, Items(), sets, metric_for_best_model="far_giou", learning_rate=0.5, **arguments
+    )
+    trainer.train()
+    scores = {key: entry[key] for entry in trainer.state.log_history for key in entry if key.endswith("_giou")}
+    assert scores.keys() == {"eval_near_giou", "eval_far_giou"}
+    assert trainer.state.best_metric == scores["eval_far_giou"]
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_changes_nothing_about_training(tmp_path):
+    weights = []
+    for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_generate": True}):
+        model, processor = build_model()
+        torch.manual_seed(0)
+        model = prepare_for_training(model, LISA_PARTS, lora_r=4, lora_dropout=0.5)
+        trainer = make_trainer(
+            model, processor, tmp_path, Items(), Items(3), max_steps=3, optim="adamw_torch", **evaluation
+        )
+        trainer.train()
+        weights.append(copy_state(model))
+    assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
+
+
+def test_compute_metrics_regroups_masks_by_question():
+    # Three images: two questions with 1 and 2 masks; one without; 0, 3 and 1 masks.
+    line = {
+        "masks_due": [[1, 2, PADDING], [0, PADDING, PADDING], [0, 3, 1]],
+        "num_seg_tokens": [[1, 1, PADDING], [2, PADDING, PADDING], [0, 5, 0]],
+        "targets": [[8, 10, 0, PADDING], [PADDING] * 4, [9, 9, 9, 9]],
+        "intersections": [[5, 10, 0, PADDING], [PADDING] * 4, [1, 2, 3, 4]],
+        "unions": [[10, 10, 0, PADDING], [PADDING] * 4, [10, 10, 10, 10]],
+        "generated_intersections": [[10, 10, 0, PADDING], [PADDING] * 4, [0, 0, 0, 0]],
+        "generated_unions": [[10, 10, 5, PADDING], [PADDING] * 4, [1, 1, 1, 1]],
+    }
+    lines = {name: np.array(values) for name, values in line.items()}
+    metrics = compute_metrics(EvalPrediction(predictions=lines, label_ids=lines["masks_due"]))
+    assert metrics["giou"] == pytest.approx((0.5 + 1 + 1 + 0.1 + 0.2 + 0.3 + 0.4) / 7)
+    assert metrics["ciou"] == pytest.approx(25 / 60)
+    assert (metrics["num_masks"], metrics["num_questions"]) == (7, 6)
+    assert metrics["generated_giou"] == pytest.approx(2 / 7)
+    assert metrics["generated_ciou"] == pytest.approx(20 / 29)
+    assert metrics["generated_seg_rate"] == pytest.approx(3 / 4)
+    assert metrics["generated_false_seg_rate"] == pytest.approx(1 / 2)
+    assert "seg_rate" not in metrics
+    assert metrics["n_acc"] == metrics["t_acc"] == 1  # of the only mask without a target, and of all others
+    # The intervals resample images, so they tell which masks belong together.
+    by_question = SegmentationMetric(keep_in_memory=True).compute(
+        intersections=[[5], [10, 0], [], [], [1, 2, 3], [4]],
+        unions=[[10], [10, 0], [], [], [10, 10, 10], [10]],
+        targets=[[8], [10, 0], [], [], [9, 9, 9], [9]],
+        num_seg_tokens=[1, 1, 2, 0, 5, 0],
+        images=[0, 0, 1, 2, 2, 2],
+    )
+    intervals = ("giou_low", "giou_high", "ciou_low", "ciou_high")
+    assert [metrics[name] for name in intervals] == [by_question[name] for name in intervals]
+
+    teacher_forced = {name: lines[name] for name in ("masks_due", "targets", "intersections", "unions")}
+    metrics = compute_metrics(EvalPrediction(predictions=teacher_forced, label_ids=lines["masks_due"]))
+    assert not any(name.startswith("generated") for name in metrics)
+
+
+def test_evaluation_equals_counting_item_by_item(tiny, tmp_path):
+    model, processor = tiny
+    items = Items(7)
+    trainer = make_trainer(model, processor, tmp_path, eval_dataset=items)
+    metrics = trainer.evaluate()
+    ious, intersections, unions = [], 0, 0
+    for item in items:
+        batch = LisaDataCollator(processor)([item])
+        with torch.no_grad():
+            (masks,) = model(**batch).pred_masks
+        for mask, target in zip(masks, batch["mask_labels"][0], strict=True):
+            intersection, union = intersection_and_union(mask > 0, target)
+            ious.append((intersection / union).item())
+            intersections, unions = intersections + intersection.item(), unions + union.item()
+    assert len(ious) == metrics["eval_num_masks"] == sum(sum(due) for due in MASKS_DUE[:7])
+    assert metrics["eval_num_questions"] == sum(len(due) for due in MASKS_DUE[:7])
+    assert metrics["eval_giou"] == pytest.approx(np.mean(ious))
+    assert metrics["eval_ciou"] == pytest.approx(intersections / unions)
+
+
+def test_generated_answers_with_too_few_and_too_many_masks(tiny, tmp_path, monkeypatch):
+    model, processor = tiny
+    items = Items(0)
+    items.items = [make_item(0, [1, 1, 0]), make_item(2, [2, 1])]
+    seg_row_indices = torch.tensor([1, 1, 2, 3, 4])  # row 0 has none, 1 one too many, 2 one too many, 3 one too few
+
+    def generate(self, input_ids, **kwargs):
+        """Masks that cover the whole image, except the second one of row 1."""
+        low_res_masks = torch.ones(len(seg_row_indices), 8, 8)
+        low_res_masks[1] = -1
+        return LisaGenerateOutput(
+            sequences=input_ids, low_res_masks=low_res_masks, seg_row_indices=seg_row_indices.clone()
+        )
+
+    monkeypatch.setattr(LisaForConditionalGeneration, "generate", generate)
+    trainer = make_trainer(model, processor, tmp_path, eval_dataset=items, eval_generate=True)
+    metrics = trainer.evaluate()
+    targets = [LisaDataCollator(processor)([item])["mask_labels"][0] for item in items]
+    areas = [(target == 1).sum().item() for image in targets for target in image]
+    sizes = [(target != 255).sum().item() for image in targets for target in image]
+    given = [False, True, True, False, True]
+    ious = [area / size if mask else 0.0 for area, size, mask in zip(areas, sizes, given)]
+    unions = [size if mask else area for area, size, mask in zip(areas, sizes, given)]
+    assert metrics["eval_generated_giou"] == pytest.approx(np.mean(ious))
+    assert metrics["eval_generated_ciou"] == pytest.approx(
+        sum(area for area, mask in zip(areas, given) if mask) / sum(unions)
+    )
+    assert metrics["eval_generated_seg_rate"] == 3 / 4
+    assert metrics["eval_generated_false_seg_rate"] == 1.0
+
+
+@pytest.mark.parametrize("chat_template", ["llava_v1", "llava_llama_2", "llava_1_5"])
+def test_cut_prompts_are_the_prompts_of_generation(chat_template):
+    _, processor = build_model(chat_template=chat_template)
+    items = [make_item(index, masks_due) for index, masks_due in enumerate(MASKS_DUE[:3])]
+    two_turns = items[2]["questions"][0].messages
+    two_turns.extend(
+        [
+            {"role": "user", "content": [{"type": "text", "text": "Why is that?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "It is."}]},
+        ]
+    )
+    batch = LisaDataCollator(processor)(items)
+    cut = cut_prompts(batch, processor)
+    conversations = [question.messages for item in items for question in item["questions"]]
+    prompts = [
+        processor.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+        for messages in conversations
+    ]
+    expected = processor(
+        images=[item["image"] for item in items], text=prompts, image_indices=batch["image_indices"].tolist()
+    )
+    assert cut.keys() == {"input_ids", "attention_mask"}
+    for name in cut:
+        assert torch.equal(cut[name], expected[name]), name
+
+
+def test_skipped_rows_are_logged_and_not_accepted_in_evaluation(tiny, tmp_path):
+    model, processor = tiny
+    items = Items(8)
+    items.items[1]["num_skipped"], items.items[6]["num_skipped"] = 2, 1
+    trainer = make_trainer(model, processor, tmp_path, items, items, max_steps=2, per_device_train_batch_size=4)
+    trainer.train()
+    assert [entry["num_skipped_rows"] for entry in training_logs(trainer)] == [2, 3]
+    with pytest.raises(ValueError, match="2 evaluation rows were skipped"):
+        trainer.evaluate()
+
+
+def test_several_gpus_in_one_process_are_refused(tiny, tmp_path, monkeypatch):
+    model, processor = tiny
+    monkeypatch.setattr(LisaTrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="2 GPUs.*one process per GPU.*accelerate launch"):
+        make_trainer(model, processor, tmp_path, Items())
+
+
+def test_a_loss_averaged_per_process_is_refused(tiny, tmp_path):
+    model, processor = tiny
+    with pytest.raises(ValueError, match="average_tokens_across_devices"):
+        make_trainer(model, processor, tmp_path, Items(), average_tokens_across_devices=False)

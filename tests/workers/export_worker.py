@@ -1,0 +1,55 @@
+"""Runs `recipes/train.py`, on as many processes as there are, and keeps what the model answers as it was trained.
+
+    accelerate launch --config_file recipes/accelerate/ddp.yaml \\
+        tests/workers/export_worker.py ANSWERS.safetensors --config ...
+
+`test_export.py` compares it with what the exported model answers.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+from fixtures.tiny_training import engine_state
+from safetensors.torch import save_file
+
+import lisa_hf
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "train.py"
+
+
+class RecordingTrainer(lisa_hf.LisaTrainer):
+    """Answers the first evaluation rows after training, before anything is merged or put together."""
+
+    answers_file = None
+
+    @torch.no_grad()
+    def save_state(self):
+        super().save_state()
+        batch = self._prepare_inputs(self.data_collator([self.eval_dataset[0], self.eval_dataset[1]]))
+        self.model_wrapped.eval()
+        outputs = self.model_wrapped(**batch)  # on all processes: ZeRO-3 gathers the weights
+        if self.is_world_process_zero():
+            tensors = {f"inputs.{name}": value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            tensors |= {name: outputs[name].float() for name in ("low_res_masks", "last_hidden_state")}
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self.answers_file)
+
+
+def train(answers_file: Path, *arguments) -> None:
+    """Trains in this process; `answers_file` gets inputs, masks and hidden states."""
+    argv, sys.argv = sys.argv, [str(RECIPE), *map(str, arguments)]
+    path, sys.path = sys.path, list(sys.path)
+    trainer_class, lisa_hf.LisaTrainer = lisa_hf.LisaTrainer, RecordingTrainer
+    RecordingTrainer.answers_file = answers_file
+    try:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    finally:
+        sys.argv, sys.path, lisa_hf.LisaTrainer = argv, path, trainer_class
+
+
+if __name__ == "__main__":
+    with engine_state("fsdp2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp"):
+        train(Path(sys.argv[1]), *sys.argv[2:])
