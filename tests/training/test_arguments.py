@@ -224,7 +224,7 @@ def test_dataclasses_validate_without_the_parser(tmp_path):
 
 def test_script_prints_no_stack_trace(tmp_path):
     (tmp_path / "recipe.yaml").write_text("model: some/model\nnum_question: 3\n")
-    script = "from lisa_hf.arguments import parse_arguments; parse_arguments()"
+    script = "from lisa_hf.training.arguments import parse_arguments; parse_arguments()"
     result = subprocess.run(
         [sys.executable, "-c", script, "--config", "recipe.yaml"],
         cwd=tmp_path,
