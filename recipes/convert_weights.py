@@ -29,7 +29,7 @@ from lisa_hf.conversion.lisa import convert_lisa
 from lisa_hf.conversion.llava import convert_llava
 from lisa_hf.conversion.sam import convert_sam
 from lisa_hf.conversion.saving import ConvertedModel, save_converted
-from lisa_hf.training.errors import exit_with_one_line
+from lisa_hf.training.errors import report_user_errors
 
 
 SOURCES = {
@@ -110,7 +110,7 @@ def main():
     args = parse_arguments()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("lisa_hf").setLevel(logging.INFO)
-    with exit_with_one_line():
+    with report_user_errors():
         save_converted(convert(args), args.output, args.dtype and getattr(torch, args.dtype))
         print(f"Done. Model and processor: {args.output.resolve()}")
 

@@ -27,7 +27,7 @@ from lisa_hf.evaluation.predict import draw_predictions
 from lisa_hf.model.packing import use_packing
 from lisa_hf.training.arguments import DataArguments, parse_arguments
 from lisa_hf.training.build import load_lisa
-from lisa_hf.training.errors import exit_with_one_line
+from lisa_hf.training.errors import report_user_errors
 from lisa_hf.training.parser import nearest
 
 
@@ -91,7 +91,7 @@ def load_datasets(
 def main():
     args, model_args, data_args, training_args = parse()
     logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
-    with exit_with_one_line():
+    with report_user_errors():
         with training_args.main_process_first(desc="data preparation"):
             sources, datasets = load_datasets(args.benchmarks, data_args, not args.first_text_only)
         kwargs = {"dtype": model_args.dtype} if model_args.dtype else {}

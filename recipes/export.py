@@ -18,7 +18,7 @@ import torch
 
 from lisa_hf.conversion.saving import whole_directory
 from lisa_hf.export import find_checkpoint, push_to_hub, restore_model, save_adapter, save_model, save_records
-from lisa_hf.training.errors import exit_with_one_line
+from lisa_hf.training.errors import report_user_errors
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,7 +40,7 @@ def main():
     args = parse_arguments()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("lisa_hf").setLevel(logging.INFO)
-    with exit_with_one_line():
+    with report_user_errors():
         checkpoint = find_checkpoint(args.run)
         dtype = DTYPES.get(args.dtype)
         model_id = args.push_to_hub or args.output.name

@@ -12,7 +12,7 @@ import torch
 from lisa_hf.evaluation.predict import answer_questions, question_messages
 from lisa_hf.evaluation.visualization import overlay_masks
 from lisa_hf.training.build import load_lisa
-from lisa_hf.training.errors import exit_with_one_line
+from lisa_hf.training.errors import report_user_errors
 
 
 def main():
@@ -25,7 +25,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     parser.add_argument("--dtype", default="auto", help="of the weights: float32, bfloat16, ...")
     args = parser.parse_args()
-    with exit_with_one_line():
+    with report_user_errors():
         try:
             image = PIL.Image.open(args.image).convert("RGB")
         except (OSError, SyntaxError) as error:

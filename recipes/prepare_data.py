@@ -24,7 +24,7 @@ from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
 from data_scripts.parquet import write_card, write_parquet
 from lisa_hf.evaluation.visualization import preview_sheet
 from lisa_hf.training.arguments import parse_data_arguments
-from lisa_hf.training.errors import exit_with_one_line
+from lisa_hf.training.errors import report_user_errors
 
 
 def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
@@ -132,7 +132,7 @@ def main():
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("data_scripts").setLevel(logging.INFO)
-    with exit_with_one_line():
+    with report_user_errors():
         args.run(args)
 
 

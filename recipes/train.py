@@ -24,7 +24,7 @@ from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, Mod
 from lisa_hf.training.build import build_datasets, load_config_and_processor, load_model
 from lisa_hf.training.callbacks import FlatFigures, PredictionSheet, StopOnSignal
 from lisa_hf.training.dry_run import dry_run
-from lisa_hf.training.errors import exit_with_one_line
+from lisa_hf.training.errors import report_user_errors
 from lisa_hf.training.memory_estimate import report_memory
 from lisa_hf.training.run_record import write_run_record
 from lisa_hf.training.trainable import prepare_for_training, trainable_summary
@@ -116,7 +116,7 @@ def main():
     # How much is skipped or left out, how large the feature cache gets and what is resumed from, said once.
     for name in ("data_scripts", "lisa_hf.data.feature_cache", "lisa_hf.training.checkpointing"):
         logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
-    with exit_with_one_line():
+    with report_user_errors():
         trainer, eval_datasets = build_trainer(model_args, data_args, training_args)
         if training_args.dry_run:
             report = dry_run(trainer)

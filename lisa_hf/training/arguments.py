@@ -285,7 +285,7 @@ class LisaTrainingArguments(TrainingArguments):
     hub_private_repo: bool | None = field(
         default=True, metadata={"help": "Whether a new repository of push_to_hub is private."}
     )
-    learning_rates: dict = field(
+    part_learning_rates: dict = field(
         default_factory=dict,
         metadata={
             "help": "Learning rates of parts, e.g. {lora: 3e-4, mask_decoder: 1e-4}: of `lora` and those that "
@@ -333,10 +333,10 @@ class LisaTrainingArguments(TrainingArguments):
             )
         self.accelerator_config.dispatch_batches = False
         if self.muon_learning_rate is not None:
-            if self.learning_rates or self.deepspeed_plugin or self.shards_weights:
+            if self.part_learning_rates or self.deepspeed_plugin or self.shards_weights:
                 raise ValueError(
-                    "muon_learning_rate: expected neither learning_rates beside it, nor DeepSpeed or FSDP, which cut "
-                    "the matrices that Muon needs whole"
+                    "muon_learning_rate: expected neither part_learning_rates beside it, nor DeepSpeed or FSDP, which "
+                    "cut the matrices that Muon needs whole"
                 )
             if self.optim not in ("adamw_torch", "adamw_torch_fused"):
                 raise ValueError(f"optim: expected adamw_torch(_fused) beside muon_learning_rate, found {self.optim}")
@@ -351,11 +351,13 @@ class LisaTrainingArguments(TrainingArguments):
             # Under ZeRO-3, transformers would cut weights while a model is made, and neither building from parts nor
             # PEFT's copies of whole modules can be done on pieces. Trainer sets this again and cuts the whole model.
             unset_hf_deepspeed_config()
-        for part, rate in self.learning_rates.items():
+        for part, rate in self.part_learning_rates.items():
             if part not in ("lora", *TRAINABLE_PARTS):
-                raise ValueError(f"learning_rates: unknown part `{part}`, {nearest(part, ('lora', *TRAINABLE_PARTS))}")
+                raise ValueError(
+                    f"part_learning_rates: unknown part `{part}`, {nearest(part, ('lora', *TRAINABLE_PARTS))}"
+                )
             if not isinstance(rate, (int, float)) or rate < 0:
-                raise ValueError(f"learning_rates: {part}: expected a number from 0, found {rate!r}")
+                raise ValueError(f"part_learning_rates: {part}: expected a number from 0, found {rate!r}")
         _check_range(self, "muon_learning_rate", 0)
         _check_range(self, "max_nonfinite_steps", 0)
         _check_range(self, "generation_max_new_tokens", 1)
@@ -411,8 +413,8 @@ def _check_together(model_args: ModelArguments, training_args: LisaTrainingArgum
             "load_in_8bit, load_in_4bit: expected none with ZeRO-3 and FSDP, which cut weights; use ZeRO-2"
         )
     trained = [*model_args.trainable, *(["lora"] if model_args.lora_r else [])]
-    if frozen := [part for part in training_args.learning_rates if part not in trained]:
-        raise ValueError(f"learning_rates: {', '.join(frozen)} does not train; what does: {', '.join(trained)}")
+    if frozen := [part for part in training_args.part_learning_rates if part not in trained]:
+        raise ValueError(f"part_learning_rates: {', '.join(frozen)} does not train; what does: {', '.join(trained)}")
 
 
 def _complete_options(arguments: DataArguments, field_name: str, defaults: dict) -> dict[str, dict]:

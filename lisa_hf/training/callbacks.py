@@ -180,7 +180,7 @@ class FlatFigures(TrainerCallback):
             else:
                 rates = [group.get("initial_lr", group["lr"]) for group in groups if group.get("name") == part]
                 if rates and max(rates) == 0:
-                    causes.append(f"the learning rate of {part} is 0 (learning_rates)")
+                    causes.append(f"the learning rate of {part} is 0 (part_learning_rates)")
         return causes or [
             "a mask model without its pretrained weights",
             "masks that do not belong to their images or phrases (look at predictions.png)",

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def exit_with_one_line():
+def report_user_errors():
     """Turns what is wrong with the user's input or machine into one line on stderr and exit code 2: `ValueError`,
     `OSError`, `SafetensorError`.
 

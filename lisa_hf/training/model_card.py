@@ -16,7 +16,7 @@ PROTOCOLS = {"": "lisa", "generated_": "generated"}  # as recipes/eval.py names 
 BASES = ("vlm", "mask_model", "language_model", "model")  # the arguments that name what a run begins with
 TRAINING_ARGUMENTS = (
     "learning_rate",
-    "learning_rates",
+    "part_learning_rates",
     "lr_scheduler_type",
     "warmup_steps",
     "optim",

@@ -13,6 +13,10 @@ import yaml
 from transformers import HfArgumentParser
 
 
+# Former names of arguments, whose nearest valid name would be another argument.
+RENAMED = {"learning_rates": "part_learning_rates"}
+
+
 class _YamlLoader(yaml.SafeLoader):
     """Reads 5e-4 as a number, as YAML 1.2 and JSON do; PyYAML follows YAML 1.1, where it is a string."""
 
@@ -112,4 +116,6 @@ def _mapping(text: str) -> dict:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """What an error about an unknown name ends with."""
+    if name in RENAMED:
+        return f"which is now named `{RENAMED[name]}`"
     return f"the nearest valid name is `{difflib.get_close_matches(name, names, n=1, cutoff=0)[0]}`"

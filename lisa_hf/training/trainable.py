@@ -152,16 +152,18 @@ def parameter_parts(model: LisaForConditionalGeneration | PeftModel) -> dict[str
     return belongs
 
 
-def rate_names(model: LisaForConditionalGeneration | PeftModel, learning_rates: dict[str, float]) -> dict[str, str]:
-    """For each parameter, by its name, the part in `learning_rates` that it belongs to, or "other"."""
+def rate_names(
+    model: LisaForConditionalGeneration | PeftModel, part_learning_rates: dict[str, float]
+) -> dict[str, str]:
+    """For each parameter, by its name, the part in `part_learning_rates` that it belongs to, or "other"."""
     parts = parameter_parts(model).items()
-    return {name: next((part for part in found if part in learning_rates), "other") for name, found in parts}
+    return {name: next((part for part in found if part in part_learning_rates), "other") for name, found in parts}
 
 
 def trainable_summary(model: LisaForConditionalGeneration | PeftModel, args: LisaTrainingArguments) -> str:
     """A table of the parts: how many parameters train, of how many, held in which types, and how fast they learn."""
-    rates = {"other": args.learning_rate, **args.learning_rates}
-    parts, names = parameter_parts(model), rate_names(model, args.learning_rates)
+    rates = {"other": args.learning_rate, **args.part_learning_rates}
+    parts, names = parameter_parts(model), rate_names(model, args.part_learning_rates)
     rows = {
         part: {"trained": 0, "all": 0, "dtypes": set(), "rates": set()} for part in ("lora", *TRAINABLE_PARTS, REST)
     }

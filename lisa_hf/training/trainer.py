@@ -217,9 +217,9 @@ class LisaTrainer(Trainer):
         if self.args.muon_learning_rate is not None:
             self.optimizer = use_muon(optimizer, model, self.args.muon_learning_rate)
             return self.optimizer
-        if self.args.learning_rates:
-            rates = {"other": self.args.learning_rate, **self.args.learning_rates}
-            names = rate_names(model, self.args.learning_rates)
+        if self.args.part_learning_rates:
+            rates = {"other": self.args.learning_rate, **self.args.part_learning_rates}
+            names = rate_names(model, self.args.part_learning_rates)
             names = {parameter: names[name] for name, parameter in model.named_parameters()}
             groups = []
             for group in optimizer.param_groups:

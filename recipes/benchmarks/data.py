@@ -22,7 +22,7 @@ from lisa_hf.data.images import load_image, undecoded
 from lisa_hf.data.mixture import MixtureDataset
 from lisa_hf.training.arguments import parse_arguments
 from lisa_hf.training.build import load_config_and_processor
-from lisa_hf.training.errors import exit_with_one_line
+from lisa_hf.training.errors import report_user_errors
 
 
 IMAGES_PER_SECOND = (2, 4, 8, 16, 32, 64)  # of a GPU; recipes/benchmarks/step.py tells a model's
@@ -66,7 +66,7 @@ def measure_loader(mixture: MixtureDataset, collator: LisaDataCollator, num_work
 def main():
     model_args, data_args, training_args = parse_arguments()
     torch.set_num_threads(1)  # As in a loader worker.
-    with exit_with_one_line():
+    with report_user_errors():
         if not data_args.sources:
             raise ValueError("sources: expected at least one training source, found none")
         start = time.perf_counter()

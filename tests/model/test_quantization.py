@@ -112,7 +112,7 @@ def test_training_beside_quantised_weights_resumes_and_merges(
     bases = {"model": directory / "model"} if start == "model" else bases
     recipe = RUN | {name: str(path) for name, path in bases.items()}
     recipe |= {f"load_in_{bits}": True, "bnb_4bit_compute_dtype": "float32", "use_dora": use_dora}
-    recipe |= {"max_steps": 4, "learning_rates": {"lora": 2e-3, "mask_decoder": 5e-4}}
+    recipe |= {"max_steps": 4, "part_learning_rates": {"lora": 2e-3, "mask_decoder": 5e-4}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arguments = ("--config", tmp_path / "recipe.yaml", "--output_dir")
     answers = tmp_path / "answers.safetensors"

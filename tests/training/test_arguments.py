@@ -9,7 +9,7 @@ import pytest
 from transformers.trainer_utils import SaveStrategy
 
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
-from lisa_hf.training.errors import exit_with_one_line
+from lisa_hf.training.errors import report_user_errors
 
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +115,7 @@ def test_command_line_alone():
     "line, expected",
     [
         ("lerning_rate: 1", "unknown key `lerning_rate`, the nearest valid name is `learning_rate`"),
+        ("learning_rates: {lora: 1e-4}", "unknown key `learning_rates`, which is now named `part_learning_rates`"),
         ("config: other.yaml", "unknown key `config`, the nearest valid name is"),
         (
             "learning_rate: fast",
@@ -173,8 +174,8 @@ def test_file_that_is_no_mapping(fails, text, expected):
         (["--logging_steps", "0"], "logging strategy"),  # transformers' own check
         (["--accelerator_config", '{"dispatch": false}'], "unexpected keyword argument 'dispatch'"),
         (
-            ["--learning_rates", "{mask_encoder: 1e-4}"],
-            "learning_rates: mask_encoder does not train; what does: seg_pro",
+            ["--part_learning_rates", "{mask_encoder: 1e-4}"],
+            "part_learning_rates: mask_encoder does not train; what does: seg_pro",
         ),
         (
             ["--load_in_4bit", "--deepspeed", f"{ROOT}/ds_configs/zero3.json"],
@@ -216,10 +217,12 @@ def test_model_arguments_that_contradict_each_other(arguments, expected):
 def test_dataclasses_validate_without_the_parser(tmp_path):
     with pytest.raises(ValueError, match="explanatory_probability: expected a number from 0 to 1"):
         DataArguments(explanatory_probability=1.5)
-    with pytest.raises(ValueError, match="learning_rates: lora: expected a number from 0, found -1"):
-        LisaTrainingArguments(output_dir=str(tmp_path), learning_rates={"lora": -1.0})
-    with pytest.raises(ValueError, match="learning_rates: unknown part `decoder`, the nearest .* is `mask_decoder`"):
-        LisaTrainingArguments(output_dir=str(tmp_path), learning_rates={"decoder": 1e-4})
+    with pytest.raises(ValueError, match="part_learning_rates: lora: expected a number from 0, found -1"):
+        LisaTrainingArguments(output_dir=str(tmp_path), part_learning_rates={"lora": -1.0})
+    with pytest.raises(
+        ValueError, match="part_learning_rates: unknown part `decoder`, the nearest .* is `mask_decoder`"
+    ):
+        LisaTrainingArguments(output_dir=str(tmp_path), part_learning_rates={"decoder": 1e-4})
 
 
 def test_script_prints_no_stack_trace(tmp_path):
@@ -241,8 +244,8 @@ def test_script_prints_no_stack_trace(tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_one_line(capsys):
     message = "WandbCallback requires wandb to be installed. Run `pip install wandb`."  # transformers' own
-    with pytest.raises(SystemExit), exit_with_one_line():
+    with pytest.raises(SystemExit), report_user_errors():
         raise RuntimeError(message)
     assert capsys.readouterr().err.endswith(f"error: {message}\n")
-    with pytest.raises(RuntimeError, match="a bug"), exit_with_one_line():
+    with pytest.raises(RuntimeError, match="a bug"), report_user_errors():
         raise RuntimeError("a bug")

@@ -23,7 +23,7 @@ RUNS = {
     "full": ({"trainable": list(TRAINABLE_PARTS), "lora_r": 0}, {"weight_decay": 0.1}),
     "lora": ({"trainable": LISA_PARTS, "lora_r": 4}, {}),
     "lora_tied": ({"trainable": LISA_PARTS, "lora_r": 4}, {}),
-    "dora": ({"trainable": ["seg_projector"], "lora_r": 4, "use_dora": True}, {"learning_rates": {"lora": 1e-3}}),
+    "dora": ({"trainable": ["seg_projector"], "lora_r": 4, "use_dora": True}, {"part_learning_rates": {"lora": 1e-3}}),
     "bfloat16": ({"trainable": LISA_PARTS, "lora_r": 4, "dtype": "bfloat16"}, {"bf16": True}),
     "muon": ({"trainable": list(TRAINABLE_PARTS), "lora_r": 0}, {"muon_learning_rate": 0.01, "optim": "adamw_torch"}),
     "adafactor": ({"trainable": LISA_PARTS, "lora_r": 4}, {"optim": "adafactor"}),

@@ -195,7 +195,7 @@ def test_memory_is_the_peak_of_the_process(tiny, tmp_path):
     ("arguments", "first", "named"),
     [
         ({}, 1.0, {}),
-        ({"learning_rates": {"mask_decoder": 0.5}}, 1.0, {"other": 1.0, "mask_decoder": 0.5}),
+        ({"part_learning_rates": {"mask_decoder": 0.5}}, 1.0, {"other": 1.0, "mask_decoder": 0.5}),
         ({"muon_learning_rate": 0.25}, 0.25, {"muon": 0.25, "adamw": 1.0}),
     ],
 )

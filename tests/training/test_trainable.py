@@ -197,7 +197,7 @@ def test_summary_counts_what_trains(tiny, tmp_path):
     size = sum(weight.numel() for weight in tiny[0].parameters())
     model = prepare_for_training(tiny[0], PARTS, lora_r=4)
     trained = {name: weight.numel() for name, weight in model.named_parameters() if weight.requires_grad}
-    args = LisaTrainingArguments(str(tmp_path), learning_rate=3e-4, learning_rates={"embeddings": 1e-5})
+    args = LisaTrainingArguments(str(tmp_path), learning_rate=3e-4, part_learning_rates={"embeddings": 1e-5})
     header, *lines, last = [line.split() for line in trainable_summary(model, args).splitlines()]
     rows = {row[0]: row for row in lines}
     lora = sum(count for name, count in trained.items() if ".lora_" in name)

@@ -159,7 +159,7 @@ def test_learning_rate_groups(tiny, tmp_path):
     model = prepare_for_training(model, LISA_PARTS, lora_r=4)
     arguments = {
         "learning_rate": 1.0,  # nobody's
-        "learning_rates": {"lora": 1e-3, "mask_decoder": 3e-2, "embeddings": 1e-2, "seg_projector": 0.0},
+        "part_learning_rates": {"lora": 1e-3, "mask_decoder": 3e-2, "embeddings": 1e-2, "seg_projector": 0.0},
         "weight_decay": 0.1,
         "optim": "adamw_torch",
         "lr_scheduler_type": "linear",
@@ -177,7 +177,7 @@ def test_learning_rate_groups(tiny, tmp_path):
         for name in (names[id(weight)] for weight in group["params"]):
             part = "lora" if ".lora_" in name else "mask_decoder" if "mask_decoder" in name else None
             part = part or ("seg_projector" if "seg_projector" in name else "embeddings")
-            assert group["lr"] == arguments["learning_rates"][part]
+            assert group["lr"] == arguments["part_learning_rates"][part]
             assert group["weight_decay"] == (0.0 if "bias" in name or "layer_norm" in name else 0.1)
     assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
         *((1e-3, 0.1), (1e-2, 0.1), (3e-2, 0.1), (0.0, 0.1)),
@@ -216,7 +216,7 @@ def test_resume_restores_every_tensor_and_continues_the_same_curve(lora_r, num_w
         "save_steps": 3,
         "optim": "adamw_torch",
         "learning_rate": 2e-3,
-        "learning_rates": {"lora": 5e-3} if lora_r else {"mask_decoder": 5e-3},
+        "part_learning_rates": {"lora": 5e-3} if lora_r else {"mask_decoder": 5e-3},
         "lr_scheduler_type": "cosine",
         "dataloader_num_workers": num_workers,
     }

@@ -24,7 +24,7 @@ from torch.utils.data import get_worker_info
 
 from lisa_hf.data.streaming import StreamingMixtureDataset
 from lisa_hf.training.callbacks import StopOnSignal
-from lisa_hf.training.errors import exit_with_one_line
+from lisa_hf.training.errors import report_user_errors
 from lisa_hf.training.trainable import prepare_for_training
 from lisa_hf.training.trainer import LisaTrainer
 
@@ -175,7 +175,7 @@ def work(
         dataset = StreamingMixtureDataset(one_source(64, 4, directory), rank=rank, num_ranks=num_ranks)
     else:
         dataset = BadItems(kind) if kind in ("bad_row", "worker_killed") else Items()
-    with engine_state(engine) if num_ranks > 1 else nullcontext(), exit_with_one_line():
+    with engine_state(engine) if num_ranks > 1 else nullcontext(), report_user_errors():
         trainer = make_trainer(
             model,
             processor,

@@ -79,7 +79,7 @@ def zero2_gradients():
 def run(engine: str, bf16: bool) -> dict:
     model, processor = build_model()
     empty = prepare_for_training(build_empty_model(model.config, ModelArguments(model="none", **PARTS)), **PARTS)
-    arguments = {"optim": "adamw_torch", "learning_rates": {"lora": 1e-3}, "weight_decay": 0.1, "bf16": bf16}
+    arguments = {"optim": "adamw_torch", "part_learning_rates": {"lora": 1e-3}, "weight_decay": 0.1, "bf16": bf16}
     arguments |= ENGINES[engine]
     with engine_state(engine), tempfile.TemporaryDirectory() as output_dir:
         model = prepare_for_training(model, **PARTS)
