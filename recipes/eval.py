@@ -24,7 +24,7 @@ from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.evaluation.benchmarks import evaluate_benchmark, markdown_table, write_results
 from lisa_hf.evaluation.predict import draw_predictions
-from lisa_hf.model.packing import use_packing
+from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, parse_arguments
 from lisa_hf.training.build import load_lisa
 from lisa_hf.training.errors import report_user_errors
@@ -100,7 +100,7 @@ def main():
             model=model,
             args=training_args,
             data_collator=LisaDataCollator(
-                processor, packing=use_packing(model.config, data_args.packing), compact=True
+                processor, packing=resolve_packing(model.config, data_args.packing), compact=True
             ),
             processing_class=processor,
         )

@@ -19,7 +19,7 @@ from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.data.feature_cache import build_feature_cache
 from lisa_hf.export import trained_model
 from lisa_hf.from_scratch.models import row_texts
-from lisa_hf.model.packing import use_packing
+from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
 from lisa_hf.training.build import build_datasets, load_config_and_processor, load_model
 from lisa_hf.training.callbacks import FlatFigures, PredictionSheet, StopOnSignal
@@ -79,7 +79,7 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, training
             processor,
             data_args.max_length,
             data_args.on_bad_row,
-            use_packing(model.config, data_args.packing),
+            resolve_packing(model.config, data_args.packing),
             compact=True,
         ),
         processing_class=processor,

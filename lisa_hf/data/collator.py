@@ -27,7 +27,7 @@ class LisaDataCollator:
         max_length: longest row in tokens, image tokens included. Longer rows lose their end, but never a `[SEG]`.
         on_bad_row: what becomes of a question whose `[SEG]` lies behind `max_length`: "raise" stops, "skip" drops it
             and counts it. An image that loses all of its questions is dropped too; a batch never gets empty.
-        packing: whether the questions about an image share one row, see [`pack_rows`] and [`use_packing`].
+        packing: whether the questions about an image share one row, see [`pack_rows`] and [`resolve_packing`].
         compact: whether pixels stay uint8 and masks run-length encoded. Loader workers then do less and hand over a
             fraction of the bytes; [`expand_batch`], which [`LisaTrainer`] calls on its device, makes the rest.
 

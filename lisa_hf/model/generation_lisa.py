@@ -10,7 +10,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from .mask_backbone import encode_images
-from .packing import packing_obstacle
+from .packing import packing_unsupported_reason
 from .vlm_backbone import encode_vlm_images, split_vision_inputs
 
 
@@ -80,7 +80,7 @@ class LisaGenerationMixin:
         first_rows, row_to_prefix = first.unique(return_inverse=True)
         is_plain = set(generate_kwargs) <= PLAIN_DECODING and (self.vlm.generation_config.num_beams or 1) == 1
         is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self.vlm)
-        if len(first_rows) == len(input_ids) or not is_plain or is_sharded or packing_obstacle(self.config):
+        if len(first_rows) == len(input_ids) or not is_plain or is_sharded or packing_unsupported_reason(self.config):
             return None
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)

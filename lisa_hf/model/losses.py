@@ -16,7 +16,7 @@ BACKGROUND_LOGIT = -1e4  # at which both losses and their gradients are exactly 
 OVERSAMPLING, IMPORTANCE = 3, 0.75  # of sampled pixels, as in PointRend and Mask2Former
 
 
-def text_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def chunked_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of `(T, V)` logits and `(T,)` labels, summed, in float32.
 
     With a vocabulary of 152 k the float32 copies of 1024 positions are 1.9 GB; they are made chunk by chunk, in the

@@ -41,7 +41,7 @@ def padded_side(mask_config) -> int | None:
     return None if mask_config.model_type == "sam2" else mask_config.prompt_encoder_config.image_size
 
 
-def attend_in_pieces(mask_model: nn.Module) -> None:
+def use_chunked_attention(mask_model: nn.Module) -> None:
     """Makes the global attention of Sam's and SamHQ's encoder compute its relative positions piece by piece.
 
     transformers makes a bias `(B, heads, H * W, H * W)` of them and a copy in another order: 2 x 1.1 GB per image
@@ -138,7 +138,7 @@ def decode_prompts(mask_model: nn.Module, image_embeddings, prompts: torch.Tenso
     no_mask = mask_model.prompt_encoder.no_mask_embed(torch.zeros(1, dtype=torch.long, device=prompts.device))
     dense = no_mask.reshape(1, -1, 1, 1).expand_as(embeddings)
     position = mask_model.get_image_wide_positional_embeddings().to(dtype).expand_as(embeddings)
-    with mended_hq_decoder(mask_model.mask_decoder) if model_type == "sam_hq" else nullcontext():
+    with patched_sam_hq_decoder(mask_model.mask_decoder) if model_type == "sam_hq" else nullcontext():
         masks, iou_scores, *_ = mask_model.mask_decoder(
             image_embeddings=embeddings.to(dtype),
             image_positional_embeddings=position,
@@ -151,7 +151,7 @@ def decode_prompts(mask_model: nn.Module, image_embeddings, prompts: torch.Tenso
 
 
 @contextmanager
-def mended_hq_decoder(decoder: nn.Module):
+def patched_sam_hq_decoder(decoder: nn.Module):
     """Inside, transformers' SamHQ (5.23) computes the masks of the published SAM-HQ.
 
     Its decoder drops the image embeddings that its transformer returns, and upscales those that went in, with rows and

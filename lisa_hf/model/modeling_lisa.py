@@ -21,10 +21,9 @@ from transformers.utils import ModelOutput
 
 from .configuration_lisa import LisaConfig
 from .generation_lisa import LisaGenerationMixin, SegTokens
-from .losses import IGNORE_INDEX, check_mask_counts, full_size_mask_losses, sampled_mask_losses, text_loss
+from .losses import IGNORE_INDEX, check_mask_counts, chunked_cross_entropy, full_size_mask_losses, sampled_mask_losses
 from .mask_backbone import (
     SUPPORTED_MASK_MODELS,
-    attend_in_pieces,
     decode_prompts,
     encode_images,
     padded_side,
@@ -32,8 +31,9 @@ from .mask_backbone import (
     select_images,
     unpad_masks,
     upscale_masks,
+    use_chunked_attention,
 )
-from .packing import packed_inputs, packing_obstacle
+from .packing import packed_inputs, packing_unsupported_reason
 from .pipeline_lisa import ReasoningSegmentationPipeline  # noqa: F401  so that it is saved with this file
 from .vlm_backbone import encode_vlm_images, split_vision_inputs
 
@@ -114,7 +114,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             )
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         self.mask_model = AutoModelForMaskGeneration.from_config(config.mask_config)
-        attend_in_pieces(self.mask_model)
+        use_chunked_attention(self.mask_model)
         self.seg_projector = LisaSegProjector(config)
         if "mm_encoder_outputs" not in inspect.signature(self.vlm.forward).parameters:
             raise ValueError(
@@ -174,7 +174,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             device_map=device_map,
         )
         sam_model = AutoModelForMaskGeneration.from_pretrained(mask_model, dtype=vlm_model.dtype).to(vlm_model.device)
-        attend_in_pieces(sam_model)
+        use_chunked_attention(sam_model)
         config = LisaConfig(vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id)
         # Only the projector needs memory and random numbers: the two halves are replaced at once.
         with torch.device("meta"):
@@ -297,11 +297,13 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
 
         if image_embeddings is None:
             image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
-        low_res_masks, iou_scores, seg_embeddings, unused = self._decode(hidden_states, seg_tokens, image_embeddings)
+        low_res_masks, iou_scores, seg_embeddings, zero_loss = self._decode(
+            hidden_states, seg_tokens, image_embeddings
+        )
 
         loss_parts = {}
         if has_labels:
-            loss_parts["ce_loss"] = self._text_loss(hidden_states, targets, num_items_in_batch)
+            loss_parts["ce_loss"] = self._ce_loss(hidden_states, targets, num_items_in_batch)
         if output_masks is None:
             output_masks = not self.training
         pred_masks = None
@@ -311,7 +313,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             if output_masks:
                 pred_masks = [self._upscale(masks, *size) for masks, size in zip(image_masks, sizes)]
             if mask_labels is not None:
-                loss_parts |= self._mask_losses(image_masks, sizes, mask_labels, num_masks_in_batch, unused)
+                loss_parts |= self._mask_losses(image_masks, sizes, mask_labels, num_masks_in_batch, zero_loss)
 
         return LisaOutput(
             loss=sum(loss_parts.values()) if loss_parts else None,
@@ -338,7 +340,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         vision_inputs, text_inputs = split_vision_inputs(self.vlm, vlm_inputs, image_indices)
         if segment_ids is None:
             text_inputs["attention_mask"] = attention_mask
-        elif obstacle := packing_obstacle(self.config):
+        elif obstacle := packing_unsupported_reason(self.config):
             raise ValueError(f"These rows are packed, but {obstacle}. Collate them with `packing=False`.")
         else:
             text_inputs = {
@@ -377,22 +379,23 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         low_res_masks, iou_scores = decode_prompts(
             self.mask_model, select_images(image_embeddings, images, self.mask_model.dtype), seg_embeddings
         )
-        unused = low_res_masks.new_zeros((), dtype=torch.float32) if num_masks else 0.0 * low_res_masks.float().sum()
-        return low_res_masks[:num_masks], iou_scores[:num_masks], seg_embeddings[:num_masks], unused
+        no_loss = low_res_masks.new_zeros((), dtype=torch.float32)
+        zero_loss = no_loss if num_masks else 0.0 * low_res_masks.float().sum()
+        return low_res_masks[:num_masks], iou_scores[:num_masks], seg_embeddings[:num_masks], zero_loss
 
     def _upscale(self, low_res_masks: torch.Tensor, reshaped_size, original_size) -> torch.Tensor:
         """Logits of one image's masks at its original size, `(M_b, H_b, W_b)` float32."""
         return upscale_masks(low_res_masks, reshaped_size, original_size, padded_side(self.config.mask_config))
 
-    def _mask_losses(self, image_masks, sizes, mask_labels, num_masks_in_batch, unused) -> dict[str, torch.Tensor]:
+    def _mask_losses(self, image_masks, sizes, mask_labels, num_masks_in_batch, zero_loss) -> dict[str, torch.Tensor]:
         """Both mask losses at the original sizes, on all pixels or on a sample of them.
 
         Args:
             image_masks: B tensors `(M_b, h, w)`.
             sizes: B pairs of sizes, resized and original.
-            unused: 0 that keeps the decoder in the graph, see [`_decode`].
+            zero_loss: 0 that keeps the decoder in the graph, see [`_decode`].
         """
-        bce, dice = unused, unused
+        bce, dice = zero_loss, zero_loss
         for masks, size, labels in zip(image_masks, sizes, mask_labels):
             if len(masks):
                 image_bce, image_dice = self._image_mask_losses(masks, size, labels.to(masks.device))
@@ -417,10 +420,10 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
             logits[..., self.config.suppress_tokens] = torch.finfo(logits.dtype).min
         return logits
 
-    def _text_loss(self, hidden_states, targets, num_items_in_batch) -> torch.Tensor:
+    def _ce_loss(self, hidden_states, targets, num_items_in_batch) -> torch.Tensor:
         """Cross-entropy of the next token; only the supervised positions go through the vocabulary projection."""
         supervised = targets != IGNORE_INDEX
         logits = self._logits(hidden_states[supervised])
-        total = text_loss(logits, targets[supervised])
+        total = chunked_cross_entropy(logits, targets[supervised])
         num_items = supervised.sum() if num_items_in_batch is None else num_items_in_batch
         return self.config.ce_loss_weight * total / torch.as_tensor(num_items, device=total.device).clamp(min=1)

@@ -33,10 +33,10 @@ MROPE_MODELS = ("qwen2_5_vl", "qwen3_vl")
 # FlashAttention takes no mask: packed questions would silently see each other.
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
 PADDING_VALUES = {"labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "segment_ids": -1}  # others: 0
-ROW_INPUTS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # of the VLM, `(N, L)` each
 
 
-def packing_obstacle(config) -> str | None:
+def packing_unsupported_reason(config) -> str | None:
     """Why a model of this [`LisaConfig`] takes no packed rows; None if it does."""
     vlm, text = config.vlm_config, config.get_text_config()
     if LANGUAGE_MODELS.get(vlm.model_type) != text.model_type:
@@ -52,9 +52,9 @@ def packing_obstacle(config) -> str | None:
     return None
 
 
-def use_packing(config, wanted: bool) -> bool:
+def resolve_packing(config, wanted: bool) -> bool:
     """Whether to pack rows for a model of this [`LisaConfig`]; a warning says why not, where it is wanted."""
-    obstacle = packing_obstacle(config) if wanted else None
+    obstacle = packing_unsupported_reason(config) if wanted else None
     if obstacle:
         logger.warning("Questions about an image stay separate rows: %s.", obstacle)
     return wanted and obstacle is None
@@ -75,7 +75,8 @@ def pack_rows(batch: dict, image_token_id: int, pad_token_id: int) -> dict:
         and `shift_labels` (the label of each position's next token).
     """
     image_indices, real = batch["image_indices"].tolist(), batch["attention_mask"].bool()
-    rows = [{name: batch[name][n][real[n]] for name in ROW_INPUTS if name in batch} for n in range(len(real))]
+    names = [name for name in (*TEXT_INPUTS, "labels") if name in batch]
+    rows = [{name: batch[name][n][real[n]] for name in names} for n in range(len(real))]
 
     def image_and_its_prefix(n: int) -> tuple:
         ids = rows[n]["input_ids"]
@@ -83,13 +84,13 @@ def pack_rows(batch: dict, image_token_id: int, pad_token_id: int) -> dict:
 
     packed, images = [], []
     for (image, _), group in itertools.groupby(range(len(rows)), key=image_and_its_prefix):
-        packed.append(_pack([rows[n] for n in group]))
+        packed.append(_pack_group([rows[n] for n in group]))
         images.append(image)
     padding = {**PADDING_VALUES, "input_ids": pad_token_id}
-    return {**batch, **_pad(packed, padding), "image_indices": torch.tensor(images)}
+    return {**batch, **_pad_rows(packed, padding), "image_indices": torch.tensor(images)}
 
 
-def _pack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _pack_group(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """One packed row of K rows that begin alike."""
     # The position before a label predicts it and belongs to the question. So each question begins with an unlabelled
     # token, and no question's first label is asked of the one before it.
@@ -113,14 +114,14 @@ def unpack_rows(batch: dict) -> dict:
     for n, image in enumerate(batch["image_indices"].tolist()):
         for segment in range(1, int(segment_ids[n].max()) + 1):
             kept = (segment_ids[n] == 0) | (segment_ids[n] == segment)
-            rows.append({name: batch[name][n][kept] for name in ROW_INPUTS if name in batch})
+            rows.append({name: batch[name][n][kept] for name in (*TEXT_INPUTS, "labels") if name in batch})
             images.append(image)
     separate = {name: value for name, value in batch.items() if name not in ("segment_ids", "shift_labels")}
     image_indices = batch["image_indices"].new_tensor(images)
-    return {**separate, **_pad(rows, PADDING_VALUES), "image_indices": image_indices}
+    return {**separate, **_pad_rows(rows, PADDING_VALUES), "image_indices": image_indices}
 
 
-def _pad(rows: list[dict[str, torch.Tensor]], values: dict[str, int]) -> dict[str, torch.Tensor]:
+def _pad_rows(rows: list[dict[str, torch.Tensor]], values: dict[str, int]) -> dict[str, torch.Tensor]:
     """Rows of unequal length to tensors, padded on the right."""
     return {
         name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=values.get(name, 0))

@@ -29,7 +29,7 @@ from ..data.prompts import Question
 from ..model.configuration_lisa import LisaConfig
 from ..model.losses import IGNORE_INDEX
 from ..model.modeling_lisa import UNQUANTIZED_MODULES, LisaForConditionalGeneration
-from ..model.packing import use_packing
+from ..model.packing import resolve_packing
 from ..model.processing_lisa import LisaProcessor
 from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
 from .build import choose_attention, set_loss_options
@@ -78,7 +78,7 @@ def report_memory(
 ) -> str:
     """A line about the memory that each process will need; a warning with remedies where its GPU has not as much."""
     model = prepare_for_training(build_empty_model(config, model_args), **model_args.adaptation)
-    packing = use_packing(model.config, data_args.packing)
+    packing = resolve_packing(model.config, data_args.packing)
     collator = LisaDataCollator(processor, data_args.max_length, packing=packing)
     batch = example_batch(collator, args.per_device_train_batch_size, data_args.num_questions)
     estimate = estimate_memory(model, model_args, args, batch)

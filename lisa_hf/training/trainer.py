@@ -17,7 +17,7 @@ from ..evaluation.benchmarks import PADDING, compute_metrics
 from ..evaluation.metrics import intersection_and_union
 from ..from_scratch.muon import use_muon
 from ..model.losses import IGNORE_INDEX
-from ..model.packing import unpack_rows
+from ..model.packing import TEXT_INPUTS, unpack_rows
 from ..model.processing_lisa import LisaProcessor
 from .callbacks import NonFiniteSteps, Progress, collate_with_sources
 from .checkpointing import complete_save, resolve_checkpoint
@@ -29,7 +29,6 @@ from .trainable import rate_names
 logger = logging.getLogger(__name__)
 
 LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
-ROW_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class LisaTrainer(Trainer):
@@ -301,7 +300,7 @@ class LisaTrainer(Trainer):
         shared = {
             key: value
             for key, value in inputs.items()
-            if key not in (*ROW_INPUTS, "labels", "mask_labels", "num_skipped")
+            if key not in (*TEXT_INPUTS, "labels", "mask_labels", "num_skipped")
         }
         output = self.accelerator.unwrap_model(model).generate(
             **shared,
@@ -326,7 +325,7 @@ def cut_prompts(inputs: dict, processor: LisaProcessor) -> dict[str, torch.Tenso
     lengths = torch.where(answers.any(1), answers.long().argmax(1), inputs["attention_mask"].sum(1)).tolist()
     pad_ids = {"input_ids": processor.tokenizer.pad_token_id}
     rows = {}
-    for name in ROW_INPUTS:
+    for name in TEXT_INPUTS:
         if name in inputs:
             cut = [row[:length].flip(0) for row, length in zip(inputs[name], lengths)]
             pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=pad_ids.get(name, 0))

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
 
 from lisa_hf.model.losses import IGNORE_INDEX, mask_losses
-from lisa_hf.model.mask_backbone import attend_in_pieces, decode_prompts, encode_images, select_images
+from lisa_hf.model.mask_backbone import decode_prompts, encode_images, select_images, use_chunked_attention
 from lisa_hf.model.modeling_lisa import LisaForConditionalGeneration
 from lisa_hf.model.packing import packed_inputs
 
@@ -26,7 +26,7 @@ class Features:
         labels_only: the vocabulary projection sees labelled positions, the [SEG] projector `[SEG]`, not all positions.
         packing: the questions about an image share its prefix.
         mask_batch: all images are encoded, and all masks decoded, in one call, not image by image.
-        attention_in_pieces: SAM's relative positions exist piece by piece, see [`attend_in_pieces`].
+        chunked_attention: SAM's relative positions exist piece by piece, see [`use_chunked_attention`].
         no_recomputation: no activation checkpointing.
     """
 
@@ -35,7 +35,7 @@ class Features:
     labels_only: bool = False
     packing: bool = False
     mask_batch: bool = False
-    attention_in_pieces: bool = False
+    chunked_attention: bool = False
     no_recomputation: bool = False
 
     @classmethod
@@ -57,8 +57,8 @@ def configure(lisa: LisaForConditionalGeneration, features: Features) -> None:
     forward = (SamVisionSdpaAttention if features.sdpa else SamVisionAttention).forward
     for layer in lisa.mask_model.vision_encoder.layers:
         layer.attn.forward = partial(forward, layer.attn)
-    if features.attention_in_pieces:
-        attend_in_pieces(lisa.mask_model)
+    if features.chunked_attention:
+        use_chunked_attention(lisa.mask_model)
     if features.no_recomputation:
         lisa.activation_checkpointing_disable()
     else:

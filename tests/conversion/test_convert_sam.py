@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from lisa_hf.model.mask_backbone import (
-    attend_in_pieces,
     decode_prompts,
     encode_images,
     padded_side,
     select_images,
     upscale_masks,
+    use_chunked_attention,
 )
 
 
@@ -76,7 +76,7 @@ def test_outputs_are_those_of_the_original(tmp_path, name):
     processor = AutoProcessor.from_pretrained(tmp_path / "sam")
     classes = (SamHQModel, SamHQProcessor) if SIZES[name]["is_hq"] else (SamModel, SamProcessor)
     assert (type(model), type(processor)) == classes
-    attend_in_pieces(model)  # as inside a LISA
+    use_chunked_attention(model)  # as inside a LISA
     embeddings = encode(model, processor)
     low_res_masks, iou_scores = decode(model, embeddings)
     embeddings = embeddings[0] if SIZES[name]["is_hq"] else embeddings

@@ -28,8 +28,8 @@ from transformers import (
 
 from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor
 from lisa_hf.model import losses
-from lisa_hf.model.losses import logits_at, mask_losses, sampled_mask_losses, text_loss
-from lisa_hf.model.mask_backbone import BIAS_SIZE, UNTRAINED_DECODER_MODULES, encode_images, mended_hq_decoder
+from lisa_hf.model.losses import chunked_cross_entropy, logits_at, mask_losses, sampled_mask_losses
+from lisa_hf.model.mask_backbone import BIAS_SIZE, UNTRAINED_DECODER_MODULES, encode_images, patched_sam_hq_decoder
 
 
 # Rows that share images, in no order; several [SEG] in an answer, one in a user's turn, and an image without masks.
@@ -211,7 +211,7 @@ def test_masks_are_the_mask_models_own(family, monkeypatch):
     for number, image_index in enumerate([0, 1, 1, 1]):
         prompt["embedding"] = output.seg_embeddings[number]
         is_hq = model.config.mask_config.model_type == "sam_hq"
-        with mended_hq_decoder(model.mask_model.mask_decoder) if is_hq else nullcontext():
+        with patched_sam_hq_decoder(model.mask_model.mask_decoder) if is_hq else nullcontext():
             expected = model.mask_model(
                 pixel_values=batch["mask_pixel_values"][image_index : image_index + 1],
                 input_points=torch.zeros(1, 1, 1, 2),
@@ -277,11 +277,11 @@ def test_qwen_positions_follow_the_image_of_the_row():
 
 
 @pytest.mark.parametrize("num_positions", [0, 1, 7])
-def test_text_loss_in_chunks_is_the_loss_at_once(num_positions, monkeypatch):
+def test_cross_entropy_in_chunks_equals_cross_entropy_at_once(num_positions, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_SIZE", 3)
     logits = torch.randn(num_positions, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
     labels = torch.arange(num_positions)
-    loss, expected = text_loss(logits, labels), F.cross_entropy(logits, labels, reduction="sum")
+    loss, expected = chunked_cross_entropy(logits, labels), F.cross_entropy(logits, labels, reduction="sum")
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
 
@@ -307,7 +307,7 @@ def test_batch_without_masks(family):
             assert gradient is None or not gradient.any(), name
 
 
-def test_rows_without_labels_give_a_text_loss_of_zero():
+def test_rows_without_labels_give_a_ce_loss_of_zero():
     model, processor = llava_sam()
     batch = make_batch(processor, rows=[3])
     batch["labels"] = torch.full_like(batch["labels"], -100)
@@ -347,7 +347,7 @@ def test_rows_and_images_must_match():
 
 @pytest.mark.parametrize("size", [2**22, 2 * 64**2, 3 * 8 * 64])
 @pytest.mark.parametrize("name", ["llava-sam", "llava-sam_hq"])
-def test_attention_in_pieces_is_attention_at_once(name, size, monkeypatch):
+def test_chunked_attention_equals_attention_at_once(name, size, monkeypatch):
     """All at once; some heads at a time; some rows of the image as well."""
     model, processor = FAMILIES[name]()
     encoder = model.mask_model.vision_encoder

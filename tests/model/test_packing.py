@@ -8,7 +8,7 @@ from fixtures.tiny_models import FAMILIES, SIDE, conversation, image, qwen2_5_vl
 from fixtures.tiny_training import Items, assert_gradients_equal, build_model, make_trainer
 
 from lisa_hf import LisaDataCollator
-from lisa_hf.model.packing import pack_rows, packing_obstacle, unpack_rows, use_packing
+from lisa_hf.model.packing import pack_rows, packing_unsupported_reason, resolve_packing, unpack_rows
 
 
 # Three images with 3, 1 and 2 questions: a long one beyond gemma3's window of 8, several turns, one without a mask.
@@ -139,15 +139,15 @@ def test_questions_that_differ_before_their_image_stay_apart():
 
 def test_what_would_mix_questions_up_is_refused(caplog):
     model, _, packed_batch = make_family("llava")
-    assert use_packing(model.config, True) and not use_packing(model.config, False) and not caplog.records
+    assert resolve_packing(model.config, True) and not resolve_packing(model.config, False) and not caplog.records
     model.config.get_text_config()._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'flash_attention_2' cannot keep packed questions apart.*`packing=False`"):
         model(**packed_batch)
-    assert not use_packing(model.config, True)
+    assert not resolve_packing(model.config, True)
     assert "stay separate rows: attn_implementation 'flash_attention_2'" in caplog.text
     model.config.get_text_config()._attn_implementation = "sdpa"
     model.config.get_text_config().model_type = "mistral"  # with a window that nobody has tested
-    assert "this is llava on mistral" in packing_obstacle(model.config)
+    assert "this is llava on mistral" in packing_unsupported_reason(model.config)
 
 
 def test_training_and_evaluation_do_not_depend_on_packing(tmp_path):

@@ -13,7 +13,7 @@ from test_recipes import TINY
 from torch._dynamo.utils import counters
 from transformers.utils import is_flash_attn_2_available
 
-from lisa_hf.model.packing import use_packing
+from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import LisaTrainingArguments, ModelArguments
 from lisa_hf.training.build import choose_attention, load_model_and_processor
 from lisa_hf.training.trainable import prepare_for_training
@@ -29,7 +29,7 @@ def train(output_dir, attention="sdpa", mask_attention="sdpa", packing=True, par
     model.mask_model.set_attn_implementation(mask_attention)
     model = prepare_for_training(model, parts, lora_r=0)
     trainer = make_trainer(model, processor, output_dir, Items(), max_steps=3, **arguments)
-    trainer.data_collator.packing = use_packing(model.config, packing)
+    trainer.data_collator.packing = resolve_packing(model.config, packing)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], copy_state(model)
 
