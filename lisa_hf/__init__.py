@@ -1,5 +1,21 @@
 """lisa_hf: teach any Hugging Face vision-language model to answer with segmentation masks."""
 
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+
+
+# transformers imports torchvision wherever it is installed, and fails deep inside if it was built for another torch.
+if find_spec("torchvision"):
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:
+        sys.tracebacklimit = 0  # one line: there is nothing to debug in the code that imports this package
+        raise ImportError(
+            f"expected a torchvision that fits torch {version('torch')}, got torchvision {version('torchvision')} "
+            f"({error}). Install the pair that constraints.txt names, from one index: pip install torch torchvision."
+        ) from None
+
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -16,7 +32,7 @@ AutoModel.register(LisaConfig, LisaForConditionalGeneration)
 AutoModelForImageTextToText.register(LisaConfig, LisaForConditionalGeneration)
 AutoProcessor.register(LisaConfig, LisaProcessor)
 PIPELINE_REGISTRY.register_pipeline("reasoning-segmentation", ReasoningSegmentationPipeline, pt_model=AutoModel)
-# What a saved model needs in order to load where this package is not installed.
+# Saved models carry copies of these, so that they load where this package is not installed.
 LisaConfig.register_for_auto_class()
 LisaForConditionalGeneration.register_for_auto_class("AutoModel")
 LisaProcessor.register_for_auto_class()
