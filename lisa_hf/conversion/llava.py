@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..chat_templates import load_chat_template
 from ..model.processing_lisa import add_tokens
-from ..training.build import load_chat_template
 from .checkpoints import LazyTensor
 from .key_tables import Shapes, convert_state_dict
 from .saving import ConvertedModel, build_without_weights

@@ -8,6 +8,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaTokenizer, PreTrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
+from ..chat_templates import load_chat_template
 from ..data.mixture import EvaluationDataset, MixtureDataset
 from ..data.streaming import StreamingMixtureDataset
 from ..from_scratch.initialization import initialize_weights
@@ -16,22 +17,6 @@ from ..model.configuration_lisa import LisaConfig
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import LisaProcessor
 from .arguments import LOSS_OPTIONS, DataArguments, LisaTrainingArguments, ModelArguments
-
-
-CHAT_TEMPLATES = Path(__file__).parents[1] / "chat_templates"
-
-
-def load_chat_template(name: str | None) -> str | None:
-    """The Jinja text of a template of this package (`llava_v1`, ...) or of a file; None stays None."""
-    if name is None:
-        return None
-    path = CHAT_TEMPLATES / f"{name}.jinja"
-    if not path.exists():
-        path = Path(name)
-    if not path.is_file():
-        names = ", ".join(sorted(template.stem for template in CHAT_TEMPLATES.glob("*.jinja")))
-        raise ValueError(f"chat_template: expected one of {names} or a Jinja file, found '{name}'")
-    return path.read_text(encoding="utf-8")
 
 
 def refuse_original(path: str) -> None:

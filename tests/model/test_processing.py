@@ -25,8 +25,8 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
 
 from lisa_hf import LisaProcessor
+from lisa_hf.chat_templates import CHAT_TEMPLATES, load_chat_template
 from lisa_hf.model.processing_lisa import TextTooLongError
-from lisa_hf.training.build import CHAT_TEMPLATES, load_chat_template
 
 
 CHATML_TEMPLATE = (

@@ -16,8 +16,8 @@ from transformers import AutoModel, AutoProcessor
 
 import lisa_hf  # noqa: F401  registers the classes
 from data_scripts import SOURCES
+from lisa_hf.chat_templates import load_chat_template
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
-from lisa_hf.training.build import load_chat_template
 
 
 ROOT = Path(__file__).parents[2]

@@ -22,9 +22,10 @@ from transformers import (
     LlavaProcessor,
 )
 
+from lisa_hf.chat_templates import load_chat_template
 from lisa_hf.from_scratch.models import train_tokenizer
 from lisa_hf.training.arguments import ModelArguments
-from lisa_hf.training.build import load_chat_template, load_model_and_processor
+from lisa_hf.training.build import load_model_and_processor
 from lisa_hf.training.trainable import merge_lora, prepare_for_training
 
 
