@@ -1,13 +1,14 @@
 """One `datasets` builder per source of training data, all with the rows of `lisa_hf.data.rows`."""
 
 import dataclasses
-import difflib
 import logging
 import os
 
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.exceptions import DatasetGenerationError
+
+from lisa_hf.errors import nearest_name
 
 from .coco import CocoBuilder
 from .hub import Hub
@@ -167,10 +168,9 @@ def complete_options(
 
 def _find_builder(name: str, builder: str | None) -> type:
     if (builder or name) not in SOURCES:
-        (nearest,) = difflib.get_close_matches(builder or name, SOURCES, n=1, cutoff=0)
         raise ValueError(
-            f"There is no source {builder or name!r}, the nearest is {nearest!r}. Data of your own have a `builder`. "
-            f"All: {', '.join(SOURCES)}."
+            f"expected a source among {', '.join(SOURCES)}, got {builder or name!r}. Did you mean "
+            f"{nearest_name(builder or name, SOURCES)!r}? Your own data needs a `builder`."
         )
     return SOURCES[builder or name]
 

@@ -29,7 +29,7 @@ from lisa_hf.conversion.lisa import convert_lisa
 from lisa_hf.conversion.llava import convert_llava
 from lisa_hf.conversion.sam import convert_sam
 from lisa_hf.conversion.saving import ConvertedModel, save_converted
-from lisa_hf.training.errors import report_user_errors
+from lisa_hf.errors import report_user_errors
 
 
 SOURCES = {

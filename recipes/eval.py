@@ -22,12 +22,12 @@ from pathlib import Path
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.data.mixture import EvaluationDataset
+from lisa_hf.errors import report_user_errors
 from lisa_hf.evaluation.benchmarks import evaluate_benchmark, markdown_table, write_results
 from lisa_hf.evaluation.predict import draw_predictions
 from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, parse_arguments
 from lisa_hf.training.build import load_lisa
-from lisa_hf.training.errors import report_user_errors
 from lisa_hf.training.parser import nearest
 
 

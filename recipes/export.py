@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from lisa_hf.conversion.saving import whole_directory
+from lisa_hf.errors import report_user_errors
 from lisa_hf.export import find_checkpoint, push_to_hub, restore_model, save_adapter, save_model, save_records
-from lisa_hf.training.errors import report_user_errors
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

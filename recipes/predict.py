@@ -9,10 +9,10 @@ from pathlib import Path
 import PIL.Image
 import torch
 
+from lisa_hf.errors import report_user_errors
 from lisa_hf.evaluation.predict import answer_questions, question_messages
 from lisa_hf.evaluation.visualization import overlay_masks
 from lisa_hf.training.build import load_lisa
-from lisa_hf.training.errors import report_user_errors
 
 
 def main():

@@ -22,9 +22,9 @@ from data_scripts import SOURCES, complete_options, load_source
 from data_scripts.check import check_source
 from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
 from data_scripts.parquet import write_card, write_parquet
+from lisa_hf.errors import report_user_errors
 from lisa_hf.evaluation.visualization import preview_sheet
 from lisa_hf.training.arguments import parse_data_arguments
-from lisa_hf.training.errors import report_user_errors
 
 
 def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:

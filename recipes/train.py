@@ -17,6 +17,7 @@ import transformers
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.data.feature_cache import build_feature_cache
+from lisa_hf.errors import report_user_errors
 from lisa_hf.export import trained_model
 from lisa_hf.from_scratch.models import row_texts
 from lisa_hf.model.packing import resolve_packing
@@ -24,7 +25,6 @@ from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, Mod
 from lisa_hf.training.build import build_datasets, load_config_and_processor, load_model
 from lisa_hf.training.callbacks import FlatFigures, PredictionSheet, StopOnSignal
 from lisa_hf.training.dry_run import dry_run
-from lisa_hf.training.errors import report_user_errors
 from lisa_hf.training.memory_estimate import report_memory
 from lisa_hf.training.run_record import write_run_record
 from lisa_hf.training.trainable import prepare_for_training, trainable_summary

@@ -8,7 +8,6 @@ features is not decoded before someone needs its pixels, see [`decode_image`]; t
 than its file, see [`reduce_decoding`].
 """
 
-import difflib
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 
+from ..errors import nearest_name
 from .images import _where, load_image, undecoded
 from .masks import run_lengths
 from .prompts import Question, evaluation_questions, sample_questions
@@ -264,8 +264,10 @@ def _probabilities(names: list[str], weights: dict[str, float]) -> np.ndarray:
     """Normalised weights in the order of the names, shape (len(names),)."""
     for name in weights:
         if name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise ValueError(f"Weight for an unknown source {name!r}. Did you mean {nearest!r}? Sources: {names}.")
+            raise ValueError(
+                f"expected weights of the sources {names}, got one of an unknown source {name!r}. Did you mean "
+                f"{nearest_name(name, names)!r}?"
+            )
     missing = [name for name in names if name not in weights]
     if missing:
         raise ValueError(f"weights must name every source, but {missing} have none. Give 0 to leave a source out.")

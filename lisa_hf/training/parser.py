@@ -1,7 +1,6 @@
 """The parser of the recipes' arguments: transformers' for dataclasses, and YAML files with the same meaning."""
 
 import dataclasses
-import difflib
 import json
 import re
 import sys
@@ -11,6 +10,8 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+
+from ..errors import nearest_name
 
 
 # Former names of arguments, whose nearest valid name would be another argument.
@@ -118,4 +119,4 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """What an error about an unknown name ends with."""
     if name in RENAMED:
         return f"which is now named `{RENAMED[name]}`"
-    return f"the nearest valid name is `{difflib.get_close_matches(name, names, n=1, cutoff=0)[0]}`"
+    return f"the nearest valid name is `{nearest_name(name, names)}`"

@@ -20,9 +20,9 @@ from data_scripts import load_sources
 from lisa_hf import LisaDataCollator
 from lisa_hf.data.images import load_image, undecoded
 from lisa_hf.data.mixture import MixtureDataset
+from lisa_hf.errors import report_user_errors
 from lisa_hf.training.arguments import parse_arguments
 from lisa_hf.training.build import load_config_and_processor
-from lisa_hf.training.errors import report_user_errors
 
 
 IMAGES_PER_SECOND = (2, 4, 8, 16, 32, 64)  # of a GPU; recipes/benchmarks/step.py tells a model's

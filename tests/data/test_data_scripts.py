@@ -262,7 +262,7 @@ def test_photos_are_measured_as_they_are_shown(load, tree):
 
 
 def test_an_unknown_source_or_split_lists_the_known_ones(load):
-    with pytest.raises(ValueError, match="no source 'shape', the nearest is 'shapes'.*pascal_part, .*reason_seg"):
+    with pytest.raises(ValueError, match=r"pascal_part, .*reason_seg.*got 'shape'. Did you mean 'shapes'\?"):
         load("shape")
     with pytest.raises(ValueError, match="'train', 'val'"):
         load("reason_seg", TREE, split="testing")

@@ -241,7 +241,7 @@ def test_contradictory_arguments_are_refused(prepared, streamed):
         ({"sources": prepared}, "'classes' is of the type Dataset, expected a streamed IterableDataset"),
         ({"rank": 2, "num_ranks": 2}, "got rank 2 and num_ranks 2"),
         ({"shuffle_buffer_size": 0}, "at least 1 row, got 0"),
-        ({"weights": {"clases": 1}}, "Did you mean 'classes'?"),
+        ({"weights": {"clases": 1}}, r"Did you mean 'classes'\?"),
     ):
         with pytest.raises(ValueError, match=message):
             StreamingMixtureDataset(**{"sources": streamed, **arguments})

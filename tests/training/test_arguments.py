@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers.trainer_utils import SaveStrategy
 
+from lisa_hf.errors import report_user_errors
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
-from lisa_hf.training.errors import report_user_errors
 
 
 ROOT = Path(__file__).parents[2]

@@ -23,8 +23,8 @@ from test_streaming import one_source
 from torch.utils.data import get_worker_info
 
 from lisa_hf.data.streaming import StreamingMixtureDataset
+from lisa_hf.errors import report_user_errors
 from lisa_hf.training.callbacks import StopOnSignal
-from lisa_hf.training.errors import report_user_errors
 from lisa_hf.training.trainable import prepare_for_training
 from lisa_hf.training.trainer import LisaTrainer
 

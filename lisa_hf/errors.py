@@ -1,7 +1,9 @@
-"""How the recipes end when something is wrong that their user can mend: with one line, and no stack trace."""
+"""Messages for mistakes that a user can correct: one line without a stack trace, and the nearest valid name."""
 
+import difflib
 import logging
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,3 +37,8 @@ def report_user_errors():
         text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """Return the valid name that is most similar to an unknown one."""
+    return difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
