@@ -99,7 +99,7 @@ def convert_sam(tensors: dict[str, LazyTensor]) -> ConvertedModel:
     """`SamModel` or `SamHQModel` with its processor.
 
     By itself, transformers' `SamHQModel` (5.23) makes other masks of these weights than SAM-HQ's code: see
-    `patched_sam_hq_decoder` in `mask_backbone.py`, which a LISA uses.
+    `patched_sam_hq_decoder` in `upstream_fixes.py`, which a LISA uses.
 
     Args:
         tensors: of a published `sam_vit_*.pth` or `sam_hq_vit_*.pth`.

@@ -3,6 +3,8 @@
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .upstream_fixes import saved_custom_pipelines
+
 
 # What `pipeline("reasoning-segmentation")` runs where this package is not installed.
 CUSTOM_PIPELINES = {
@@ -41,9 +43,7 @@ class LisaConfig(PreTrainedConfig):
     suppress_tokens: list[int] | None = None
 
     def __post_init__(self, custom_pipelines: dict | None = None, **kwargs):
-        # The package registers its own pipeline, and with this entry transformers would insist on the saved copy.
-        if __name__.startswith("transformers_modules."):
-            self.custom_pipelines = custom_pipelines or {}
+        self.custom_pipelines = saved_custom_pipelines(__name__, custom_pipelines)
         super().__post_init__(**kwargs)
         # SAM 2 replaces an unstable single mask by one of its three others in evaluation only. LISA trains the single
         # mask alone, so that choice would return untrained masks.

@@ -5,12 +5,14 @@ states; a pyramid of tensors), in what their decoder wants of it and in how thei
 that knows these differences is here.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .upstream_fixes import patched_sam_hq_decoder
 
 
 # Sub-modules of the decoder that a single-mask, text-prompted LISA never takes a gradient through: the IoU head, the
@@ -148,27 +150,6 @@ def decode_prompts(mask_model: nn.Module, image_embeddings, prompts: torch.Tenso
             **decoder_kwargs,
         )
     return masks[:, 0, 0], iou_scores[:, 0, 0]
-
-
-@contextmanager
-def patched_sam_hq_decoder(decoder: nn.Module):
-    """Inside, transformers' SamHQ (5.23) computes the masks of the published SAM-HQ.
-
-    Its decoder drops the image embeddings that its transformer returns, and upscales those that went in, with rows and
-    columns exchanged.
-    """
-    attended = []
-    hooks = [
-        decoder.transformer.register_forward_hook(lambda module, args, output: attended.append(output[1])),
-        decoder.upscale_conv1.register_forward_pre_hook(
-            lambda module, args: attended.pop().transpose(2, 3).reshape(args[0].shape)
-        ),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def unpad_masks(low_res_masks: torch.Tensor, reshaped_size, side: int | None) -> torch.Tensor:

@@ -35,6 +35,7 @@ from .mask_backbone import (
 )
 from .packing import packed_inputs, packing_unsupported_reason
 from .pipeline_lisa import ReasoningSegmentationPipeline  # noqa: F401  so that it is saved with this file
+from .upstream_fixes import UpstreamFixesMixin, drop_absent_no_split_modules
 from .vlm_backbone import encode_vlm_images, split_vision_inputs
 
 
@@ -89,7 +90,7 @@ class LisaSegProjector(nn.Module):
         return self.linear_2(F.relu(self.linear_1(hidden_states)))
 
 
-class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
+class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreTrainedModel):
     """Any transformers VLM joined to any SAM-family mask model. See [`forward`] and [`generate`]."""
 
     config_class = LisaConfig
@@ -101,7 +102,6 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _tied_weights_keys = {}  # those of the two halves count; PEFT looks into them only if the whole has a mapping
     # The loss is normalised by the counts that LisaTrainer passes. Trainer must be told so, or it divides once more.
     accepts_loss_kwargs = True
 
@@ -127,8 +127,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
         config.mask_config = self.mask_model.config
         self.generation_config = self.vlm.generation_config
         self.post_init()
-        # FSDP looks for each class that a half names, and CLIP names one of its text encoder, which is not here.
-        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+        drop_absent_no_split_modules(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -207,14 +206,6 @@ class LisaForConditionalGeneration(LisaGenerationMixin, PreTrainedModel):
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         return self.vlm.resize_token_embeddings(*args, **kwargs)
-
-    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
-        """As in transformers, but the keys stay as they are in memory.
-
-        The "original format" renames the nested VLM's keys, and Trainer, which loads checkpoints without renaming,
-        would resume with an untrained VLM.
-        """
-        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     @classmethod
     def can_generate(cls) -> bool:

@@ -13,6 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .losses import IGNORE_INDEX
 from .mask_backbone import upscale_masks
+from .upstream_fixes import keep_llama_legacy
 
 
 SEG_TOKEN = "[SEG]"
@@ -47,8 +48,7 @@ class LisaProcessor(ProcessorMixin):
         self.vlm_processor = vlm_processor
         self.tokenizer = vlm_processor.tokenizer
         if isinstance(self.tokenizer, LlamaTokenizer):
-            # It is not among what transformers 5.23 saves, and decides how the text behind a token is split.
-            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
+            keep_llama_legacy(self.tokenizer)
         self.seg_token_id = self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
         if self.seg_token_id is None or self.seg_token_id == self.tokenizer.unk_token_id:
             raise ValueError(f"The tokenizer does not know {SEG_TOKEN}: call `add_tokens(tokenizer)` first.")

@@ -29,7 +29,8 @@ from transformers import (
 from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor
 from lisa_hf.model import losses
 from lisa_hf.model.losses import chunked_cross_entropy, logits_at, mask_losses, sampled_mask_losses
-from lisa_hf.model.mask_backbone import BIAS_SIZE, UNTRAINED_DECODER_MODULES, encode_images, patched_sam_hq_decoder
+from lisa_hf.model.mask_backbone import BIAS_SIZE, UNTRAINED_DECODER_MODULES, encode_images
+from lisa_hf.model.upstream_fixes import patched_sam_hq_decoder
 
 
 # Rows that share images, in no order; several [SEG] in an answer, one in a user's turn, and an image without masks.

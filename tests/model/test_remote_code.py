@@ -13,7 +13,7 @@ from lisa_hf import LisaForConditionalGeneration
 
 CODE = {
     *("configuration_lisa.py", "generation_lisa.py", "losses.py", "mask_backbone.py", "modeling_lisa.py"),
-    *("pipeline_lisa.py", "processing_lisa.py", "vlm_backbone.py"),
+    *("pipeline_lisa.py", "processing_lisa.py", "packing.py", "upstream_fixes.py", "vlm_backbone.py"),
 }
 SCRIPT = """
 import sys
