@@ -17,7 +17,7 @@ from .model.configuration_lisa import LisaConfig
 from .model.modeling_lisa import LisaForConditionalGeneration
 from .model.processing_lisa import LisaProcessor
 from .training.arguments import ModelArguments
-from .training.build import load_model_and_processor
+from .training.build import build_config_and_processor, build_model
 from .training.checkpointing import find_checkpoint as find_complete_checkpoint
 from .training.model_card import EVALUATION, write_model_card
 from .training.run_record import RUN_RECORD, find_run_record
@@ -157,7 +157,9 @@ def build_base(checkpoint: Path) -> LisaForConditionalGeneration:
     if arguments["vlm_config"] is not None:
         arguments["tokenizer"] = str(checkpoint)  # one that was made from the data is there alone
     set_seed(record["arguments"]["training"]["seed"])
-    model, _ = load_model_and_processor(ModelArguments(**arguments), device_map="cpu")
+    model_args = ModelArguments(**arguments)
+    config, _ = build_config_and_processor(model_args)
+    model = build_model(model_args, config, device_map="cpu")
     # LoRA was trained beside the rounded weights; in few bits, their sum would be rounded once more.
     return model.dequantize() if getattr(model, "is_quantized", False) else model
 

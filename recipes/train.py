@@ -19,10 +19,10 @@ from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.data.feature_cache import build_feature_cache
 from lisa_hf.errors import report_user_errors
 from lisa_hf.export import trained_model
-from lisa_hf.from_scratch.models import row_texts
+from lisa_hf.from_scratch.tokenizer import row_texts
 from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
-from lisa_hf.training.build import build_datasets, load_config_and_processor, load_model
+from lisa_hf.training.build import build_config_and_processor, build_datasets, build_model
 from lisa_hf.training.callbacks import FlatFigures, PredictionSheet, StopOnSignal
 from lisa_hf.training.dry_run import dry_run
 from lisa_hf.training.memory_estimate import report_memory
@@ -53,11 +53,11 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, training
     train_rows, eval_rows = load_rows(data_args, training_args)
     train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)
     texts = itertools.chain.from_iterable(row_texts(rows) for rows in train_rows.values())
-    config, processor = load_config_and_processor(model_args, texts)
+    config, processor = build_config_and_processor(model_args, texts)
     if training_args.should_log:
         print(report_memory(config, processor, model_args, data_args, training_args))
     transformers.set_seed(training_args.seed)  # here: the export of a LoRA run draws the same random weights again
-    model = prepare_for_training(load_model(model_args, config, processor), **model_args.adaptation)
+    model = prepare_for_training(build_model(model_args, config), **model_args.adaptation)
     if training_args.should_log:
         print(trainable_summary(model, training_args))
     if data_args.feature_cache is not None:

@@ -1,8 +1,8 @@
 """Muon for the weight matrices, AdamW for everything else, as one optimizer.
 
-Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) moves a matrix by the same amount in all of its
-directions. A model from nothing gains most: at first its prompts differ between questions in a few weak directions
-only, which AdamW, led by what all questions have in common, finds late.
+Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) updates a matrix by the same amount in all
+directions. A randomly initialized model gains most: at first its prompts differ between questions in a few weak
+directions only. AdamW finds them late, because it follows what all questions have in common.
 """
 
 import torch
@@ -14,9 +14,10 @@ class MuonAdamW(Optimizer):
     """[`torch.optim.Muon`] and [`torch.optim.AdamW`] behind one interface, for schedulers and checkpoints.
 
     Args:
-        matrices (`list[nn.Parameter]`): Updated by Muon; each has two dimensions.
-        others (`list[dict]`): Parameter groups with their options, updated by AdamW.
-        muon_lr (`float`), muon_weight_decay (`float`): Of Muon.
+        matrices: Two-dimensional parameters, updated by Muon.
+        others: Parameter groups with their options, updated by AdamW.
+        muon_lr: Learning rate of Muon.
+        muon_weight_decay: Weight decay of Muon.
     """
 
     def __init__(self, matrices: list[nn.Parameter], others: list[dict], muon_lr: float, muon_weight_decay: float):
@@ -26,7 +27,7 @@ class MuonAdamW(Optimizer):
         self._share_groups()
 
     def _share_groups(self):
-        # The very groups of the two, so that a scheduler's learning rates reach them; each keeps its own state.
+        # The same dicts as in the two optimizers, so that a scheduler's learning rates reach them.
         self.param_groups = self.muon.param_groups + self.adamw.param_groups
 
     @torch.no_grad()
@@ -41,14 +42,14 @@ class MuonAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict):
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
-        self._share_groups()
+        self._share_groups()  # loading replaces the groups
 
 
 def use_muon(optimizer: AdamW, model: nn.Module, learning_rate: float) -> MuonAdamW:
-    """The same optimizer, but for the weight matrices that are trained in full, which get Muon.
+    """Return the same optimizer with Muon for the weight matrices that are trained in full.
 
-    Matrices are the weights of linear layers inside of the model: neither its embeddings nor its vocabulary
-    projection, which Muon's authors leave to AdamW, nor LoRA's.
+    These are the weights of linear layers, without the vocabulary projection, which Muon's authors leave to AdamW as
+    they do the embeddings, and without LoRA's.
     """
     head = model.get_output_embeddings()
     matrices = {

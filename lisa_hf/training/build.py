@@ -1,31 +1,158 @@
-"""From the recipes' arguments to a model, its processor and the data sets."""
+"""Build a config, a processor, a model and data sets from the recipes' arguments.
 
+This is the only place where models are built. A training run calls the functions in this order:
+
+    config, processor = build_config_and_processor(model_args, texts)
+    model = build_model(model_args, config)
+    train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)
+"""
+
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaTokenizer,
+    PreTrainedConfig,
+)
 from transformers.utils import is_bitsandbytes_available
 
 from ..chat_templates import load_chat_template
 from ..data.mixture import EvaluationDataset, MixtureDataset
 from ..data.streaming import StreamingMixtureDataset
+from ..from_scratch.configuration import tiny_config_and_processor
 from ..from_scratch.initialization import initialize_weights
-from ..from_scratch.models import add_template_tokens, build_config_and_processor, build_model, train_tokenizer
+from ..from_scratch.tokenizer import add_template_tokens, train_tokenizer
 from ..model.configuration_lisa import LisaConfig
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import LisaProcessor
 from .arguments import LOSS_OPTIONS, DataArguments, LisaTrainingArguments, ModelArguments
 
 
-def refuse_original(path: str) -> None:
-    """Raises a `ValueError` that names the conversion command if a directory, file or Hub id is an original's."""
+def build_config_and_processor(
+    model_args: ModelArguments, texts: Iterable[str] = ()
+) -> tuple[LisaConfig, LisaProcessor]:
+    """Build the config of the model that the arguments name, and its processor: everything but the weights.
+
+    Args:
+        model_args: Name a LISA model, a VLM and a mask model, or the configs of randomly initialized ones.
+        texts: What a tokenizer is trained on if a randomly initialized model names none.
+
+    Raises:
+        ValueError: A checkpoint has another architecture or an original format, or is an adapter without its base.
+    """
+    chat_template = load_chat_template(model_args.chat_template)
+    if model_args.model is not None:
+        config, processor = _load_lisa_config(model_args.model), LisaProcessor.from_pretrained(model_args.model)
+        processor.chat_template = chat_template or processor.chat_template
+    elif model_args.vlm is not None:
+        raise_if_original_format(model_args.vlm)
+        raise_if_original_format(model_args.mask_model)
+        processor = LisaProcessor.from_vlm_mask_model_pretrained(model_args.vlm, model_args.mask_model, chat_template)
+        config = LisaConfig(
+            vlm_config=AutoConfig.from_pretrained(model_args.vlm),
+            mask_config=AutoConfig.from_pretrained(model_args.mask_model),
+            seg_token_id=processor.seg_token_id,
+        )
+        # Some VLMs have more embeddings than tokens, so the vocabulary grows only if the new tokens do not fit.
+        text_config = config.vlm_config.get_text_config()
+        text_config.vocab_size = max(text_config.vocab_size, len(processor.tokenizer))
+    else:
+        if model_args.tokenizer:
+            tokenizer = _load_tokenizer(model_args.tokenizer)
+        else:
+            tokenizer = train_tokenizer(texts)
+            add_template_tokens(tokenizer)
+        config, processor = tiny_config_and_processor(
+            model_args.vlm_config, model_args.mask_config, tokenizer, chat_template, model_args.language_model
+        )
+    return config, processor
+
+
+def build_model(
+    model_args: ModelArguments, config: LisaConfig, device_map: str | None = None, empty: bool = False
+) -> LisaForConditionalGeneration:
+    """Build the model that the arguments name: load its weights or initialize them.
+
+    Args:
+        model_args: Name the weights, their dtype and quantization, the attention and the loss weights.
+        config: From [`build_config_and_processor`].
+        device_map: Device of pretrained weights. Default: the GPU if they are quantized, else the CPU.
+        empty: Whether to build the model on the meta device, where weights take no memory.
+    """
+    if empty:
+        model = _build_empty_model(model_args, config)
+    elif model_args.model is not None or model_args.vlm is not None:
+        model = _load_pretrained_model(model_args, config, device_map)
+    else:
+        model = _initialize_model(model_args, config)
+    attention = model_args.attn_implementation
+    # The other kernels keep as much memory as the default, and may need a GPU that is not there.
+    if attention and (attention == "eager" or not empty):
+        try:
+            # The mask model keeps SDPA, the fastest attention that SAM has.
+            model.vlm.set_attn_implementation(attention)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"attn_implementation '{attention}' is not available: {error}") from error
+    for name in LOSS_OPTIONS:
+        if getattr(model_args, name) is not None:
+            setattr(model.config, name, getattr(model_args, name))
+    return model
+
+
+def load_lisa(path: str, **kwargs) -> tuple[LisaForConditionalGeneration, LisaProcessor]:
+    """Load a LISA model and its processor for inference.
+
+    Args:
+        path: Directory or Hub id.
+        kwargs: Of `from_pretrained` (`dtype`, `attn_implementation`, ...).
+
+    Raises:
+        ValueError: The checkpoint has another architecture or an original format, or is an adapter without its base.
+    """
+    _load_lisa_config(path)
+    return LisaForConditionalGeneration.from_pretrained(path, **kwargs), LisaProcessor.from_pretrained(path)
+
+
+def build_datasets(
+    train_rows: dict[str, Dataset] | dict[str, IterableDataset],
+    eval_rows: dict[str, Dataset],
+    data_args: DataArguments,
+    training_args: LisaTrainingArguments,
+) -> tuple[MixtureDataset | StreamingMixtureDataset, dict[str, EvaluationDataset]]:
+    """Build the mixture to train on and, for each evaluation source, the data set to evaluate on."""
+    options = {
+        "weights": data_args.weights,
+        "seed": training_args.data_seed if training_args.data_seed is not None else training_args.seed,
+        "num_questions": data_args.num_questions,
+        "explanatory_probability": data_args.explanatory_probability,
+        "on_bad_row": data_args.on_bad_row,
+        "min_decoded_edge": data_args.min_decoded_edge,
+    }
+    if data_args.streaming:
+        train_dataset = StreamingMixtureDataset(
+            train_rows, rank=training_args.process_index, num_ranks=training_args.world_size, **options
+        )
+    else:
+        length = data_args.num_train_items or sum(len(rows) for rows in train_rows.values())
+        train_dataset = MixtureDataset(train_rows, length, **options)
+    return train_dataset, {name: EvaluationDataset(rows) for name, rows in eval_rows.items()}
+
+
+def raise_if_original_format(path: str) -> None:
+    """Raise a `ValueError` with the conversion command if a directory, file or Hub id has an original format."""
     local = Path(path)
     if local.is_file():
         source = "sam" if local.suffix == ".pth" else "lisa-train"
     elif (local / "latest").is_file() and not (local / "trainer_state.json").is_file():
-        source = "lisa-train"  # a ZeRO checkpoint, and none of Trainer's
+        source = "lisa-train"  # a ZeRO checkpoint that is not Trainer's
     else:
         try:
             config, _ = PreTrainedConfig.get_config_dict(path)
@@ -42,187 +169,86 @@ def refuse_original(path: str) -> None:
         download, checkpoint = f"hf download {path} --local-dir DIRECTORY && ", "DIRECTORY"
     base = {"llava-delta": " --base LLAMA", "lisa-train": " --base LLAVA"}.get(source, "")
     raise ValueError(
-        f"{path} is in an original's format, expected transformers'. Convert it: `{download}python "
-        f"recipes/convert_weights.py {source} --checkpoint {checkpoint}{base} --output OUTPUT`, and give OUTPUT."
+        f"{path}: expected a model in transformers' format, got an original one. Convert it with `{download}python "
+        f"recipes/convert_weights.py {source} --checkpoint {checkpoint}{base} --output OUTPUT` and pass OUTPUT."
     )
 
 
-def load_lisa(path: str, **kwargs) -> tuple[LisaForConditionalGeneration, LisaProcessor]:
-    """Loads a LISA model and its processor from a directory or the Hub.
-
-    Args:
-        kwargs: of `from_pretrained` (`dtype`, `attn_implementation`, ...).
-
-    Raises:
-        ValueError: the checkpoint is of another architecture, in an original's format, or an adapter without its
-            base.
-    """
-    load_lisa_config(path)
-    return LisaForConditionalGeneration.from_pretrained(path, **kwargs), LisaProcessor.from_pretrained(path)
-
-
-def load_lisa_config(path: str) -> LisaConfig:
-    """The configuration of a LISA model; raises what [`load_lisa`] raises."""
+def _load_lisa_config(path: str) -> LisaConfig:
     if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
         raise ValueError(
-            f"{path} holds a LoRA adapter, not a whole model. Resume its training with `resume_from_checkpoint`, or "
-            f"make a whole model of it: `python recipes/export.py {path} --output DIRECTORY`."
+            f"{path}: expected a whole model, got a LoRA adapter. Resume its training with `resume_from_checkpoint`, "
+            f"or merge it into its base: `python recipes/export.py {path} --output DIRECTORY`."
         )
-    refuse_original(path)
+    raise_if_original_format(path)
     config = AutoConfig.from_pretrained(path)
     if not isinstance(config, LisaConfig):
         raise ValueError(
-            f"{path} is a '{config.model_type}' checkpoint, expected 'lisa'. To start a LISA model from a "
-            "vision-language model give it as `vlm`, and a SAM-family model as `mask_model`."
+            f"{path}: expected a 'lisa' checkpoint, got '{config.model_type}'. To start a LISA model from a "
+            "vision-language model, pass it as `vlm`, and a SAM-family model as `mask_model`."
         )
     return config
 
 
-def load_model_and_processor(
-    arguments: ModelArguments, texts: Iterable[str] = (), device_map: str | None = None
-) -> tuple[LisaForConditionalGeneration, LisaProcessor]:
-    """Loads or builds what the arguments name, see [`load_config_and_processor`] and [`load_model`]."""
-    config, processor = load_config_and_processor(arguments, texts)
-    return load_model(arguments, config, processor, device_map), processor
-
-
-def load_config_and_processor(
-    arguments: ModelArguments, texts: Iterable[str] = ()
-) -> tuple[LisaConfig, LisaProcessor]:
-    """What the model will look like, and its processor: everything but the weights.
-
-    Args:
-        texts: what a tokenizer is made from if a model from nothing names none.
-
-    Raises:
-        ValueError: a checkpoint is of another architecture, in an original's format, or an adapter without its base.
-    """
-    chat_template = load_chat_template(arguments.chat_template)
-    if arguments.vlm_config is not None:
-        if arguments.tokenizer:
-            tokenizer = load_tokenizer(arguments.tokenizer)
-        else:
-            tokenizer = train_tokenizer(texts)
-            add_template_tokens(tokenizer)
-        return build_config_and_processor(
-            arguments.vlm_config, arguments.mask_config, tokenizer, chat_template, arguments.language_model
-        )
-    if arguments.model is not None:
-        config, processor = load_lisa_config(arguments.model), LisaProcessor.from_pretrained(arguments.model)
-        processor.chat_template = chat_template or processor.chat_template
-        return config, processor
-    refuse_original(arguments.vlm)
-    refuse_original(arguments.mask_model)
-    processor = LisaProcessor.from_vlm_mask_model_pretrained(arguments.vlm, arguments.mask_model, chat_template)
-    config = LisaConfig(
-        vlm_config=AutoConfig.from_pretrained(arguments.vlm),
-        mask_config=AutoConfig.from_pretrained(arguments.mask_model),
-        seg_token_id=processor.seg_token_id,
-    )
-    text_config = config.vlm_config.get_text_config()
-    text_config.vocab_size = max(text_config.vocab_size, len(processor.tokenizer))
-    return config, processor
-
-
-def load_model(
-    arguments: ModelArguments, config: LisaConfig, processor: LisaProcessor, device_map: str | None = None
+def _load_pretrained_model(
+    model_args: ModelArguments, config: LisaConfig, device_map: str | None
 ) -> LisaForConditionalGeneration:
-    """Loads the weights that the arguments name: of a LISA model, of a VLM and a mask model, or random ones.
-
-    Args:
-        config, processor: from [`load_config_and_processor`].
-        device_map: where pretrained weights are put; by default weights in few bits on the GPU, others on the CPU.
-    """
     kwargs = {"device_map": device_map}
-    if arguments.dtype:
-        kwargs["dtype"] = arguments.dtype
-    if arguments.load_in_8bit or arguments.load_in_4bit:
-        kwargs["quantization_config"] = quantization_config(arguments)
-    if arguments.model is not None:
-        model = LisaForConditionalGeneration.from_pretrained(arguments.model, **kwargs)
-    elif arguments.vlm is not None:
-        model = LisaForConditionalGeneration.from_vlm_mask_model_pretrained(
-            arguments.vlm, arguments.mask_model, seg_token_id=processor.seg_token_id, **kwargs
-        )
-        if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(processor.tokenizer))
-    else:
-        model = build_model(config, arguments.language_model)
-        if arguments.language_model is None:
-            initialize_weights(model)
-        if arguments.dtype:
-            model.to(getattr(torch, arguments.dtype))
-    if arguments.attn_implementation:
-        choose_attention(model, arguments.attn_implementation)
-    set_loss_options(model.config, arguments)
+    if model_args.dtype:
+        kwargs["dtype"] = model_args.dtype
+    if model_args.load_in_8bit or model_args.load_in_4bit:
+        kwargs["quantization_config"] = _quantization_config(model_args)
+    if model_args.model is not None:
+        return LisaForConditionalGeneration.from_pretrained(model_args.model, **kwargs)
+    model = LisaForConditionalGeneration.from_vlm_mask_model_pretrained(
+        model_args.vlm, model_args.mask_model, seg_token_id=config.seg_token_id, **kwargs
+    )
+    vocab_size = config.get_text_config().vocab_size
+    if vocab_size > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(vocab_size)
     return model
 
 
-def set_loss_options(config: LisaConfig, arguments: ModelArguments) -> None:
-    """Weights of the loss parts and points of masks, where the arguments give them."""
-    for name in LOSS_OPTIONS:
-        if getattr(arguments, name) is not None:
-            setattr(config, name, getattr(arguments, name))
+def _initialize_model(model_args: ModelArguments, config: LisaConfig) -> LisaForConditionalGeneration:
+    model = LisaForConditionalGeneration(config)
+    if model_args.language_model is None:
+        initialize_weights(model)
+    else:
+        # The language model alone is pretrained; transformers initializes the rest.
+        language_model = AutoModelForCausalLM.from_pretrained(model_args.language_model)
+        language_model.resize_token_embeddings(config.get_text_config().vocab_size)
+        model.vlm.base_model.language_model.load_state_dict(language_model.base_model.state_dict())
+        model.get_output_embeddings().load_state_dict(language_model.get_output_embeddings().state_dict())
+        model.tie_weights()
+    return model.to(getattr(torch, model_args.dtype)) if model_args.dtype else model
 
 
-def choose_attention(model: LisaForConditionalGeneration, name: str) -> None:
-    """Sets the attention of the VLM, its vision tower included; the mask model keeps SDPA, the fastest that SAM has.
-
-    Raises:
-        ValueError: it is unknown, not installed, or not made for this VLM.
-    """
-    try:
-        model.vlm.set_attn_implementation(name)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"attn_implementation: {name} cannot be had: {error}") from error
+def _build_empty_model(model_args: ModelArguments, config: LisaConfig) -> LisaForConditionalGeneration:
+    dtype = model_args.dtype or config.vlm_config.dtype or config.dtype or torch.float32
+    with init_empty_weights():
+        model = LisaForConditionalGeneration(copy.deepcopy(config))  # a model writes into its config
+    model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    model.tie_weights()
+    return model
 
 
-def quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig:
-    """How the VLM's frozen weights are held; the defaults are QLoRA's (arXiv 2305.14314).
-
-    Raises:
-        ValueError: bitsandbytes is not installed.
-    """
+def _quantization_config(model_args: ModelArguments) -> BitsAndBytesConfig:
     if not is_bitsandbytes_available():
         raise ValueError(
-            "load_in_8bit and load_in_4bit need bitsandbytes, which is not here: pip install bitsandbytes"
+            "load_in_8bit, load_in_4bit: expected bitsandbytes to be installed, got no such package. Install it with "
+            "`pip install bitsandbytes`."
         )
     return BitsAndBytesConfig(
-        load_in_8bit=arguments.load_in_8bit,
-        load_in_4bit=arguments.load_in_4bit,
-        bnb_4bit_quant_type=arguments.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=arguments.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=arguments.bnb_4bit_compute_dtype or arguments.dtype or "bfloat16",
+        load_in_8bit=model_args.load_in_8bit,
+        load_in_4bit=model_args.load_in_4bit,
+        bnb_4bit_quant_type=model_args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=model_args.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=model_args.bnb_4bit_compute_dtype or model_args.dtype or "bfloat16",
     )
 
 
-def load_tokenizer(path: str):
-    """A tokenizer from the Hub, a directory, or one sentencepiece file (`tokenizer.model`) of the Llama family."""
+def _load_tokenizer(path: str):
+    """Load a tokenizer from the Hub, a directory, or a sentencepiece file (`tokenizer.model`) of the Llama family."""
     if Path(path).is_file():
         return LlamaTokenizer.from_pretrained(str(Path(path).parent), vocab_file=path)
     return AutoTokenizer.from_pretrained(path)
-
-
-def build_datasets(
-    train_rows: dict[str, Dataset] | dict[str, IterableDataset],
-    eval_rows: dict[str, Dataset],
-    data_args: DataArguments,
-    training_args: LisaTrainingArguments,
-):
-    """The mixture to train on and, per source, the data set to evaluate on."""
-    settings = {
-        "weights": data_args.weights,
-        "seed": training_args.data_seed if training_args.data_seed is not None else training_args.seed,
-        "num_questions": data_args.num_questions,
-        "explanatory_probability": data_args.explanatory_probability,
-        "on_bad_row": data_args.on_bad_row,
-        "min_decoded_edge": data_args.min_decoded_edge,
-    }
-    if data_args.streaming:
-        train_dataset = StreamingMixtureDataset(
-            train_rows, rank=training_args.process_index, num_ranks=training_args.world_size, **settings
-        )
-    else:
-        length = data_args.num_train_items or sum(len(rows) for rows in train_rows.values())
-        train_dataset = MixtureDataset(train_rows, length, **settings)
-    return train_dataset, {name: EvaluationDataset(rows) for name, rows in eval_rows.items()}

@@ -5,7 +5,6 @@ sizes of its parameters and from how DDP, ZeRO-2 and ZeRO-3 share them out, to t
 forward and backward pass runs on tensors that have shapes but no numbers, and what lives at the same time is counted.
 """
 
-import copy
 import dataclasses
 import logging
 import math
@@ -14,7 +13,6 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
 from peft import PeftModel
 from PIL import Image
 from torch import nn
@@ -32,7 +30,7 @@ from ..model.modeling_lisa import UNQUANTIZED_MODULES, LisaForConditionalGenerat
 from ..model.packing import resolve_packing
 from ..model.processing_lisa import LisaProcessor
 from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
-from .build import choose_attention, set_loss_options
+from .build import build_model
 from .trainable import prepare_for_training
 from .trainer import LisaTrainer
 
@@ -77,7 +75,7 @@ def report_memory(
     args: LisaTrainingArguments,
 ) -> str:
     """A line about the memory that each process will need; a warning with remedies where its GPU has not as much."""
-    model = prepare_for_training(build_empty_model(config, model_args), **model_args.adaptation)
+    model = prepare_for_training(build_model(model_args, config, empty=True), **model_args.adaptation)
     packing = resolve_packing(model.config, data_args.packing)
     collator = LisaDataCollator(processor, data_args.max_length, packing=packing)
     batch = example_batch(collator, args.per_device_train_batch_size, data_args.num_questions)
@@ -123,19 +121,6 @@ def _remedies(model_args: ModelArguments, args: LisaTrainingArguments) -> list[s
     return [remedy for remedy, is_open in remedies.items() if is_open] or ["GPUs with more memory"]
 
 
-def build_empty_model(config: LisaConfig, arguments: ModelArguments) -> LisaForConditionalGeneration:
-    """The model of a configuration on the meta device, where weights take no memory."""
-    dtype = arguments.dtype or config.vlm_config.dtype or config.dtype or torch.float32
-    with init_empty_weights():
-        model = LisaForConditionalGeneration(copy.deepcopy(config))
-    model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    model.tie_weights()
-    set_loss_options(model.config, arguments)
-    if arguments.attn_implementation == "eager":  # the others keep as much as the default, and need their GPU kernels
-        choose_attention(model, "eager")
-    return model
-
-
 def estimate_memory(
     model: LisaForConditionalGeneration | PeftModel,
     model_args: ModelArguments,
@@ -145,7 +130,7 @@ def estimate_memory(
     """Estimates what a step of a process takes.
 
     Args:
-        model: of [`build_empty_model`], after `prepare_for_training`; it is of no other use any more.
+        model: an empty one of [`build_model`], after `prepare_for_training`; it is of no other use any more.
         batch: of one micro-step, on the CPU; see [`example_batch`].
     """
     plugin, half = args.deepspeed_plugin, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

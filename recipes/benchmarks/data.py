@@ -22,7 +22,7 @@ from lisa_hf.data.images import load_image, undecoded
 from lisa_hf.data.mixture import MixtureDataset
 from lisa_hf.errors import report_user_errors
 from lisa_hf.training.arguments import parse_arguments
-from lisa_hf.training.build import load_config_and_processor
+from lisa_hf.training.build import build_config_and_processor
 
 
 IMAGES_PER_SECOND = (2, 4, 8, 16, 32, 64)  # of a GPU; recipes/benchmarks/step.py tells a model's
@@ -77,7 +77,7 @@ def main():
             exclude_refer_val=data_args.exclude_refer_val,
         )
         print(f"Opened {len(sources)} sources in {time.perf_counter() - start:.1f} s.")
-        _, processor = load_config_and_processor(model_args)
+        _, processor = build_config_and_processor(model_args)
         collator = LisaDataCollator(processor, data_args.max_length, data_args.on_bad_row, compact=True)
         num_items = data_args.num_train_items or 64
         settings = {"on_bad_row": data_args.on_bad_row, "min_decoded_edge": data_args.min_decoded_edge}

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from lisa_hf.training.arguments import ModelArguments
-from lisa_hf.training.build import load_model_and_processor
+from lisa_hf.training.build import build_config_and_processor, build_model
 
 
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
@@ -146,7 +146,8 @@ def test_a_new_lisa_from_converted_halves(tmp_path):
     convert("llava", "--checkpoint", tmp_path / "llava", "--output", tmp_path / "vlm")
     convert("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "mask_model")
     halves = ModelArguments(vlm=str(tmp_path / "vlm"), mask_model=str(tmp_path / "mask_model"))
-    model, processor = load_model_and_processor(halves)
+    config, processor = build_config_and_processor(halves)
+    model = build_model(halves, config)
     turns = ["<image>\nWhat is it?", "It is [SEG]."]
     inputs = processor.encode_conversations([golden_image(0)], [as_messages(turns)])
     outputs = model(**inputs, mask_labels=[torch.ones(1, 93, 131)])

@@ -35,7 +35,7 @@ from transformers import AutoModel
 
 from lisa_hf.conversion import saving
 from lisa_hf.training.arguments import ModelArguments
-from lisa_hf.training.build import load_model_and_processor
+from lisa_hf.training.build import build_config_and_processor
 
 
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def test_originals_are_refused_with_the_command_that_converts_them(tmp_path, arg
     for path, command in expected.items():
         arguments = {"model": {"model": str(path)}, "vlm": {"vlm": str(path), "mask_model": "sam"}}[argument]
         with pytest.raises(ValueError) as refused:
-            load_model_and_processor(ModelArguments(**arguments))
+            build_config_and_processor(ModelArguments(**arguments))
         assert f"`python recipes/convert_weights.py {command.format(path)} OUTPUT`" in str(refused.value)
 
 
@@ -63,7 +63,7 @@ def test_an_original_mask_model_is_refused_with_its_command(tmp_path):
     torch.save(sam_vit_b(), tmp_path / "sam.pth")
     arguments = ModelArguments(vlm=str(converted_directory()), mask_model=str(tmp_path / "sam.pth"))
     with pytest.raises(ValueError, match=r"recipes/convert_weights.py sam --checkpoint .*sam\.pth --output"):
-        load_model_and_processor(arguments)
+        build_config_and_processor(arguments)
 
 
 def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, fail):

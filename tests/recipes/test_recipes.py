@@ -298,7 +298,7 @@ def test_checkpoint_of_another_architecture(trained, tmp_path):
     )
     assert_one_line(result, "cannot read", "README.md")
     result = run("eval.py", tmp_path / "llava", "--eval_sources", "{shapes: {}}", cwd=tmp_path, check=False)
-    assert_one_line(result, "llava", "expected 'lisa'", "mask_model")
+    assert_one_line(result, "llava", "expected a 'lisa' checkpoint", "mask_model")
 
 
 # ---- the files ---------------------------------------------------------------------------------------------------

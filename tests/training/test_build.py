@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from lisa_hf.chat_templates import load_chat_template
-from lisa_hf.from_scratch.models import train_tokenizer
+from lisa_hf.from_scratch.tokenizer import train_tokenizer
+from lisa_hf.training import build
 from lisa_hf.training.arguments import ModelArguments
-from lisa_hf.training.build import load_model_and_processor
 from lisa_hf.training.trainable import merge_lora, prepare_for_training
 
 
@@ -58,11 +58,13 @@ def halves(tmp_path_factory):
     model, processor = build_model()
     model.mask_model.save_pretrained(root / "sam")
     processor.mask_image_processor.save_pretrained(root / "sam")
-    return root / "vlm", root / "sam"
+    return {"vlm": str(root / "vlm"), "mask_model": str(root / "sam")}
 
 
-def load(halves, **arguments):
-    return load_model_and_processor(ModelArguments(vlm=str(halves[0]), mask_model=str(halves[1]), **arguments))
+def load(**arguments):
+    model_args = ModelArguments(**arguments)
+    config, processor = build.build_config_and_processor(model_args)
+    return build.build_model(model_args, config), processor
 
 
 def train(model, processor, output_dir, lora_r=4):
@@ -80,9 +82,9 @@ def train(model, processor, output_dir, lora_r=4):
 
 @pytest.mark.parametrize("chat_template, tokens", [(None, 1), ("llava_v1", 3)])
 def test_a_vlm_and_a_mask_model_become_a_lisa(halves, chat_template, tokens):
-    model, processor = load(halves, chat_template=chat_template, mask_dice_loss_weight=0.7, mask_loss_points=9)
+    model, processor = load(**halves, chat_template=chat_template, mask_dice_loss_weight=0.7, mask_loss_points=9)
 
-    num_tokens = len(AutoTokenizer.from_pretrained(halves[0]))
+    num_tokens = len(AutoTokenizer.from_pretrained(halves["vlm"]))
     assert len(processor.tokenizer) == model.get_input_embeddings().num_embeddings == num_tokens + tokens
     assert model.get_output_embeddings().out_features == num_tokens + tokens
     assert model.config.seg_token_id == processor.seg_token_id == num_tokens
@@ -90,7 +92,7 @@ def test_a_vlm_and_a_mask_model_become_a_lisa(halves, chat_template, tokens):
     assert (model.config.mask_bce_loss_weight, model.config.mask_dice_loss_weight) == (2.0, 0.7)
     assert model.config.mask_loss_points == 9
     # The halves' weights are theirs; the vocabulary grew at its end.
-    vlm = LlavaForConditionalGeneration.from_pretrained(halves[0]).state_dict()
+    vlm = LlavaForConditionalGeneration.from_pretrained(halves["vlm"]).state_dict()
     found = model.vlm.state_dict()
     assert vlm.keys() == found.keys()
     assert [name for name in vlm if not torch.equal(found[name][: len(vlm[name])], vlm[name])] == []
@@ -99,7 +101,7 @@ def test_a_vlm_and_a_mask_model_become_a_lisa(halves, chat_template, tokens):
 
 
 def test_a_lisa_model_is_continued_with_all_that_it_learned(halves, tmp_path):
-    model, processor = load(halves, chat_template="llava_v1", ce_loss_weight=0.5, mask_dice_loss_weight=0.7)
+    model, processor = load(**halves, chat_template="llava_v1", ce_loss_weight=0.5, mask_dice_loss_weight=0.7)
     before = copy_state(model)
     trainer = train(model, processor, tmp_path / "first")
     trained = merge_lora(trainer.model)
@@ -109,7 +111,7 @@ def test_a_lisa_model_is_continued_with_all_that_it_learned(halves, tmp_path):
     for part in ("seg_projector", "mask_model.mask_decoder", "embed_tokens", "lm_head", "q_proj"):
         assert any(part in name and not torch.equal(expected[name], before[name]) for name in expected), part
 
-    continued, again = load_model_and_processor(ModelArguments(model=str(tmp_path / "lisa")))
+    continued, again = load(model=str(tmp_path / "lisa"))
     state = copy_state(continued)
     assert state.keys() == expected.keys()
     assert [name for name in state if not torch.equal(state[name], expected[name])] == []
@@ -120,7 +122,6 @@ def test_a_lisa_model_is_continued_with_all_that_it_learned(halves, tmp_path):
     first, third = training_logs(trainer)[0], training_logs(train(continued, again, tmp_path / "second"))[0]
     assert third["loss"] < first["loss"]
 
-    arguments = ModelArguments(model=str(tmp_path / "lisa"), mask_dice_loss_weight=0.2, chat_template="llava_1_5")
-    changed, processor = load_model_and_processor(arguments)
+    changed, processor = load(model=str(tmp_path / "lisa"), mask_dice_loss_weight=0.2, chat_template="llava_1_5")
     assert [getattr(changed.config, name) for name in weights] == [0.5, 2.0, 0.2]
     assert processor.chat_template == load_chat_template("llava_1_5")

@@ -6,8 +6,8 @@ from transformers import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from lisa_hf.data.prompts import LONG_QUESTIONS, SHORT_QUESTIONS
-from lisa_hf.from_scratch.initialization import look_at_neighbours, scale_by_fan_in
-from lisa_hf.from_scratch.models import add_template_tokens, train_tokenizer
+from lisa_hf.from_scratch.initialization import attend_to_neighbors, scale_by_fan_in
+from lisa_hf.from_scratch.tokenizer import add_template_tokens, train_tokenizer
 
 
 @pytest.mark.parametrize("num_heads", [4, 8])
@@ -23,7 +23,7 @@ def test_each_head_looks_at_a_neighbour_of_its_own(num_heads):
     )
     attention = SamVisionEncoder(config).eval().layers[0].attn
     with torch.no_grad():
-        look_at_neighbours(attention)
+        attend_to_neighbors(attention)
         _, weights = attention(torch.zeros(1, 9, 9, 64))
     # Where the middle patch (4, 4) of the 9 x 9 looks on average, as seen from itself.
     middle = weights.view(num_heads, 81, 9, 9)[:, 40]

@@ -13,9 +13,9 @@ from workers.launching import launch
 from workers.memory_worker import tensor_bytes
 
 from lisa_hf import LisaDataCollator
+from lisa_hf.training import build
 from lisa_hf.training.arguments import TRAINABLE_PARTS, DataArguments, LisaTrainingArguments, ModelArguments
-from lisa_hf.training.build import load_config_and_processor, load_model
-from lisa_hf.training.memory_estimate import activation_bytes, build_empty_model, estimate_memory, report_memory
+from lisa_hf.training.memory_estimate import activation_bytes, estimate_memory, report_memory
 from lisa_hf.training.trainable import prepare_for_training
 
 
@@ -36,7 +36,7 @@ def test_bytes_are_those_of_the_tensors(name, tmp_path):
     model_arguments, arguments = RUNS[name]
     model_args = ModelArguments(model="none", **model_arguments)
     model, processor = build_model(tie_word_embeddings=name == "lora_tied")
-    empty = prepare_for_training(build_empty_model(model.config, model_args), **model_args.adaptation)
+    empty = prepare_for_training(build.build_model(model_args, model.config, empty=True), **model_args.adaptation)
     assert all(parameter.is_meta for parameter in empty.parameters())
     model = prepare_for_training(model.to(getattr(torch, model_args.dtype or "float32")), **model_args.adaptation)
     trainer = make_trainer(model, processor, tmp_path, Items(), **{"optim": "adamw_torch_fused", **arguments})
@@ -56,9 +56,9 @@ def test_bytes_of_quantised_weights(bits, tmp_path):
     model_args = ModelArguments(
         model=str(tmp_path / "model"), bnb_4bit_use_double_quant=bits == "4bit", **{f"load_in_{bits[:4]}": True}
     )
-    config, processor = load_config_and_processor(model_args)
-    model = prepare_for_training(load_model(model_args, config, processor), **model_args.adaptation)
-    empty = prepare_for_training(build_empty_model(config, model_args), **model_args.adaptation)
+    config, processor = build.build_config_and_processor(model_args)
+    model = prepare_for_training(build.build_model(model_args, config), **model_args.adaptation)
+    empty = prepare_for_training(build.build_model(model_args, config, empty=True), **model_args.adaptation)
     args = LisaTrainingArguments(str(tmp_path), use_cpu=True)
     estimate = estimate_memory(empty, model_args, args, LisaDataCollator(processor)([Items()[0]]))
     scales = []

@@ -15,7 +15,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import LisaTrainingArguments, ModelArguments
-from lisa_hf.training.build import choose_attention, load_model_and_processor
+from lisa_hf.training.build import build_config_and_processor
+from lisa_hf.training.build import build_model as build_from_arguments
 from lisa_hf.training.trainable import prepare_for_training
 
 
@@ -92,23 +93,27 @@ def test_flex_attention(family):
         torch.testing.assert_close(model(**rows).loss, expected, rtol=1e-5, atol=0)
 
 
-def test_attention_is_chosen_by_an_argument():
+def build_with_attention(name):
     names = {field.name for field in dataclasses.fields(ModelArguments)}
     arguments = {key: value for key, value in TINY.items() if key in names}
-    model, _ = load_model_and_processor(ModelArguments(**arguments, attn_implementation="eager"))
-    config = model.config
+    model_args = ModelArguments(**arguments, attn_implementation=name)
+    config, _ = build_config_and_processor(model_args)
+    return build_from_arguments(model_args, config)
+
+
+def test_attention_is_chosen_by_an_argument():
+    config = build_with_attention("eager").config
     assert config.get_text_config()._attn_implementation == "eager"
     assert config.vlm_config.vision_config._attn_implementation == "eager"
     assert config.mask_config.vision_config._attn_implementation == "sdpa"
-    with pytest.raises(ValueError, match="attn_implementation: eagre cannot be had: .*not supported"):
-        load_model_and_processor(ModelArguments(**arguments, attn_implementation="eagre"))
+    with pytest.raises(ValueError, match="attn_implementation 'eagre' is not available: .*not supported"):
+        build_with_attention("eagre")
 
 
-@pytest.mark.skipif(is_flash_attn_2_available(), reason="FlashAttention is here")
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="FlashAttention is installed")
 def test_flash_attention_that_is_not_installed():
-    model, _ = build_model()
-    with pytest.raises(ValueError, match="attn_implementation: flash_attention_2 cannot be had: .*installed"):
-        choose_attention(model, "flash_attention_2")
+    with pytest.raises(ValueError, match="attn_implementation 'flash_attention_2' is not available: .*installed"):
+        build_with_attention("flash_attention_2")
 
 
 def test_fp16_needs_a_gpu(tmp_path):

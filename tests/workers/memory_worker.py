@@ -18,8 +18,9 @@ from fixtures.tiny_training import ENGINES, LISA_PARTS, Items, build_model, engi
 from torch.utils._pytree import tree_leaves
 
 from lisa_hf import LisaDataCollator
+from lisa_hf.training import build
 from lisa_hf.training.arguments import ModelArguments
-from lisa_hf.training.memory_estimate import build_empty_model, estimate_memory
+from lisa_hf.training.memory_estimate import estimate_memory
 from lisa_hf.training.trainable import prepare_for_training
 
 
@@ -78,7 +79,8 @@ def zero2_gradients():
 
 def run(engine: str, bf16: bool) -> dict:
     model, processor = build_model()
-    empty = prepare_for_training(build_empty_model(model.config, ModelArguments(model="none", **PARTS)), **PARTS)
+    model_args = ModelArguments(model="none", **PARTS)
+    empty = prepare_for_training(build.build_model(model_args, model.config, empty=True), **PARTS)
     arguments = {"optim": "adamw_torch", "part_learning_rates": {"lora": 1e-3}, "weight_decay": 0.1, "bf16": bf16}
     arguments |= ENGINES[engine]
     with engine_state(engine), tempfile.TemporaryDirectory() as output_dir:
@@ -86,7 +88,7 @@ def run(engine: str, bf16: bool) -> dict:
         trainer = make_trainer(model, processor, output_dir, Items(), per_device_train_batch_size=2, **arguments)
         trainer.remove_callback(trainer.recorder)
         batch = LisaDataCollator(processor)([Items()[0], Items()[1]])
-        estimate = estimate_memory(empty, ModelArguments(model="none", **PARTS), copy.copy(trainer.args), batch)
+        estimate = estimate_memory(empty, model_args, copy.copy(trainer.args), batch)
         with zero2_gradients() as gradients:
             trainer.train()
         return {"estimate": dataclasses.asdict(estimate), "found": measure(trainer, gradients)}
