@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import os
 import pickle
 import re
 import shutil
@@ -17,6 +16,8 @@ import PIL.Image
 import pytest
 from datasets import Image
 from datasets.distributed import split_dataset_by_node
+from fixtures.paths import GOLDEN, REAL_SAMPLES, TREE
+from fixtures.sources import edit_json, keep_first, measure, read_rows
 from safetensors.numpy import load_file
 from torch.utils.data import DataLoader
 
@@ -29,11 +30,6 @@ from lisa_hf.data.masks import decode_mask
 from lisa_hf.data.rows import FEATURES
 
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-TREE = GOLDEN / "tree" / "dataset"
-REAL_SAMPLES = Path(
-    os.environ.get("LISA_REAL_SAMPLES", Path(__file__).parents[3] / "shared" / "real_samples")
-).resolve()
 REASON_SEG, PASCAL_PART = Path("reason_seg", "ReasonSeg"), Path("vlpart", "pascal_part")
 
 
@@ -56,16 +52,6 @@ def load(tmp_path):
 def tree(tmp_path):
     """A copy of the golden tree that a test may damage."""
     return Path(shutil.copytree(TREE, tmp_path / "dataset"))
-
-
-def read_rows(dataset):
-    """Rows with the image as an array, so that they compare."""
-    return [row | {"image": np.asarray(row["image"]).tolist()} for row in dataset]
-
-
-def measure(mask):
-    mask = np.ascontiguousarray(mask, dtype=np.uint8)
-    return {"area": int(mask.sum()), "shape": list(mask.shape), "sha1_binary_uint8": hashlib.sha1(mask).hexdigest()}
 
 
 # The original loaders
@@ -190,10 +176,6 @@ def test_streamed_rows_are_the_prepared_rows(load, name, kwargs):
         assert all(target["rle"]["size"] == [height, width] for target in row["targets"])
 
 
-def keep_first(rows):
-    return rows[0]["image_id"]
-
-
 @pytest.mark.parametrize(("name", "kwargs"), SOURCES)
 def test_streams_divide_among_ranks_and_workers(load, name, kwargs):
     stream = load(name, TREE, streaming=True, **kwargs)
@@ -276,13 +258,6 @@ def test_missing_data_names_what_was_looked_for_and_where_it_is(load, tmp_path, 
     assert "\n" not in str(error.value) and "<data_dir>" in error.value.__notes__[0]
     with pytest.raises(ValueError, match="needs `data_dir`"):
         load(name)
-
-
-def edit_json(path, **changes):
-    content = json.loads(path.read_text())
-    for key, change in changes.items():
-        content[key] = change(content[key])
-    path.write_text(json.dumps(content))
 
 
 def edit_mask(path, segmentation):

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 from filelock import FileLock
-from test_prepare_data import run_script
+from fixtures.recipes import prepare_data
 
 from data_scripts import SOURCES
 from data_scripts import download as downloads
@@ -356,7 +356,7 @@ def test_download_from_the_command_line(photos, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(WEB_FILES, "ade20k", WEB_FILES["photos"])
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("sources: {mapillary: 1, scenes: {builder: ade20k, weight: 1}}\neval_sources: {ade20k: }\n")
-    status, out, _ = run_script(monkeypatch, capsys, "download", "--config", recipe, "--data_dir", tmp_path / "data")
+    status, out, _ = prepare_data(monkeypatch, capsys, "download", "--config", recipe, "--data_dir", tmp_path / "data")
     assert status == 0
     assert_photos(tmp_path / "data")
     assert "mapillary: a step is left to you. See https://www.mapillary.com/dataset/vistas" in out
@@ -365,6 +365,6 @@ def test_download_from_the_command_line(photos, monkeypatch, capsys, tmp_path):
 
 def test_a_failed_download_is_one_line(photos, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(WEB_FILES, "ade20k", [WebFile(photos.url("gone.zip"), {"gone": "gone"})])
-    status, _, err = run_script(monkeypatch, capsys, "download", "ade20k", "--data_dir", tmp_path / "data")
+    status, _, err = prepare_data(monkeypatch, capsys, "download", "ade20k", "--data_dir", tmp_path / "data")
     assert status == 2
     assert "prepare_data.py: error: 1 of 1 files failed. " in err.splitlines()[-1] and "404" in err.splitlines()[-1]

@@ -15,43 +15,16 @@ import PIL.ExifTags
 import PIL.Image
 import pytest
 from datasets import Dataset, Image, IterableDataset
+from fixtures.paths import REAL_SAMPLES, ROOT, STORIES
+from fixtures.rows import HEIGHT, WIDTH, comparable, dataset, image_file, mask, segmentation_row, vqa_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recipes import REAL_SAMPLES, ROOT, STORIES
 from torch.utils.data import DataLoader
 
 from lisa_hf.data import mixture
-from lisa_hf.data.masks import decode_mask, encode_mask
+from lisa_hf.data.masks import decode_mask
 from lisa_hf.data.mixture import EvaluationDataset, MixtureDataset, default_weights
 from lisa_hf.data.rows import FEATURES, make_row
-
-
-HEIGHT, WIDTH = 6, 9
-
-
-def image_file(path, size=(WIDTH, HEIGHT), mode="RGB", **kwargs):
-    PIL.Image.new(mode, size, 200 if mode == "L" else None).save(path, **kwargs)
-    return str(path)
-
-
-def mask(index, size=(HEIGHT, WIDTH)):
-    array = np.zeros(size, dtype=np.uint8)
-    array[:, index] = 1
-    return encode_mask(array)
-
-
-def segmentation_row(source, index, image, num_targets=4, **kwargs):
-    targets = [{"phrases": [f"class {i}"], "rle": mask(i)} for i in range(num_targets)]
-    return make_row(image, f"{source}/{index}", source, "semantic", targets=targets, **kwargs)
-
-
-def vqa_row(source, index, image):
-    messages = [{"role": "user", "content": "<image>\nWhy?"}, {"role": "assistant", "content": "Because."}]
-    return make_row(image, f"{source}/{index}", source, "vqa", messages=messages)
-
-
-def dataset(*rows):
-    return Dataset.from_list(list(rows), features=FEATURES)
 
 
 NO_ROWS = Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
@@ -75,10 +48,6 @@ def sources(tmp_path_factory):
         "reasons": dataset(explained, explained, explained),
         "talk": dataset(*[vqa_row("talk", index, image) for index in range(4)]),
     }
-
-
-def comparable(item):
-    return {**item, "image": (item["image"].mode, item["image"].size, item["image"].tobytes())}
 
 
 @given(seed=st.integers(0, 2**40), order=st.lists(st.integers(0, 2**20), min_size=1, max_size=5))

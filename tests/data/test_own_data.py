@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import yaml
-from test_data_scripts import TREE
+from fixtures.paths import TREE
 
 from data_scripts import load_source, load_sources
 from lisa_hf.data.masks import decode_mask, encode_mask

@@ -3,17 +3,17 @@
 import itertools
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures.paths import GOLDEN
 
 from lisa_hf.data.masks import decode_mask, encode_mask
 from lisa_hf.data.prompts import evaluation_questions, sample_questions
 from lisa_hf.data.rows import make_row
 
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "datasets.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((GOLDEN / "datasets.json").read_text(encoding="utf-8"))
 # Enough for every golden text to turn up: the rarest comes in one draw of thirteen.
 NUM_DRAWS = 600
 EXPLANATIONS = {

@@ -13,7 +13,8 @@ import PIL.Image
 import pytest
 from datasets import Image
 from datasets.distributed import split_dataset_by_node
-from test_data_scripts import GOLDEN, REAL_SAMPLES, TREE, edit_json, keep_first, measure, read_rows
+from fixtures.paths import GOLDEN, REAL_SAMPLES, TREE
+from fixtures.sources import NAMES, REFERRING, SEMANTIC, edit_json, keep_first, measure, read_rows
 from torch.utils.data import DataLoader
 
 from data_scripts import SOURCES, load_source, load_sources
@@ -24,10 +25,6 @@ from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.data.prompts import evaluation_questions, sample_questions
 from lisa_hf.data.rows import FEATURES
 
-
-SEMANTIC = ["ade20k", "cocostuff", "mapillary", "paco_lvis"]
-REFERRING = ["refcoco", "refcoco+", "refcocog", "refclef", "grefcoco"]
-NAMES = [*SEMANTIC, *REFERRING, "llava_instruct"]
 
 REFER_SEG = TREE / "refer_seg"
 SYSTEM = (

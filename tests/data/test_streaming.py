@@ -17,12 +17,12 @@ from accelerate import PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from datasets import Image, IterableDataset, load_dataset
 from datasets.table import embed_table_storage
+from fixtures.paths import TREE
+from fixtures.rows import comparable, dataset, image_file, one_source, segmentation_row, vqa_row
+from fixtures.sources import NAMES
 from fixtures.tiny_training import assert_gradients_equal, build_model, make_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data_scripts import TREE
-from test_mixture import comparable, dataset, image_file, segmentation_row, vqa_row
-from test_sources import NAMES
 from torch.utils.data import DataLoader, get_worker_info
 from workers.launching import launch
 
@@ -61,12 +61,6 @@ def streamed(prepared):
 def bad_rows_are_tolerated(request, monkeypatch):
     if "streamed" in request.fixturenames:
         monkeypatch.setattr(mixture, "MAX_BAD_SHARE", 1)
-
-
-def one_source(num_rows, num_shards, directory, **changes):
-    image = image_file(Path(directory) / "image.png")
-    rows = dataset(*[{**segmentation_row("classes", index, image), **changes} for index in range(num_rows)])
-    return {"classes": rows.to_iterable_dataset(num_shards=num_shards)}
 
 
 def drawn(stream, number):

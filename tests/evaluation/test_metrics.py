@@ -3,17 +3,16 @@
 import json
 import math
 import multiprocessing
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fixtures.paths import GOLDEN
 from safetensors.torch import load_file
 
 from lisa_hf.evaluation.metrics import SegmentationMetric, intersection_and_union
 
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "metrics.json").read_text())
 ALL_CASES = CASES.pop("__all_samples_in_order__")
 QUESTIONS = [  # intersections, unions, targets, [SEG] tokens, image

@@ -4,72 +4,12 @@ import copy
 
 import pytest
 import torch
-from fixtures.tiny_models import FAMILIES, SIDE, conversation, image, qwen2_5_vl_sam, qwen3_vl_sam
+from fixtures.packed_batches import make_family
+from fixtures.tiny_models import FAMILIES, conversation, image
 from fixtures.tiny_training import Items, assert_gradients_equal, build_model, make_trainer
 
 from lisa_hf import LisaDataCollator
 from lisa_hf.model.packing import pack_rows, packing_unsupported_reason, resolve_packing, unpack_rows
-
-
-# Three images with 3, 1 and 2 questions: a long one beyond gemma3's window of 8, several turns, one without a mask.
-CONVERSATIONS = [
-    conversation("What is the red circle? And the circle of a circle?", "Sure, [SEG] and [SEG].", "Is it?", "It is."),
-    conversation("What is it?", "It is [SEG]."),
-    conversation("What is the circle?", "The circle.", "Sure?", "Sure, it is [SEG]."),
-    conversation("Is [SEG] red?", "It is."),
-    conversation("The red circle?", "It is red [SEG]."),
-    conversation("The red circle?", "It is [SEG]. What is it?"),
-]
-IMAGE_INDICES = [0, 0, 0, 1, 2, 2]
-SIZES = [(40, 60), (64, 32), (50, 50)]
-MASKS_PER_IMAGE = [4, 0, 2]
-
-
-def make_batch(processor) -> dict:
-    images = [image(*size, seed=index) for index, size in enumerate(SIZES)]
-    batch = processor.encode_conversations(images, CONVERSATIONS, IMAGE_INDICES)
-    generator = torch.Generator().manual_seed(0)
-    masks = [torch.randint(0, 2, (n, *size), generator=generator) for n, size in zip(MASKS_PER_IMAGE, SIZES)]
-    return {**batch, "mask_labels": masks}
-
-
-def qwen_batch() -> dict:
-    """The same for a Qwen without a processor: 64 tokens, `[SEG]` is 50, the image 60 between 62 and 63."""
-    generator = torch.Generator().manual_seed(0)
-    grids = [[1, 4, 8], [1, 8, 4], [1, 4, 4]]
-    rows, labels = [], []
-    for number, index in enumerate(IMAGE_INDICES):
-        prompt = [5, 62, *[60] * (grids[index][1] * grids[index][2] // 4), 63, 6, 7, *range(10, 14 + 3 * number)]
-        answer = [30 + number, 50, 31]
-        rows.append(torch.tensor(prompt + answer))
-        labels.append(torch.tensor([-100] * len(prompt) + answer))
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=2)
-    return {
-        "input_ids": input_ids,
-        "attention_mask": (input_ids != 2).long(),
-        "mm_token_type_ids": (input_ids == 60).long(),
-        "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
-        "pixel_values": torch.randn(sum(h * w for _, h, w in grids), 3 * 4 * 4, generator=generator),
-        "image_grid_thw": torch.tensor(grids),
-        "image_indices": torch.tensor(IMAGE_INDICES),
-        "mask_pixel_values": torch.randn(3, 3, SIDE, SIDE, generator=generator),
-        "original_sizes": torch.tensor([[SIDE, SIDE]] * 3),
-        "reshaped_input_sizes": torch.tensor([[SIDE, SIDE]] * 3),
-        "mask_labels": [torch.randint(0, 2, (n, SIDE, SIDE), generator=generator) for n in (3, 1, 2)],
-    }
-
-
-def make_family(name: str, attention: str = "sdpa"):
-    """Model, batch of separate rows and the same batch packed."""
-    if name.startswith("qwen"):
-        model = {"qwen2_5_vl": qwen2_5_vl_sam, "qwen3_vl": qwen3_vl_sam}[name]()
-        batch, image_token_id, pad_token_id = qwen_batch(), 60, 2
-    else:
-        model, processor = FAMILIES[f"{name}-sam"]()
-        batch, image_token_id = make_batch(processor), processor.vlm_processor.image_token_id
-        pad_token_id = processor.tokenizer.pad_token_id
-    model.vlm.set_attn_implementation(attention)
-    return model, batch, pack_rows(batch, image_token_id, pad_token_id)
 
 
 def loss_and_gradients(model, batch: dict):

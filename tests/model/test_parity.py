@@ -35,6 +35,7 @@ from fixtures.golden_model import (
     original_directory,
     training_state_dict,
 )
+from fixtures.paths import ROOT
 
 from lisa_hf.conversion.lisa import LISA_KEY_TABLE
 from lisa_hf.evaluation.metrics import intersection_and_union
@@ -76,7 +77,7 @@ def answers(tmp_path_factory) -> dict:
         [
             sys.executable,
             "-I",
-            Path(__file__).parents[1] / "workers" / "parity_worker.py",
+            ROOT / "tests" / "workers" / "parity_worker.py",
             "requests.pkl",
             "answers.pkl",
         ],

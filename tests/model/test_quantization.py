@@ -7,10 +7,9 @@ import datasets
 import pytest
 import torch
 import yaml
-from fixtures import tiny_models
-from fixtures.tiny_models import conversation, image, llava_sam
+from fixtures.recipes import RUN
+from fixtures.tiny_models import conversation, image, save_quantizable
 from safetensors.torch import load_file
-from test_export import RUN, largest_difference
 from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -25,28 +24,10 @@ CONFIGS = {
 }
 
 
-def quantisable_model(directory):
-    """Writes a whole `model` and its halves `vlm` and `sam`; returns the model and its processor."""
-    # On a CPU, bitsandbytes takes widths of whole blocks only.
-    widths = {"hidden_size": 64, "intermediate_size": 64}
-    vision, text = tiny_models.vision_config("clip_vision_model") | widths, tiny_models.text_config
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_models, "vision_config", lambda _: vision)
-        patch.setattr(tiny_models, "text_config", lambda *args, **kwargs: text(*args, **kwargs) | widths)
-        model, processor = llava_sam()
-    model.save_pretrained(directory / "model")
-    processor.save_pretrained(directory / "model")
-    model.vlm.save_pretrained(directory / "vlm")
-    processor.vlm_processor.save_pretrained(directory / "vlm")
-    model.mask_model.save_pretrained(directory / "sam")
-    processor.mask_image_processor.save_pretrained(directory / "sam")
-    return model, processor
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved")
-    return directory, *quantisable_model(directory)
+    return directory, *save_quantizable(directory)
 
 
 def test_skipped_modules_are_those_that_transformers_is_told(saved, monkeypatch):
@@ -148,7 +129,7 @@ def test_training_beside_quantised_weights_resumes_and_merges(
         if path.name != "run.json"
     )
     if bits == "4bit":
-        assert largest_difference(merged, answers) < 1e-4
+        assert export_worker.largest_difference(merged, answers) < 1e-4
     else:  # activations are rounded too, which no merged model does
         tensors = load_file(answers)
         inputs = {name.removeprefix("inputs."): value for name, value in tensors.items() if "inputs." in name}

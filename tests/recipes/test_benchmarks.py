@@ -5,17 +5,17 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import growth
 import pytest
 import torch
+from fixtures.paths import ROOT
 from growth import growth_table, measure_growth, plot_growth
 from measure import Benchmark
 from models import SIZES
 
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "benchmarks" / "step.py"
+RECIPE = ROOT / "recipes" / "benchmarks" / "step.py"
 FIGURES = {
     *("gflop_per_step", "gflop_by_part", "wall_s", "cpu_s", "seconds_by_part", "peak_memory_mb", "speedup"),
     *("speedup_cpu", "images_per_s", "tokens_per_s", "loss", "gradient_error"),

@@ -18,11 +18,11 @@ import transformers
 import yaml
 from fixtures.golden_model import converted_directory, original_state_dict
 from fixtures.original_checkpoints import write_zero_checkpoint
+from fixtures.paths import ROOT
+from fixtures.recipes import RUN, TINY
 from fixtures.tiny_training import make_trainer
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from safetensors.torch import load_file
-from test_recipes import SHAPES, TINY
 from workers import export_worker
 from workers.launching import finish, launch, start
 
@@ -32,21 +32,7 @@ from lisa_hf.evaluation.benchmarks import write_results
 from lisa_hf.training.trainable import prepare_for_training
 
 
-ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "recipes" / "export.py"
-RUN = {
-    "sources": {"shapes": SHAPES},
-    "eval_sources": {"shapes": SHAPES},
-    "max_steps": 5,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "per_device_train_batch_size": 1,
-    "learning_rate": 1e-3,
-    "generation_max_new_tokens": 2,
-    "logging_steps": 1,
-    "report_to": "none",
-    "use_cpu": True,
-}
 # LoRA on a converted LISA, all weights of one, and LoRA on weights and a tokenizer that are nowhere on disk.
 RUNS = {
     "lora": {"model": None, **RUN},
@@ -100,15 +86,6 @@ def command(monkeypatch, capsys):
 
     yield SimpleNamespace(run=run, module=module)
     logging.getLogger("lisa_hf").setLevel(level)
-
-
-def largest_difference(model, answers_file: Path) -> float:
-    """Between the masks of a model and those of the model in training."""
-    tensors = load_file(answers_file)
-    inputs = {name.removeprefix("inputs."): value for name, value in tensors.items() if name.startswith("inputs.")}
-    with torch.no_grad():
-        outputs = model.eval()(**inputs)
-    return max((outputs[name] - tensors[name]).abs().max().item() for name in ("low_res_masks", "last_hidden_state"))
 
 
 # ---- round trips ----------------------------------------------------------------------------------------------------
@@ -179,7 +156,7 @@ def test_adapter_alone_is_restored_on_its_base(runs, command, tmp_path):
     command.run(runs("lora") / "run" / "checkpoint-5", "--adapter-only", "--output", tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     model, _ = export.restore_model(tmp_path / "adapter")
-    assert largest_difference(model, runs("lora") / "answers.safetensors") <= 1e-4
+    assert export_worker.largest_difference(model, runs("lora") / "answers.safetensors") <= 1e-4
     assert "restore_model" in (tmp_path / "adapter" / "README.md").read_text()
     with pytest.raises(ValueError, match="not the checkpoint of a run with LoRA"):
         export.save_adapter(runs("full") / "run" / "checkpoint-5", tmp_path / "none")
@@ -197,7 +174,7 @@ def test_final_model_in_shards_of_another_type(runs, command, tmp_path, monkeypa
             dtypes = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
         assert dtypes == {"BF16"}
     model, _ = export.restore_model(tmp_path / "out")
-    assert largest_difference(model.float(), runs("lora") / "answers.safetensors") < 0.5
+    assert export_worker.largest_difference(model.float(), runs("lora") / "answers.safetensors") < 0.5
 
 
 # ---- interrupted and damaged ----------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ import socket
 
 import pytest
 from fixtures.golden_model import converted_directory
-from test_recipes import write_config
-from workers.launching import ROOT, finish, launch, start
+from fixtures.paths import ROOT
+from fixtures.recipes import write_config
+from workers.launching import finish, launch, start
 
 
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))

@@ -2,10 +2,7 @@
 
 import functools
 import io
-import logging
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import datasets
@@ -14,9 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import yaml
-from test_data_scripts import TREE
-from test_recipes import ROOT
-from test_sources import NAMES
+from fixtures.paths import TREE
+from fixtures.recipes import prepare_data
+from fixtures.sources import NAMES
 
 from data_scripts import load_source, parquet
 from data_scripts.parquet import write_card, write_parquet
@@ -28,25 +25,10 @@ from lisa_hf.evaluation.visualization import COLOURS, IGNORE_COLOUR, preview_she
 # The command line
 
 
-def run_script(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of the script, in this process."""
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments)])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    log_level = logging.getLogger("data_scripts").level
-    try:
-        runpy.run_path(str(ROOT / "recipes" / "prepare_data.py"), run_name="__main__")
-        status = 0
-    except SystemExit as error:
-        status = error.code or 0
-    finally:
-        logging.getLogger("data_scripts").setLevel(log_level)
-    return status, *capsys.readouterr()
-
-
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return functools.partial(run_script, monkeypatch, capsys)
+    return functools.partial(prepare_data, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(

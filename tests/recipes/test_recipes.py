@@ -2,97 +2,21 @@
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-import yaml
+from fixtures.paths import REAL_SAMPLES, ROOT, STORIES
+from fixtures.recipes import SHAPES, run, write_config
 from transformers import AutoModel, AutoProcessor
 
 import lisa_hf  # noqa: F401  registers the classes
 from data_scripts import SOURCES
 from lisa_hf.chat_templates import load_chat_template
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
-
-
-ROOT = Path(__file__).parents[2]
-REAL_SAMPLES = Path(os.environ.get("LISA_REAL_SAMPLES", ROOT.parent / "shared" / "real_samples"))
-STORIES = REAL_SAMPLES.parent / "weights" / "stories260K"
-
-SHAPES = {"num_train_scenes": 12, "num_validation_scenes": 3, "image_size": 64}
-TINY = {
-    "vlm_config": {
-        "model_type": "llava",
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 16,
-        },
-        "text_config": {
-            "model_type": "llama",
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-        },
-    },
-    "mask_config": {
-        "model_type": "sam",
-        "vision_config": {
-            "hidden_size": 32,
-            "output_channels": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 64,
-            "patch_size": 16,
-            "window_size": 4,
-            "global_attn_indexes": [0],
-            "scale": 1.0,
-        },
-        "mask_decoder_config": {"mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 32},
-    },
-    "chat_template": "llava_1_5",
-    "sources": {"shapes": SHAPES},
-    "eval_sources": {"shapes": SHAPES},
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "generation_max_new_tokens": 8,
-    "eval_generate": True,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "report_to": "none",
-    "use_cpu": True,
-}
-
-
-def run(script: str, *arguments, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(cwd / "datasets_cache"),
-    }
-    command = [sys.executable, str(ROOT / "recipes" / script), *map(str, arguments)]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    if check and result.returncode != 0:
-        pytest.fail(f"{script} ended with {result.returncode}:\n{result.stderr[-3000:]}")
-    return result
-
-
-def write_config(path: Path, **changes) -> Path:
-    values = {key: value for key, value in (TINY | changes).items() if value is not None}
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 @pytest.fixture(scope="module")

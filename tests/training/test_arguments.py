@@ -3,16 +3,15 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from fixtures.paths import ROOT
 from transformers.trainer_utils import SaveStrategy
 
 from lisa_hf.errors import report_user_errors
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
 
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 vlm_config: {model_type: llava, text_config: {rms_norm_eps: 1e-5, hidden_size: 64}}
 mask_config:
@@ -231,7 +230,7 @@ def test_script_prints_no_stack_trace(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", script, "--config", "recipe.yaml"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fixtures.tiny_training import (
     IMAGE_SIZE,
+    LISA_PARTS,
     QUESTION,
     TEXT_CONFIG,
     VISION_CONFIG,
@@ -11,8 +12,8 @@ from fixtures.tiny_training import (
     build_model,
     copy_state,
     make_trainer,
+    training_logs,
 )
-from test_trainer import LISA_PARTS, training_logs
 from transformers import (
     AddedToken,
     AutoTokenizer,

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from fixtures.tiny_training import ENGINES, assert_gradients_equal
-from test_progress import amount
+from fixtures.tiny_training import ENGINES, amount, assert_gradients_equal
 from workers import distributed_worker
 from workers.distributed_worker import TRAINING_RUNS
 from workers.launching import launch

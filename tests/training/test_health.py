@@ -7,31 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures.tiny_training import LISA_PARTS, Items, build_model, copy_state, make_trainer
+from fixtures.tiny_training import LISA_PARTS, Items, build_model, copy_state, make_trainer, sabotage
 from workers.launching import launch
 
 from lisa_hf.training.callbacks import FlatFigures
 from lisa_hf.training.checkpointing import find_fault
 from lisa_hf.training.trainable import prepare_for_training
-
-
-def sabotage(model, steps: set[int], where: str, micro_batches: int = 1):
-    """From a forward pass in these steps on comes a loss, or gradients, that is not finite."""
-    calls = iter(range(10**6))
-    forward = model.forward
-
-    def wrapped(*args, **kwargs):
-        outputs = forward(*args, **kwargs)
-        step, micro = divmod(next(calls), micro_batches)
-        if step in steps and micro == 0:
-            if where == "loss":
-                outputs.mask_bce_loss = outputs.mask_bce_loss * float("nan")
-                outputs.loss = outputs.loss + outputs.mask_bce_loss
-            else:
-                outputs.loss.register_hook(lambda gradient: gradient * float("inf"))
-        return outputs
-
-    model.forward = wrapped
 
 
 def sabotaged_trainer(tmp_path, where, steps, **arguments):

@@ -6,8 +6,8 @@ import logging
 import models as benchmark
 import pytest
 import torch
+from fixtures.tiny_models import save_quantizable
 from fixtures.tiny_training import LISA_PARTS, Items, build_model, make_trainer
-from test_quantization import quantisable_model
 from torch.profiler import ProfilerActivity, profile
 from workers.launching import launch
 from workers.memory_worker import tensor_bytes
@@ -52,7 +52,7 @@ def test_bytes_are_those_of_the_tensors(name, tmp_path):
 @pytest.mark.parametrize("bits", ["4bit", "4bit_single", "8bit"])
 def test_bytes_of_quantised_weights(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
-    quantisable_model(tmp_path)
+    save_quantizable(tmp_path)
     model_args = ModelArguments(
         model=str(tmp_path / "model"), bnb_4bit_use_double_quant=bits == "4bit", **{f"load_in_{bits[:4]}": True}
     )

@@ -10,9 +10,18 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from fixtures.tiny_training import MASKS_DUE, Items, build_model, copy_state, make_trainer
+from fixtures.rows import dataset, image_file, segmentation_row
+from fixtures.tiny_training import (
+    LISA_PARTS,
+    MASKS_DUE,
+    Items,
+    amount,
+    build_model,
+    copy_state,
+    make_trainer,
+    training_logs,
+)
 from tensorboardX.proto import event_pb2
-from test_mixture import dataset, image_file, segmentation_row
 
 from lisa_hf.data.mixture import MixtureDataset
 from lisa_hf.training import callbacks as progress
@@ -20,7 +29,6 @@ from lisa_hf.training.callbacks import PredictionSheet
 from lisa_hf.training.trainable import prepare_for_training
 
 
-LISA_PARTS = ["seg_projector", "mask_decoder", "embeddings"]
 SOURCES = ["one", "two", "three"]
 
 
@@ -29,15 +37,6 @@ class ItemsOfThreeSources(Items):
         super().__init__()
         for index, item in enumerate(self.items):
             item["source"] = SOURCES[index % 5 % 3]
-
-
-def training_logs(trainer) -> list[dict]:
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def amount(entry: dict, name: str, num_steps: int) -> float:
-    """What a rate counted."""
-    return entry[f"{name}_per_second"] * (entry["data_wait_time"] + entry["compute_time"]) * num_steps
 
 
 @pytest.mark.parametrize(

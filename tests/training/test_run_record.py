@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import pytest
 from accelerate import Accelerator
-from test_mixture import dataset, image_file, segmentation_row
+from fixtures.rows import dataset, image_file, segmentation_row
 
 from lisa_hf.data.mixture import EvaluationDataset, MixtureDataset
 from lisa_hf.data.streaming import StreamingMixtureDataset

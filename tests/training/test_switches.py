@@ -7,9 +7,9 @@ import dataclasses
 
 import pytest
 import torch
+from fixtures.packed_batches import make_family
+from fixtures.recipes import TINY
 from fixtures.tiny_training import Items, build_model, copy_state, make_trainer
-from test_packing import make_family
-from test_recipes import TINY
 from torch._dynamo.utils import counters
 from transformers.utils import is_flash_attn_2_available
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.tiny_training import (
+    LISA_PARTS,
     MASKS_DUE,
     Items,
     assert_gradients_equal,
@@ -14,6 +15,7 @@ from fixtures.tiny_training import (
     copy_state,
     make_item,
     make_trainer,
+    training_logs,
 )
 from transformers import EvalPrediction
 
@@ -25,13 +27,8 @@ from lisa_hf.training.trainable import find_parts, prepare_for_training
 from lisa_hf.training.trainer import LOSS_PARTS, PADDING, compute_metrics, cut_prompts
 
 
-LISA_PARTS = ["seg_projector", "mask_decoder", "embeddings"]
 # What no forward pass of this model uses: it reads the features before this norm.
 UNUSED = "vlm.model.vision_tower.post_layernorm"
-
-
-def training_logs(trainer) -> list[dict]:
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 # ---- the loss of a step ---------------------------------------------------------------------------------------------

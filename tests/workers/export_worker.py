@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
+from fixtures.paths import ROOT
 from fixtures.tiny_training import engine_state
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lisa_hf
 
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "train.py"
+RECIPE = ROOT / "recipes" / "train.py"
 
 
 class RecordingTrainer(lisa_hf.LisaTrainer):
@@ -48,6 +49,15 @@ def train(answers_file: Path, *arguments) -> None:
         runpy.run_path(str(RECIPE), run_name="__main__")
     finally:
         sys.argv, sys.path, lisa_hf.LisaTrainer = argv, path, trainer_class
+
+
+def largest_difference(model, answers_file: Path) -> float:
+    """Between the masks of a model and those of the model in training."""
+    tensors = load_file(answers_file)
+    inputs = {name.removeprefix("inputs."): value for name, value in tensors.items() if name.startswith("inputs.")}
+    with torch.no_grad():
+        outputs = model.eval()(**inputs)
+    return max((outputs[name] - tensors[name]).abs().max().item() for name in ("low_res_masks", "last_hidden_state"))
 
 
 if __name__ == "__main__":

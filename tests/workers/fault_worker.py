@@ -18,8 +18,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from fixtures.rows import one_source
 from fixtures.tiny_training import ENGINES, LISA_PARTS, Items, build_model, engine_state, make_trainer
-from test_streaming import one_source
 from torch.utils.data import get_worker_info
 
 from lisa_hf.data.streaming import StreamingMixtureDataset

@@ -10,8 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from fixtures.tiny_training import ENGINES, LISA_PARTS, Items, build_model, engine_state, make_trainer
-from test_health import sabotage
+from fixtures.tiny_training import ENGINES, LISA_PARTS, Items, build_model, engine_state, make_trainer, sabotage
 
 from lisa_hf.training.trainable import prepare_for_training
 

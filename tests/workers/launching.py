@@ -4,10 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-
-ROOT = Path(__file__).parents[2]
+from fixtures.paths import ROOT
 
 
 def start(script, *arguments, launcher: str = "ddp", num_processes: int = 2, options: tuple = ()) -> subprocess.Popen:
@@ -24,7 +22,7 @@ def start(script, *arguments, launcher: str = "ddp", num_processes: int = 2, opt
         *(script, *arguments),
     ]
     environment = {
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/training", ROOT / "tests/data"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
