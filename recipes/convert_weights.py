@@ -1,4 +1,4 @@
-"""Converts published original checkpoints to transformers' format.
+"""Convert published original checkpoints to transformers' format.
 
     python recipes/convert_weights.py sam --checkpoint sam_vit_h_4b8939.pth --output weights/sam-vit-h
     python recipes/convert_weights.py llava --checkpoint llava-v1.5-7b --output weights/llava-1.5-7b
@@ -8,7 +8,7 @@
     python recipes/convert_weights.py lisa-train --checkpoint runs/lisa-7b/ckpt_model --base LLaVA-Lightning-7B-v1-1 \\
         --output weights/my-lisa-7b
 
-Prints every tensor's old and new name, fails if one is left over or missing, and reads again what it wrote.
+Print the old and new name of every tensor, fail if one is missing or left over, and verify what was written.
 """
 
 import argparse
@@ -16,28 +16,26 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-
 from lisa_hf.conversion.checkpoints import (
     add_delta,
     is_zero_checkpoint,
-    merge_lora,
+    merge_lora_tensors,
     open_checkpoint,
     open_zero_checkpoint,
 )
 from lisa_hf.conversion.lisa import convert_lisa
-from lisa_hf.conversion.llava import convert_llava
+from lisa_hf.conversion.llava import convert_llava, find_config
 from lisa_hf.conversion.sam import convert_sam
-from lisa_hf.conversion.saving import ConvertedModel, save_converted
+from lisa_hf.conversion.saving import DTYPES, ConvertedModel, save_converted
 from lisa_hf.errors import report_user_errors
 
 
 SOURCES = {
-    "llava-delta": "LLaVA v1 as a difference to LLaMA (--base)",
+    "llava-delta": "LLaVA v1, published as a difference to LLaMA (--base)",
     "llava": "LLaVA v1, v1.1, on Llama 2, v1.5",
     "sam": "sam_vit_{b,l,h}*.pth, sam_hq_vit_{b,l,h}.pth",
     "lisa": "a published LISA",
-    "lisa-train": "a run of LISA's train_ds.py: its ZeRO checkpoint, or the pytorch_model.bin made of it",
+    "lisa-train": "a run of LISA's train_ds.py: its ZeRO checkpoint, or the pytorch_model.bin made from it",
 }
 
 
@@ -46,42 +44,43 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nsources:\n{sources}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help="what is converted, see above")
+    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help="format of the checkpoint, see above")
     parser.add_argument("--checkpoint", type=Path, required=True, help="file or directory of the original")
-    parser.add_argument("--output", type=Path, required=True, help="new directory")
+    parser.add_argument("--output", type=Path, required=True, help="new directory to write")
     parser.add_argument(
         "--base",
         type=Path,
-        help="llava-delta: the LLaMA that the delta belongs to. lisa-train: the LLaVA that the run began with, for "
-        "configuration and tokenizer; by default they are looked for in and above the checkpoint",
+        help="llava-delta: the LLaMA that the delta belongs to. lisa-train: the LLaVA that the run started from, for "
+        "configuration and tokenizer (default: searched in and above the checkpoint)",
     )
-    parser.add_argument("--vision-tower", help="CLIP: directory or Hub id; by default the one in config.json")
     parser.add_argument(
-        "--chat-template",
-        help="llava_v1, llava_llama_2, llava_1_5 or a Jinja file; by default as LLaVA's code chooses by the model's "
-        "name, and llava_v1 for every LISA, the default of its code",
+        "--vision_tower", "--vision-tower", help="CLIP: directory or Hub id (default: named in config.json)"
     )
-    parser.add_argument("--lora-alpha", type=float, default=16, help="lisa-train: of the run (%(default)s)")
     parser.add_argument(
-        "--dtype",
-        choices=["float32", "float16", "bfloat16"],
-        help="of the converted weights; by default that of most of the original's",
+        *("--chat_template", "--chat-template"),
+        help="llava_v1, llava_llama_2, llava_1_5 or a Jinja file (default for LLaVA: chosen by the model's name, as "
+        "in its code; for LISA: llava_v1, as in its code)",
     )
+    parser.add_argument(
+        "--lora_alpha", "--lora-alpha", type=float, default=16, help="lisa-train: of the run (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the original's most common)")
     return parser.parse_args()
 
 
 def convert(args: argparse.Namespace) -> ConvertedModel:
-    """Opens the checkpoint and everything that belongs to it; no weight is read yet."""
+    """Open the checkpoint and everything that belongs to it, without reading the weights."""
     options = {"vision_tower": args.vision_tower, "chat_template": args.chat_template}
     if not args.checkpoint.exists():
         raise ValueError(
-            f"--checkpoint: {args.checkpoint} does not exist. Download a repository of the Hub first: "
-            "`hf download ORGANISATION/NAME --local-dir DIRECTORY`"
+            f"--checkpoint: expected a file or directory, got {args.checkpoint}, which does not exist. Download a "
+            "repository of the Hub first: `hf download ORGANIZATION/NAME --local-dir DIRECTORY`"
         )
     if args.source == "lisa-train":
         is_zero = is_zero_checkpoint(args.checkpoint)
-        tensors = (open_zero_checkpoint if is_zero else open_checkpoint)(args.checkpoint)
-        return convert_lisa(merge_lora(tensors, args.lora_alpha), args.base or find_config(args.checkpoint), **options)
+        tensors = open_zero_checkpoint(args.checkpoint) if is_zero else open_checkpoint(args.checkpoint)
+        tensors = merge_lora_tensors(tensors, args.lora_alpha)
+        return convert_lisa(tensors, args.base or find_config(args.checkpoint), **options)
     tensors = open_checkpoint(args.checkpoint)
     if args.source == "sam":
         return convert_sam(tensors)
@@ -89,21 +88,9 @@ def convert(args: argparse.Namespace) -> ConvertedModel:
         return convert_lisa(tensors, find_config(args.checkpoint), **options)
     if args.source == "llava-delta":
         if args.base is None:
-            raise ValueError("--base: expected the directory of the LLaMA that this delta belongs to")
+            raise ValueError("--base: expected the directory of the LLaMA that this delta belongs to, got none.")
         tensors = add_delta(tensors, open_checkpoint(args.base))
     return convert_llava(tensors, find_config(args.checkpoint), **options)
-
-
-def find_config(checkpoint: Path) -> Path:
-    """The nearest directory with a configuration and tokenizer: the checkpoint, or one of three above it."""
-    directories = [checkpoint.resolve(), *checkpoint.resolve().parents[:3]]
-    for directory in directories:
-        if (directory / "config.json").is_file():
-            return directory
-    raise ValueError(
-        f"{checkpoint}: expected config.json and the tokenizer in it or above it, found none. A training run has "
-        "none: give the LLaVA that it began with as --base"
-    )
 
 
 def main():
@@ -111,7 +98,7 @@ def main():
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("lisa_hf").setLevel(logging.INFO)
     with report_user_errors():
-        save_converted(convert(args), args.output, args.dtype and getattr(torch, args.dtype))
+        save_converted(convert(args), args.output, DTYPES.get(args.dtype))
         print(f"Done. Model and processor: {args.output.resolve()}")
 
 

@@ -1,38 +1,36 @@
-"""Makes what a training run left into one directory that anyone loads, with a model card, and pushes it to the Hub.
+"""Export a training run to one directory that loads without this package, with a model card; push it to the Hub.
 
     python recipes/export.py outputs/mine --output exports/mine
-    python recipes/export.py outputs/mine/checkpoint-500 --output exports/mine --dtype bf16 --push-to-hub NAME
+    python recipes/export.py outputs/mine/checkpoint-500 --output exports/mine --dtype bfloat16 --push_to_hub NAME
 
-LoRA is merged and ZeRO's pieces are put together. If RUN is the output directory of a run without a final model, its
-newest complete checkpoint is taken. The directory appears when everything is written. A new repository of the Hub is
-private unless `--public` is given; if the upload is interrupted, the command that it prints goes on.
+LoRA is merged and ZeRO shards are consolidated. A run without a final model is exported from its newest complete
+checkpoint. The directory appears once everything is written. A new repository on the Hub is private unless `--public`
+is given. If the upload is interrupted, the printed command resumes it.
 """
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
 
-import torch
-
-from lisa_hf.conversion.saving import whole_directory
+from lisa_hf.conversion.saving import DTYPES, atomic_directory
 from lisa_hf.errors import report_user_errors
-from lisa_hf.export import find_checkpoint, push_to_hub, restore_model, save_adapter, save_model, save_records
-
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from lisa_hf.export import find_newest_model, push_to_hub, restore_model, save_adapter, save_model, save_records
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="output directory of a training run, or a checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="new directory")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; by default that of the training")
-    parser.add_argument("--adapter-only", action="store_true", help="LoRA and fully trained parts, without the base")
-    parser.add_argument("--evaluation", type=Path, metavar="DIR", help="output of recipes/eval.py, for the card")
-    parser.add_argument("--push-to-hub", metavar="NAME", help="repository that gets the directory, made if need be")
-    parser.add_argument("--public", action="store_true", help="the new repository is for everybody to see")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new directory to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: that of the training)")
+    parser.add_argument(
+        *("--adapter_only", "--adapter-only"),
+        action="store_true",
+        help="export LoRA and the fully trained parts without the base model",
+    )
+    parser.add_argument("--evaluation", type=Path, metavar="DIR", help="output of recipes/eval.py for the model card")
+    parser.add_argument("--push_to_hub", "--push-to-hub", metavar="NAME", help="repository to upload to")
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
     return parser.parse_args()
 
 
@@ -41,20 +39,19 @@ def main():
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("lisa_hf").setLevel(logging.INFO)
     with report_user_errors():
-        checkpoint = find_checkpoint(args.run)
+        # 1. Find the final model, or the newest complete checkpoint.
+        checkpoint = find_newest_model(args.run)
+        # 2. Write the model, its processor, and where it comes from: all of it or nothing.
         dtype = DTYPES.get(args.dtype)
         model_id = args.push_to_hub or args.output.name
-        with whole_directory(args.output) as directory:
+        with atomic_directory(args.output) as directory:
             if args.adapter_only:
                 save_adapter(checkpoint, directory, dtype)
             else:
                 save_model(*restore_model(checkpoint), directory, dtype)
             save_records(checkpoint, directory, model_id, args.adapter_only, args.evaluation)
-        if args.evaluation:
-            evaluated = json.loads((args.evaluation / "evaluation.json").read_text())["model"]
-            if Path(evaluated).resolve() not in (args.run.resolve(), checkpoint.resolve()):
-                logging.warning("The card shows figures of %s, of which this model must be a copy.", evaluated)
         print(f"Exported {checkpoint}: {args.output.resolve()}")
+        # 3. Upload the directory.
         if args.push_to_hub:
             private = "" if args.public else " --private"
             print(f"Uploading. If it is interrupted: hf upload {args.push_to_hub} {args.output}{private}")

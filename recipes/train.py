@@ -18,7 +18,7 @@ from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.data.feature_cache import build_feature_cache
 from lisa_hf.errors import report_user_errors
-from lisa_hf.export import trained_model
+from lisa_hf.export import gather_trained_model
 from lisa_hf.from_scratch.tokenizer import row_texts
 from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
@@ -100,7 +100,7 @@ def finish(trainer: LisaTrainer) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     output_dir = Path(trainer.args.output_dir)
-    model = trained_model(trainer)
+    model = gather_trained_model(trainer)
     if trainer.is_world_process_zero():
         model.save_pretrained(output_dir)
         trainer.processing_class.save_pretrained(output_dir)

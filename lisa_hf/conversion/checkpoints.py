@@ -1,7 +1,7 @@
-"""Original checkpoints as mappings from names to tensors that are read only when they are needed.
+"""Read original checkpoints as mappings from names to tensors that are loaded only when they are needed.
 
-A 13B checkpoint does not fit into the memory of a small machine, and need not: shapes and dtypes of all tensors come
-first, their values one by one.
+A 13B checkpoint does not fit into the memory of a small machine and does not have to: names, shapes and dtypes are
+read first, values one tensor at a time.
 """
 
 import functools
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor before it is read.
+    """A tensor before its values are read.
 
     Args:
-        shape: of the tensor.
-        dtype: of the tensor as it is stored; `load()` may return a more precise one.
-        load: reads or computes the values.
+        shape: Shape of the tensor.
+        dtype: Dtype of the tensor as stored; `load()` may return a more precise one.
+        load: Function that reads or computes the values.
     """
 
     shape: torch.Size
@@ -36,7 +36,7 @@ class LazyTensor:
     load: Callable[[], torch.Tensor]
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> "LazyTensor":
+    def from_tensor(cls, tensor: torch.Tensor) -> "LazyTensor":
         return cls(tensor.shape, tensor.dtype, lambda: tensor)
 
 
@@ -44,32 +44,36 @@ class LazyTensor:
 
 
 def open_checkpoint(path: Path) -> dict[str, LazyTensor]:
-    """All tensors of a checkpoint.
+    """Return all tensors of a checkpoint.
 
     Args:
-        path: one file (`.bin`, `.pth`, `.safetensors`), or a directory with one, or with its shards and their index.
+        path: File (`.bin`, `.pth`, `.safetensors`), or directory that holds one, or its shards and their index.
 
     Raises:
-        ValueError: a file is missing, cannot be read, or lacks tensors that the index promises.
+        ValueError: A file is missing, cannot be read, or lacks tensors that the index lists.
     """
-    files, promised = _find_files(path)
+    files, indexed = _find_files(path)
     tensors = {}
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{file} is missing: the index beside it names it as a shard. Download it again.")
+            raise ValueError(
+                f"{file} is missing: expected every shard in the index, got none here. Download it again."
+            )
         tensors |= _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
-    if missing := sorted(promised - tensors.keys()):
-        raise ValueError(f"{path}: {len(missing)} tensors of the index are in none of its shards: {missing}.")
+    if missing := sorted(indexed - tensors.keys()):
+        raise ValueError(
+            f"{path}: expected every tensor of the index in its shards, got none of {missing}. Download it again."
+        )
     return tensors
 
 
 def close_files() -> None:
-    """Gives back the memory of the files that were read last; they are opened again when they are needed."""
-    _load.cache_clear()
+    """Free the memory of the files read last; they are opened again on demand."""
+    _load_pickle.cache_clear()
 
 
 def _find_files(path: Path) -> tuple[list[Path], set[str]]:
-    """The files of a checkpoint, and the names of the tensors that its index promises (none without an index)."""
+    """Return the files of a checkpoint, and the tensor names in its index (empty without an index)."""
     if path.is_file():
         return [path], set()
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -80,8 +84,8 @@ def _find_files(path: Path) -> tuple[list[Path], set[str]]:
         if (path / name).is_file():
             return [path / name], set()
     raise ValueError(
-        f"{path}: expected a checkpoint file, or a directory with pytorch_model.bin or model.safetensors (or with "
-        "shards and their index), found neither."
+        f"{path}: expected a checkpoint file, or a directory with pytorch_model.bin or model.safetensors (or their "
+        "shards and index), got neither. Name another path."
     )
 
 
@@ -94,16 +98,20 @@ def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
         with safe_open(file, "pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}
             return {
+                # A slice knows its dtype only as safetensors spells it; an empty tensor of it costs nothing.
                 name: LazyTensor(torch.Size(part.get_shape()), part[:0].dtype, functools.partial(read, name))
                 for name, part in slices.items()
             }
     except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: it is truncated, or no safetensors file ({error}).") from error
+        raise ValueError(
+            f"{file} cannot be read: expected a safetensors file, got a truncated or other one ({error}). "
+            "Download it again."
+        ) from error
 
 
 def _open_pickle(file: Path) -> dict[str, LazyTensor]:
     def read(name: str) -> torch.Tensor:
-        return _load(file)[name]
+        return _load_pickle(file)[name]
 
     return {
         name: LazyTensor(tensor.shape, tensor.dtype, functools.partial(read, name))
@@ -111,22 +119,23 @@ def _open_pickle(file: Path) -> dict[str, LazyTensor]:
     }
 
 
-@functools.lru_cache(maxsize=2)  # a delta and its base
-def _load(file: Path) -> dict[str, torch.Tensor]:
+@functools.lru_cache(maxsize=2)  # A delta and its base are read in turns.
+def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
     return _read_pickle(file, "cpu")
 
 
 def _read_pickle(file: Path, device: str) -> dict[str, torch.Tensor]:
     try:
-        # A mapped file takes memory only for the tensors in use. PyTorch's format before 1.6, no zip, is read whole.
+        # A mapped file takes memory only for tensors in use. The format before PyTorch 1.6 is no zip: read it whole.
         content = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{file} cannot be read: it is truncated, or no PyTorch file, or holds more than tensors ({error})."
+            f"{file} cannot be read: expected a PyTorch file with nothing but tensors, got a truncated or other one "
+            f"({error}). Download it again."
         ) from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         found = f"a dict with {list(content)[:8]}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{file}: expected a dict of nothing but named tensors, found {found}.")
+        raise ValueError(f"{file}: expected a dict of named tensors, got {found}. Save the state dict alone.")
     return content
 
 
@@ -134,19 +143,19 @@ def _read_pickle(file: Path, device: str) -> dict[str, torch.Tensor]:
 
 
 def is_zero_checkpoint(path: Path) -> bool:
-    """Whether a directory is DeepSpeed's: the one that holds `latest`, or a `global_step*` in it."""
+    """Return whether a directory is one of DeepSpeed's: one that holds `latest`, or a `global_step*` inside it."""
     return path.is_dir() and ((path / "latest").is_file() or any(path.glob("*_optim_states.pt")))
 
 
 def open_zero_checkpoint(path: Path) -> dict[str, LazyTensor]:
-    """All tensors of a DeepSpeed ZeRO checkpoint, put together by DeepSpeed's own function.
+    """Return all tensors of a DeepSpeed ZeRO checkpoint, consolidated by DeepSpeed's own function.
 
-    That function reads the frozen weights whole and unpickles without restrictions: give it your own runs alone.
+    DeepSpeed reads frozen weights whole and unpickles without restrictions: open only checkpoints of your own runs.
 
     Raises:
-        ValueError: a file is missing or truncated, and which one.
+        ValueError: A file is missing or truncated; the message names it.
     """
-    # Slow to import, and only this needs it.
+    # Imported here because it is slow and nothing else needs it.
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     is_root = (path / "latest").is_file()
@@ -158,18 +167,20 @@ def open_zero_checkpoint(path: Path) -> dict[str, LazyTensor]:
 
 
 def _check_zero_files(step: Path) -> None:
-    """DeepSpeed counts its files, but does not say which one is missing."""
+    """Raise a `ValueError` that names missing or truncated files, which DeepSpeed only counts."""
     optimizer_files = sorted(step.glob("*_optim_states.pt"))
     if not optimizer_files:
-        raise ValueError(f"{step}: expected the *_optim_states.pt of a DeepSpeed checkpoint, found none.")
+        raise ValueError(f"{step}: expected DeepSpeed's *_optim_states.pt, got none. Name a ZeRO checkpoint.")
     for file in sorted(step.glob("*_states.pt")):
         if not zipfile.is_zipfile(file):
-            raise ValueError(f"{file} cannot be read: it is truncated. Copy the checkpoint again.")
+            raise ValueError(
+                f"{file} cannot be read: expected a PyTorch file, got a truncated one. Copy the checkpoint again."
+            )
     optimizer = torch.load(optimizer_files[0], map_location="cpu", mmap=True, weights_only=False)
     optimizer = optimizer["optimizer_state_dict"]
-    counts = optimizer["partition_count"]  # one per parameter group in ZeRO-2
+    counts = optimizer["partition_count"]  # ZeRO-2 has one per parameter group.
     num_processes = max(counts) if isinstance(counts, list) else counts
-    prefix = re.match(r"(.*)zero_pp_rank_\d+", optimizer_files[0].name)[1]
+    prefix = re.match(r"(.*)zero_pp_rank_\d+", optimizer_files[0].name)[1]  # "bf16_" or nothing
     expected = [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(num_processes)]
     if optimizer["zero_stage"] == 3:
         expected += [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(num_processes)]
@@ -177,22 +188,23 @@ def _check_zero_files(step: Path) -> None:
         expected.append("mp_rank_00_model_states.pt")
     if missing := [name for name in expected if not (step / name).is_file()]:
         raise ValueError(
-            f"{step}: {', '.join(missing)} missing, of {num_processes} processes. Copy the checkpoint again."
+            f"{step}: {', '.join(missing)} missing, expected the files of {num_processes} processes, got "
+            f"{len(expected) - len(missing)} of {len(expected)}. Copy the checkpoint again."
         )
 
 
 # ---- sums of tensors ------------------------------------------------------------------------------------------------
 
-# Tensors of a delta that may have more rows than those of its base: the rows of new tokens are whole.
+# Tensors of a delta that may have more rows than its base has; the rows of new tokens are stored whole.
 GROWN_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 LORA_FACTOR = re.compile(r"(.+)\.lora_([AB])\.(?:default\.)?weight")
 
 
 def add_delta(delta: dict[str, LazyTensor], base: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Tensors of the model whose difference to a LLaMA was published.
+    """Add a published delta to the LLaMA that it was computed from.
 
     Raises:
-        ValueError: the base lacks tensors of the language model, has others, or their shapes differ; all are listed.
+        ValueError: The base lacks tensors of the language model, has others, or has other shapes; all are listed.
     """
     base = {name: tensor for name, tensor in base.items() if not name.endswith("rotary_emb.inv_freq")}
     problems = [f"{name}: only in the base" for name in base if name not in delta]
@@ -207,34 +219,11 @@ def add_delta(delta: dict[str, LazyTensor], base: dict[str, LazyTensor]) -> dict
         total[name] = _sum(tensor, base[name]) if name in base else tensor
         logger.info("%s: %s", name, "delta + base" if name in base else "whole in the delta")
     if problems:
-        raise ValueError(f"The base is not the one that this delta belongs to: {'; '.join(problems)}.")
+        raise ValueError(
+            f"Expected the base that this delta was computed from, got one that differs: {'; '.join(problems)}. "
+            "Name another --base."
+        )
     return total
-
-
-def merge_lora(tensors: dict[str, LazyTensor], lora_alpha: float) -> dict[str, LazyTensor]:
-    """Folds LoRA into the weights that it adapts: `W + lora_alpha / r * B A`, with r from A's shape.
-
-    Args:
-        tensors: in PEFT's names, with or without `base_model.model.` and `base_layer.`; without LoRA nothing happens.
-
-    Raises:
-        ValueError: a factor without its partner or its weight; all are listed.
-    """
-    merged, factors = {}, {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("base_model.model.")
-        if match := LORA_FACTOR.fullmatch(name):
-            factors.setdefault(match[1], {})[match[2]] = tensor
-        else:
-            merged[name.replace(".base_layer.", ".")] = tensor
-    incomplete = [name for name, pair in factors.items() if len(pair) < 2 or f"{name}.weight" not in merged]
-    if incomplete:
-        raise ValueError(f"LoRA without its weight, or without one of its two factors: {incomplete}.")
-    for name, pair in factors.items():
-        scale = lora_alpha / pair["A"].shape[0]
-        logger.info("%s.weight + %g lora_B lora_A", name, scale)
-        merged[f"{name}.weight"] = _with_lora(merged[f"{name}.weight"], pair["A"], pair["B"], scale)
-    return merged
 
 
 def _sum(tensor: LazyTensor, base: LazyTensor) -> LazyTensor:
@@ -246,8 +235,40 @@ def _sum(tensor: LazyTensor, base: LazyTensor) -> LazyTensor:
     return LazyTensor(tensor.shape, tensor.dtype, load)
 
 
-def _with_lora(weight: LazyTensor, factor_a: LazyTensor, factor_b: LazyTensor, scale: float) -> LazyTensor:
+def merge_lora_tensors(tensors: dict[str, LazyTensor], lora_alpha: float) -> dict[str, LazyTensor]:
+    """Fold LoRA factors into the weights that they adapt: `W + lora_alpha / r * B A`, with r from A's shape.
+
+    Args:
+        tensors: Tensors in PEFT's names, with or without `base_model.model.` and `base_layer.`. Without LoRA factors
+            they are returned as they are.
+        lora_alpha: Scale of the run's LoRA, which no tensor shows.
+
+    Raises:
+        ValueError: A factor lacks its partner or its weight; all are listed.
+    """
+    merged, factors = {}, {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("base_model.model.")
+        if match := LORA_FACTOR.fullmatch(name):
+            factors.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            merged[name.replace(".base_layer.", ".")] = tensor
+    incomplete = [name for name, pair in factors.items() if len(pair) < 2 or f"{name}.weight" not in merged]
+    if incomplete:
+        raise ValueError(
+            f"Expected lora_A, lora_B and a weight for every LoRA layer, got less for {incomplete}. Save the whole "
+            "state dict of the run."
+        )
+    for name, pair in factors.items():
+        scale = lora_alpha / pair["A"].shape[0]
+        logger.info("%s.weight + %g lora_B lora_A", name, scale)
+        merged[f"{name}.weight"] = _add_lora(merged[f"{name}.weight"], pair["A"], pair["B"], scale)
+    return merged
+
+
+def _add_lora(weight: LazyTensor, factor_a: LazyTensor, factor_b: LazyTensor, scale: float) -> LazyTensor:
     def load() -> torch.Tensor:
+        # [out, in] + scale * [out, r] @ [r, in]
         return weight.load().float() + scale * (factor_b.load().float() @ factor_a.load().float())
 
     return LazyTensor(weight.shape, weight.dtype, load)

@@ -1,7 +1,7 @@
-"""Original checkpoints become this project's: visible key tables, applied strictly.
+"""Rename the keys of original checkpoints by visible tables, applied strictly.
 
-A table is a list of rows (regular expression of a whole original key, replacement). The replacement is the new key, a
-tuple of new keys (one tensor that the new model holds under several names) or None (not a weight: dropped).
+A table is a list of rows (regular expression for a whole original key, replacement). The replacement is the new key, a
+tuple of new keys (one tensor that the new model holds under several names), or None (not a weight: dropped).
 """
 
 import logging
@@ -15,7 +15,7 @@ class Shapes(dict):
     """Shapes of a checkpoint's tensors by name: `Shapes.of(state_dict)["lm_head.weight"]`.
 
     Raises:
-        ValueError: the checkpoint has no such tensor.
+        ValueError: The checkpoint has no tensor of that name.
     """
 
     @classmethod
@@ -24,13 +24,13 @@ class Shapes(dict):
 
     def __missing__(self, key: str):
         raise ValueError(
-            f"The checkpoint has no {key}, one of the tensors that its geometry is read from: it is incomplete or of "
-            f"another model. It has {list(self)[:5]} and {max(len(self) - 5, 0)} more."
+            f"The checkpoint has no {key}: expected the tensors that define the geometry, got {list(self)[:5]} and "
+            f"{max(len(self) - 5, 0)} more. It is incomplete, or another model's: name another."
         )
 
 
 def nest(table: list, source: str, target: str) -> list:
-    """The rows of a table whose model has become a part of another: prefixes its original and its new keys."""
+    """Return a table whose original keys start with `source` and whose new keys start with `target`."""
     prefix = re.escape(source)
     nested = []
     for pattern, replacement in table:
@@ -43,7 +43,7 @@ def nest(table: list, source: str, target: str) -> list:
 
 
 def convert_key(key: str, table: list) -> tuple[str, ...] | None:
-    """New keys of an original key, by the first row that matches: none if it is dropped, None if no row matches."""
+    """Return the new keys by the first row that matches: empty if the key is dropped, None if no row matches."""
     for pattern, replacement in table:
         match = re.fullmatch(pattern, key)
         if match is not None:
@@ -53,10 +53,10 @@ def convert_key(key: str, table: list) -> tuple[str, ...] | None:
 
 
 def convert_state_dict(state_dict: dict, table: list) -> dict:
-    """Renames the keys of a state dict, and logs each; the values pass through, whatever they are.
+    """Rename the keys of a state dict and log each; values of any type pass through.
 
     Raises:
-        ValueError: keys that no row of the table matches, or several keys that become the same one; all are listed.
+        ValueError: Keys match no row of the table, or several become the same one; all are listed.
     """
     converted, origins, unknown, collisions = {}, {}, [], []
     for key, value in state_dict.items():
@@ -71,10 +71,12 @@ def convert_state_dict(state_dict: dict, table: list) -> dict:
             converted[new_key], origins[new_key] = value, key
     problems = []
     if unknown:
-        problems.append(f"{len(unknown)} of {len(state_dict)} keys are in no row of the key table: {unknown}.")
+        problems.append(f"{len(unknown)} of {len(state_dict)} keys match no row: {unknown}")
     if collisions:
-        problems.append(f"Keys that become the same one: {collisions}.")
+        problems.append(f"keys that become the same one: {collisions}")
     if problems:
-        problems.append("This is another architecture, or the table lacks a row.")
-        raise ValueError(" ".join(problems))
+        raise ValueError(
+            f"Expected the keys of the key table, got others: {'; '.join(problems)}. Name a checkpoint of this "
+            "architecture, or add a row to the table."
+        )
     return converted

@@ -1,4 +1,4 @@
-"""Original LISA checkpoints become `LisaForConditionalGeneration`: LLaVA's keys, SAM's, and the projector between."""
+"""Convert original LISA checkpoints to `LisaForConditionalGeneration`: LLaVA's keys, SAM's, and the projector's."""
 
 from pathlib import Path
 
@@ -8,18 +8,17 @@ from ..model.configuration_lisa import LisaConfig
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import SEG_TOKEN, LisaProcessor
 from .checkpoints import LazyTensor
-from .key_tables import Shapes, convert_state_dict, nest
+from .key_tables import Shapes, nest
 from .llava import (
     LLAVA_KEY_TABLE,
     add_vision_tower,
-    append_vocabulary_rows,
-    complete_projector,
+    convert_llava_tensors,
     generation_config,
     llava_config,
     llava_processor,
-    load_tokenizer,
+    load_original_tokenizer,
     load_vision_settings,
-    read_config,
+    read_original_config,
     render_template,
     untrained_tokens,
 )
@@ -38,28 +37,29 @@ LISA_KEY_TABLE = [
 
 # Tokens that the original's training script adds, in this order.
 LISA_TOKENS = [SEG_TOKEN, "<im_start>", "<im_end>"]
-# What its training script sets, by default, in the configuration of the LLaVA that it starts from.
+# Fields that the script sets, by default, in the configuration of the LLaVA that it starts from.
 TRAINING_CONFIG = {"mm_use_im_start_end": True, "mm_vision_tower": "openai/clip-vit-large-patch14"}
-# The original's scripts have this default for all its checkpoints, those on Llama 2 included.
+# Default of the original's scripts for all its checkpoints, including those on Llama 2.
 CHAT_TEMPLATE = "llava_v1"
 
 
 def convert_lisa(
     tensors: dict[str, LazyTensor], directory: Path, vision_tower: str | None = None, chat_template: str | None = None
 ) -> ConvertedModel:
-    """`LisaForConditionalGeneration` with its processor.
+    """Convert an original LISA to `LisaForConditionalGeneration` with its processor.
 
     Args:
-        tensors: of the original `LISAForCausalLM`, LoRA merged, with or without its CLIP tower.
-        directory: with `config.json` and tokenizer of the original LISA, or of the LLaVA that its training began with.
-        vision_tower: directory or Hub id of the CLIP tower; by default the one that `config.json` names.
-        chat_template: name of one of this package's templates, or a Jinja file; by default the original's own default.
+        tensors: Tensors of `LISAForCausalLM`, LoRA merged, with or without its CLIP tower.
+        directory: Directory with `config.json` and tokenizer of the LISA, or of the LLaVA that its training started
+            from.
+        vision_tower: Directory or Hub id of the CLIP tower; by default the one named in `config.json`.
+        chat_template: Name of one of this package's templates, or a Jinja file; by default `llava_v1`.
     """
-    original_config = read_config(directory)
-    if "train_mask_decoder" not in original_config:
+    original_config = read_original_config(directory)
+    if "train_mask_decoder" not in original_config:  # a LLaVA's, from before the training
         original_config |= TRAINING_CONFIG
     vision_config, image_processor = load_vision_settings(original_config, vision_tower)
-    tokenizer = load_tokenizer(directory, LISA_TOKENS, Shapes.of(tensors)["model.embed_tokens.weight"][0])
+    tokenizer = load_original_tokenizer(directory, LISA_TOKENS, Shapes.of(tensors)["model.embed_tokens.weight"][0])
     tensors = add_vision_tower(tensors, original_config, vision_tower)
     config = lisa_config(original_config, tensors, vision_config, tokenizer)
     model = build_without_weights(LisaForConditionalGeneration, config)
@@ -67,7 +67,7 @@ def convert_lisa(
     template = render_template(chat_template or CHAT_TEMPLATE, original_config)
     return ConvertedModel(
         model=model,
-        tensors=convert_lisa_state_dict(tensors, len(tokenizer)),
+        tensors=convert_llava_tensors(tensors, len(tokenizer), LISA_KEY_TABLE, prefix="vlm."),
         processor=LisaProcessor(
             vlm_processor=llava_processor(config.vlm_config, tokenizer, image_processor, template),
             mask_image_processor=sam_image_processor(config.mask_config.vision_config.image_size),
@@ -75,23 +75,8 @@ def convert_lisa(
     )
 
 
-def convert_lisa_state_dict(state_dict: dict[str, LazyTensor], vocab_size: int) -> dict[str, LazyTensor]:
-    """Tensors of [`LisaForConditionalGeneration`], whose vocabulary has `vocab_size` rows."""
-    converted = convert_state_dict(state_dict, LISA_KEY_TABLE)
-    complete_projector(converted, prefix="vlm.")
-    append_vocabulary_rows(converted, vocab_size, prefix="vlm.")
-    return converted
-
-
 def lisa_config(original_config: dict, state_dict: dict, vision_config: CLIPVisionConfig, tokenizer) -> LisaConfig:
-    """Configuration of the converted model.
-
-    Args:
-        original_config: content of the original's `config.json`.
-        state_dict: the original's tensors; only names and shapes are read.
-        vision_config: of the CLIP tower.
-        tokenizer: as [`load_tokenizer`] returns it.
-    """
+    """Return the configuration of the converted model; arguments as in [`llava_config`]."""
     sam_state = {key[len(SAM_PREFIX) :]: value for key, value in state_dict.items() if key.startswith(SAM_PREFIX)}
     return LisaConfig(
         vlm_config=llava_config(original_config, state_dict, vision_config, tokenizer),

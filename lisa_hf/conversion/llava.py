@@ -1,4 +1,4 @@
-"""Original LLaVA (v1, v1.1, Llama-2, v1.5) becomes `LlavaForConditionalGeneration`."""
+"""Convert original LLaVA checkpoints (v1, v1.1, Llama 2, v1.5) to `LlavaForConditionalGeneration`."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ LLAVA_KEY_TABLE = [
         r"model.language_model.layers.\1.\2.weight",
     ),
     (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", None),  # computed from the configuration
-    # One linear layer (v1), or two with GELU between them (v1.5). See `complete_projector` for the former.
+    # One linear layer (v1, see `complete_projector`), or two with GELU between them (v1.5).
     (r"model\.mm_projector\.(?:0\.)?(weight|bias)", r"model.multi_modal_projector.linear_1.\1"),
     (r"model\.mm_projector\.2\.(weight|bias)", r"model.multi_modal_projector.linear_2.\1"),
     (
@@ -52,7 +52,7 @@ LLAVA_KEY_TABLE = [
     (r"model\.vision_tower\.vision_tower\.vision_model\.embeddings\.position_ids", None),  # 0, 1, 2, ...
 ]
 
-# Fields of the original configuration that LlamaConfig has under the same name.
+# Fields of the original configuration that keep their names in LlamaConfig.
 TEXT_CONFIG_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -68,7 +68,7 @@ TEXT_CONFIG_FIELDS = (
     "bos_token_id",
     "eos_token_id",
 )
-# LLaVA's names for what is taken of CLIP's output: with or without the class token.
+# LLaVA's names for the selection of CLIP's output tokens: without or with the class token.
 FEATURE_SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
@@ -77,64 +77,99 @@ IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 def convert_llava(
     tensors: dict[str, LazyTensor], directory: Path, vision_tower: str | None = None, chat_template: str | None = None
 ) -> ConvertedModel:
-    """`LlavaForConditionalGeneration` with its processor.
+    """Convert an original LLaVA to `LlavaForConditionalGeneration` with its processor.
 
     Args:
-        tensors: of the original, with or without its CLIP tower.
-        directory: with the original's `config.json` and tokenizer.
-        vision_tower: directory or Hub id of the CLIP tower; by default the one that `config.json` names.
-        chat_template: name of one of this package's templates, or a Jinja file; see [`choose_chat_template`].
+        tensors: Tensors of the original, with or without its CLIP tower.
+        directory: Directory with the original's `config.json` and tokenizer.
+        vision_tower: Directory or Hub id of the CLIP tower; by default the one named in `config.json`.
+        chat_template: Name of one of this package's templates, or a Jinja file; by default as LLaVA's code chooses,
+            see [`choose_chat_template`].
     """
-    original_config = read_config(directory)
+    # Read settings and tokenizer.
+    original_config = read_original_config(directory)
     vision_config, image_processor = load_vision_settings(original_config, vision_tower)
-    if original_config.get("image_aspect_ratio") == "pad":  # v1.5 pads images to squares, in the mean colour
+    if original_config.get("image_aspect_ratio") == "pad":  # v1.5 pads images to squares with the mean color.
         image_processor = LlavaImageProcessorPil(**image_processor.to_dict() | {"do_pad": True})
     shapes = Shapes.of(tensors)
-    tokenizer = load_tokenizer(directory, llava_tokens(original_config), shapes["model.embed_tokens.weight"][0])
+    tokenizer = load_original_tokenizer(
+        directory, llava_tokens(original_config), shapes["model.embed_tokens.weight"][0]
+    )
+    # Build the model without weights, then rename the original's tensors to its own.
     config = llava_config(original_config, tensors, vision_config, tokenizer)
     model = build_without_weights(LlavaForConditionalGeneration, config)
     model.generation_config = generation_config(config, suppress_tokens=untrained_tokens(tensors, tokenizer))
+    tensors = add_vision_tower(tensors, original_config, vision_tower)
     template = chat_template or choose_chat_template(original_config, directory, shapes)
     return ConvertedModel(
         model=model,
-        tensors=convert_llava_state_dict(add_vision_tower(tensors, original_config, vision_tower), len(tokenizer)),
+        tensors=convert_llava_tensors(tensors, len(tokenizer)),
         processor=llava_processor(config, tokenizer, image_processor, render_template(template, original_config)),
     )
 
 
-def convert_llava_state_dict(state_dict: dict[str, LazyTensor], vocab_size: int) -> dict[str, LazyTensor]:
-    """Tensors of [`LlavaForConditionalGeneration`], whose vocabulary has `vocab_size` rows."""
-    converted = convert_state_dict(state_dict, LLAVA_KEY_TABLE)
-    complete_projector(converted)
-    append_vocabulary_rows(converted, vocab_size)
+def convert_llava_tensors(
+    tensors: dict[str, LazyTensor], vocab_size: int, table: list = LLAVA_KEY_TABLE, prefix: str = ""
+) -> dict[str, LazyTensor]:
+    """Rename a LLaVA's tensors and add those that the original lacks.
+
+    Args:
+        tensors: Tensors in the original's names.
+        vocab_size: Number of rows of the converted vocabulary.
+        table: Key table that applies.
+        prefix: Start of the new names of a LLaVA inside a larger model.
+    """
+    converted = convert_state_dict(tensors, table)
+    complete_projector(converted, prefix)
+    append_vocabulary_rows(converted, vocab_size, prefix)
     return converted
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------
 
 
-def read_config(directory: Path) -> dict:
-    """The content of the original's `config.json`."""
+def find_config(checkpoint: Path) -> Path:
+    """Return the nearest directory with a configuration: the checkpoint, or one of three above it.
+
+    Raises:
+        ValueError: None of them has one.
+    """
+    for directory in (checkpoint.resolve(), *checkpoint.resolve().parents[:3]):
+        if (directory / "config.json").is_file():
+            return directory
+    raise ValueError(
+        f"{checkpoint}: expected config.json and the tokenizer in it or above it, got neither. A training run has "
+        "none: name the LLaVA that it started from as --base."
+    )
+
+
+def read_original_config(directory: Path) -> dict:
+    """Return the content of the original's `config.json`.
+
+    Raises:
+        ValueError: It is missing, or not an original LLaVA's or LISA's.
+    """
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: expected the original model's configuration and tokenizer beside it.")
+        raise ValueError(f"Expected the original model's configuration and tokenizer, got no {path}. Copy both there.")
     original_config = json.loads(path.read_text())
     if "mm_vision_select_layer" not in original_config:
         raise ValueError(
-            f"{path} has no mm_vision_select_layer: expected an original LLaVA or LISA, found "
-            f"{original_config.get('architectures')}. What is in transformers' format needs no conversion."
+            f"{path}: expected the mm_vision_select_layer of an original LLaVA or LISA, got "
+            f"{original_config.get('architectures')} without it. A model in transformers' format needs no conversion: "
+            "use it as it is."
         )
     return original_config
 
 
 def llava_config(original_config: dict, state_dict: dict, vision_config: CLIPVisionConfig, tokenizer) -> LlavaConfig:
-    """Configuration of the converted model.
+    """Return the configuration of the converted model.
 
     Args:
-        original_config: content of the original's `config.json`.
-        state_dict: the original's tensors; only names and shapes are read.
-        vision_config: of the CLIP tower.
-        tokenizer: as [`load_tokenizer`] returns it.
+        original_config: Content of the original's `config.json`.
+        state_dict: Tensors of the original, of which only names and shapes are read.
+        vision_config: Configuration of the CLIP tower.
+        tokenizer: Tokenizer from [`load_original_tokenizer`].
     """
     shapes = Shapes.of(state_dict)
     text_config = {field: original_config[field] for field in TEXT_CONFIG_FIELDS if field in original_config}
@@ -145,7 +180,7 @@ def llava_config(original_config: dict, state_dict: dict, vision_config: CLIPVis
         vision_config=vision_config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=num_patches + (strategy == "full"),
-        # Two layers with the identity between them and an identity as the second are one linear layer.
+        # One linear layer is two layers with the identity between them, and the second an identity too.
         projector_hidden_act="linear" if "model.mm_projector.weight" in shapes else "gelu",
         vision_feature_select_strategy=strategy,
         vision_feature_layer=original_config["mm_vision_select_layer"],
@@ -154,7 +189,7 @@ def llava_config(original_config: dict, state_dict: dict, vision_config: CLIPVis
 
 
 def generation_config(config: LlavaConfig, suppress_tokens: list[int]) -> GenerationConfig:
-    """Begin, end and padding of the language model, and the tokens that it never learned."""
+    """Return the language model's special tokens and the tokens that it never learned, as generation settings."""
     text = config.text_config
     return GenerationConfig(
         bos_token_id=text.bos_token_id,
@@ -168,41 +203,42 @@ def generation_config(config: LlavaConfig, suppress_tokens: list[int]) -> Genera
 
 
 def llava_tokens(original_config: dict) -> list[str]:
-    """Tokens that LLaVA's loader adds to the tokenizer, in its order."""
+    """Return the tokens that LLaVA's loader adds to the tokenizer, in its order."""
     tokens = ["<im_patch>"] if original_config.get("mm_use_im_patch_token", True) else []
     return tokens + (["<im_start>", "<im_end>"] if original_config.get("mm_use_im_start_end", False) else [])
 
 
-def load_tokenizer(directory: Path, new_tokens: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """The original's tokenizer, with the tokens that its code adds and with two that only this project needs.
+def load_original_tokenizer(directory: Path, new_tokens: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Load the original's tokenizer and add the tokens that its code adds, then `<image>` and `<pad>`.
 
-    The original knows `<image>` as the number -200 and pads with `<unk>`. Here both are tokens behind its vocabulary:
-    see [`append_vocabulary_rows`].
+    The original represents `<image>` by the number -200 and pads with `<unk>`. Here both are tokens after its
+    vocabulary: see [`append_vocabulary_rows`].
 
     Args:
-        new_tokens: added in this order, as long as the model has rows for them.
-        vocab_size: rows of the original's embeddings.
+        directory: Directory with `tokenizer.model`.
+        new_tokens: Tokens to add in this order while the model has rows for them.
+        vocab_size: Number of rows of the original's embeddings.
 
     Raises:
-        ValueError: the tokenizer is not the one of this model.
+        ValueError: The tokenizer is missing, or another model's.
     """
     if not (directory / "tokenizer.model").is_file():
-        raise ValueError(f"{directory / 'tokenizer.model'} is missing: expected the original's tokenizer.")
+        raise ValueError(f"Expected the original's tokenizer, got no {directory / 'tokenizer.model'}. Copy it there.")
     tokenizer = LlamaTokenizer.from_pretrained(directory)
     for token in new_tokens:
         if len(tokenizer) < vocab_size:
             tokenizer.add_tokens([token])
     known = [token for token in new_tokens if token in tokenizer.get_vocab()]
-    # The original's slow tokenizer lets every token that was added as plain text swallow the spaces around it.
+    # In the original's slow tokenizer, every token added as plain text strips the spaces around it.
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
     add_tokens(tokenizer, {*added, *known})
     if len(tokenizer) < vocab_size or any(tokenizer.convert_tokens_to_ids(token) >= vocab_size for token in known):
         raise ValueError(
-            f"The tokenizer in {directory} has {len(tokenizer)} tokens, with {known or 'none'} of {new_tokens}; the "
-            f"model has {vocab_size} rows. Give the tokenizer that this checkpoint was trained with."
+            f"Expected a tokenizer for {vocab_size} rows, got {len(tokenizer)} tokens in {directory}, with "
+            f"{known or 'none'} of {new_tokens}. Name the tokenizer that this checkpoint was trained with."
         )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in (IMAGE_TOKEN, PAD_TOKEN)])
-    # LlamaTokenizer forgets `legacy` when it is saved and, loaded again, splits the text behind a token otherwise.
+    # LlamaTokenizer does not save `legacy`, and reloaded without it splits text after a token differently.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         bos_token=tokenizer.bos_token,
@@ -216,12 +252,12 @@ def load_tokenizer(directory: Path, new_tokens: list[str], vocab_size: int) -> P
 
 
 def untrained_tokens(state_dict: dict, tokenizer) -> list[int]:
-    """Ids behind the original's vocabulary: its softmax did not know them, so they must not be predicted."""
+    """Return the ids after the original's vocabulary: it never learned them, so they must not be predicted."""
     return list(range(Shapes.of(state_dict)["model.embed_tokens.weight"][0], len(tokenizer)))
 
 
 def choose_chat_template(original_config: dict, directory: Path, shapes: Shapes) -> str:
-    """The template of a LLaVA: Llama 2's by the model's name, as in LLaVA's code; otherwise v1.5's or v1's."""
+    """Return a LLaVA's template: Llama 2's by the model's name, as LLaVA's code chooses; otherwise v1.5's or v1's."""
     name = "/".join([original_config.get("_name_or_path", ""), *directory.resolve().parts[-3:]]).lower()
     if re.search(r"llama-?_?2", name):
         return "llava_llama_2"
@@ -229,7 +265,7 @@ def choose_chat_template(original_config: dict, directory: Path, shapes: Shapes)
 
 
 def render_template(name: str, original_config: dict) -> str:
-    """Jinja text of a template, without `<im_start>` and `<im_end>` if the model was trained without them."""
+    """Return a template's Jinja text, without `<im_start>` and `<im_end>` if the model was trained without them."""
     logger.info("Chat template: %s", name)
     template = load_chat_template(name)
     if original_config.get("mm_use_im_start_end", False):
@@ -238,7 +274,7 @@ def render_template(name: str, original_config: dict) -> str:
 
 
 def llava_processor(config: LlavaConfig, tokenizer, image_processor, chat_template: str) -> LlavaProcessor:
-    """Processor of the converted model; `chat_template` is Jinja text."""
+    """Return the processor of the converted model; `chat_template` is Jinja text."""
     return LlavaProcessor(
         image_processor,
         tokenizer,
@@ -255,31 +291,32 @@ def llava_processor(config: LlavaConfig, tokenizer, image_processor, chat_templa
 def load_vision_settings(
     original_config: dict, vision_tower: str | None
 ) -> tuple[CLIPVisionConfig, CLIPImageProcessorPil]:
-    """Configuration and image processor of the CLIP tower."""
+    """Load the configuration and image processor of the CLIP tower."""
     name = _vision_tower_name(original_config, vision_tower)
     try:
         return CLIPVisionConfig.from_pretrained(name), CLIPImageProcessorPil.from_pretrained(name)
     except OSError as error:
         raise ValueError(
-            f"The CLIP tower '{name}' cannot be loaded. Give a directory with its config.json, "
-            f"preprocessor_config.json and weights as the vision tower. ({error})"
+            f"Expected a CLIP tower, got '{name}', which cannot be loaded ({error}). Name a directory with its "
+            "config.json, preprocessor_config.json and weights as --vision_tower."
         ) from error
 
 
 def add_vision_tower(
     tensors: dict[str, LazyTensor], original_config: dict, vision_tower: str | None
 ) -> dict[str, LazyTensor]:
-    """The original's tensors, with those of the CLIP tower if it left them out."""
+    """Add the CLIP tower's tensors if the original left them out."""
     if any(name.startswith(VISION_PREFIX) for name in tensors):
         return tensors
     tower = CLIPVisionModel.from_pretrained(_vision_tower_name(original_config, vision_tower))
-    return tensors | {VISION_PREFIX + name: LazyTensor.of(tensor) for name, tensor in tower.state_dict().items()}
+    tower_tensors = {VISION_PREFIX + name: LazyTensor.from_tensor(value) for name, value in tower.state_dict().items()}
+    return tensors | tower_tensors
 
 
 def _vision_tower_name(original_config: dict, vision_tower: str | None) -> str:
     name = vision_tower or original_config.get("mm_vision_tower")
     if name is None:
-        raise ValueError("config.json names no CLIP tower (mm_vision_tower): give its directory or Hub id.")
+        raise ValueError("Expected mm_vision_tower in config.json, got none. Name the CLIP tower as --vision_tower.")
     return name
 
 
@@ -287,10 +324,11 @@ def _vision_tower_name(original_config: dict, vision_tower: str | None) -> str:
 
 
 def complete_projector(state_dict: dict[str, LazyTensor], prefix: str = "") -> None:
-    """Adds, in place, an identity as the second layer of a projector that has only one (LLaVA v1).
+    """Add, in place, an identity as the second layer of a projector that has only one (LLaVA v1).
 
     Args:
-        state_dict: with converted keys, each of which begins with `prefix`.
+        state_dict: Tensors with converted keys.
+        prefix: Start of every key.
     """
     name = f"{prefix}model.multi_modal_projector."
     if f"{name}linear_1.weight" in state_dict and f"{name}linear_2.weight" not in state_dict:
@@ -303,14 +341,15 @@ def complete_projector(state_dict: dict[str, LazyTensor], prefix: str = "") -> N
 
 
 def append_vocabulary_rows(state_dict: dict[str, LazyTensor], vocab_size: int, prefix: str = "") -> None:
-    """Appends, in place, rows of zeros to the embeddings and to `lm_head`, for tokens that the original lacks.
+    """Append, in place, rows of zeros to the embeddings and `lm_head` for tokens that the original lacks.
 
-    `<image>` is replaced by image features and `<pad>` is masked, so neither row is ever read; that the new tokens are
-    never predicted is up to the configuration (`suppress_tokens`).
+    Neither row is ever read: image features replace `<image>`, and `<pad>` is masked. The configuration's
+    `suppress_tokens` keeps the model from predicting them.
 
     Args:
-        state_dict: with converted keys, each of which begins with `prefix`.
-        vocab_size: rows afterwards.
+        state_dict: Tensors with converted keys.
+        vocab_size: Number of rows afterwards.
+        prefix: Start of every key.
     """
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         if prefix + name in state_dict:

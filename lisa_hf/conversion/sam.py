@@ -1,4 +1,4 @@
-"""The original segment_anything SAM becomes transformers' `SamModel`, and SAM-HQ becomes `SamHQModel`."""
+"""Convert the original segment_anything SAM to transformers' `SamModel`, and SAM-HQ to `SamHQModel`."""
 
 from transformers import (
     SamConfig,
@@ -16,7 +16,7 @@ from .saving import ConvertedModel, build_without_weights
 
 
 SAM_KEY_TABLE = [
-    (r"pixel_(?:mean|std)", None),  # the image processor's
+    (r"pixel_(?:mean|std)", None),  # held by the image processor
     (r"image_encoder\.pos_embed", "vision_encoder.pos_embed"),
     (r"image_encoder\.patch_embed\.proj\.(weight|bias)", r"vision_encoder.patch_embed.projection.\1"),
     (r"image_encoder\.blocks\.(\d+)\.norm([12])\.(weight|bias)", r"vision_encoder.layers.\1.layer_norm\2.\3"),
@@ -57,7 +57,7 @@ SAM_KEY_TABLE = [
     (r"mask_decoder\.output_upscaling\.0\.(weight|bias)", r"mask_decoder.upscale_conv1.\1"),
     (r"mask_decoder\.output_upscaling\.1\.(weight|bias)", r"mask_decoder.upscale_layer_norm.\1"),
     (r"mask_decoder\.output_upscaling\.3\.(weight|bias)", r"mask_decoder.upscale_conv2.\1"),
-    # The heads are MLPs of three layers: the first, one in the middle, the last.
+    # The heads are MLPs of three layers: input, middle, output.
     (
         r"mask_decoder\.(output_hypernetworks_mlps\.\d+|iou_prediction_head)\.layers\.0\.(weight|bias)",
         r"mask_decoder.\1.proj_in.\2",
@@ -72,7 +72,7 @@ SAM_KEY_TABLE = [
     ),
 ]
 
-# What SAM-HQ adds to the mask decoder.
+# Rows that SAM-HQ adds for its mask decoder.
 SAM_HQ_KEY_TABLE = [
     *SAM_KEY_TABLE,
     (r"mask_decoder\.hf_token\.weight", "mask_decoder.hq_token.weight"),
@@ -91,21 +91,21 @@ SAM_HQ_KEY_TABLE = [
 ]
 HQ_TOKEN = "mask_decoder.hf_token.weight"
 
-# Fixed in segment_anything's code; no tensor shows it.
+# Constant in segment_anything's code; no tensor's shape shows it.
 NUM_DECODER_HEADS = 8
 
 
 def convert_sam(tensors: dict[str, LazyTensor]) -> ConvertedModel:
-    """`SamModel` or `SamHQModel` with its processor.
+    """Convert a published SAM or SAM-HQ to `SamModel` or `SamHQModel` with its processor.
 
-    By itself, transformers' `SamHQModel` (5.23) makes other masks of these weights than SAM-HQ's code: see
-    `patched_sam_hq_decoder` in `upstream_fixes.py`, which a LISA uses.
+    transformers' `SamHQModel` (5.23) predicts other masks from these weights than SAM-HQ's code does. A LISA model
+    works around this: see `patched_sam_hq_decoder` in `upstream_fixes.py`.
 
     Args:
-        tensors: of a published `sam_vit_*.pth` or `sam_hq_vit_*.pth`.
+        tensors: Tensors of a `sam_vit_*.pth` or `sam_hq_vit_*.pth`.
 
     Raises:
-        ValueError: tensors that the geometry is read from are missing, or keys are unknown; all are listed.
+        ValueError: Tensors that define the geometry are missing, or keys are unknown; all are listed.
     """
     is_hq = HQ_TOKEN in tensors
     converted = convert_state_dict(tensors, SAM_HQ_KEY_TABLE if is_hq else SAM_KEY_TABLE)
@@ -119,7 +119,7 @@ def convert_sam(tensors: dict[str, LazyTensor]) -> ConvertedModel:
 
 
 def sam_image_processor(side: int) -> SamImageProcessorPil:
-    """SAM's image processor for images whose longer side becomes `side` pixels; its masks have a quarter of it."""
+    """Return SAM's image processor for images with a longer side of `side` pixels and masks with a quarter of it."""
     return SamImageProcessorPil(
         size={"longest_edge": side},
         pad_size={"height": side, "width": side},
@@ -129,30 +129,37 @@ def sam_image_processor(side: int) -> SamImageProcessorPil:
 
 
 def _count_layers(state_dict: dict, prefix: str) -> int:
-    """Number of different n among the keys `{prefix}n.*`."""
+    """Return the number of different n among the keys `{prefix}n.*`."""
     return len({key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)})
 
 
 def sam_config(state_dict: dict) -> SamConfig | SamHQConfig:
-    """Configuration of an original SAM or SAM-HQ, read off the shapes of its tensors.
+    """Read the configuration of an original SAM or SAM-HQ off the shapes of its tensors.
 
     Args:
-        state_dict: of `Sam`, in the original's names (`image_encoder.*`, `prompt_encoder.*`, `mask_decoder.*`).
+        state_dict: Tensors in the original's names (`image_encoder.*`, `prompt_encoder.*`, `mask_decoder.*`).
 
     Raises:
-        ValueError: a tensor that the geometry is read from is missing.
+        ValueError: A tensor that defines the geometry is missing.
     """
     shapes = Shapes.of(state_dict)
-    width, _, _, patch_size = shapes["image_encoder.patch_embed.proj.weight"]
-    grid = shapes["image_encoder.pos_embed"][1]  # patches along each side of the square image
+    # Image encoder: a ViT over a square grid of patches, most of whose blocks attend within windows.
+    width, _, _, patch_size = shapes["image_encoder.patch_embed.proj.weight"]  # [D, 3, P, P]
+    grid = shapes["image_encoder.pos_embed"][1]  # [1, grid, grid, D]
     depth = _count_layers(shapes, "image_encoder.blocks.")
-    # A block's relative positions span 2 * side - 1 offsets of what it attends to: a window, or the whole grid.
-    rel_pos = [shapes[f"image_encoder.blocks.{layer}.attn.rel_pos_h"] for layer in range(depth)]
+    # Relative positions span 2 * side - 1 offsets of the area that a block attends to: a window, or the whole grid.
+    rel_pos = [
+        shapes[f"image_encoder.blocks.{layer}.attn.rel_pos_h"] for layer in range(depth)
+    ]  # [2 side - 1, D / heads]
     sides = [(length + 1) // 2 for length, _ in rel_pos]
     windows = sorted(set(sides) - {grid})
     if len(windows) > 1:
-        raise ValueError(f"SAM's image encoder has one window size; the relative positions show {windows}.")
+        raise ValueError(
+            f"Expected one window size in SAM's image encoder, got {windows} from its relative positions. Name a "
+            "published SAM."
+        )
 
+    # Mask decoder: the width of tokens, and of the narrower cross-attention.
     hidden_size = shapes["mask_decoder.mask_tokens.weight"][1]
     cross_attention_width = shapes["mask_decoder.transformer.final_attn_token_to_image.q_proj.weight"][0]
     config_class, hq_fields = (SamHQConfig, {"vit_dim": width}) if HQ_TOKEN in shapes else (SamConfig, {})
@@ -184,7 +191,7 @@ def sam_config(state_dict: dict) -> SamConfig | SamHQConfig:
             "attention_downsample_rate": hidden_size // cross_attention_width,
             "num_multimask_outputs": shapes["mask_decoder.mask_tokens.weight"][0] - 1,
             "iou_head_hidden_dim": shapes["mask_decoder.iou_prediction_head.layers.0.weight"][0],
-            # The original's decoder uses PyTorch's default, its encoder does not; transformers has 1e-6 for both.
+            # The original decoder keeps PyTorch's default, unlike its encoder; transformers uses 1e-6 for both.
             "layer_norm_eps": 1e-5,
         },
     )

@@ -1,4 +1,4 @@
-"""Converted models on disk: checked before, written shard by shard, read again, and there as a whole or not at all."""
+"""Save converted models: check every tensor, write shard by shard, read back, and rename the directory at the end."""
 
 import json
 import logging
@@ -23,18 +23,28 @@ from .checkpoints import LazyTensor, close_files
 
 logger = logging.getLogger(__name__)
 
-# Memory holds two to three times as much at any depth (measured: 4.2 GB at 7B's widths, 6.6 GB for a 13B delta).
+# Peak memory is two to three shards at any depth (measured: 4.2 GB at 7B's widths, 6.6 GB for a 13B delta).
 MAX_SHARD_SIZE = "2GB"
+
+# Values of the recipes' `--dtype`.
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 @dataclass
 class ConvertedModel:
-    """A model that was read from an original checkpoint.
+    """A model converted from an original checkpoint, before its weights are read.
 
     Args:
-        model: without weights, on the meta device; its class, configuration and generation settings are saved.
-        tensors: its weights, in its own names.
-        processor: what makes its inputs.
+        model: Model on the meta device; its class, configuration and generation settings are saved.
+        tensors: Weights of the model, by its own names.
+        processor: Processor that prepares its inputs.
     """
 
     model: PreTrainedModel
@@ -43,26 +53,27 @@ class ConvertedModel:
 
 
 def build_without_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: names and shapes that cost no memory."""
+    """Return a model on the meta device: names and shapes that take no memory."""
     with torch.device("meta"):
         return model_class(config)
 
 
 def save_converted(converted: ConvertedModel, output_dir: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a converted model and its processor, and reads both again.
+    """Save a converted model and its processor, and read both back.
 
     Args:
-        output_dir: must not exist, or be empty. It appears when everything is written and verified.
-        dtype: of the weights; by default the one that most of the original's numbers have.
+        converted: Model, tensors and processor to save.
+        output_dir: Directory that does not exist or is empty. It appears once everything is written and verified.
+        dtype: Dtype of the saved weights; by default the one that most of the original's values have.
 
     Raises:
-        ValueError: the directory is taken, weights are missing, left over or of another shape, or what was written
-            differs from what was read.
+        ValueError: The directory is taken, weights are missing, left over or of another shape, or a file differs from
+            what was written to it.
     """
     check_tensors(converted.model, converted.tensors)
     dtype = dtype or most_common_dtype(converted.tensors)
     logger.info("%d tensors fit %s; writing %s", len(converted.tensors), type(converted.model).__name__, dtype)
-    with whole_directory(output_dir) as directory:
+    with atomic_directory(output_dir) as directory:
         _save_configuration(converted.model, directory, dtype)
         converted.processor.save_pretrained(directory)
         type(converted.processor).from_pretrained(directory)
@@ -70,27 +81,27 @@ def save_converted(converted: ConvertedModel, output_dir: Path, dtype: torch.dty
 
 
 def check_tensors(model: PreTrainedModel, tensors: dict[str, LazyTensor]) -> None:
-    """Raises a `ValueError` that lists every weight that is missing, left over, or of another shape."""
+    """Raise a `ValueError` that lists every weight that is missing, left over, or of another shape."""
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     problems = []
     if missing := [name for name in expected if name not in tensors]:
-        problems.append(f"{len(missing)} tensors are missing: {missing}.")
+        problems.append(f"{len(missing)} tensors are missing: {missing}")
     if left_over := [name for name in tensors if name not in expected]:
-        problems.append(f"{len(left_over)} tensors are left over: {left_over}.")
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)}, expected {tuple(shape)}"
+        problems.append(f"{len(left_over)} tensors are left over: {left_over}")
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(shape)}"
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]
-    if shapes:
-        problems.append(f"{len(shapes)} tensors have another shape: {'; '.join(shapes)}.")
     if problems:
-        problems.append(f"The checkpoint is not a whole {type(model).__name__}, or the configuration is another's.")
-        raise ValueError(" ".join(problems))
+        raise ValueError(
+            f"Expected the {len(expected)} tensors of {type(model).__name__}, got {len(tensors)}: "
+            f"{'; '.join(problems)}. Name a complete checkpoint and the configuration that belongs to it."
+        )
 
 
 def most_common_dtype(tensors: dict[str, LazyTensor] | dict[str, torch.Tensor]) -> torch.dtype:
-    """The floating-point type of most of the numbers."""
+    """Return the floating-point dtype that most values have."""
     counts = Counter()
     for tensor in tensors.values():
         if tensor.dtype.is_floating_point:
@@ -99,18 +110,21 @@ def most_common_dtype(tensors: dict[str, LazyTensor] | dict[str, torch.Tensor]) 
 
 
 @contextmanager
-def whole_directory(directory: Path) -> Iterator[Path]:
-    """A new directory to write to, which gets its name only if everything went well and is removed otherwise.
+def atomic_directory(directory: Path) -> Iterator[Path]:
+    """Yield a new directory to write to, which is renamed to `directory` on success and removed on failure.
 
-    Otherwise includes SIGTERM, which ends the program with code 143 here. For the main thread.
+    SIGTERM counts as a failure and exits with code 143. Call it from the main thread, which alone can handle signals.
 
     Raises:
-        ValueError: there is something of that name, other than an empty directory.
+        ValueError: `directory` exists and is not an empty directory.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists and is not empty: name a new directory, or remove it.")
+        raise ValueError(
+            f"Expected a new or empty directory, got {directory}, which exists and is not empty. Name another, or "
+            "remove it."
+        )
     incomplete = directory.with_name(f"{directory.name}.incomplete")
-    if incomplete.exists():  # of a run that was killed
+    if incomplete.exists():  # left by a process that was killed
         shutil.rmtree(incomplete)
     incomplete.mkdir(parents=True)
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -125,7 +139,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
 
 
 def _save_configuration(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:
-    """What `save_pretrained` writes beside the weights."""
+    """Write what `save_pretrained` writes beside the weights."""
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     if model.is_remote_code():
@@ -136,13 +150,14 @@ def _save_configuration(model: PreTrainedModel, directory: Path, dtype: torch.dt
 
 
 def _save_tensors(tensors: dict[str, LazyTensor], directory: Path, dtype: torch.dtype) -> None:
-    """Writes shards of at most `MAX_SHARD_SIZE` and compares each, bit by bit, with the original's tensors."""
+    """Write shards of at most `MAX_SHARD_SIZE` and compare each, bit by bit, with the original tensors."""
 
     def read(name: str) -> torch.Tensor:
         tensor = tensors[name].load()
-        # A copy: safetensors refuses tensors that share memory, as SAM's one positional embedding under two names.
+        # Copy: safetensors refuses tensors that share memory, as SAM's positional embedding does under two names.
         return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
 
+    # Plan the shards from shapes alone, then hold the tensors of one shard at a time.
     shapes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_SHARD_SIZE)
     for filename, names in split.filename_to_tensors.items():
@@ -153,8 +168,8 @@ def _save_tensors(tensors: dict[str, LazyTensor], directory: Path, dtype: torch.
             different = [name for name in names if not torch.equal(shard.get_tensor(name), read(name))]
         if different:
             raise ValueError(
-                f"{filename} does not hold what was written to it (or the original holds NaN): {different}. "
-                "Check the disk and the checkpoint."
+                f"{filename} does not hold what was written: expected the original's values, got others (or NaN) in "
+                f"{different}. Check the disk and the checkpoint."
             )
         close_files()
     if split.is_sharded:

@@ -14,17 +14,18 @@ from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
 from lisa_hf.conversion.checkpoints import LazyTensor
 from lisa_hf.conversion.key_tables import convert_state_dict
-from lisa_hf.conversion.lisa import LISA_KEY_TABLE, LISA_TOKENS, convert_lisa_state_dict
-from lisa_hf.conversion.llava import convert_llava_state_dict, llava_config, load_tokenizer
+from lisa_hf.conversion.lisa import LISA_KEY_TABLE, LISA_TOKENS
+from lisa_hf.conversion.llava import convert_llava_tensors, llava_config, load_original_tokenizer
 
 
 def lazy(state_dict: dict) -> dict[str, LazyTensor]:
-    return {name: LazyTensor.of(tensor) for name, tensor in state_dict.items()}
+    return {name: LazyTensor.from_tensor(tensor) for name, tensor in state_dict.items()}
 
 
 def test_every_tensor_is_converted_once():
     state_dict = original_state_dict()
-    converted = convert_lisa_state_dict(lazy(state_dict), converted_config().get_text_config().vocab_size)
+    vocab_size = converted_config().get_text_config().vocab_size
+    converted = convert_llava_tensors(lazy(state_dict), vocab_size, LISA_KEY_TABLE, prefix="vlm.")
     assert set(converted) == set(converted_model().state_dict())
     dropped = {key for key in state_dict if not convert_state_dict({key: None}, LISA_KEY_TABLE)}
     assert dropped == {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in (0, 1)}
@@ -45,16 +46,16 @@ def test_llava_with_a_two_layer_projector():
     original = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
     state_dict |= {f"model.mm_projector.{key}": value for key, value in original.state_dict().items()}
 
-    tokenizer = load_tokenizer(original_directory(), LISA_TOKENS, 643)
+    tokenizer = load_original_tokenizer(original_directory(), LISA_TOKENS, 643)
     vision_config = CLIPVisionConfig.from_pretrained(GOLDEN / "clip_tiny")
     model = LlavaForConditionalGeneration(llava_config(original_config(), state_dict, vision_config, tokenizer))
-    converted = convert_llava_state_dict(lazy(state_dict), len(tokenizer))
+    converted = convert_llava_tensors(lazy(state_dict), len(tokenizer))
     model.load_state_dict({name: tensor.load() for name, tensor in converted.items()})
     features = torch.randn(5, 32)
     torch.testing.assert_close(model.model.multi_modal_projector(features), original(features))
 
 
-@pytest.mark.parametrize("vocab_size, message", [(640, r"643 tokens.*640 rows"), (700, r"643 tokens.*700 rows")])
+@pytest.mark.parametrize("vocab_size, message", [(640, "640 rows, got 643 tokens"), (700, "700 rows, got 643 tokens")])
 def test_tokenizer_of_another_model_is_refused(vocab_size, message):
     with pytest.raises(ValueError, match=message):
-        load_tokenizer(original_directory(), LISA_TOKENS, vocab_size)
+        load_original_tokenizer(original_directory(), LISA_TOKENS, vocab_size)

@@ -76,7 +76,7 @@ def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, fail):
             for name, tensor in state_dict.items()
             if name not in ("image_encoder.blocks.3.mlp.lin1.bias", "mask_decoder.iou_token.weight")
         },
-        r"vision_encoder\.neck\.conv1\.weight \(32, 31, 1, 1\), expected \(32, 32, 1, 1\)": state_dict
+        r"vision_encoder\.neck\.conv1\.weight has shape \(32, 31, 1, 1\) instead of \(32, 32, 1, 1\)": state_dict
         | {"image_encoder.neck.0.weight": torch.zeros(32, 31, 1, 1)},
         r"The checkpoint has no image_encoder\.pos_embed": {
             name: tensor for name, tensor in state_dict.items() if name != "image_encoder.pos_embed"
@@ -133,7 +133,7 @@ def test_pickles_are_not_executed(tmp_path, fail, monkeypatch):
 
 def test_a_checkpoint_that_is_not_there(tmp_path, fail):
     message = fail(tmp_path / "converted", "lisa", "--checkpoint", "xinlai/LISA-7B-v1")
-    assert "xinlai/LISA-7B-v1 does not exist" in message and "hf download" in message
+    assert "got xinlai/LISA-7B-v1, which does not exist" in message and "hf download" in message
 
 
 def test_a_converted_model_is_not_converted_again(fail, tmp_path):
