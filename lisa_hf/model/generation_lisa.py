@@ -1,4 +1,4 @@
-"""LisaGenerationMixin: answers in words and masks. Its VLM writes, [`LisaForConditionalGeneration`] draws."""
+"""LisaGenerationMixin: the VLM generates answers, whose `[SEG]` tokens are decoded to masks."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from .packing import packing_unsupported_reason
 from .vlm_backbone import encode_vlm_images, split_vision_inputs
 
 
-# Arguments of `generate` that do not multiply or reorder the rows of its cache.
+# Arguments of the VLM's `generate` that do not multiply or reorder the rows of its cache.
 PLAIN_DECODING = {
     *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "suppress_tokens"),
     *("logits_processor", "eos_token_id", "pad_token_id"),
@@ -23,15 +23,15 @@ PLAIN_DECODING = {
 
 @dataclass
 class LisaGenerateOutput(ModelOutput):
-    """Output of [`LisaForConditionalGeneration.generate`] for N rows in whose answers there are M `[SEG]` tokens.
+    """Output of [`LisaForConditionalGeneration.generate`] for N rows with M `[SEG]` tokens in their answers.
 
     Args:
-        sequences: `(N, L)` int64, prompt and answer.
-        low_res_masks: `(M, h, w)` mask logits, row by row, in the order of the `[SEG]` tokens; see
-            [`LisaProcessor.post_process_masks`].
-        seg_row_indices: `(M,)` int64, the row that each mask belongs to.
-        iou_scores: `(M,)`, the mask decoder's own estimate of each mask's IoU.
-        seg_embeddings: `(M, C)`, the prompts of the mask decoder.
+        sequences: Token ids of prompts and answers, `(N, L)` int64.
+        low_res_masks: Mask logits of the decoder, row by row, in the order of the `[SEG]` tokens, `(M, h, w)`.
+            [`LisaProcessor.post_process_masks`] brings them to the size of their images.
+        seg_row_indices: The row of each mask, `(M,)` int64.
+        iou_scores: The decoder's own estimate of each mask's IoU, `(M,)`.
+        seg_embeddings: Prompts of the mask decoder, `(M, C)`.
     """
 
     sequences: torch.Tensor | None = None
@@ -42,71 +42,19 @@ class LisaGenerateOutput(ModelOutput):
 
 
 class SegTokens(NamedTuple):
-    """Where M `[SEG]` tokens are: `(M,)` int64 each. The state at `(row, position)` predicts the token."""
+    """Rows, positions and images of M `[SEG]` tokens, `(M,)` int64 each; the state at (row, position) predicts one."""
 
     rows: torch.Tensor
     positions: torch.Tensor
     images: torch.Tensor
 
+    def or_dummy(self) -> "SegTokens":
+        """Return these tokens, or one dummy at the first position of row 0 and image 0 if there are none."""
+        return self if len(self.rows) else SegTokens(*[self.rows.new_zeros(1)] * 3)
+
 
 class LisaGenerationMixin:
     """`generate` of [`LisaForConditionalGeneration`]."""
-
-    @contextmanager
-    def _record_predicting_states(self):
-        """Collects, per generated token, the state `(N, hidden_size)` that predicted it: what enters the lm_head."""
-        states = []
-
-        def record(_, inputs):
-            states.append(inputs[0][:, -1])
-
-        handle = self.vlm.get_output_embeddings().register_forward_pre_hook(record)
-        try:
-            yield states
-        finally:
-            handle.remove()
-
-    def _prefill_shared_prefix(
-        self, input_ids, attention_mask, image_indices, vision_inputs, vision_features, generate_kwargs
-    ) -> dict | None:
-        """Runs what the rows about an image begin with through the language model once, and gives each its KV cache.
-
-        Returns:
-            `input_ids` and `attention_mask` as wide as before, prefix first, and the `past_key_values` of the prefix;
-            None if rows share nothing, under settings for which `generate` would rearrange the cache, and where the
-            weights are sharded: every process must then make as many passes, and only some have rows that share.
-        """
-        first = (image_indices[:, None] == image_indices).long().argmax(1)  # of the rows about the same image
-        first_rows, row_to_prefix = first.unique(return_inverse=True)
-        is_plain = set(generate_kwargs) <= PLAIN_DECODING and (self.vlm.generation_config.num_beams or 1) == 1
-        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self.vlm)
-        if len(first_rows) == len(input_ids) or not is_plain or is_sharded or packing_unsupported_reason(self.config):
-            return None
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        length = input_ids.shape[1]
-        column = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-        padding = length - attention_mask.sum(1, keepdim=True)
-        ids = input_ids.gather(1, (column + padding).clamp(max=length - 1))  # from the left
-        is_common = (ids == ids[first]) & (column + padding < length - 1)  # one token at least remains to be read
-        num_common = int(is_common.long().cumprod(1).sum(1).min())
-        is_image = ids == self.config.vlm_config.image_token_id
-        if num_common <= int((column * is_image).max()):
-            return None
-        prefix = ids[first_rows, :num_common]
-        cache = self.vlm.base_model(
-            input_ids=prefix,
-            mm_encoder_outputs=encode_vlm_images(
-                self.vlm, prefix, image_indices[first_rows], vision_inputs, vision_features
-            ),
-            use_cache=True,
-        ).past_key_values
-        cache.batch_select_indices(row_to_prefix)
-        # Between prefix and question there is now what stood before the prefix, masked.
-        is_read = (column < num_common) | (column >= padding + num_common)
-        rearranged = torch.cat([prefix[row_to_prefix], input_ids[:, num_common:]], dim=1)
-        rearranged = torch.where(is_read, rearranged, input_ids[:, -1:])
-        return {"input_ids": rearranged, "attention_mask": is_read.long(), "past_key_values": cache}
 
     @torch.no_grad()
     def generate(
@@ -122,17 +70,50 @@ class LisaGenerationMixin:
         reshaped_input_sizes: torch.Tensor | None = None,
         **kwargs,
     ) -> LisaGenerateOutput:
-        """Answers N prompts about B images and decodes a mask for every `[SEG]` in the answers.
+        """Answer N prompts about B images and decode a mask for every `[SEG]` in the answers.
 
-        The arguments are those of [`forward`], with prompts padded on the left; all further ones go to the VLM's own
-        `generate` (`max_new_tokens`, `do_sample`, `num_beams`, ...). The sizes are accepted, so that a processor's
-        output can be passed whole; [`LisaProcessor.post_process_masks`] needs them. What all questions about an image
-        begin with, the image included, goes through the language model once where the VLM's family allows packing.
+        What all questions about an image begin with, the image included, goes through the language model once where
+        the VLM's family allows packing.
+
+        Args:
+            input_ids, attention_mask: Prompts as in [`forward`], padded on the left, `(N, L)` int64.
+            pixel_values, image_indices, vision_features, mask_pixel_values, image_embeddings: As in [`forward`].
+            original_sizes, reshaped_input_sizes: Ignored, so that a processor's output can be passed as it is.
+            kwargs: Further inputs of the VLM and arguments of its own `generate` (`max_new_tokens`, `do_sample`,
+                `num_beams`, ...).
+
+        Returns:
+            [`LisaGenerateOutput`].
+
+        Raises:
+            ValueError: Prompts are padded on the right, or the decoding strategy hides the states behind its answers.
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from lisa_hf import LisaForConditionalGeneration, LisaProcessor
+
+        >>> model = LisaForConditionalGeneration.from_pretrained("my-lisa")
+        >>> processor = LisaProcessor.from_pretrained("my-lisa")
+
+        >>> image = Image.open("photo.jpg")
+        >>> question = {"type": "text", "text": "What is the red circle?"}
+        >>> messages = [{"role": "user", "content": [{"type": "image"}, question]}]
+        >>> prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        >>> inputs = processor(image, prompt)
+        >>> output = model.generate(**inputs, max_new_tokens=8)
+        >>> answer = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :])
+        >>> sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        >>> (masks,) = processor.post_process_masks(output.low_res_masks, *sizes, output.seg_row_indices)
+        >>> masks.shape == (answer.count("[SEG]"), image.height, image.width)
+        True
+        ```
         """
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError(
-                "Prompts are padded on the right; generation continues from the last column. Pad on the left "
-                '(`processor(..., padding_side="left")`).'
+                "expected prompts padded on the left, because generation continues from the last column, got padding "
+                'on the right. Use `processor(..., padding_side="left")`.'
             )
         if image_indices is None:
             image_indices = torch.arange(len(input_ids), device=input_ids.device)
@@ -141,32 +122,110 @@ class LisaGenerationMixin:
         )
         if self.config.suppress_tokens:
             generate_kwargs.setdefault("suppress_tokens", self.config.suppress_tokens)
+
+        # 1. Prompts: the prefix that rows share once, as a KV cache, or whole rows with the features of their images.
         prompts = self._prefill_shared_prefix(
             input_ids, attention_mask, image_indices, vision_inputs, vision_features, generate_kwargs
         )
         if prompts is None:
             features = encode_vlm_images(self.vlm, input_ids, image_indices, vision_inputs, vision_features)
             prompts = {"input_ids": input_ids, "attention_mask": attention_mask, "mm_encoder_outputs": features}
+
+        # 2. Answers of the VLM, and the state that predicted each of their tokens.
         with self._record_predicting_states() as states:
             output = self.vlm.generate(**prompts, return_dict_in_generate=True, **generate_kwargs)
-        answers = output.sequences[:, input_ids.shape[1] :]
+        states = torch.stack(states, dim=1)  # [rows, steps, hidden_size], one row per answer or beam
+        answers = output.sequences[:, input_ids.shape[1] :]  # [N * copies, steps]
         copies = len(answers) // len(input_ids)  # num_return_sequences
-        seg_rows, seg_steps = (answers == self.config.seg_token_id).nonzero(as_tuple=True)
-        states = torch.stack(states, dim=1)
+
+        # 3. [SEG] tokens of the answers. Beams change rows as they go; `beam_indices` says in which row a token was
+        # predicted.
+        seg_rows, seg_steps = (answers == self.config.seg_token_id).nonzero(as_tuple=True)  # [M] each
         state_rows = seg_rows
         if output.get("beam_indices") is not None:
             state_rows = output.beam_indices[seg_rows, seg_steps]
         elif len(states) != len(answers):
-            raise ValueError(f"{len(states)} rows were decoded for {len(answers)} answers: an unsupported strategy.")
+            raise ValueError(
+                f"expected one decoded row per answer, got {len(states)} rows for {len(answers)} answers. Use greedy "
+                "search, sampling or beam search."
+            )
+        seg_tokens = SegTokens(state_rows, seg_steps, image_indices[seg_rows // copies])
+
+        # 4. Masks.
         if image_embeddings is None:
             image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
-        low_res_masks, iou_scores, seg_embeddings, _ = self._decode(
-            states, SegTokens(state_rows, seg_steps, image_indices[seg_rows // copies]), image_embeddings
-        )
+        seg_embeddings = self._seg_embeddings(states, seg_tokens)
+        low_res_masks, iou_scores, _ = self._decode(seg_embeddings, seg_tokens, image_embeddings)
+
         return LisaGenerateOutput(
             sequences=torch.cat([input_ids.repeat_interleave(copies, dim=0), answers], dim=1),
             low_res_masks=low_res_masks,
             seg_row_indices=seg_rows,
             iou_scores=iou_scores,
-            seg_embeddings=seg_embeddings,
+            seg_embeddings=seg_embeddings[: len(low_res_masks)],
         )
+
+    @contextmanager
+    def _record_predicting_states(self):
+        """Collect what enters the vocabulary projection: per generated token, the states `(N, hidden_size)`."""
+        states = []
+
+        def record(_, inputs):
+            states.append(inputs[0][:, -1])
+
+        handle = self.vlm.get_output_embeddings().register_forward_pre_hook(record)
+        try:
+            yield states
+        finally:
+            handle.remove()
+
+    def _prefill_shared_prefix(
+        self, input_ids, attention_mask, image_indices, vision_inputs, vision_features, generate_kwargs
+    ) -> dict | None:
+        """Run the prefix that rows about an image share through the language model once.
+
+        Two rows with padding (-), prefix (p) and question (q) become rows with a masked gap (.), so that one cache of
+        the prefix fits both:
+
+            - - p p p p q q      p p p p . . q q
+            - p p p p q q q  ->  p p p p . q q q
+
+        Returns:
+            `input_ids` and `attention_mask` as wide as before, prefix first, and `past_key_values` of the prefix for
+            every row; None if no rows share one, or if sharing is not possible here.
+        """
+        first = (image_indices[:, None] == image_indices).long().argmax(1)  # [N], first row about the same image
+        first_rows, row_to_prefix = first.unique(return_inverse=True)  # [B'], [N]
+        # `generate` must not rearrange the rows of the cache. Where weights are sharded, every process must make as
+        # many passes as the others, but not all of them have rows that share.
+        is_plain = set(generate_kwargs) <= PLAIN_DECODING and (self.vlm.generation_config.num_beams or 1) == 1
+        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self.vlm)
+        shares_nothing = len(first_rows) == len(input_ids)
+        if shares_nothing or not is_plain or is_sharded or packing_unsupported_reason(self.config):
+            return None
+
+        # Find the longest prefix that every row has in common with the first row about its image.
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        length = input_ids.shape[1]
+        column = torch.arange(length, device=input_ids.device).expand_as(input_ids)  # [N, L]
+        padding = length - attention_mask.sum(1, keepdim=True)  # [N, 1]
+        left_aligned = input_ids.gather(1, (column + padding).clamp(max=length - 1))
+        # The last token of a row is never in the prefix: `generate` needs one token to read.
+        is_common = (left_aligned == left_aligned[first]) & (column + padding < length - 1)
+        num_common = int(is_common.long().cumprod(1).sum(1).min())
+        is_image = left_aligned == self.config.vlm_config.image_token_id
+        if num_common <= int((column * is_image).max()):  # the image must be inside
+            return None
+
+        # Fill the cache with one prefix per image and copy it to the image's rows.
+        prefix = left_aligned[first_rows, :num_common]  # [B', P]
+        features = encode_vlm_images(self.vlm, prefix, image_indices[first_rows], vision_inputs, vision_features)
+        cache = self.vlm.base_model(input_ids=prefix, mm_encoder_outputs=features, use_cache=True).past_key_values
+        cache.batch_select_indices(row_to_prefix)
+
+        # Put the prefix first. The gap between it and the question, as wide as the padding was, is masked.
+        is_read = (column < num_common) | (column >= padding + num_common)
+        rearranged = torch.cat([prefix[row_to_prefix], input_ids[:, num_common:]], dim=1)
+        rearranged = torch.where(is_read, rearranged, input_ids[:, -1:])
+        return {"input_ids": rearranged, "attention_mask": is_read.long(), "past_key_values": cache}

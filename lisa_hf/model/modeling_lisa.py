@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMaskGeneration,
@@ -21,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_lisa import LisaConfig
 from .generation_lisa import LisaGenerationMixin, SegTokens
-from .losses import IGNORE_INDEX, check_mask_counts, chunked_cross_entropy, full_size_mask_losses, sampled_mask_losses
+from .losses import IGNORE_INDEX, check_mask_counts, chunked_cross_entropy, mask_losses, sampled_mask_losses
 from .mask_backbone import (
     SUPPORTED_MASK_MODELS,
     decode_prompts,
@@ -39,7 +40,10 @@ from .upstream_fixes import UpstreamFixesMixin, drop_absent_no_split_modules
 from .vlm_backbone import encode_vlm_images, split_vision_inputs
 
 
-# Not quantised: what makes the masks, and the vocabulary projection, through which [SEG] is chosen.
+# Pixels of mask labels up to which an image's masks exist at full size all at once: about 100 MB with what the losses
+# keep for the backward pass.
+MASK_PIXELS = 2**22
+# The modules that make the masks, and the vocabulary projection, which chooses [SEG].
 UNQUANTIZED_MODULES = ["mask_model", "seg_projector", "lm_head"]
 
 
@@ -52,17 +56,18 @@ def _skip_modules(quantization_config):
 
 @dataclass
 class LisaOutput(ModelOutput):
-    """Output of [`LisaForConditionalGeneration`] for B images, N rows and M_b masks of image b.
+    """Output of [`LisaForConditionalGeneration`] for B images, N rows, and M_b masks of image b, M in all.
 
     Args:
-        loss: scalar, the sum of the three weighted parts that follow.
-        ce_loss, mask_bce_loss, mask_dice_loss: scalars, each already multiplied by its weight, as LISA logs them.
-        logits: `(N, L, V)`; None if labels were given and `output_logits` was not.
-        pred_masks: list of B tensors `(M_b, H_b, W_b)`, logits at the original sizes; None without `output_masks`.
-        low_res_masks: `(M, h, w)` logits of all masks, image by image, in the order of the `[SEG]` tokens.
-        iou_scores: `(M,)`, the mask decoder's own estimate of each mask's IoU (LISA does not train it).
-        last_hidden_state: `(N, L, hidden_size)` of the language model, after its final norm.
-        seg_embeddings: `(M, C)`, the prompts of the mask decoder.
+        loss: Sum of the three weighted losses, scalar; None without labels.
+        ce_loss, mask_bce_loss, mask_dice_loss: Losses, each already multiplied by its weight, as LISA logs them;
+            scalars.
+        logits: Scores of the next token, `(N, L, V)`; None if labels were given without `output_logits`.
+        pred_masks: Mask logits at the original sizes, B tensors `(M_b, H_b, W_b)`; None without `output_masks`.
+        low_res_masks: Mask logits of the decoder, image by image, in the order of the `[SEG]` tokens, `(M, h, w)`.
+        iou_scores: The decoder's own estimate of each mask's IoU, which LISA does not train, `(M,)`.
+        last_hidden_state: States of the language model after its final norm, `(N, L, hidden_size)`.
+        seg_embeddings: Prompts of the mask decoder, `(M, C)`.
     """
 
     loss: torch.Tensor | None = None
@@ -86,12 +91,17 @@ class LisaSegProjector(nn.Module):
         self.linear_2 = nn.Linear(config.hidden_size, prompt_size(config.mask_config))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(M, hidden_size)` to `(M, C)`."""
-        return self.linear_2(F.relu(self.linear_1(hidden_states)))
+        return self.linear_2(F.relu(self.linear_1(hidden_states)))  # [M, hidden_size] to [M, C]
 
 
 class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreTrainedModel):
-    """Any transformers VLM joined to any SAM-family mask model. See [`forward`] and [`generate`]."""
+    """A vision-language model whose answers contain masks: any VLM of transformers with any SAM-family mask model.
+
+    [`forward`] trains it and [`generate`] answers questions; both have an example.
+
+    Args:
+        config: Configuration of both models and of what joins them.
+    """
 
     config_class = LisaConfig
     base_model_prefix = "lisa"
@@ -102,15 +112,15 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # The loss is normalised by the counts that LisaTrainer passes. Trainer must be told so, or it divides once more.
+    # The loss is divided by the counts that LisaTrainer passes. Without this flag, Trainer would divide it once more.
     accepts_loss_kwargs = True
 
     def __init__(self, config: LisaConfig):
         super().__init__(config)
         if config.mask_config.model_type not in SUPPORTED_MASK_MODELS:
             raise ValueError(
-                f"mask_config.model_type must be one of {', '.join(SUPPORTED_MASK_MODELS)}; got "
-                f"'{config.mask_config.model_type}'."
+                f"mask_config.model_type: expected one of {', '.join(SUPPORTED_MASK_MODELS)}, got "
+                f"'{config.mask_config.model_type}'. Choose another mask model."
             )
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         self.mask_model = AutoModelForMaskGeneration.from_config(config.mask_config)
@@ -118,11 +128,11 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         self.seg_projector = LisaSegProjector(config)
         if "mm_encoder_outputs" not in inspect.signature(self.vlm.forward).parameters:
             raise ValueError(
-                f"{type(self.vlm).__name__} does not take precomputed vision features (`mm_encoder_outputs`), which "
-                "LISA needs to encode an image once for all its questions. Choose a VLM that does, for example LLaVA, "
-                "Idefics3, Gemma 3 or Qwen2.5-VL."
+                "expected a VLM that takes precomputed vision features (`mm_encoder_outputs`), so that an image is "
+                f"encoded once for all its questions, got {type(self.vlm).__name__}. Choose another VLM, for example "
+                "LLaVA, Idefics3, Gemma 3 or Qwen2.5-VL."
             )
-        # One object each, so that resizing the vocabulary of the VLM is written into this configuration.
+        # The same objects, so that resizing the VLM's vocabulary changes this configuration too.
         config.vlm_config = self.vlm.config
         config.mask_config = self.mask_model.config
         self.generation_config = self.vlm.generation_config
@@ -131,7 +141,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        # PyTorch's own initialisation, as LISA: a projector of standard deviation 0.02 starts with prompts near zero.
+        # PyTorch's own initialization, as LISA: a standard deviation of 0.02 would start with prompts near zero.
         if isinstance(module, LisaSegProjector):
             module.linear_1.reset_parameters()
             module.linear_2.reset_parameters()
@@ -140,8 +150,12 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
 
     @classmethod
     def from_pretrained(cls, *args, quantization_config=None, **kwargs):
-        """As in transformers; a `BitsAndBytesConfig` quantises the VLM alone unless it names its own
-        `llm_int8_skip_modules`, see `UNQUANTIZED_MODULES`."""
+        """Load a saved model, like transformers' `from_pretrained`.
+
+        Args:
+            quantization_config: How to quantize weights. A `BitsAndBytesConfig` without `llm_int8_skip_modules`
+                quantizes the VLM alone, see `UNQUANTIZED_MODULES`.
+        """
         return super().from_pretrained(*args, quantization_config=_skip_modules(quantization_config), **kwargs)
 
     @classmethod
@@ -156,14 +170,17 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         quantization_config: BitsAndBytesConfig | None = None,
         device_map: str | None = None,
     ):
-        """Joins a pretrained VLM and a pretrained mask model, in evaluation mode; the projector between them is new.
+        """Join a pretrained VLM and a pretrained mask model with a new projector.
 
         Args:
             vlm, mask_model: Hub ids or directories in transformers' format.
-            seg_token_id: id of `[SEG]`; the vocabulary is the caller's to resize.
-            dtype: of all weights; by default the VLM's own, which the mask model then takes too.
-            attn_implementation, quantization_config, device_map: of the VLM, as in `from_pretrained`; the rest then
-                comes to the VLM's device.
+            seg_token_id: Id of `[SEG]`. The caller resizes the vocabulary if it is too small.
+            dtype: Data type of all weights; by default the VLM's own, for the mask model too.
+            attn_implementation, quantization_config, device_map: Options of the VLM, as in `from_pretrained`. The
+                mask model and the projector are put on the VLM's device.
+
+        Returns:
+            The model in evaluation mode.
         """
         vlm_model = AutoModelForImageTextToText.from_pretrained(
             vlm,
@@ -175,7 +192,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         sam_model = AutoModelForMaskGeneration.from_pretrained(mask_model, dtype=vlm_model.dtype).to(vlm_model.device)
         use_chunked_attention(sam_model)
         config = LisaConfig(vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id)
-        # Only the projector needs memory and random numbers: the two halves are replaced at once.
+        # Built without memory or random numbers, because both halves are replaced right away.
         with torch.device("meta"):
             model = cls(config)
         model.vlm, model.mask_model = vlm_model, sam_model
@@ -184,7 +201,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         model.generation_config = vlm_model.generation_config
         model.tie_weights()
         if quantization_config is not None:
-            # PEFT, Trainer, `dequantize` and whoever reads the configuration ask the whole model, not its half.
+            # PEFT, Trainer and `dequantize` look for the quantizer on the whole model, not on its VLM.
             quantizer = vlm_model.hf_quantizer
             quantizer.remove_quantization_config(vlm_model)
             model.hf_quantizer, model.is_quantized = quantizer, True
@@ -209,11 +226,11 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
 
     @classmethod
     def can_generate(cls) -> bool:
-        # This class is no GenerationMixin, its VLM is; so transformers saves and loads the generation_config.
+        # Makes transformers save and load `generation_config`, although only the VLM is a GenerationMixin.
         return True
 
     def adjust_generation_fn(self, *args, **kwargs):
-        """Loads `generation_config.json`, the VLM's; `from_pretrained` calls this."""
+        """Load `generation_config.json` into the VLM; `from_pretrained` calls this."""
         self.vlm.adjust_generation_fn(*args, **kwargs)
         self.generation_config = self.vlm.generation_config
 
@@ -240,104 +257,137 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         output_masks: bool | None = None,
         **kwargs,
     ) -> LisaOutput:
-        """One pass over B images and N rows of text, each row about one image.
+        """Compute states, masks and losses for B images and N sequences of text, each about one image.
 
         Args:
-            input_ids, attention_mask, labels: `(N, L)` int64; image tokens are expanded in `input_ids`; labels are
-                -100 outside of the answers.
-            pixel_values: the VLM's vision input, one entry per *image*, as its own processor makes it; its other
-                vision inputs (`image_grid_thw`, ...) and its per-row text inputs (`token_type_ids`, ...) pass through.
-            image_indices: `(N,)` int64, row to image; by default row n is about image n.
-            vision_features: instead of the vision inputs, what the VLM's `get_image_features` made of them: B tensors
-                `(tokens_b, hidden_size)`, or `(crops_b, tokens, hidden_size)` if it gives all images in one.
-            mask_pixel_values: `(B, 3, S, S)` float, the mask model's input.
-            image_embeddings: instead of `mask_pixel_values`, what the mask model's encoder made of them.
-            segment_ids: `(N, L)` int64, of packed rows: 0 is the prefix, 1 to K are the questions that share it and do
-                not see each other, see [`pack_rows`]. Attention mask and positions follow from it.
-            shift_labels: `(N, L)` int64, the label of each position's next token; by default from `labels`.
-            mask_labels: list of B tensors `(M_b, H_b, W_b)`, 0, 1 or 255 (ignore), in the order of the `[SEG]` tokens
-                in the answers of image b's rows.
-            original_sizes, reshaped_input_sizes: `(B, 2)` int64, (H, W) before and after the mask model's resize.
-            num_items_in_batch, num_masks_in_batch: global counts of labels and masks to divide the loss parts by; by
-                default this batch's own, as in LISA.
-            output_logits: also return all logits when labels are given.
-            output_masks: return masks at the original sizes; by default outside of training.
+            input_ids, attention_mask: Token ids with expanded image tokens, and which of them are real, `(N, L)`
+                int64.
+            pixel_values: The VLM's vision input, one entry per *image*, as its own processor makes it. Its other
+                vision inputs (`image_grid_thw`, ...) and its text inputs (`token_type_ids`, ...) go into `kwargs`.
+            image_indices: The image of each row, `(N,)` int64; by default row n is about image n.
+            vision_features: Output of the VLM's `get_image_features` that replaces its vision inputs: B tensors
+                `(tokens_b, hidden_size)`, or `(crops_b, tokens, hidden_size)` if it gives all images in one tensor.
+            mask_pixel_values: The mask model's input, `(B, 3, S, S)` float.
+            image_embeddings: Output of [`encode_images`] that replaces `mask_pixel_values`.
+            labels: Token ids in the answers, -100 elsewhere, `(N, L)` int64.
+            segment_ids: Segments of packed rows, `(N, L)` int64: 0 is the prefix, 1 to K are the questions that share
+                it and do not see each other, see [`pack_rows`]. Attention mask and positions follow from it.
+            shift_labels: The label of each position's next token, `(N, L)` int64; by default from `labels`.
+            mask_labels: B tensors `(M_b, H_b, W_b)` of 0, 1 and 255 (ignored), in the order of the `[SEG]` tokens in
+                the answers about image b.
+            original_sizes, reshaped_input_sizes: (H, W) before and after the mask model's resize, `(B, 2)` int64.
+            num_items_in_batch, num_masks_in_batch: Global counts of labels and of masks that the losses are divided
+                by; by default this batch's own, as in LISA.
+            output_logits: Whether to return all logits although labels are given.
+            output_masks: Whether to return masks at the original sizes; by default outside of training.
+            kwargs: Further inputs of the VLM.
+
+        Returns:
+            [`LisaOutput`].
 
         Raises:
-            ValueError: the number of `[SEG]` tokens of an image is not the number of its masks; or rows are packed
-                for a VLM or an attention that would mix them up.
+            ValueError: The number of `[SEG]` tokens of an image is not the number of its masks, or rows are packed
+                for a VLM or an attention implementation that would mix their questions.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from PIL import Image
+        >>> from lisa_hf import LisaForConditionalGeneration, LisaProcessor
+
+        >>> model = LisaForConditionalGeneration.from_pretrained("my-lisa")
+        >>> processor = LisaProcessor.from_pretrained("my-lisa")
+
+        >>> image = Image.open("photo.jpg")
+        >>> conversation = [
+        ...     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the red circle?"}]},
+        ...     {"role": "assistant", "content": [{"type": "text", "text": "It is [SEG]."}]},
+        ... ]
+        >>> batch = processor.encode_conversations([image], [conversation])
+        >>> mask = torch.zeros(1, image.height, image.width)  # one [SEG], one mask
+        >>> output = model(**batch, mask_labels=[mask])
+        >>> output.loss.backward()
+        >>> (output.pred_masks[0] > 0).shape == mask.shape
+        True
+        ```
         """
         num_images = len(original_sizes) if original_sizes is not None else len(pixel_values)
         image_indices = self._image_indices(image_indices, input_ids, num_images)
+
+        # 1. Language model. Each image is encoded once, whatever the number of rows about it.
+        vlm_inputs = {"pixel_values": pixel_values, **kwargs}
         hidden_states = self._hidden_states(
-            input_ids,
-            attention_mask,
-            segment_ids,
-            image_indices,
-            vision_features,
-            {"pixel_values": pixel_values, **kwargs},
-        )
+            input_ids, attention_mask, segment_ids, image_indices, vision_features, vlm_inputs
+        )  # [N, L, hidden_size]
+
+        # 2. [SEG] positions and prompts. With labels, only [SEG] in answers count; without, all in the text.
         has_labels = labels is not None or shift_labels is not None
         targets = shift_labels
         if targets is None:
-            targets = F.pad((labels if has_labels else input_ids)[:, 1:], (0, 1), value=IGNORE_INDEX)
+            targets = F.pad((labels if has_labels else input_ids)[:, 1:], (0, 1), value=IGNORE_INDEX)  # [N, L]
         seg_tokens = self._find_seg_tokens(targets, image_indices)
-        masks_per_image = torch.bincount(seg_tokens.images, minlength=num_images).tolist()
+        masks_per_image = torch.bincount(seg_tokens.images, minlength=num_images).tolist()  # M_1..M_B, M in all
         if mask_labels is not None:
             check_mask_counts(mask_labels, masks_per_image, image_indices)
+        seg_embeddings = self._seg_embeddings(hidden_states, seg_tokens)  # [max(M, 1), C]
 
+        # 3. Mask decoder. Each image is encoded once, and all masks are decoded in one call.
         if image_embeddings is None:
             image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
-        low_res_masks, iou_scores, seg_embeddings, zero_loss = self._decode(
-            hidden_states, seg_tokens, image_embeddings
-        )
+        low_res_masks, iou_scores, zero_loss = self._decode(seg_embeddings, seg_tokens, image_embeddings)
+        image_masks = low_res_masks.split(masks_per_image)  # B tensors [M_b, h, w]
 
-        loss_parts = {}
+        # 4. Losses.
+        losses = {}
         if has_labels:
-            loss_parts["ce_loss"] = self._ce_loss(hidden_states, targets, num_items_in_batch)
-        if output_masks is None:
-            output_masks = not self.training
+            losses["ce_loss"] = self._ce_loss(hidden_states, targets, num_items_in_batch)
+        if mask_labels is not None:
+            losses["mask_bce_loss"], losses["mask_dice_loss"] = self._mask_losses(
+                image_masks, mask_labels, reshaped_input_sizes, original_sizes, num_masks_in_batch, zero_loss
+            )
+
+        # 5. Masks at full size. Training has no use for them.
         pred_masks = None
-        if mask_labels is not None or output_masks:
-            sizes = list(zip(reshaped_input_sizes.tolist(), original_sizes.tolist()))
-            image_masks = low_res_masks.split(masks_per_image)
-            if output_masks:
-                pred_masks = [self._upscale(masks, *size) for masks, size in zip(image_masks, sizes)]
-            if mask_labels is not None:
-                loss_parts |= self._mask_losses(image_masks, sizes, mask_labels, num_masks_in_batch, zero_loss)
+        if output_masks or (output_masks is None and not self.training):
+            sizes = zip(reshaped_input_sizes.tolist(), original_sizes.tolist())
+            side = padded_side(self.config.mask_config)
+            pred_masks = [upscale_masks(masks, *size, side) for masks, size in zip(image_masks, sizes)]
 
         return LisaOutput(
-            loss=sum(loss_parts.values()) if loss_parts else None,
-            **loss_parts,
+            loss=sum(losses.values()) if losses else None,
+            **losses,
             logits=self._logits(hidden_states) if not has_labels or output_logits else None,
             pred_masks=pred_masks,
             low_res_masks=low_res_masks,
             iou_scores=iou_scores,
             last_hidden_state=hidden_states,
-            seg_embeddings=seg_embeddings,
+            seg_embeddings=seg_embeddings[: len(low_res_masks)],
         )
 
     def _image_indices(self, image_indices, input_ids: torch.Tensor, num_images: int) -> torch.Tensor:
-        if image_indices is None and num_images != len(input_ids):
+        if image_indices is not None:
+            return image_indices
+        if num_images != len(input_ids):
             raise ValueError(
-                f"{len(input_ids)} rows and {num_images} images: pass `image_indices` (N,), row to image."
+                f"expected as many rows as images without `image_indices`, got {len(input_ids)} rows and {num_images} "
+                "images. Pass `image_indices` (N,), the image of each row."
             )
-        return torch.arange(num_images, device=input_ids.device) if image_indices is None else image_indices
+        return torch.arange(num_images, device=input_ids.device)
 
     def _hidden_states(
         self, input_ids, attention_mask, segment_ids, image_indices, vision_features, vlm_inputs: dict
     ) -> torch.Tensor:
-        """The language model's last hidden states, `(N, L, hidden_size)`."""
+        """Return the language model's last hidden states, `(N, L, hidden_size)`, after its final norm."""
         vision_inputs, text_inputs = split_vision_inputs(self.vlm, vlm_inputs, image_indices)
         if segment_ids is None:
             text_inputs["attention_mask"] = attention_mask
-        elif obstacle := packing_unsupported_reason(self.config):
-            raise ValueError(f"These rows are packed, but {obstacle}. Collate them with `packing=False`.")
+        elif reason := packing_unsupported_reason(self.config):
+            raise ValueError(f"expected separate rows, got packed rows: {reason}. Collate them with `packing=False`.")
         else:
-            text_inputs = {
-                **packed_inputs(self.vlm, input_ids, attention_mask, segment_ids, text_inputs),
-                **text_inputs,
-            }
+            packed = packed_inputs(self.vlm, input_ids, attention_mask, segment_ids, text_inputs)
+            text_inputs = {**packed, **text_inputs}
+        # The base model alone: `last_hidden_state` spares the hidden states of all other layers and all logits.
         return self.vlm.base_model(
             input_ids=input_ids,
             mm_encoder_outputs=encode_vlm_images(self.vlm, input_ids, image_indices, vision_inputs, vision_features),
@@ -346,64 +396,46 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         ).last_hidden_state
 
     def _find_seg_tokens(self, targets: torch.Tensor, image_indices: torch.Tensor) -> SegTokens:
-        """The positions whose next token, `targets` `(N, L)`, is `[SEG]`: image by image, row by row.
-
-        LISA prompts the decoder with the state that predicts `[SEG]`, not with that of `[SEG]` itself.
-        """
-        rows, positions = (targets == self.config.seg_token_id).nonzero(as_tuple=True)
+        """Find the M positions whose next token, in `targets` `(N, L)`, is `[SEG]`: image by image, row by row."""
+        rows, positions = (targets == self.config.seg_token_id).nonzero(as_tuple=True)  # [M] each, row by row
         images = image_indices[rows]
         by_image = torch.argsort(images, stable=True)
         return SegTokens(rows[by_image], positions[by_image], images[by_image])
 
-    def _decode(self, hidden_states: torch.Tensor, seg_tokens: SegTokens, image_embeddings):
-        """Projects the states that predict `[SEG]` to prompts and decodes them on their images' embeddings.
+    def _seg_embeddings(self, hidden_states: torch.Tensor, seg_tokens: SegTokens) -> torch.Tensor:
+        """Project the states that predict `[SEG]` to prompts of the mask decoder.
 
-        Without a single prompt, projector and decoder still run once, on a dummy: a rank that skips them is an error
-        under DDP and a hang under ZeRO-3. The dummy's masks are dropped; the last value returned is 0 and keeps its
-        graph.
-        """
-        num_masks = len(seg_tokens.rows)
-        rows, positions, images = seg_tokens
-        if num_masks == 0:
-            rows = positions = images = rows.new_zeros(1)
-        seg_embeddings = self.seg_projector(hidden_states[rows, positions])
-        low_res_masks, iou_scores = decode_prompts(
-            self.mask_model, select_images(image_embeddings, images, self.mask_model.dtype), seg_embeddings
-        )
-        no_loss = low_res_masks.new_zeros((), dtype=torch.float32)
-        zero_loss = no_loss if num_masks else 0.0 * low_res_masks.float().sum()
-        return low_res_masks[:num_masks], iou_scores[:num_masks], seg_embeddings[:num_masks], zero_loss
-
-    def _upscale(self, low_res_masks: torch.Tensor, reshaped_size, original_size) -> torch.Tensor:
-        """Logits of one image's masks at its original size, `(M_b, H_b, W_b)` float32."""
-        return upscale_masks(low_res_masks, reshaped_size, original_size, padded_side(self.config.mask_config))
-
-    def _mask_losses(self, image_masks, sizes, mask_labels, num_masks_in_batch, zero_loss) -> dict[str, torch.Tensor]:
-        """Both mask losses at the original sizes, on all pixels or on a sample of them.
+        LISA prompts the decoder with the state that predicts `[SEG]`, not with that of `[SEG]` itself. Without any
+        `[SEG]`, a dummy is projected and decoded: a process that skips these modules is an error under DDP and a hang
+        under ZeRO-3.
 
         Args:
-            image_masks: B tensors `(M_b, h, w)`.
-            sizes: B pairs of sizes, resized and original.
-            zero_loss: 0 that keeps the decoder in the graph, see [`_decode`].
-        """
-        bce, dice = zero_loss, zero_loss
-        for masks, size, labels in zip(image_masks, sizes, mask_labels):
-            if len(masks):
-                image_bce, image_dice = self._image_mask_losses(masks, size, labels.to(masks.device))
-                bce, dice = bce + image_bce, dice + image_dice
-        num_masks = sum(map(len, image_masks)) if num_masks_in_batch is None else num_masks_in_batch
-        num_masks = torch.as_tensor(num_masks, device=bce.device).clamp(min=1)
-        return {
-            "mask_bce_loss": self.config.mask_bce_loss_weight * bce / num_masks,
-            "mask_dice_loss": self.config.mask_dice_loss_weight * dice / num_masks,
-        }
+            hidden_states: States of N rows, `(N, L, hidden_size)`.
 
-    def _image_mask_losses(self, masks, size, labels) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both losses of one image's masks `(M, h, w)`, each summed over the masks."""
-        if self.training and self.config.mask_loss_points:
-            masks = unpad_masks(masks, size[0], padded_side(self.config.mask_config))
-            return sampled_mask_losses(masks, labels, self.config.mask_loss_points)
-        return full_size_mask_losses(masks, labels, lambda masks: self._upscale(masks, *size))
+        Returns:
+            `(max(M, 1), C)`.
+        """
+        rows, positions, _ = seg_tokens.or_dummy()
+        return self.seg_projector(hidden_states[rows, positions])
+
+    def _decode(
+        self, seg_embeddings: torch.Tensor, seg_tokens: SegTokens, image_embeddings
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Decode one mask per prompt, on the embeddings of the prompt's image.
+
+        Args:
+            seg_embeddings: Prompts, `(max(M, 1), C)`, see [`_seg_embeddings`].
+            image_embeddings: Output of [`encode_images`] for B images.
+
+        Returns:
+            Masks `(M, h, w)` and their estimated IoU `(M,)`, both without the dummy's, and a scalar 0 whose graph
+            reaches the dummy, so that adding it to a loss gives every weight a gradient of 0.
+        """
+        image_embeddings = select_images(image_embeddings, seg_tokens.or_dummy().images, self.mask_model.dtype)
+        low_res_masks, iou_scores = decode_prompts(self.mask_model, image_embeddings, seg_embeddings)
+        num_masks = len(seg_tokens.rows)
+        zero_loss = 0.0 * low_res_masks[num_masks:].float().sum()
+        return low_res_masks[:num_masks], iou_scores[:num_masks], zero_loss
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = self.vlm.get_output_embeddings()(hidden_states)
@@ -412,9 +444,64 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         return logits
 
     def _ce_loss(self, hidden_states, targets, num_items_in_batch) -> torch.Tensor:
-        """Cross-entropy of the next token; only the supervised positions go through the vocabulary projection."""
-        supervised = targets != IGNORE_INDEX
-        logits = self._logits(hidden_states[supervised])
+        """Compute the weighted cross-entropy of the next token."""
+        # Only supervised positions go through the vocabulary projection.
+        supervised = targets != IGNORE_INDEX  # [N, L]
+        logits = self._logits(hidden_states[supervised])  # [T, V]
         total = chunked_cross_entropy(logits, targets[supervised])
         num_items = supervised.sum() if num_items_in_batch is None else num_items_in_batch
         return self.config.ce_loss_weight * total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
+
+    def _mask_losses(
+        self, image_masks, mask_labels, reshaped_sizes, original_sizes, num_masks_in_batch, zero_loss
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the weighted binary cross-entropy and dice loss of all masks.
+
+        Args:
+            image_masks: B tensors `(M_b, h, w)`.
+            mask_labels: B tensors `(M_b, H_b, W_b)`.
+            zero_loss: A scalar 0 that keeps projector and decoder in the graph, see [`_decode`].
+        """
+        bce, dice = zero_loss, zero_loss
+        sizes = zip(reshaped_sizes.tolist(), original_sizes.tolist())
+        for masks, labels, (reshaped_size, original_size) in zip(image_masks, mask_labels, sizes):
+            if len(masks):
+                image_bce, image_dice = self._image_mask_losses(
+                    masks, labels.to(masks.device), reshaped_size, original_size
+                )
+                bce, dice = bce + image_bce, dice + image_dice
+        num_masks = sum(map(len, image_masks)) if num_masks_in_batch is None else num_masks_in_batch
+        num_masks = torch.as_tensor(num_masks, device=bce.device).clamp(min=1)
+        return (
+            self.config.mask_bce_loss_weight * bce / num_masks,
+            self.config.mask_dice_loss_weight * dice / num_masks,
+        )
+
+    def _image_mask_losses(
+        self, masks: torch.Tensor, labels: torch.Tensor, reshaped_size, original_size
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute both losses of one image's masks, at its original size or at sampled points of it.
+
+        Args:
+            masks: Logits of the decoder, `(M, h, w)`.
+            labels: `(M, H, W)`.
+
+        Returns:
+            Two scalars, each summed over the masks.
+        """
+        side = padded_side(self.config.mask_config)
+        if self.training and self.config.mask_loss_points:
+            return sampled_mask_losses(unpad_masks(masks, reshaped_size, side), labels, self.config.mask_loss_points)
+
+        def full_size_losses(masks, labels):
+            return mask_losses(upscale_masks(masks, reshaped_size, original_size, side), labels)
+
+        if labels.numel() <= MASK_PIXELS:
+            return full_size_losses(masks, labels)
+        # Masks of a large photo exist at its size a few at a time, also in the backward pass, which makes them again.
+        masks_at_once = max(1, MASK_PIXELS // labels[0].numel())
+        chunks = zip(masks.split(masks_at_once), labels.split(masks_at_once))
+        parts = [
+            checkpoint(full_size_losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
+        ]
+        return tuple(map(sum, zip(*parts)))

@@ -11,7 +11,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
 
 from lisa_hf.model.losses import IGNORE_INDEX, mask_losses
-from lisa_hf.model.mask_backbone import decode_prompts, encode_images, select_images, use_chunked_attention
+from lisa_hf.model.mask_backbone import (
+    decode_prompts,
+    encode_images,
+    padded_side,
+    select_images,
+    upscale_masks,
+    use_chunked_attention,
+)
 from lisa_hf.model.modeling_lisa import LisaForConditionalGeneration
 from lisa_hf.model.packing import packed_inputs
 
@@ -121,6 +128,7 @@ def _mask_loss(
         masks, _ = decode_prompts(lisa.mask_model, select_images(embeddings, owners, embeddings.dtype), own_prompts)
         for image, image_masks in zip(group, masks.split(group_counts)):
             sizes = batch["reshaped_input_sizes"][image].tolist(), batch["original_sizes"][image].tolist()
-            image_bce, image_dice = mask_losses(lisa._upscale(image_masks, *sizes), batch["mask_labels"][image])
+            full_size_masks = upscale_masks(image_masks, *sizes, padded_side(lisa.config.mask_config))
+            image_bce, image_dice = mask_losses(full_size_masks, batch["mask_labels"][image])
             bce, dice = bce + image_bce, dice + image_dice
     return (lisa.config.mask_bce_loss_weight * bce + lisa.config.mask_dice_loss_weight * dice) / sum(counts)

@@ -210,7 +210,7 @@ def test_padding_on_the_right_raises():
     model, processor = llava_sam()
     texts = [processor.apply_chat_template(conversation(q), add_generation_prompt=True) for q in QUESTIONS[:2]]
     inputs = processor([image(*size) for size in SIZES], texts, padding_side="right")
-    with pytest.raises(ValueError, match='padded on the right.*padding_side="left"'):
+    with pytest.raises(ValueError, match='padded on the left.*on the right.*padding_side="left"'):
         model.generate(**inputs, max_new_tokens=1)
 
 

@@ -1,6 +1,7 @@
 """LisaForConditionalGeneration: forward, losses, gradients, saving and loading, on tiny random models."""
 
 import copy
+import doctest
 from contextlib import nullcontext
 
 import pytest
@@ -27,7 +28,7 @@ from transformers import (
 )
 
 from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor
-from lisa_hf.model import losses
+from lisa_hf.model import losses, modeling_lisa
 from lisa_hf.model.losses import chunked_cross_entropy, logits_at, mask_losses, sampled_mask_losses
 from lisa_hf.model.mask_backbone import BIAS_SIZE, UNTRAINED_DECODER_MODULES, encode_images
 from lisa_hf.model.upstream_fixes import patched_sam_hq_decoder
@@ -79,6 +80,19 @@ def decodes_nothing(name: str) -> bool:
 
 
 # ---- forward and backward -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["forward", "generate"])
+def test_examples_of_docstrings_run(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, processor = llava_sam()
+    model.save_pretrained("my-lisa")
+    processor.save_pretrained("my-lisa")
+    image(40, 60).save("photo.jpg")
+    docstring = getattr(LisaForConditionalGeneration, method).__doc__.replace("```\n", "\n")
+    example = doctest.DocTestParser().get_doctest(docstring, {}, method, None, 0)
+    assert len(example.examples) > 5
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_forward_has_the_documented_shapes(family):
@@ -323,14 +337,15 @@ def test_wrong_number_of_masks_raises():
     batch = make_batch(processor)
     batch["mask_labels"] = masks_for([1, 2, 0])
     with pytest.raises(
-        ValueError, match=r"Image 1 \(rows \[0, 2\]\) has 3 \[SEG\].*but 2 masks.*one mask per \[SEG\]"
+        ValueError,
+        match=r"one mask per \[SEG\], got 2 masks for the 3 .*image 1 \(rows \[0, 2\]\)\. Give the masks in",
     ):
         model(**batch)
     batch["mask_labels"] = masks_for([1, 3, 1])
-    with pytest.raises(ValueError, match=r"Image 2 \(rows \[3\]\) has 0 \[SEG\].*but 1 masks"):
+    with pytest.raises(ValueError, match=r"got 1 masks for the 0 .*image 2 \(rows \[3\]\)"):
         model(**batch)
     batch["mask_labels"] = masks_for([1, 3])
-    with pytest.raises(ValueError, match="2 entries for 3 images"):
+    with pytest.raises(ValueError, match="got 2 for 3 images"):
         model(**batch)
 
 
@@ -338,7 +353,7 @@ def test_rows_and_images_must_match():
     model, processor = llava_sam()
     batch = make_batch(processor)
     without = {name: value for name, value in batch.items() if name != "image_indices"}
-    with pytest.raises(ValueError, match="4 rows and 3 images.*image_indices"):
+    with pytest.raises(ValueError, match="got 4 rows and 3 images.*image_indices"):
         model(**without)
     batch["input_ids"] = batch["input_ids"].clone()
     batch["input_ids"][3, batch["input_ids"][3] == model.config.vlm_config.image_token_id] = 5
@@ -411,7 +426,7 @@ def test_masks_of_large_photos_in_parts_are_masks_at_once(monkeypatch):
     expected.backward()
     before = gradients(model)
     model.zero_grad()
-    monkeypatch.setattr(losses, "MASK_PIXELS", 100)
+    monkeypatch.setattr(modeling_lisa, "MASK_PIXELS", 100)
     loss = model(**batch).loss
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -446,7 +461,7 @@ def test_sampled_losses(monkeypatch):
         sample(50, seed=1), sample(50, seed=2)
     )
     chosen = []
-    monkeypatch.setattr(losses, "_sum_losses", lambda logits, labels, _: chosen.append((logits, labels)))
+    monkeypatch.setattr(losses, "_pixel_losses", lambda logits, labels, _: chosen.append((logits, labels)))
     torch.manual_seed(0)
     sampled_mask_losses(masks, labels, 400)
     (logits, labels_of_points), uniform = chosen.pop(), logits_at(masks, torch.arange(4096).expand(2, -1), (64, 64))
@@ -455,7 +470,7 @@ def test_sampled_losses(monkeypatch):
     logits = logits.masked_fill(labels_of_points == 255, 0)
     assert logits[:, :300].abs().max() < uniform.abs().quantile(0.45) < logits[:, 300:].abs().max()
     monkeypatch.undo()
-    monkeypatch.setattr(losses, "IMPORTANCE", 0)
+    monkeypatch.setattr(losses, "IMPORTANCE_SAMPLE_RATIO", 0)
     average = torch.stack([sample(400, seed) for seed in range(200)]).mean(0)
     torch.testing.assert_close(average, torch.stack(dense), rtol=0.01, atol=0)
 
@@ -641,7 +656,7 @@ def test_joining_two_pretrained_models(tmp_path, dtype):
 def test_unsupported_mask_model_is_named():
     vlm_config = llava_sam()[0].config.vlm_config
     config = LisaConfig(vlm_config=vlm_config, mask_config=AutoConfig.for_model("edgetam"), seg_token_id=5)
-    with pytest.raises(ValueError, match="must be one of sam, sam_hq, sam2; got 'edgetam'"):
+    with pytest.raises(ValueError, match="expected one of sam, sam_hq, sam2, got 'edgetam'"):
         LisaForConditionalGeneration(config)
 
 
