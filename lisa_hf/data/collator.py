@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -17,6 +18,21 @@ from .prompts import Question
 
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BatchMeta:
+    """What a batch of B images knows about itself beside the model's inputs.
+
+    Args:
+        sources: Names of the B images' sources.
+        image_ids: Ids of the B images, unique within their source.
+        num_skipped: Number of rows that could not be used, here or in the data set.
+    """
+
+    sources: list[str]
+    image_ids: list[str]
+    num_skipped: int
 
 
 class LisaDataCollator:
@@ -35,8 +51,8 @@ class LisaDataCollator:
 
     The batch has what [`LisaProcessor.encode_conversations`] returns and `mask_labels`, a list of B uint8 tensors
     `(M_b, H_b, W_b)`; a compact one has int32 tensors `(M_b, R_b)` and as many of `ignored_pixels`, see
-    [`_run_ends`]. If rows were skipped, here or in the data set, it also has their number as `num_skipped`, which
-    [`LisaTrainer`] takes out and logs.
+    [`_run_ends`]. Everything that is not an input of the model is under `meta`, a [`BatchMeta`]: take it out before
+    calling the model, as [`LisaTrainer`] does.
     """
 
     def __init__(
@@ -78,8 +94,11 @@ class LisaDataCollator:
             batch["mask_labels"], batch["ignored_pixels"] = map(list, zip(*runs))
         else:
             batch["mask_labels"] = [_draw_masks(*ends, item["original_size"]) for ends, item in zip(runs, items)]
-        if num_skipped:
-            batch["num_skipped"] = num_skipped
+        batch["meta"] = BatchMeta(
+            sources=[item["source"] for item in items],
+            image_ids=[item["image_id"] for item in items],
+            num_skipped=num_skipped,
+        )
         return batch
 
     def _encode(self, items: list[dict], questions: list[list[Question]]) -> BatchFeature:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -209,14 +209,6 @@ def _is_flat(values: list[float]) -> bool:
     return True
 
 
-def collate_with_sources(collator: Callable, items: list[dict]) -> BatchFeature:
-    """What the collator makes of B items, and the names of their B `sources` and `image_ids`."""
-    batch = collator(items)
-    batch["sources"] = [item["source"] for item in items]
-    batch["image_ids"] = [item["image_id"] for item in items]
-    return batch
-
-
 class Progress(TrainerCallback):
     """Counts what this process consumes from one log to the next, and times its steps.
 
@@ -246,8 +238,8 @@ class Progress(TrainerCallback):
             yield batch
 
     def count(self, batch: BatchFeature):
-        """Counts a training batch, and takes out of it what only serves counting."""
-        self.items.update(batch.pop("sources", ()))
+        """Count the images, masks and tokens of a training batch."""
+        self.items.update(batch["meta"].sources)
         self.images += len(batch["mask_labels"])
         self.masks += sum(map(len, batch["mask_labels"]))
         self.tokens = self.tokens + batch["attention_mask"].sum()  # stays on the device until a log

@@ -405,6 +405,7 @@ def example_batch(collator: LisaDataCollator, num_images: int, num_questions: in
         "ignore": None,
     }
     batch = collator([item] * num_images)
+    del batch["meta"]
     if collator.max_length is not None:
         length, prefix, num_segments = batch["input_ids"].shape[1], 0, 1
         if "segment_ids" in batch:

@@ -19,7 +19,7 @@ from ..from_scratch.muon import use_muon
 from ..model.losses import IGNORE_INDEX
 from ..model.packing import TEXT_INPUTS, unpack_rows
 from ..model.processing_lisa import LisaProcessor
-from .callbacks import NonFiniteSteps, Progress, collate_with_sources
+from .callbacks import NonFiniteSteps, Progress
 from .checkpointing import complete_save, resolve_checkpoint
 from .model_card import write_model_card
 from .run_record import find_run_record
@@ -81,15 +81,10 @@ class LisaTrainer(Trainer):
     # ---- data -------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """As Trainer, but batches tell their sources, and a [`StreamingMixtureDataset`] divides its rows itself."""
-        collator = self.data_collator
-        self.data_collator = partial(collate_with_sources, collator)
-        try:
-            if isinstance(self.train_dataset, StreamingMixtureDataset):
-                return self._get_streaming_dataloader(self.train_dataset)
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = collator
+        """Return Trainer's loader; a [`StreamingMixtureDataset`] divides its rows among processes itself."""
+        if isinstance(self.train_dataset, StreamingMixtureDataset):
+            return self._get_streaming_dataloader(self.train_dataset)
+        return super().get_train_dataloader()
 
     def _get_streaming_dataloader(self, dataset: StreamingMixtureDataset) -> DataLoader:
         """Trainer's own would divide the rows once more."""
@@ -120,22 +115,25 @@ class LisaTrainer(Trainer):
         )
 
     def _prepare_inputs(self, inputs):
-        return expand_batch(super()._prepare_inputs(inputs), self.processing_class)
+        """Move a batch to the device, make its float pixels and its masks there, and take out its `meta`."""
+        inputs = expand_batch(super()._prepare_inputs(inputs), self.processing_class)
+        inputs.pop("meta")
+        return inputs
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         epoch_iterator = self.progress.watch(epoch_iterator)
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.nonfinite_steps.start_step([list(zip(batch["sources"], batch.pop("image_ids"))) for batch in batches])
+        metas = [batch["meta"] for batch in batches]
+        self.nonfinite_steps.start_step([list(zip(meta.sources, meta.image_ids)) for meta in metas])
         if self.is_deepspeed_enabled:
             self.model_wrapped.optimizer.check_grad_overflow = True  # in every dtype, see `NonFiniteSteps`
         for batch in batches:
             self.progress.count(batch)
-        # Skipped rows are counted in loader workers and travel with the batch; the model does not know them.
-        skipped = sum(batch.pop("num_skipped", 0) for batch in batches)
+        num_skipped = sum(meta.num_skipped for meta in metas)
         num_masks = sum(len(masks) for batch in batches for masks in batch["mask_labels"])
-        counts = self.accelerator.reduce(torch.tensor([num_masks, skipped], device=device), reduction="sum")
+        counts = self.accelerator.reduce(torch.tensor([num_masks, num_skipped], device=device), reduction="sum")
         self._num_masks_in_batch = counts[0]
         self.num_skipped_rows += int(counts[1])
         self._loss_parts_steps += 1
@@ -260,11 +258,12 @@ class LisaTrainer(Trainer):
         Raises:
             ValueError: the collator skipped a row, and a score over fewer rows is another score.
         """
-        inputs = self._prepare_inputs(inputs)
-        if skipped := inputs.pop("num_skipped", 0):
+        if num_skipped := inputs["meta"].num_skipped:
             raise ValueError(
-                f"{skipped} evaluation rows were skipped, see the warnings above. Raise `max_length` or remove them."
+                f"{num_skipped} evaluation rows were skipped, see the warnings above. Raise `max_length` or remove "
+                "them."
             )
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
         if "segment_ids" in inputs:  # the rest looks at one question per row
@@ -297,11 +296,7 @@ class LisaTrainer(Trainer):
             List of N bool tensors `(M_n, H, W)`, the masks in each answer, and their number `(N,)`.
         """
         rows = cut_prompts(inputs, self.processing_class)
-        shared = {
-            key: value
-            for key, value in inputs.items()
-            if key not in (*TEXT_INPUTS, "labels", "mask_labels", "num_skipped")
-        }
+        shared = {key: value for key, value in inputs.items() if key not in (*TEXT_INPUTS, "labels", "mask_labels")}
         output = self.accelerator.unwrap_model(model).generate(
             **shared,
             **rows,

@@ -8,14 +8,14 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from fixtures.tiny_models import FAMILIES, image
-from fixtures.tiny_training import IMAGE_SIZE, MASKS_DUE, Items, make_item
+from fixtures.tiny_training import IMAGE_SIZE, MASKS_DUE, Items, collate, make_item
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import SamImageProcessorPil
 
 from lisa_hf import LisaDataCollator
-from lisa_hf.data.collator import expand_batch, mask_labels
+from lisa_hf.data.collator import BatchMeta, expand_batch, mask_labels
 from lisa_hf.data.images import load_image, reduce_decoding
 from lisa_hf.data.masks import decode_mask, encode_mask
 from lisa_hf.data.prompts import Question, evaluation_questions
@@ -47,7 +47,7 @@ def test_batch(processor):
     num_images, num_rows = len(items), len(rows)
     assert batch.keys() == {
         *("input_ids", "attention_mask", "labels", "image_indices", "pixel_values"),
-        *("mask_pixel_values", "original_sizes", "reshaped_input_sizes", "mask_labels"),
+        *("mask_pixel_values", "original_sizes", "reshaped_input_sizes", "mask_labels", "meta"),
     }
     assert batch["pixel_values"].shape == batch["mask_pixel_values"].shape == (num_images, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
@@ -86,8 +86,8 @@ def test_masks_are_in_the_order_of_the_seg_tokens_and_ignored_where_nothing_else
 def test_compact_batch_expands_to_the_plain_one(name):
     _, processor = FAMILIES[name]()
     items = [make_item(index, due) for index, due in enumerate(MASKS_DUE[:6])]
-    plain = LisaDataCollator(processor)(items)
-    compact = LisaDataCollator(processor, compact=True)(items)
+    plain = collate(processor, items)
+    compact = collate(processor, items, compact=True)
     assert compact["mask_pixel_values"].dtype == torch.uint8
     # Idefics3 pads images with zeros after it has normalised them.
     assert (compact["pixel_values"].dtype == torch.uint8) == (name != "idefics3-sam")
@@ -126,7 +126,7 @@ def test_text_too_long_for_its_seg_is_skipped_and_counted(processor, max_length,
     ]
     items[3]["num_skipped"] = 2
     batch = collator(items)
-    assert batch["num_skipped"] == 2 + 2
+    assert batch["meta"] == BatchMeta(["drawn"] * 3, ["image_0", "image_1", "image_3"], num_skipped=2 + 2)
     assert batch["image_indices"].tolist() == [0, 1, 1, 2]
     assert batch["original_sizes"].tolist() == [
         [item["image"].height, item["image"].width] for item in (items[0], items[1], items[3])
@@ -134,7 +134,7 @@ def test_text_too_long_for_its_seg_is_skipped_and_counted(processor, max_length,
     kept = [items[1]["questions"][0], items[1]["questions"][2]]
     assert [len(masks) for masks in batch["mask_labels"]] == [1, 1, 0]
     assert torch.equal(batch["mask_labels"][1], mask_labels(items[1], kept))
-    assert "num_skipped" not in collator(items[:1])
+    assert collator(items[:1])["meta"].num_skipped == 0
     assert "image_1 of drawn" in caplog.text and "image_2 of drawn" in caplog.text
 
     with pytest.raises(TextTooLongError):
@@ -177,7 +177,7 @@ def photo_item(height: int, width: int, min_decoded_edge: int | None) -> dict:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_photo_of_reduced_scale_has_the_sizes_and_masks_of_the_full_one(name):
     model, processor = FAMILIES[name]()
-    full, reduced = (LisaDataCollator(processor)([photo_item(240, 320, edge)]) for edge in (None, 64))
+    full, reduced = (collate(processor, [photo_item(240, 320, edge)]) for edge in (None, 64))
     for key in ("original_sizes", "reshaped_input_sizes", "mask_labels"):
         torch.testing.assert_close(reduced[key], full[key], rtol=0, atol=0)
     assert not torch.equal(reduced["mask_pixel_values"], full["mask_pixel_values"])
@@ -220,4 +220,5 @@ def test_batches_are_the_same_from_loader_workers(processor, compact):
             elif isinstance(value, list):
                 assert all(torch.equal(mask, other) for mask, other in zip(batch[name], value, strict=True))
             else:
-                assert batch[name] == value == 3
+                assert batch[name] == value
+    assert [batch["meta"].num_skipped for batch in there] == [0, 3]

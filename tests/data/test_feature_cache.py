@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from fixtures.tiny_models import FAMILIES, image
+from fixtures.tiny_training import collate
 
 from lisa_hf import LisaDataCollator
 from lisa_hf.data.feature_cache import build_feature_cache
@@ -55,7 +56,11 @@ def make_items(rows, indices, cache=None) -> list[dict]:
     """Items as a mixture with this cache makes them, with questions that nothing is drawn for."""
     questions = EvaluationDataset(rows).questions
     return [
-        {**load_image(row, cache), "questions": questions(row), "ignore": row["ignore"]}
+        {
+            **load_image(row, cache),
+            **{name: row[name] for name in ("image_id", "source", "ignore")},
+            "questions": questions(row),
+        }
         for row in (undecoded(rows)[index] for index in indices)
     ]
 
@@ -83,12 +88,12 @@ def test_warm_cache_gives_the_step_without_encoders(name, rows, tmp_path):
     model, processor = make_model(name)
     cache = build(tmp_path, rows, model, processor)
     assert len(find_entries(cache)) == len(SIZES)  # and none for the broken image
-    plain = LisaDataCollator(processor)(make_items(rows, (2, 0)))
+    plain = collate(processor, make_items(rows, (2, 0)))
     with (
         mock.patch.object(PIL.ImageFile.ImageFile, "load", side_effect=AssertionError("decodes")),
         mock.patch.object(processor, "encode_images", side_effect=AssertionError("preprocesses")),
     ):
-        cached = LisaDataCollator(processor)(make_items(rows, (2, 0), cache))
+        cached = collate(processor, make_items(rows, (2, 0), cache))
     assert {"pixel_values", "mask_pixel_values"} <= plain.keys() and "pixel_values" not in cached
     assert "mask_pixel_values" not in cached
     for key in cached.keys() & plain.keys():
@@ -121,7 +126,7 @@ def test_an_encoder_that_learns_is_not_cached(rows, tmp_path):
         batch = LisaDataCollator(processor)(make_items(rows, [0], cache))
     assert "image_embeddings" in batch and "pixel_values" in batch and "vision_features" not in batch
     model, processor = make_model(trainable=["seg_projector", "mask_decoder", "mask_encoder"])
-    batch = LisaDataCollator(processor)(make_items(rows, [0], build(tmp_path, rows, model, processor)))
+    batch = collate(processor, make_items(rows, [0], build(tmp_path, rows, model, processor)))
     assert "mask_pixel_values" in batch and "vision_features" in batch and "pixel_values" not in batch
     assert model(**batch).loss.isfinite()
     model, processor = make_model(trainable=["mask_encoder", "multi_modal_projector"])

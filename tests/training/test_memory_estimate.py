@@ -7,12 +7,11 @@ import models as benchmark
 import pytest
 import torch
 from fixtures.tiny_models import save_quantizable
-from fixtures.tiny_training import LISA_PARTS, Items, build_model, make_trainer
+from fixtures.tiny_training import LISA_PARTS, Items, build_model, collate, make_trainer
 from torch.profiler import ProfilerActivity, profile
 from workers.launching import launch
 from workers.memory_worker import tensor_bytes
 
-from lisa_hf import LisaDataCollator
 from lisa_hf.training import build
 from lisa_hf.training.arguments import TRAINABLE_PARTS, DataArguments, LisaTrainingArguments, ModelArguments
 from lisa_hf.training.memory_estimate import activation_bytes, estimate_memory, report_memory
@@ -40,7 +39,7 @@ def test_bytes_are_those_of_the_tensors(name, tmp_path):
     assert all(parameter.is_meta for parameter in empty.parameters())
     model = prepare_for_training(model.to(getattr(torch, model_args.dtype or "float32")), **model_args.adaptation)
     trainer = make_trainer(model, processor, tmp_path, Items(), **{"optim": "adamw_torch_fused", **arguments})
-    batch = LisaDataCollator(processor)([Items()[0]])
+    batch = collate(processor, [Items()[0]])
     estimate = estimate_memory(empty, model_args, trainer.args, batch)
     trainer.train()
     assert estimate.weights == tensor_bytes([*model.parameters(), *model.buffers()])
@@ -60,7 +59,7 @@ def test_bytes_of_quantised_weights(bits, tmp_path):
     model = prepare_for_training(build.build_model(model_args, config), **model_args.adaptation)
     empty = prepare_for_training(build.build_model(model_args, config, empty=True), **model_args.adaptation)
     args = LisaTrainingArguments(str(tmp_path), use_cpu=True)
-    estimate = estimate_memory(empty, model_args, args, LisaDataCollator(processor)([Items()[0]]))
+    estimate = estimate_memory(empty, model_args, args, collate(processor, [Items()[0]]))
     scales = []
     for weight in model.parameters():
         if state := getattr(weight, "quant_state", None):

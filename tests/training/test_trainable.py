@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from fixtures.tiny_training import Items, build_model, copy_state
+from fixtures.tiny_training import Items, build_model, collate, copy_state
 from peft import PeftModel
 from transformers import AutoModel
 
-from lisa_hf import LisaDataCollator
 from lisa_hf.training.arguments import TRAINABLE_PARTS, LisaTrainingArguments
 from lisa_hf.training.trainable import find_parts, merge_lora, prepare_for_training, trainable_summary
 from lisa_hf.training.trainer import cut_prompts
@@ -29,7 +28,7 @@ def adapted_model(tied: bool = False):
 
 def outputs(model, processor) -> dict[str, torch.Tensor]:
     """Teacher-forced logits and masks, and masks of generated answers in which every third token is a `[SEG]`."""
-    batch = LisaDataCollator(processor)([Items()[index] for index in range(4)])
+    batch = collate(processor, [Items()[index] for index in range(4)])
     vision = {key: batch[key] for key in ("pixel_values", "mask_pixel_values", "image_indices")}
 
     def answer(row, ids):
@@ -99,7 +98,7 @@ def test_tied_embeddings_stay_tied_in_training(lora_r):
     model, processor = build_model(tie_word_embeddings=True)
     model = prepare_for_training(model, ["embeddings"], lora_r).train()
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
-    model(**LisaDataCollator(processor)([Items()[0]])).loss.backward()
+    model(**collate(processor, [Items()[0]])).loss.backward()
     optimizer.step()
     assert torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     plain, _ = build_model()
@@ -161,7 +160,7 @@ def test_a_vision_tower_trains_as_far_as_it_is_used(lora_r):
     model, processor = build_model()
     model.config.vlm_config.vision_feature_layer = -2  # of two layers, the first one
     model = prepare_for_training(model, ["vision_tower", "multi_modal_projector"], lora_r).train()
-    model(**LisaDataCollator(processor)([Items()[0]])).loss.backward()
+    model(**collate(processor, [Items()[0]])).loss.backward()
     assert [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None] == []
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad and "vision_tower" in name}
     assert any("layers.0." in name for name in trained) and any("patch_embedding" in name for name in trained)
@@ -171,7 +170,7 @@ def test_a_vision_tower_trains_as_far_as_it_is_used(lora_r):
 def test_everything_trains_in_full():
     model, processor = build_model()
     model = prepare_for_training(model, list(TRAINABLE_PARTS), lora_r=0).train()
-    model(**LisaDataCollator(processor)([Items()[0]])).loss.backward()
+    model(**collate(processor, [Items()[0]])).loss.backward()
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     assert [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None] == []
     known = ("prompt_encoder", "shared_image_embedding", "iou_prediction_head", "hypernetworks_mlps", "post_layernorm")

@@ -12,6 +12,7 @@ from fixtures.tiny_training import (
     Items,
     assert_gradients_equal,
     build_model,
+    collate,
     copy_state,
     make_item,
     make_trainer,
@@ -19,7 +20,7 @@ from fixtures.tiny_training import (
 )
 from transformers import EvalPrediction
 
-from lisa_hf import LisaDataCollator, LisaForConditionalGeneration
+from lisa_hf import LisaForConditionalGeneration
 from lisa_hf.evaluation.metrics import SegmentationMetric, intersection_and_union
 from lisa_hf.model.generation_lisa import LisaGenerateOutput
 from lisa_hf.training.arguments import TRAINABLE_PARTS, LisaTrainingArguments
@@ -39,7 +40,7 @@ def whole_batch():
     """Loss parts and gradients of the first eight items in one plain forward pass, normalised by the batch itself."""
     model, processor = build_model()
     model = prepare_for_training(model, TRAINABLE_PARTS, lora_r=0).train()
-    output = model(**LisaDataCollator(processor)([Items()[index] for index in range(8)]))
+    output = model(**collate(processor, [Items()[index] for index in range(8)]))
     output.loss.backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return {"loss": output.loss.item()} | {part: output[part].item() for part in LOSS_PARTS}, gradients
@@ -375,7 +376,7 @@ def test_evaluation_equals_counting_item_by_item(tiny, tmp_path):
     metrics = trainer.evaluate()
     ious, intersections, unions = [], 0, 0
     for item in items:
-        batch = LisaDataCollator(processor)([item])
+        batch = collate(processor, [item])
         with torch.no_grad():
             (masks,) = model(**batch).pred_masks
         for mask, target in zip(masks, batch["mask_labels"][0], strict=True):
@@ -405,7 +406,7 @@ def test_generated_answers_with_too_few_and_too_many_masks(tiny, tmp_path, monke
     monkeypatch.setattr(LisaForConditionalGeneration, "generate", generate)
     trainer = make_trainer(model, processor, tmp_path, eval_dataset=items, eval_generate=True)
     metrics = trainer.evaluate()
-    targets = [LisaDataCollator(processor)([item])["mask_labels"][0] for item in items]
+    targets = [collate(processor, [item])["mask_labels"][0] for item in items]
     areas = [(target == 1).sum().item() for image in targets for target in image]
     sizes = [(target != 255).sum().item() for image in targets for target in image]
     given = [False, True, True, False, True]
@@ -430,7 +431,7 @@ def test_cut_prompts_are_the_prompts_of_generation(chat_template):
             {"role": "assistant", "content": [{"type": "text", "text": "It is."}]},
         ]
     )
-    batch = LisaDataCollator(processor)(items)
+    batch = collate(processor, items)
     cut = cut_prompts(batch, processor)
     conversations = [question.messages for item in items for question in item["questions"]]
     prompts = [

@@ -14,10 +14,9 @@ from unittest import mock
 
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from fixtures.tiny_training import ENGINES, LISA_PARTS, Items, build_model, engine_state, make_trainer
+from fixtures.tiny_training import ENGINES, LISA_PARTS, Items, build_model, collate, engine_state, make_trainer
 from torch.utils._pytree import tree_leaves
 
-from lisa_hf import LisaDataCollator
 from lisa_hf.training import build
 from lisa_hf.training.arguments import ModelArguments
 from lisa_hf.training.memory_estimate import estimate_memory
@@ -87,7 +86,7 @@ def run(engine: str, bf16: bool) -> dict:
         model = prepare_for_training(model, **PARTS)
         trainer = make_trainer(model, processor, output_dir, Items(), per_device_train_batch_size=2, **arguments)
         trainer.remove_callback(trainer.recorder)
-        batch = LisaDataCollator(processor)([Items()[0], Items()[1]])
+        batch = collate(processor, [Items()[0], Items()[1]])
         estimate = estimate_memory(empty, model_args, copy.copy(trainer.args), batch)
         with zero2_gradients() as gradients:
             trainer.train()
