@@ -1,14 +1,12 @@
-"""Fine-tunes a LISA model.
+"""Fine-tune a LISA model.
 
-    accelerate launch recipes/train.py --config recipes/configs/quickstart.yaml
     accelerate launch recipes/train.py --config recipes/configs/quickstart.yaml --max_steps 20 --output_dir outputs/try
     accelerate launch --config_file recipes/accelerate/zero2.yaml --num_processes 2 recipes/train.py --config ...
 
-The keys of the YAML file are the arguments of `lisa_hf.training.arguments`; the command line wins over the file. With
-`--resume_from_checkpoint auto` one command both starts a run and goes on with it.
+The keys of the YAML file are the arguments in `lisa_hf.training.arguments`; the command line overrides the file. With
+`--resume_from_checkpoint auto`, the same command starts a run and resumes it.
 """
 
-import itertools
 import logging
 from pathlib import Path
 
@@ -19,9 +17,8 @@ from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.data.feature_cache import build_feature_cache
 from lisa_hf.errors import report_user_errors
 from lisa_hf.export import gather_trained_model
-from lisa_hf.from_scratch.tokenizer import row_texts
 from lisa_hf.model.packing import resolve_packing
-from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
+from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, parse_arguments
 from lisa_hf.training.build import build_config_and_processor, build_datasets, build_model
 from lisa_hf.training.callbacks import FlatFigures, PredictionSheet, StopOnSignal
 from lisa_hf.training.dry_run import dry_run
@@ -33,10 +30,71 @@ from lisa_hf.training.trainable import prepare_for_training, trainable_summary
 logger = logging.getLogger("train")
 
 
-def load_rows(data_args: DataArguments, training_args: LisaTrainingArguments):
-    """The rows of the training and evaluation sources, prepared by one process."""
-    if not data_args.sources:
-        raise ValueError("sources: expected at least one training source, found none")
+def main():
+    # 1. Arguments: a YAML file, then the command line
+    model_args, data_args, training_args = parse_arguments()
+    logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
+    # These log once what was skipped, how large the feature cache is, and which checkpoint is resumed.
+    for name in ("data_scripts", "lisa_hf.data.feature_cache", "lisa_hf.training.checkpointing"):
+        logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
+
+    with report_user_errors():
+        # 2. Data: images with the questions that are asked about them
+        train_rows, eval_rows = load_rows(data_args, training_args)
+        train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)
+
+        # 3. Config, processor, model: what trains is chosen here
+        config, processor = build_config_and_processor(model_args, train_rows)
+        if training_args.should_log:
+            print(report_memory(config, processor, model_args, data_args, training_args))
+        transformers.set_seed(training_args.seed)  # exporting a LoRA run draws the same random weights again
+        model = prepare_for_training(build_model(model_args, config), **model_args.adaptation)
+        if training_args.should_log:
+            print(trainable_summary(model, training_args))
+        if data_args.feature_cache is not None:
+            train_dataset.feature_cache = build_feature_cache(
+                data_args.feature_cache,
+                model,
+                processor,
+                train_rows,
+                training_args,
+                data_args.feature_cache_limit_gb,
+                data_args.min_decoded_edge,
+            )
+
+        # 4. Trainer
+        packing = resolve_packing(model.config, data_args.packing)
+        collator = LisaDataCollator(processor, data_args.max_length, data_args.on_bad_row, packing, compact=True)
+        trainer = LisaTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_datasets if len(eval_datasets) > 1 else next(iter(eval_datasets.values()), None),
+            data_collator=collator,
+            processing_class=processor,
+            callbacks=[FlatFigures()],
+        )
+        if eval_datasets:
+            trainer.add_callback(PredictionSheet(trainer, next(iter(eval_datasets.values()))))
+        if training_args.dry_run:
+            report = dry_run(trainer)
+            if trainer.is_world_process_zero():
+                print(report)
+            return
+
+        # 5. Train, evaluate, save
+        trainer.add_callback(stop := StopOnSignal())
+        if trainer.is_world_process_zero():
+            write_run_record(model_args, data_args, training_args, train_dataset, eval_datasets)
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        if stop.received:
+            logger.warning("Stopped by %s. Resume with --resume_from_checkpoint auto.", stop.received.name)
+        else:
+            evaluate_and_save(trainer)
+
+
+def load_rows(data_args: DataArguments, training_args: LisaTrainingArguments) -> tuple[dict, dict]:
+    """Load the rows of the training and evaluation sources by name; one process prepares them for all."""
     with training_args.main_process_first(desc="data preparation"):
         train_rows = load_sources(
             data_args.sources,
@@ -48,50 +106,8 @@ def load_rows(data_args: DataArguments, training_args: LisaTrainingArguments):
         return train_rows, load_sources(data_args.eval_sources, data_args.data_dir, data_args.max_eval_items)
 
 
-def build_trainer(model_args: ModelArguments, data_args: DataArguments, training_args: LisaTrainingArguments):
-    """A trainer with its model and data, and the data sets to evaluate on."""
-    train_rows, eval_rows = load_rows(data_args, training_args)
-    train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)
-    texts = itertools.chain.from_iterable(row_texts(rows) for rows in train_rows.values())
-    config, processor = build_config_and_processor(model_args, texts)
-    if training_args.should_log:
-        print(report_memory(config, processor, model_args, data_args, training_args))
-    transformers.set_seed(training_args.seed)  # here: the export of a LoRA run draws the same random weights again
-    model = prepare_for_training(build_model(model_args, config), **model_args.adaptation)
-    if training_args.should_log:
-        print(trainable_summary(model, training_args))
-    if data_args.feature_cache is not None:
-        train_dataset.feature_cache = build_feature_cache(
-            data_args.feature_cache,
-            model,
-            processor,
-            train_rows,
-            training_args,
-            data_args.feature_cache_limit_gb,
-            data_args.min_decoded_edge,
-        )
-    trainer = LisaTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_datasets if len(eval_datasets) > 1 else next(iter(eval_datasets.values()), None),
-        data_collator=LisaDataCollator(
-            processor,
-            data_args.max_length,
-            data_args.on_bad_row,
-            resolve_packing(model.config, data_args.packing),
-            compact=True,
-        ),
-        processing_class=processor,
-        callbacks=[FlatFigures()],
-    )
-    if eval_datasets:
-        trainer.add_callback(PredictionSheet(trainer, next(iter(eval_datasets.values()))))
-    return trainer, eval_datasets
-
-
-def finish(trainer: LisaTrainer) -> None:
-    """The last evaluation, and the model, its processor and metrics on disk."""
+def evaluate_and_save(trainer: LisaTrainer) -> None:
+    """Evaluate the final model and save it with its processor and metrics."""
     trainer.save_state()
     if trainer.num_skipped_rows:
         logger.warning("%d rows could not be used and were skipped.", trainer.num_skipped_rows)
@@ -104,33 +120,7 @@ def finish(trainer: LisaTrainer) -> None:
     if trainer.is_world_process_zero():
         model.save_pretrained(output_dir)
         trainer.processing_class.save_pretrained(output_dir)
-        done = f"Done. Model, processor and metrics: {output_dir.resolve()}"
-        if trainer.eval_dataset is not None:
-            done += f"; predictions on held-out images: {(output_dir / 'predictions.png').resolve()}"
-        print(done)
-
-
-def main():
-    model_args, data_args, training_args = parse_arguments()
-    logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
-    # How much is skipped or left out, how large the feature cache gets and what is resumed from, said once.
-    for name in ("data_scripts", "lisa_hf.data.feature_cache", "lisa_hf.training.checkpointing"):
-        logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
-    with report_user_errors():
-        trainer, eval_datasets = build_trainer(model_args, data_args, training_args)
-        if training_args.dry_run:
-            report = dry_run(trainer)
-            if trainer.is_world_process_zero():
-                print(report)
-            return
-        trainer.add_callback(stop := StopOnSignal())
-        if trainer.is_world_process_zero():
-            write_run_record(model_args, data_args, training_args, trainer.train_dataset, eval_datasets)
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        if stop.received:
-            logger.warning("Stopped by %s. Go on with --resume_from_checkpoint auto.", stop.received.name)
-        else:
-            finish(trainer)
+        print(f"Done. Model, processor, metrics and predictions: {output_dir.resolve()}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 This is the only place where models are built. A training run calls the functions in this order:
 
-    config, processor = build_config_and_processor(model_args, texts)
+    config, processor = build_config_and_processor(model_args, train_rows)
     model = build_model(model_args, config)
     train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)
 """
 
 import copy
-from collections.abc import Iterable
+import itertools
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from ..data.mixture import EvaluationDataset, MixtureDataset
 from ..data.streaming import StreamingMixtureDataset
 from ..from_scratch.configuration import tiny_config_and_processor
 from ..from_scratch.initialization import initialize_weights
-from ..from_scratch.tokenizer import add_template_tokens, train_tokenizer
+from ..from_scratch.tokenizer import add_template_tokens, row_texts, train_tokenizer
 from ..model.configuration_lisa import LisaConfig
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import LisaProcessor
@@ -37,13 +37,13 @@ from .arguments import LOSS_OPTIONS, DataArguments, LisaTrainingArguments, Model
 
 
 def build_config_and_processor(
-    model_args: ModelArguments, texts: Iterable[str] = ()
+    model_args: ModelArguments, train_rows: dict[str, Dataset] | dict[str, IterableDataset] | None = None
 ) -> tuple[LisaConfig, LisaProcessor]:
     """Build the config of the model that the arguments name, and its processor: everything but the weights.
 
     Args:
         model_args: Name a LISA model, a VLM and a mask model, or the configs of randomly initialized ones.
-        texts: What a tokenizer is trained on if a randomly initialized model names none.
+        train_rows: Rows by source, whose texts train a tokenizer if a randomly initialized model names none.
 
     Raises:
         ValueError: A checkpoint has another architecture or an original format, or is an adapter without its base.
@@ -68,7 +68,7 @@ def build_config_and_processor(
         if model_args.tokenizer:
             tokenizer = _load_tokenizer(model_args.tokenizer)
         else:
-            tokenizer = train_tokenizer(texts)
+            tokenizer = train_tokenizer(itertools.chain.from_iterable(map(row_texts, (train_rows or {}).values())))
             add_template_tokens(tokenizer)
         config, processor = tiny_config_and_processor(
             model_args.vlm_config, model_args.mask_config, tokenizer, chat_template, model_args.language_model
@@ -128,6 +128,8 @@ def build_datasets(
     training_args: LisaTrainingArguments,
 ) -> tuple[MixtureDataset | StreamingMixtureDataset, dict[str, EvaluationDataset]]:
     """Build the mixture to train on and, for each evaluation source, the data set to evaluate on."""
+    if not train_rows:
+        raise ValueError("sources: expected at least one training source, got none")
     options = {
         "weights": data_args.weights,
         "seed": training_args.data_seed if training_args.data_seed is not None else training_args.seed,
