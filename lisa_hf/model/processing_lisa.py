@@ -8,7 +8,17 @@ from functools import lru_cache
 import PIL.Image
 import torch
 import transformers
-from transformers import AddedToken, AutoImageProcessor, AutoProcessor, BatchFeature, LlamaTokenizer, ProcessorMixin
+from transformers import (
+    AddedToken,
+    AutoImageProcessor,
+    AutoProcessor,
+    BaseImageProcessor,
+    BatchFeature,
+    LlamaTokenizer,
+    ProcessorMixin,
+)
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.utils import is_torchvision_available
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .losses import IGNORE_INDEX
@@ -31,6 +41,97 @@ def add_tokens(tokenizer, tokens=(SEG_TOKEN,), lstrip: bool = True) -> None:
     one `[SEG]`, and they are ordinary text for `decode(skip_special_tokens=True)`. Without `lstrip` they leave the
     spaces before them."""
     tokenizer.add_tokens([AddedToken(token, lstrip=lstrip, rstrip=True, normalized=False) for token in tokens])
+
+
+# ---- image processors and their backends ----------------------------------------------------------------------------
+#
+# transformers has most image processors twice, with the Pillow and with the torchvision backend, and loads whichever
+# is installed. The two resize differently (SAM: up to 0.0175 standard deviations of a pixel). Weights were trained on
+# one of them, so the backend is part of a checkpoint. The image processor's type names it, in published checkpoints as
+# in ours: `...Fast` is torchvision, `...Pil` is Pillow.
+
+
+_TORCHVISION_IS_MISSING = "expected torchvision for {}, got an environment without it. Do `pip install torchvision`."
+
+
+def image_processor_type(image_processor: BaseImageProcessor) -> str:
+    """Return the type to save for an image processor, which names its backend."""
+    name = type(image_processor).__name__
+    return f"{name}Fast" if isinstance(image_processor, TorchvisionBackend) else name
+
+
+def image_processor_class(image_processor_type: str) -> type[BaseImageProcessor]:
+    """Return the class of an image processor type, with the backend that the type names.
+
+    A plain name means Pillow where transformers has it: it did so before transformers 5, when most checkpoints were
+    published, and in LISA checkpoints that were saved before their types named a backend.
+
+    Args:
+        image_processor_type: Value of this key in a checkpoint, such as `"SamImageProcessorPil"`.
+
+    Raises:
+        ValueError: If transformers has no such image processor, or torchvision is needed and not installed.
+    """
+    base = str(image_processor_type).removesuffix("Fast").removesuffix("Pil")
+    names_torchvision = str(image_processor_type).endswith("Fast")
+    name = base if names_torchvision or not hasattr(transformers, f"{base}Pil") else f"{base}Pil"
+    # Without torchvision, the plain name gives a placeholder or, with no more than a warning, Pillow's class.
+    if not is_torchvision_available():
+        if names_torchvision or getattr(getattr(transformers, name, None), "is_dummy", False):
+            raise ValueError(_TORCHVISION_IS_MISSING.format(image_processor_type))
+    return _transformers_class(name, BaseImageProcessor)
+
+
+def load_image_processor(path: str | os.PathLike, **kwargs) -> BaseImageProcessor:
+    """Load an image processor with the backend that its checkpoint names; Sam's and SamHQ's always with Pillow.
+
+    Args:
+        path: Directory or Hub id, of an image processor or of a processor that has one.
+        kwargs: Arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: If the backend is not installed, see [`image_processor_class`].
+    """
+    config, _ = BaseImageProcessor.get_image_processor_dict(path, **kwargs)
+    # Configurations from before 2023 have no type: transformers knows it from the model's.
+    name = config.get("image_processor_type") or type(AutoImageProcessor.from_pretrained(path, **kwargs)).__name__
+    if name == "SamImageProcessorFast":
+        name = "SamImageProcessorPil"  # what the published weights were trained on, whoever saved them again
+    return image_processor_class(name).from_dict(config)
+
+
+def load_vlm_processor(processor_class: type, path: str | os.PathLike, **kwargs) -> ProcessorMixin:
+    """Load the processor of a VLM, with the image processor backend that its checkpoint names.
+
+    Args:
+        processor_class: Class of the processor, or `AutoProcessor`.
+        path: Directory or Hub id.
+        kwargs: Arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: If torchvision is needed and not installed.
+    """
+    image_processor = load_image_processor(path, **kwargs)
+    try:
+        processor = processor_class.from_pretrained(path, **kwargs)
+    except ImportError as error:
+        if is_torchvision_available():
+            raise
+        # The video processors of Qwen, InternVL and others have no other backend.
+        raise ValueError(_TORCHVISION_IS_MISSING.format(f"the processor of {path}")) from error
+    processor.image_processor = image_processor
+    return processor
+
+
+def _transformers_class(name: str, base: type) -> type:
+    """Return a class of transformers that a checkpoint names. Nothing else is looked up or called for a checkpoint."""
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(
+            f"expected the name of a {base.__name__} of transformers in processor_config.json, got '{name}'. Download "
+            "the checkpoint again, from a source that you trust."
+        )
+    return found
 
 
 class LisaProcessor(ProcessorMixin):
@@ -61,7 +162,7 @@ class LisaProcessor(ProcessorMixin):
 
         The tokenizer gets `[SEG]` and, if the chat template has them, `<im_start>` and `<im_end>`.
         """
-        vlm_processor = AutoProcessor.from_pretrained(vlm)
+        vlm_processor = load_vlm_processor(AutoProcessor, vlm)
         chat_template = chat_template or vlm_processor.chat_template or vlm_processor.tokenizer.chat_template
         question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
         prompt = vlm_processor.apply_chat_template(
@@ -74,19 +175,22 @@ class LisaProcessor(ProcessorMixin):
         add_tokens(tokenizer, [token for token in IMAGE_TOKENS if token in chat_template and token not in known])
         return cls(
             vlm_processor=vlm_processor,
-            mask_image_processor=AutoImageProcessor.from_pretrained(mask_model),
+            mask_image_processor=load_image_processor(mask_model),
             chat_template=chat_template,
         )
 
     def to_dict(self) -> dict:
         # Both processors share one file at the root: a sub-folder for the VLM's would hide its tokenizer from
         # AutoTokenizer.
-        own = super().to_dict()
-        return {
-            **self.vlm_processor.to_dict(),
-            **own,
-            "vlm_processor_class": type(self.vlm_processor).__name__,
-        }
+        processor_dict = self.vlm_processor.to_dict() | super().to_dict()
+        processor_dict["vlm_processor_class"] = type(self.vlm_processor).__name__
+        # transformers writes the same type for both backends, and so loads whichever is installed.
+        for name, image_processor in (
+            ("image_processor", self.vlm_processor.image_processor),
+            ("mask_image_processor", self.mask_image_processor),
+        ):
+            processor_dict[name]["image_processor_type"] = image_processor_type(image_processor)
+        return processor_dict
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         self.vlm_processor.save_pretrained(save_directory)
@@ -101,11 +205,11 @@ class LisaProcessor(ProcessorMixin):
                 "LisaProcessor. For a new model from a VLM and a mask model use "
                 "`LisaProcessor.from_vlm_mask_model_pretrained`."
             )
-        vlm_class = getattr(transformers, processor_dict["vlm_processor_class"])
+        vlm_class = _transformers_class(processor_dict["vlm_processor_class"], ProcessorMixin)
         mask_processor = processor_dict["mask_image_processor"]
         return cls(
-            vlm_processor=vlm_class.from_pretrained(pretrained_model_name_or_path, **kwargs),
-            mask_image_processor=getattr(transformers, mask_processor["image_processor_type"])(**mask_processor),
+            vlm_processor=load_vlm_processor(vlm_class, pretrained_model_name_or_path, **kwargs),
+            mask_image_processor=image_processor_class(mask_processor["image_processor_type"])(**mask_processor),
             chat_template=processor_dict.get("chat_template"),
         )
 

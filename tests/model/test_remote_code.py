@@ -16,8 +16,11 @@ CODE = {
     *("pipeline_lisa.py", "processing_lisa.py", "packing.py", "upstream_fixes.py", "vlm_backbone.py"),
 }
 SCRIPT = """
+import os
 import sys
 
+if "WITHOUT_TORCHVISION" in os.environ:  # see without_torchvision.py
+    sys.modules["torchvision"] = None
 import torch
 from PIL import Image
 from safetensors.torch import save_file

@@ -5,9 +5,14 @@
 REQUESTS is a dict of name to (function of this file, directory of the model, keyword arguments); see `test_parity.py`.
 """
 
+import os
 import pickle
 import sys
 from functools import cache
+
+
+if "WITHOUT_TORCHVISION" in os.environ:  # see without_torchvision.py
+    sys.modules["torchvision"] = None
 
 import torch
 from transformers import AutoModel, AutoProcessor
