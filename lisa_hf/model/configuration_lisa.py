@@ -1,4 +1,4 @@
-"""Configuration of a LISA model: a vision-language model (VLM), a SAM-family mask model and what joins them."""
+"""LisaConfig: a vision-language model (VLM), a SAM-family mask model and what joins them."""
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -6,7 +6,7 @@ from transformers.configuration_utils import SubConfigSpec
 from .upstream_fixes import saved_custom_pipelines
 
 
-# What `pipeline("reasoning-segmentation")` runs where this package is not installed.
+# The code of `pipeline("reasoning-segmentation")` where this package is not installed.
 CUSTOM_PIPELINES = {
     "reasoning-segmentation": {"impl": "pipeline_lisa.ReasoningSegmentationPipeline", "pt": ["AutoModel"]}
 }
@@ -16,15 +16,15 @@ class LisaConfig(PreTrainedConfig):
     """Configuration of [`LisaForConditionalGeneration`].
 
     Args:
-        vlm_config: configuration (or dict with `model_type`) of any transformers image-text-to-text model.
-        mask_config: configuration (or dict with `model_type`) of a SAM-family model: `sam`, `sam_hq` or `sam2`.
-        seg_token_id: id of `[SEG]`, the token whose predicting hidden state becomes a mask (LISA, section 3.2).
-        ce_loss_weight, mask_bce_loss_weight, mask_dice_loss_weight: weights of the three loss parts; the defaults are
+        vlm_config: Configuration, or dict with `model_type`, of any image-text-to-text model of transformers.
+        mask_config: Configuration, or dict with `model_type`, of a SAM-family model: `sam`, `sam_hq` or `sam2`.
+        seg_token_id: Id of `[SEG]`. The hidden state that predicts it becomes a mask (LISA, section 3.2).
+        ce_loss_weight, mask_bce_loss_weight, mask_dice_loss_weight: Weights of the three losses; the defaults are
             those of LISA's training script.
-        mask_loss_points: pixels of each mask on which the mask losses are trained, see [`sampled_mask_losses`]
-            (Mask2Former: 12544); 0, the default, for all, as LISA.
-        suppress_tokens: ids that are never predicted: their logits are minus infinity in loss and generation. For
-            rows that a conversion appended to a vocabulary (`<image>`, `<pad>`) and that the original did not have.
+        mask_loss_points: Number of pixels of each mask on which the mask losses are trained, see
+            [`sampled_mask_losses`] (Mask2Former: 12544). The default, 0, uses all pixels, as LISA.
+        suppress_tokens: Ids whose logits are minus infinity in loss and generation. For tokens that a conversion
+            appended to the vocabulary (`<image>`, `<pad>`) and that the original model could not predict.
     """
 
     model_type = "lisa"
@@ -45,8 +45,8 @@ class LisaConfig(PreTrainedConfig):
     def __post_init__(self, custom_pipelines: dict | None = None, **kwargs):
         self.custom_pipelines = saved_custom_pipelines(__name__, custom_pipelines)
         super().__post_init__(**kwargs)
-        # SAM 2 replaces an unstable single mask by one of its three others in evaluation only. LISA trains the single
-        # mask alone, so that choice would return untrained masks.
+        # In evaluation, SAM 2 replaces an unstable single mask by one of its three others. LISA trains the single mask
+        # only, so this would return untrained masks.
         if self.mask_config.model_type == "sam2":
             self.mask_config.mask_decoder_config.dynamic_multimask_via_stability = False
 
@@ -54,10 +54,10 @@ class LisaConfig(PreTrainedConfig):
         return {**super().to_dict(), "custom_pipelines": CUSTOM_PIPELINES}
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
-        """The configuration of the VLM's language model, where transformers looks for sizes and cache settings."""
+        """Return the language model's configuration, where transformers looks for sizes and cache settings."""
         return self.vlm_config.get_text_config(*args, **kwargs)
 
     @property
     def hidden_size(self) -> int:
-        """Width of the language model; DeepSpeed's "auto" values are computed from it."""
+        """The width of the language model, from which DeepSpeed computes its "auto" values."""
         return self.get_text_config().hidden_size

@@ -1,8 +1,8 @@
 """One way to call any of transformers' SAM-family models: encode images, decode prompts, bring masks back to size.
 
 Sam, SamHQ and Sam2 differ in what their image encoder returns (a tensor; a tensor and the encoder's intermediate
-states; a pyramid of tensors), in what their decoder wants of it and in how their processor resizes images. Everything
-that knows these differences is here.
+states; a pyramid of tensors), in what their decoder takes and in how their processor resizes images. All code that
+depends on these differences is in this file.
 """
 
 from contextlib import nullcontext
@@ -15,9 +15,9 @@ from torch import nn
 from .upstream_fixes import patched_sam_hq_decoder
 
 
-# Sub-modules of the decoder that a single-mask, text-prompted LISA never takes a gradient through: the IoU head, the
-# hypernetworks of the three unused masks and, in SAM 2, the object score and the two convolutions that belong to image
-# encoding. They stay frozen, otherwise DDP waits for their gradients.
+# Sub-modules of the decoder that get no gradient from a single text-prompted mask: the IoU head, the hypernetworks of
+# the three other masks and, in SAM 2, the object score and two convolutions that belong to image encoding. They stay
+# frozen, because DDP would wait for their gradients.
 UNTRAINED_DECODER_MODULES = (
     "iou_prediction_head",
     "output_hypernetworks_mlps.1",
@@ -28,66 +28,69 @@ UNTRAINED_DECODER_MODULES = (
     "conv_s1",
 )
 SUPPORTED_MASK_MODELS = ("sam", "sam_hq", "sam2")
-# Numbers of an attention bias that exist at a time. On CPUs 16 MB, which are used again for the next piece; more than
-# 32 MB come from the system each time, page by page. On GPUs what keeps all of their cores at work.
+# Elements of an attention bias that exist at a time. On CPUs 16 MB: the allocator reuses blocks of up to 32 MB, and
+# requests larger ones from the system each time, page by page. On GPUs enough to keep all cores busy.
 BIAS_SIZE = {"cpu": 2**22, "cuda": 2**27}
 
 
 def prompt_size(mask_config) -> int:
-    """Width of one prompt embedding of the mask decoder."""
+    """Return the width of a prompt embedding of the mask decoder."""
     return mask_config.prompt_encoder_config.hidden_size
 
 
 def padded_side(mask_config) -> int | None:
-    """Side, in pixels, of the square that Sam and SamHQ pad images to; None for SAM 2, which stretches them."""
+    """Return the side, in pixels, of the square that Sam and SamHQ pad images to; None for SAM 2, which stretches."""
     return None if mask_config.model_type == "sam2" else mask_config.prompt_encoder_config.image_size
 
 
 def use_chunked_attention(mask_model: nn.Module) -> None:
-    """Makes the global attention of Sam's and SamHQ's encoder compute its relative positions piece by piece.
+    """Make the global attention of Sam's and SamHQ's encoder compute its relative positions chunk by chunk.
 
-    transformers makes a bias `(B, heads, H * W, H * W)` of them and a copy in another order: 2 x 1.1 GB per image
-    in float32 with ViT-H at 1024 pixels, in each of four layers. The results are the same.
+    transformers makes a bias `(B, heads, H * W, H * W)` of them, and a copy in another memory order: 2 x 1.1 GB per
+    image in float32 with ViT-H at 1024 pixels, in each of four layers. The results are the same.
     """
     if mask_model.config.model_type == "sam2" or mask_model.config.vision_config._attn_implementation != "sdpa":
         return
     for layer in mask_model.vision_encoder.layers:
         if layer.window_size == 0 and layer.attn.use_rel_pos:
-            layer.attn.forward = partial(_global_attention, layer.attn)
+            layer.attn.forward = partial(_chunked_attention, layer.attn)
 
 
-def _global_attention(attention: nn.Module, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, None]:
-    """`SamVisionSdpaAttention.forward` for `(B, H, W, C)`: some heads, and some rows of the image, at a time."""
+def _chunked_attention(attention: nn.Module, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, None]:
+    """Compute `SamVisionSdpaAttention.forward` of `(B, H, W, C)` for some heads and some image rows at a time."""
     batch_size, height, width, _ = hidden_states.shape
     num_positions, num_heads = height * width, attention.num_attention_heads
     qkv = attention.qkv(hidden_states).reshape(batch_size, num_positions, 3, num_heads, -1)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B * heads, H * W, C / heads) each
-    query = query.unflatten(1, (height, width))
-    relative_height = attention.get_rel_pos(height, height, attention.rel_pos_h)
-    relative_width = attention.get_rel_pos(width, width, attention.rel_pos_w)
-    bias_height = torch.einsum("bhwc,hkc->bhwk", query, relative_height)
-    bias_width = torch.einsum("bhwc,wkc->bhwk", query, relative_width)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # [B * heads, H * W, C / heads] each
 
+    # A query's bias towards a key is the sum of one number for the key's row and one for its column.
+    query = query.unflatten(1, (height, width))  # [B * heads, H, W, C / heads]
+    relative_height = attention.get_rel_pos(height, height, attention.rel_pos_h)  # [H, H, C / heads]
+    relative_width = attention.get_rel_pos(width, width, attention.rel_pos_w)  # [W, W, C / heads]
+    bias_height = torch.einsum("bhwc,hkc->bhwk", query, relative_height)  # [B * heads, H, W, H]
+    bias_width = torch.einsum("bhwc,wkc->bhwk", query, relative_width)  # [B * heads, H, W, W]
+
+    # As many heads as fit, or as many image rows of one head.
     size = BIAS_SIZE.get(hidden_states.device.type, BIAS_SIZE["cuda"])
     heads_at_once = max(1, size // num_positions**2)
     rows_at_once = max(1, size // (heads_at_once * width * num_positions))
     heads = []
     for q, k, v, h, w in zip(*(x.split(heads_at_once) for x in (query, key, value, bias_height, bias_width))):
-        pieces = []
+        chunks = []
         for rows, by_height, by_width in zip(*(x.split(rows_at_once, dim=1) for x in (q, h, w))):
-            bias = by_height.contiguous()[..., None] + by_width.contiguous()[..., None, :]
-            bias = bias.view(len(k), 1, -1, num_positions)
-            pieces.append(F.scaled_dot_product_attention(rows.flatten(1, 2)[:, None], k[:, None], v[:, None], bias))
-        heads.append(torch.cat(pieces, dim=2))
+            bias = by_height.contiguous()[..., None] + by_width.contiguous()[..., None, :]  # [heads, rows, W, H, W]
+            bias = bias.view(len(k), 1, -1, num_positions)  # [heads, 1, rows * W, H * W]
+            chunks.append(F.scaled_dot_product_attention(rows.flatten(1, 2)[:, None], k[:, None], v[:, None], bias))
+        heads.append(torch.cat(chunks, dim=2))  # [heads, 1, H * W, C / heads]
     output = torch.cat(heads).view(batch_size, num_heads, height, width, -1)
-    return attention.proj(output.permute(0, 2, 3, 1, 4).flatten(3)), None
+    return attention.proj(output.permute(0, 2, 3, 1, 4).flatten(3)), None  # [B, H, W, C]
 
 
 def encode_images(mask_model: nn.Module, pixel_values: torch.Tensor):
-    """Image embeddings as the mask model's own encoder gives them.
+    """Compute image embeddings with the mask model's own encoder.
 
     Args:
-        pixel_values: `(B, 3, S, S)` float, normalised by the mask model's image processor.
+        pixel_values: Images as the mask model's image processor normalizes them, `(B, 3, S, S)` float.
 
     Returns:
         Sam: `(B, C, h, w)`; SamHQ: `[(B, C, h, w), [(B, h, w, C'), ...]]`; Sam2: a list of three tensors, fine to
@@ -95,7 +98,7 @@ def encode_images(mask_model: nn.Module, pixel_values: torch.Tensor):
     """
     model_type = mask_model.config.model_type
     trainable = any(parameter.requires_grad for parameter in mask_model.vision_encoder.parameters())
-    # `get_image_embeddings` of transformers is always under no_grad, so a trainable encoder is called directly.
+    # transformers' `get_image_embeddings` is always under no_grad, so the encoder is called directly.
     with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
         if model_type == "sam":
             return mask_model.vision_encoder(pixel_values).last_hidden_state
@@ -104,6 +107,7 @@ def encode_images(mask_model: nn.Module, pixel_values: torch.Tensor):
             return [output.last_hidden_state, list(output.intermediate_embeddings)]
         features = list(mask_model.get_image_features(pixel_values, return_dict=True).fpn_hidden_states)
         features[-1] = features[-1] + mask_model.no_memory_embedding
+        # From [h * w, B, C] to [B, C, h, w] each.
         return [
             feature.permute(1, 2, 0).reshape(len(pixel_values), -1, *size)
             for feature, size in zip(features, mask_model.backbone_feature_sizes)
@@ -111,57 +115,65 @@ def encode_images(mask_model: nn.Module, pixel_values: torch.Tensor):
 
 
 def select_images(image_embeddings, indices: torch.Tensor, dtype: torch.dtype):
-    """Rows `indices` (M,) of image embeddings in any of the forms of [`encode_images`], as `dtype`."""
+    """Return rows `indices` `(M,)` of image embeddings in any form of [`encode_images`], as `dtype`."""
     if isinstance(image_embeddings, torch.Tensor):
         return image_embeddings[indices].to(dtype)
     return [select_images(part, indices, dtype) for part in image_embeddings]
 
 
-def decode_prompts(mask_model: nn.Module, image_embeddings, prompts: torch.Tensor):
-    """Decodes one mask per prompt, all in one call.
+def decode_prompts(
+    mask_model: nn.Module, image_embeddings, prompts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode one mask per prompt, all in one call.
 
     Args:
-        image_embeddings: of M images (see [`select_images`]), in a form of [`encode_images`].
-        prompts: `(M, C)` float prompt embeddings, one per mask; M > 0.
+        image_embeddings: Embeddings of M images in a form of [`encode_images`], see [`select_images`].
+        prompts: Prompt embeddings, one per mask, `(M, C)` float; M > 0.
 
     Returns:
-        `low_res_masks` `(M, h, w)` logits and `iou_scores` `(M,)`, the decoder's own estimate of each mask's IoU.
+        Mask logits `(M, h, w)`, and the decoder's own estimate of each mask's IoU `(M,)`.
     """
+    # 1. The embedding, and what else the decoder takes of the encoder's output.
     model_type = mask_model.config.model_type
     decoder_kwargs = {}
-    embeddings = image_embeddings
+    embeddings = image_embeddings  # [M, C, h, w]
     if model_type == "sam_hq":
         embeddings, decoder_kwargs["intermediate_embeddings"] = image_embeddings
         decoder_kwargs["hq_token_only"] = False
     elif model_type == "sam2":
         *decoder_kwargs["high_resolution_features"], embeddings = image_embeddings
+
+    # 2. The dense prompt says that there is no mask prompt. The module is called, because under ZeRO-3 only a call
+    # gathers the pieces of its weight.
     dtype = mask_model.prompt_encoder.no_mask_embed.weight.dtype
-    # Through the module, which under ZeRO-3 gathers the pieces of its weight first.
     no_mask = mask_model.prompt_encoder.no_mask_embed(torch.zeros(1, dtype=torch.long, device=prompts.device))
-    dense = no_mask.reshape(1, -1, 1, 1).expand_as(embeddings)
-    position = mask_model.get_image_wide_positional_embeddings().to(dtype).expand_as(embeddings)
+    dense = no_mask.reshape(1, -1, 1, 1).expand_as(embeddings)  # [M, C, h, w]
+    position = mask_model.get_image_wide_positional_embeddings().to(dtype).expand_as(embeddings)  # [M, C, h, w]
+
+    # 3. Decoder. To it, the M prompts are a batch of M images with one prompt of one token each.
     with patched_sam_hq_decoder(mask_model.mask_decoder) if model_type == "sam_hq" else nullcontext():
         masks, iou_scores, *_ = mask_model.mask_decoder(
             image_embeddings=embeddings.to(dtype),
             image_positional_embeddings=position,
-            sparse_prompt_embeddings=prompts.to(dtype)[:, None, None],
+            sparse_prompt_embeddings=prompts.to(dtype)[:, None, None],  # [M, 1, 1, C]
             dense_prompt_embeddings=dense,
             multimask_output=False,
             **decoder_kwargs,
         )
-    return masks[:, 0, 0], iou_scores[:, 0, 0]
+    return masks[:, 0, 0], iou_scores[:, 0, 0]  # from [M, 1, 1, h, w] and [M, 1, 1]
 
 
 def unpad_masks(low_res_masks: torch.Tensor, reshaped_size, side: int | None) -> torch.Tensor:
-    """Mask logits of one image without what belongs to the padding.
+    """Cut the padding off the mask logits of one image.
 
     Args:
-        low_res_masks: `(M, h, w)` logits of the decoder.
+        low_res_masks: Logits of the decoder, `(M, h, w)`.
         reshaped_size: (H, W) of the image after the resize and before the padding.
-        side: of the padded square, see [`padded_side`].
+        side: Side of the padded square, see [`padded_side`].
 
     Returns:
-        `(M, H, W)` float32 logits, which cover the image; without padding, the masks at the decoder's size.
+        `(M, H, W)` float32 logits that cover the image: at the size `reshaped_size`, or at the decoder's size if
+        images are not padded.
     """
     masks = low_res_masks.float()
     if side is None:
@@ -171,10 +183,10 @@ def unpad_masks(low_res_masks: torch.Tensor, reshaped_size, side: int | None) ->
 
 
 def upscale_masks(low_res_masks: torch.Tensor, reshaped_size, original_size, side: int | None) -> torch.Tensor:
-    """Brings mask logits of one image back to its original size, as the mask model's own processor does.
+    """Bring mask logits of one image to its original size, as the mask model's own processor does.
 
     Args:
-        low_res_masks, reshaped_size, side: see [`unpad_masks`].
+        low_res_masks, reshaped_size, side: See [`unpad_masks`].
         original_size: (H, W) of the image.
 
     Returns:

@@ -383,7 +383,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         if segment_ids is None:
             text_inputs["attention_mask"] = attention_mask
         elif reason := packing_unsupported_reason(self.config):
-            raise ValueError(f"expected separate rows, got packed rows: {reason}. Collate them with `packing=False`.")
+            raise ValueError(f"expected separate rows, got packed ones: {reason}. Collate them with `packing=False`.")
         else:
             packed = packed_inputs(self.vlm, input_ids, attention_mask, segment_ids, text_inputs)
             text_inputs = {**packed, **text_inputs}

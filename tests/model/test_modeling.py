@@ -357,7 +357,7 @@ def test_rows_and_images_must_match():
         model(**without)
     batch["input_ids"] = batch["input_ids"].clone()
     batch["input_ids"][3, batch["input_ids"][3] == model.config.vlm_config.image_token_id] = 5
-    with pytest.raises(ValueError, match=r"3 images give 48 vision features, but their rows hold \[16, 16, 0\]"):
+    with pytest.raises(ValueError, match=r"got \[16, 16, 0\] tokens .* 3 images and 48 features"):
         model(**batch)
 
 
