@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from pycocotools import mask as coco_mask
 
+from lisa_hf.data.masks import Mask
 from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder
@@ -56,12 +56,11 @@ def encode_labels(labels: np.ndarray) -> dict[int, dict[str, Any]]:
     rles = {}
     for value in np.unique(values).tolist():
         runs = np.flatnonzero(values == value)
-        # Where the region begins and ends, in turn; an RLE begins with the pixels before it.
-        edges = np.stack([bounds[runs], bounds[runs + 1]], axis=1).ravel()
-        counts = np.diff(np.append(edges, pixels.size), prepend=0)
-        counts = counts if counts[-1] else counts[:-1]
-        rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
-        rles[value] = {"size": [height, width], "counts": rle["counts"]}
+        # The region begins where a run of 0 ends, and ends where a run of 1 does.
+        ends = np.stack([bounds[runs], bounds[runs + 1]], axis=1).ravel()
+        if ends[-1] < pixels.size:
+            ends = np.append(ends, pixels.size)
+        rles[value] = Mask((height, width), ends.astype(np.int32)).to_rle()
     return rles
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lisa_hf.data.masks import encode_mask, merge_masks
+from lisa_hf.data.masks import Mask, encode_mask, merge_masks
 from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder, CocoConfig, read_refs
@@ -44,7 +44,7 @@ def encode_object(segmentations: list[Any], height: int, width: int) -> dict[str
     if not rles:
         return encode_mask(np.zeros((height, width), dtype=np.uint8))
     # The original adds up polygons and RLEs, so that a mask is 2 where they overlap.
-    return merge_masks(rles) if len(rles) > 1 else rles[0]
+    return merge_masks([Mask.from_rle(rle) for rle in rles]).to_rle() if len(rles) > 1 else rles[0]
 
 
 @dataclasses.dataclass

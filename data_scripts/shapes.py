@@ -19,7 +19,7 @@ import re
 import cv2
 import numpy as np
 
-from lisa_hf.data.masks import encode_mask, merge_masks
+from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import make_row
 
 from .source import SourceBuilder, SourceConfig
@@ -292,7 +292,7 @@ def _annotate(rng: np.random.Generator, task: str, items: list[Item]) -> dict | 
         return None
     concept, answer = suitable[rng.integers(len(suitable))]
     subject = "It is" if len(answer) == 1 else "They are"
-    rle = merge_masks([rles[id(item)] for item in answer])
+    rle = encode_mask(np.any([item.mask for item in answer], axis=0))
     return {
         "targets": [{"phrases": rng.permutation(concept.questions).tolist(), "rle": rle}],
         "is_sentence": True,

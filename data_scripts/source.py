@@ -20,7 +20,7 @@ from filelock import FileLock
 from pycocotools import mask as coco_mask
 
 from lisa_hf.data import masks, rows
-from lisa_hf.data.masks import decode_mask
+from lisa_hf.data.masks import Mask
 from lisa_hf.data.rows import FEATURES
 
 
@@ -363,5 +363,5 @@ def encode_segmentation(segmentation: dict | list, height: int, width: int) -> d
         rle = coco_mask.frPyObjects(segmentation, height, width)
     else:
         rle = {"size": [height, width], "counts": counts.encode()}
-    decode_mask(rle)  # Raises if the counts describe a mask of another size.
+    Mask.from_rle(rle)  # raises if the counts describe a mask of another size
     return {"size": [height, width], "counts": rle["counts"]}

@@ -1,19 +1,16 @@
 """Items of a mixture become the inputs of [`LisaForConditionalGeneration.forward`]."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
-from ..model.losses import MASK_IGNORE_INDEX
 from ..model.packing import pack_rows
 from ..model.processing_lisa import LisaProcessor, TextTooLongError
 from .feature_cache import PIXELS, join_entries
 from .images import decode_image
-from .masks import run_lengths
+from .masks import compact_mask_labels, draw_mask_labels
 from .prompts import Question
 
 
@@ -51,8 +48,8 @@ class LisaDataCollator:
 
     The batch has what [`LisaProcessor.encode_conversations`] returns and `mask_labels`, a list of B uint8 tensors
     `(M_b, H_b, W_b)`; a compact one has int32 tensors `(M_b, R_b)` and as many of `ignored_pixels`, see
-    [`_run_ends`]. Everything that is not an input of the model is under `meta`, a [`BatchMeta`]: take it out before
-    calling the model, as [`LisaTrainer`] does.
+    [`~masks.compact_mask_labels`]. Everything that is not an input of the model is under `meta`, a [`BatchMeta`]: take
+    it out before calling the model, as [`LisaTrainer`] does.
     """
 
     def __init__(
@@ -89,11 +86,11 @@ class LisaDataCollator:
         if self.packing:
             tokenizer, image_token_id = self.processor.tokenizer, self.processor.vlm_processor.image_token_id
             batch = BatchFeature(pack_rows(batch, image_token_id, tokenizer.pad_token_id))
-        runs = [_run_ends(item, kept) for item, kept in zip(items, questions)]
+        runs = [_compact_mask_labels(item, kept) for item, kept in zip(items, questions)]
         if self.compact:
             batch["mask_labels"], batch["ignored_pixels"] = map(list, zip(*runs))
         else:
-            batch["mask_labels"] = [_draw_masks(*ends, item["original_size"]) for ends, item in zip(runs, items)]
+            batch["mask_labels"] = [draw_mask_labels(*ends, item["original_size"]) for ends, item in zip(runs, items)]
         batch["meta"] = BatchMeta(
             sources=[item["source"] for item in items],
             image_ids=[item["image_id"] for item in items],
@@ -139,51 +136,18 @@ def expand_batch(batch: dict, processor: LisaProcessor) -> dict:
     batch = {**batch}
     processor.normalize_pixels(batch)
     runs = zip(batch["mask_labels"], batch.pop("ignored_pixels"), batch["original_sizes"].tolist())
-    batch["mask_labels"] = [_draw_masks(*ends_and_size) for ends_and_size in runs]
+    batch["mask_labels"] = [draw_mask_labels(*ends_and_size) for ends_and_size in runs]
     return batch
 
 
-def mask_labels(item: dict, questions: list[Question]) -> torch.Tensor:
-    """The masks of the questions about one image, `(M, H, W)` uint8: 1 object, 0 background, 255 ignore."""
-    return _draw_masks(*_run_ends(item, questions), item["original_size"])
-
-
-def _run_ends(item: dict, questions: list[Question]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the runs of the questions' masks end, and those of the pixels to ignore, down the columns.
-
-    Returns:
-        int32 `(M, R)`, and `(1, R')` or `(0, 0)`; runs are in turn of 0 and 1, shorter lines are filled with H * W.
-    """
-    height, width = item["original_size"]
-    masks = [rle for question in questions for rle in question.masks]
-    for rle in masks:
-        if list(rle["size"]) != [height, width]:
+def _compact_mask_labels(item: dict, questions: list[Question]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what [`compact_mask_labels`] gives for the questions about one image, whose sizes are checked."""
+    masks = [mask for question in questions for mask in question.masks]
+    for mask in masks:
+        if list(mask.size) != list(item["original_size"]):
             raise ValueError(
-                f"{item['image_id']} of {item['source']}: a mask of {list(rle['size'])} for an image of "
-                f"{[height, width]} (height, width)."
+                f"{item['image_id']} of {item['source']}: expected masks of the image's size "
+                f"{list(item['original_size'])} (height, width), got one of {list(mask.size)}. Restore the image that "
+                "was annotated, or remove the annotation."
             )
-    ignored = [] if item["ignore"] is None else [item["ignore"]]
-    lines = [[torch.from_numpy(run_lengths(rle)).cumsum(0) for rle in rles] for rles in (masks, ignored)]
-    return tuple(
-        pad_sequence(ends, batch_first=True, padding_value=height * width).int()
-        if ends
-        else torch.zeros(0, 0, dtype=torch.int32)
-        for ends in lines
-    )
-
-
-def _draw_masks(ends: torch.Tensor, ignored_ends: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Mask labels `(M, H, W)` uint8 from what [`_run_ends`] made of them."""
-    masks = _draw_runs(ends, *size)
-    if len(ignored_ends):
-        # Where both are annotated, the target is the stronger statement.
-        masks.masked_fill_((masks == 0) & (_draw_runs(ignored_ends, *size) == 1), MASK_IGNORE_INDEX)
-    return masks
-
-
-def _draw_runs(ends: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """`(M, R)` ends of runs as `(M, H, W)` uint8 in {0, 1}: a pixel's value is the parity of the ends up to it."""
-    changes = torch.zeros(len(ends), height * width + 1, dtype=torch.uint8, device=ends.device)
-    changes.scatter_add_(1, ends.long(), torch.ones_like(ends, dtype=torch.uint8))
-    masks = changes[:, :-1].cumsum(1, dtype=torch.uint8) & 1  # a sum beyond 255 keeps its parity
-    return masks.view(len(ends), width, height).transpose(1, 2).contiguous()
+    return compact_mask_labels(masks, item["ignore"])

@@ -3,7 +3,7 @@
 Both are map-style: item k is a pure function of the rows, the arguments and k, so the Trainer's own samplers shard,
 shuffle and resume them, and the number of loader workers changes nothing. An item is one image with its questions:
 `{"image": PIL image (RGB, upright), "original_size": [H, W] of its file, "features": its entry in a feature cache or
-None, "image_id", "source", "questions": list of Question, "ignore": RLE or None, "num_skipped": int}`. An image with
+None, "image_id", "source", "questions": list of Question, "ignore": Mask or None, "num_skipped": int}`. An image with
 features is not decoded before someone needs its pixels, see [`decode_image`]; that of a large photo may be smaller
 than its file, see [`reduce_decoding`].
 """
@@ -19,7 +19,7 @@ from datasets import Dataset, IterableDataset
 
 from ..errors import nearest_name
 from .images import _where, load_image, undecoded
-from .masks import run_lengths
+from .masks import Mask
 from .prompts import Question, evaluation_questions, sample_questions
 
 
@@ -134,7 +134,7 @@ class Mixture:
                 questions = sample_questions(
                     row, rng, self.num_questions, self.explanatory_probability, self.merge_instances
                 )
-                _check_masks(questions, row["ignore"])
+                item = _make_item(row, image, questions, num_skipped)
             except ValueError as bad_row:
                 error = ValueError(f"{_where(row)}: {bad_row}")
                 if self.on_bad_row == "raise":
@@ -144,7 +144,7 @@ class Mixture:
                 self._count_bad(source, error)
                 continue
             if questions:
-                return {**_item(row, image, questions, num_skipped), "source": self.names[source]}
+                return {**item, "source": self.names[source]}
         raise ValueError(
             f"Source {self.names[source]!r}: none of {MAX_DRAWS} drawn rows could be used, {num_skipped} bad and the "
             f"others without a target. Check its data directory. The last bad row: {error}"
@@ -232,25 +232,25 @@ class EvaluationDataset(torch.utils.data.Dataset):
         try:
             image = load_image(row)
             questions = self.questions(row)
-            _check_masks(questions, row["ignore"])
+            item = _make_item(row, image, questions, num_skipped=0)
             if not questions:
                 raise ValueError("it has no target, so there is nothing to ask. Filter such rows out.")
         except ValueError as error:
             raise ValueError(f"{_where(row)}: {error}") from error
-        return _item(row, image, questions, num_skipped=0)
+        return item
 
     def questions(self, row: dict) -> list[Question]:
         """The questions about one of `rows`; its image is not looked at."""
         return evaluation_questions(row, self.merge_instances, self.all_texts)
 
 
-def _item(row: dict, image: dict, questions: list[Question], num_skipped: int) -> dict[str, Any]:
+def _make_item(row: dict, image: dict, questions: list[Question], num_skipped: int) -> dict[str, Any]:
     return {
         **image,
         "image_id": row["image_id"],
         "source": row["source"],
         "questions": questions,
-        "ignore": row["ignore"],
+        "ignore": None if row["ignore"] is None else Mask.from_rle(row["ignore"]),
         "num_skipped": num_skipped,
     }
 
@@ -275,9 +275,3 @@ def _probabilities(names: list[str], weights: dict[str, float]) -> np.ndarray:
     if not np.isfinite(values).all() or values.min() < 0 or values.sum() == 0:
         raise ValueError(f"weights must be finite, not negative and not all 0, got {weights}.")
     return values / values.sum()
-
-
-def _check_masks(questions: list[Question], ignore: dict | None):
-    # A damaged encoding would otherwise stop the training later, in the collator, which knows no file names.
-    for rle in [rle for question in questions for rle in question.masks] + ([ignore] if ignore else []):
-        run_lengths(rle)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .masks import merge_masks
+from .masks import Mask, merge_masks
 
 
 SHORT_QUESTIONS = (
@@ -51,13 +51,13 @@ class Question:
     Args:
         messages (`list[dict]`): Chat messages `{"role", "content"}`; content is a list of parts, `{"type": "image"}`
             then `{"type": "text", "text": ...}` in the first user turn, one text part in every other turn.
-        masks (`list[dict]`): COCO RLE `{"size": [H, W], "counts": bytes}`, one per `[SEG]` of the assistant turns, in
-            their order. Empty for a conversation without masks.
+        masks (`list[Mask]`): One per `[SEG]` of the assistant turns, in their order. Empty for a conversation without
+            masks.
         is_first_text (`bool`): Whether LISA validates with this question, too; see [`evaluation_questions`].
     """
 
     messages: list[dict]
-    masks: list[dict] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
     is_first_text: bool = True
 
 
@@ -177,17 +177,19 @@ def _choices(row: dict, merge_instances: bool) -> list[tuple[dict, list[str]]]:
     return choices
 
 
-def _mask(row: dict, target: dict, phrase: str, merge_instances: bool) -> dict:
+def _mask(row: dict, target: dict, phrase: str, merge_instances: bool) -> Mask:
     # LISA asks for a class and trains on one of its instances (PACO, PASCAL-Part); the union is what the text says.
-    rles = [other["rle"] for other in row["targets"] if phrase in other["phrases"]] if merge_instances else []
-    return merge_masks(rles) if len(rles) > 1 else target["rle"]
+    if not merge_instances:
+        return Mask.from_rle(target["rle"])
+    masks = [Mask.from_rle(other["rle"]) for other in row["targets"] if phrase in other["phrases"]]
+    return merge_masks(masks) if len(masks) > 1 else masks[0]
 
 
 def _draw(options: Sequence[str], rng: np.random.Generator) -> str:
     return options[rng.integers(len(options))]
 
 
-def _question(text: str, answer: str, *masks: dict) -> Question:
+def _question(text: str, answer: str, *masks: Mask) -> Question:
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},

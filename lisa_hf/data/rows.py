@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Features, Image, List, Value
 
-from .masks import RLE_FEATURES, _checked_size
+from .masks import RLE_FEATURES, rle_size
 
 
 TASKS = ("semantic", "referring", "reasoning", "vqa")
@@ -75,7 +75,7 @@ def make_row(
         phrases = target["phrases"]
         if isinstance(phrases, str) or not phrases or not all(isinstance(p, str) and p.strip() for p in phrases):
             raise ValueError(f"{where}: target {index} needs a list of non-empty phrases, but found {phrases!r}.")
-    sizes = {_checked_size(rle) for rle in [target["rle"] for target in targets] + ([ignore] if ignore else [])}
+    sizes = {rle_size(rle) for rle in [target["rle"] for target in targets] + ([ignore] if ignore else [])}
     if len(sizes) > 1:
         raise ValueError(f"{where}: all masks of a row have the image's size, but found the sizes {sorted(sizes)}.")
     roles = [message["role"] for message in messages]

@@ -2,7 +2,7 @@
 
 import PIL.Image
 
-from ..data.collator import mask_labels
+from ..data.masks import compact_mask_labels, draw_mask_labels
 from ..data.mixture import EvaluationDataset
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.pipeline_lisa import Answer, answer_prompts
@@ -55,6 +55,7 @@ def draw_predictions(
     for (index, number), title in titles.items():
         item = dataset[index]
         question = item["questions"][number]
+        labels = compact_mask_labels(question.masks, item["ignore"])
         prompt = question.messages[:1]
         (answer,) = answer_questions(model, processor, item["image"], [prompt], max_new_tokens)
         predictions.append(
@@ -63,7 +64,7 @@ def draw_predictions(
                 question=prompt[0]["content"][-1]["text"].strip(),
                 answer=answer.text,
                 masks=answer.masks.numpy(),
-                mask_labels=mask_labels(item, [question]).numpy(),
+                mask_labels=draw_mask_labels(*labels, item["original_size"]).numpy(),
                 title=title,
             )
         )

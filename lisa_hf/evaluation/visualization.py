@@ -10,7 +10,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 from datasets import Image
 
-from ..data.masks import decode_mask, merge_masks
+from ..data.masks import Mask, decode_mask, merge_masks
 from ..model.losses import MASK_IGNORE_INDEX
 
 
@@ -145,10 +145,10 @@ def _draw_row(row: dict, side: int) -> PIL.Image.Image:
 
 def _masks_by_phrases(row: dict, image: PIL.Image.Image) -> tuple[list[str], np.ndarray]:
     """The phrases of a row, the largest first, and `(M, H, W)` the masks of the first ones, then what is ignored."""
-    rles = {}
+    found = {}
     for target in row["targets"]:
-        rles.setdefault(" / ".join(target["phrases"]), []).append(target["rle"])
-    masks = {phrase: decode_mask(merge_masks(found)) for phrase, found in rles.items()}
+        found.setdefault(" / ".join(target["phrases"]), []).append(Mask.from_rle(target["rle"]))
+    masks = {phrase: merge_masks(parts).draw() for phrase, parts in found.items()}
     phrases = sorted(masks, key=lambda phrase: masks[phrase].sum(), reverse=True)
     shown = [masks[phrase] for phrase in phrases[: len(COLOURS)]]
     if row["ignore"] is not None:

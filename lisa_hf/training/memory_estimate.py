@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..data.collator import LisaDataCollator
-from ..data.masks import encode_mask
+from ..data.masks import Mask, encode_mask
 from ..data.prompts import Question
 from ..model.configuration_lisa import LisaConfig
 from ..model.losses import IGNORE_INDEX
@@ -384,7 +384,7 @@ def _make_fake(model: nn.Module) -> None:
 
 def example_batch(collator: LisaDataCollator, num_images: int, num_questions: int) -> dict:
     """A batch as training will make them, of blank photos of `IMAGE_SIZE`, rows as long as `max_length` allows."""
-    mask = encode_mask(np.ones(IMAGE_SIZE, dtype=bool))
+    mask = Mask.from_rle(encode_mask(np.ones(IMAGE_SIZE, dtype=bool)))
     questions = [
         Question(
             [

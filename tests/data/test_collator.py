@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import SamImageProcessorPil
 
 from lisa_hf import LisaDataCollator
-from lisa_hf.data.collator import BatchMeta, expand_batch, mask_labels
+from lisa_hf.data.collator import BatchMeta, expand_batch
 from lisa_hf.data.images import load_image, reduce_decoding
-from lisa_hf.data.masks import decode_mask, encode_mask
-from lisa_hf.data.prompts import Question, evaluation_questions
+from lisa_hf.data.masks import Mask, compact_mask_labels, draw_mask_labels, encode_mask
+from lisa_hf.data.prompts import evaluation_questions
 from lisa_hf.data.rows import FEATURES, make_row
 from lisa_hf.model.processing_lisa import TextTooLongError
 
@@ -72,12 +72,11 @@ def test_masks_are_in_the_order_of_the_seg_tokens_and_ignored_where_nothing_else
     assert {item["ignore"] is None for item in items} == {True, False}
     batch = LisaDataCollator(processor)(items)
     for item, masks in zip(items, batch["mask_labels"], strict=True):
-        rles = [rle for question in item["questions"] for rle in question.masks]
+        expected = [mask.draw() == 1 for question in item["questions"] for mask in question.masks]
         assert masks.dtype == torch.uint8
-        assert masks.shape == (len(rles), item["image"].height, item["image"].width)
-        for mask, rle in zip(masks.numpy(), rles):
-            target = decode_mask(rle) == 1
-            ignore = np.zeros_like(target) if item["ignore"] is None else decode_mask(item["ignore"]) == 1
+        assert masks.shape == (len(expected), item["image"].height, item["image"].width)
+        for mask, target in zip(masks.numpy(), expected):
+            ignore = np.zeros_like(target) if item["ignore"] is None else item["ignore"].draw() == 1
             assert (mask == np.where(target, 1, np.where(ignore, 255, 0))).all()
         assert (masks == 255).any() == (item["ignore"] is not None and len(masks) > 0)
 
@@ -97,16 +96,6 @@ def test_compact_batch_expands_to_the_plain_one(name):
         if key.endswith("pixel_values"):
             assert expanded[key].dtype == torch.float32
         torch.testing.assert_close(expanded[key], value, rtol=0, atol=1e-6)
-
-
-def test_runs_are_drawn_as_they_are_decoded(processor):
-    """A run of length zero, more runs than a byte counts, and masks of unequal numbers of runs."""
-    masks = np.random.default_rng(0).random((3, 40, 30)) < 0.5
-    masks[0], masks[1, 0, 0], masks[2] = False, True, True
-    item = make_item(0, [])
-    item["original_size"] = [40, 30]
-    questions = [Question([], [encode_mask(mask) for mask in masks])]
-    assert torch.equal(mask_labels(item, questions), torch.from_numpy(masks).to(torch.uint8))
 
 
 def test_text_too_long_for_its_seg_stops(processor, max_length):
@@ -133,7 +122,9 @@ def test_text_too_long_for_its_seg_is_skipped_and_counted(processor, max_length,
     ]
     kept = [items[1]["questions"][0], items[1]["questions"][2]]
     assert [len(masks) for masks in batch["mask_labels"]] == [1, 1, 0]
-    assert torch.equal(batch["mask_labels"][1], mask_labels(items[1], kept))
+    masks = [mask for question in kept for mask in question.masks]
+    expected = draw_mask_labels(*compact_mask_labels(masks, items[1]["ignore"]), items[1]["original_size"])
+    assert torch.equal(batch["mask_labels"][1], expected)
     assert collator(items[:1])["meta"].num_skipped == 0
     assert "image_1 of drawn" in caplog.text and "image_2 of drawn" in caplog.text
 
@@ -153,9 +144,9 @@ def test_text_without_a_seg_at_its_end_is_cut(processor, max_length):
 
 def test_mask_of_another_size_names_its_image(processor):
     item = make_item(0, [1])
-    item["questions"][0].masks[0] = encode_mask(np.ones((7, 9), dtype=bool))
+    item["questions"][0].masks[0] = Mask((7, 9), np.array([0, 63], dtype=np.int32))
     height, width = item["image"].height, item["image"].width
-    with pytest.raises(ValueError, match=rf"image_0 of drawn: a mask of \[7, 9\] .* \[{height}, {width}\]"):
+    with pytest.raises(ValueError, match=rf"image_0 of drawn: .* \[{height}, {width}\] .*got one of \[7, 9\]"):
         LisaDataCollator(processor)([item])
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from lisa_hf.data import mixture
-from lisa_hf.data.masks import decode_mask
+from lisa_hf.data.masks import Mask
 from lisa_hf.data.mixture import EvaluationDataset, MixtureDataset, default_weights
 from lisa_hf.data.rows import FEATURES, make_row
 
@@ -89,8 +89,8 @@ def test_every_seg_token_has_its_mask_of_the_size_of_the_image(sources, index, n
     for question in item["questions"]:
         answers = [m["content"][0]["text"] for m in question.messages if m["role"] == "assistant"]
         assert sum(answer.count("[SEG]") for answer in answers) == len(question.masks)
-        assert all(decode_mask(rle).shape == (HEIGHT, WIDTH) for rle in question.masks)
-    assert item["ignore"] == (mask(2) if item["source"] == "reasons" else None)
+        assert all(mask.draw().shape == (HEIGHT, WIDTH) for mask in question.masks)
+    assert item["ignore"] == (Mask.from_rle(mask(2)) if item["source"] == "reasons" else None)
     assert item["num_skipped"] == 0
 
 
@@ -344,7 +344,7 @@ def test_a_large_photo_is_decoded_at_reduced_scale(size, min_decoded_edge, facto
     width, height = size
     assert full["image"].size == size and item["image"].size == (width // factor, height // factor)
     assert item["original_size"] == full["original_size"] == [height, width]
-    assert {tuple(rle["size"]) for question in item["questions"] for rle in question.masks} == {(height, width)}
+    assert {mask.size for question in item["questions"] for mask in question.masks} == {(height, width)}
     expected = np.asarray(full["image"].reduce(factor), dtype=float)
     assert np.abs(expected - np.asarray(item["image"])).mean() < (2 if factor > 1 else 1e-9)
 
@@ -368,7 +368,7 @@ def test_evaluation_goes_through_the_rows_in_order(sources):
     for item in data:
         (question,) = item["questions"]
         assert question.messages[0]["content"][1]["text"].startswith(" What is what rolls in this image?")
-        assert question.masks == [mask(1)] and item["ignore"] == mask(2)
+        assert question.masks == [Mask.from_rle(mask(1))] and item["ignore"] == Mask.from_rle(mask(2))
     assert [len(item["questions"]) for item in EvaluationDataset(sources["classes"])] == [4] * 5
     with pytest.raises(IndexError):
         data[3]

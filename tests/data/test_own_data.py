@@ -205,7 +205,7 @@ def test_a_recipe_mixes_own_data_with_others(folder, tmp_path):
 
 
 WRONG = [
-    ("x: {builder: coco}", "no source 'coco'.*coco_instances"),
+    ("x: {builder: coco}", "coco_instances.*got 'coco'"),
     ("x: {builder: coco_instances, images: photos}", "source 'x' needs the option `annotations`"),
     ("x: {builder: coco_instances, annotations: no.json, images: photos}", "`annotations` of .*data/no.json', which"),
     ("x: {builder: coco_instances, annotation: a.json}", "no option 'annotation'; its options are .*'annotations'"),

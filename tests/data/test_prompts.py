@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fixtures.paths import GOLDEN
 
-from lisa_hf.data.masks import decode_mask, encode_mask
+from lisa_hf.data.masks import Mask, encode_mask
 from lisa_hf.data.prompts import evaluation_questions, sample_questions
 from lisa_hf.data.rows import make_row
 
@@ -26,11 +26,11 @@ def mask(index):
     """A mask that no other index has."""
     array = np.zeros((4, 64), dtype=np.uint8)
     array[:2, index] = 1
-    return encode_mask(array)
+    return Mask.from_rle(encode_mask(array))
 
 
 def target(index, *phrases):
-    return {"phrases": list(phrases), "rle": mask(index)}
+    return {"phrases": list(phrases), "rle": mask(index).to_rle()}
 
 
 def row(task, *targets, **kwargs):
@@ -153,18 +153,18 @@ def test_targets_that_share_a_phrase_are_merged_unless_asked_not_to():
     two_cups = row("semantic", target(0, *phrases), target(1, *phrases), target(2, "handle"))
 
     for questions in draw_many(two_cups, num_draws=40):
-        masks = {texts(question)[0].count("cup"): decode_mask(question.masks[0]) for question in questions}
+        masks = {texts(question)[0].count("cup"): question.masks[0].draw() for question in questions}
         assert len(questions) == 2
         assert masks[1][:, :2].sum() == 4 and masks[1].sum() == 4
         assert masks[0][:, 2].sum() == 2 and masks[0].sum() == 2
     for questions in draw_many(two_cups, num_draws=40, merge_instances=False):
-        assert sorted(question.masks[0]["counts"] for question in questions) == sorted(
-            mask(index)["counts"] for index in range(3)
+        assert sorted(question.masks[0].run_ends[1] for question in questions) == sorted(
+            mask(index).run_ends[1] for index in range(3)
         )
 
     merged, handle = evaluation_questions(two_cups)
     assert texts(merged)[0] == " What is cup in this image? Please output segmentation mask."
-    assert decode_mask(merged.masks[0]).sum() == 4 and handle.masks == [mask(2)]
+    assert merged.masks[0].draw().sum() == 4 and handle.masks == [mask(2)]
     assert len(evaluation_questions(two_cups, merge_instances=False)) == 3
 
 
@@ -173,11 +173,10 @@ def test_a_phrase_of_several_targets_takes_all_of_them_also_where_their_other_ph
 
     for questions in draw_many(dogs, num_draws=40):
         areas = {
-            next(p for p in ("pets", "dog", "animals") if p in texts(q)[0]): decode_mask(q.masks[0]).sum()
-            for q in questions
+            next(p for p in ("pets", "dog", "animals") if p in texts(q)[0]): q.masks[0].draw().sum() for q in questions
         }
         assert areas == {"pets": 4, "dog": 2, "animals": 2}
-    assert [decode_mask(question.masks[0]).sum() for question in evaluation_questions(dogs)] == [4, 2]
+    assert [question.masks[0].draw().sum() for question in evaluation_questions(dogs)] == [4, 2]
 
 
 def test_evaluation_with_all_texts_marks_those_that_lisa_asks():

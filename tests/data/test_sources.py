@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from data_scripts import SOURCES, load_source, load_sources
 from data_scripts.label_maps import encode_labels
 from data_scripts.paco_lvis import category_phrases
-from lisa_hf.data.masks import decode_mask, encode_mask, merge_masks
+from lisa_hf.data.masks import Mask, decode_mask, encode_mask, merge_masks
 from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.data.prompts import evaluation_questions, sample_questions
 from lisa_hf.data.rows import FEATURES
@@ -109,9 +109,7 @@ def test_questions_and_answers_equal_the_original(recorded_rows):
             questions = sample_questions(row, np.random.default_rng(seed), merge_instances=False)
             assert [len(questions)] == recorded["conversation_counts"] == recorded["mask_counts"]
             for question in questions:
-                masks.setdefault(f"<image>\n{text(question.messages[0])}", set()).add(
-                    digest(decode_mask(question.masks[0]))
-                )
+                masks.setdefault(f"<image>\n{text(question.messages[0])}", set()).add(digest(question.masks[0].draw()))
                 answers.add(f"{text(question.messages[1])}</s>")
         assert sorted(answers) == sorted(recorded["answers"])
         expected = {
@@ -140,8 +138,9 @@ def test_a_class_is_all_of_its_instances(load, golden):
     one_by_one = golden["sem_seg/paco_lvis"]["images"]["coco/train2017/000000000001.jpg"]["phrases"]["mug"]
     (union,) = [q.masks[0] for q in evaluation_questions(row) if " What is mug in " in text(q.messages[0])]
     assert len(one_by_one) == 2
-    assert union == merge_masks([target["rle"] for target in row["targets"] if target["phrases"] == ["mug"]])
-    assert decode_mask(union).sum() > max(mask["area"] for mask in one_by_one)
+    mugs = [target["rle"] for target in row["targets"] if target["phrases"] == ["mug"]]
+    assert union == merge_masks([Mask.from_rle(rle) for rle in mugs])
+    assert union.draw().sum() > max(mask["area"] for mask in one_by_one)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +168,7 @@ def test_refer_evaluation_equals_the_original(load, golden, key):
             for question in questions
         ]
         assert conversations == recorded[path]["conversations"]
-        found = [digest(decode_mask(question.masks[0])) for question in questions]
+        found = [digest(question.masks[0].draw()) for question in questions]
         assert found == [(mask["area"], mask["sha1_binary_uint8"]) for mask in recorded[path]["masks"]]
 
 
@@ -182,7 +181,7 @@ def test_refer_evaluation_asks_for_every_expression_of_every_ref(load, tree):
     write_pickle(tree / "refer_seg/refcoco/refs(unc).p", refs)
     rows = load("refcoco", tree, split="val")
     (row,) = [row for row in rows if row["image_id"] == "1"]
-    person, dog, nobody = [target["rle"] for target in row["targets"]]
+    person, dog, nobody = [Mask.from_rle(target["rle"]) for target in row["targets"]]
     questions = evaluation_questions(row, merge_instances=False)
     assert [question.masks for question in questions] == [[person], [person], [dog], [dog], [nobody]]
     assert len(EvaluationDataset(rows, merge_instances=False)[0]["questions"]) == 5
@@ -520,7 +519,7 @@ BAD_FILES = [
     ("refcoco", INSTANCES, lambda path: edit_annotation(path, segmentation=[[1, 2, 3]]), r"found \[3\] numbers"),
     ("grefcoco", GREFS, lambda path: edit_first(path, ann_id=[-1, 11]), "needs the annotation -1, which"),
     ("refclef", CLEF_INSTANCES, lambda path: edit_image(path, height=48, width=36), r"\[48, 36\].*\[36, 48\]"),
-    ("refclef", CLEF_INSTANCES, lambda path: edit_mask(path, size=[36, 48], counts="0d0"), "1728 pixels.*describe 20"),
+    ("refclef", CLEF_INSTANCES, lambda path: edit_mask(path, size=[36, 48], counts="0d0"), "1728 pixels.*got 20"),
     ("llava_instruct", LLAVA, lambda path: path.write_bytes(b'["\x81\x8d"]'), "UTF-8 or cp1252"),
     ("llava_instruct", LLAVA, lambda path: path.write_text("[]"), "found nothing"),
     ("llava_instruct", LLAVA, lambda path: edit_first(path, image="../secret.jpg"), "record 0.*leads out of"),
