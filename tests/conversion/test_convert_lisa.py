@@ -1,5 +1,6 @@
 """LISA through `recipes/convert_weights.py`, in every size, and what its training runs leave (`lisa-train`)."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from fixtures.original_checkpoints import (
 )
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
+
+from lisa_hf.conversion.checkpoints import open_zero_checkpoint
 
 
 def assert_merged(output: Path) -> None:
@@ -68,12 +71,11 @@ OTHER_SIZES = [
 
 
 @pytest.mark.parametrize("sizes", OTHER_SIZES, ids=("ragged", "smallest", "window is grid"))
-def test_lisa_of_other_sizes(tmp_path, sizes):
+def test_lisa_of_other_sizes(tmp_path, output, sizes):
     model = lisa_of_other_sizes(**{part: dict(fields) for part, fields in sizes.items()})
-    write_lisa_of_other_sizes(tmp_path / "original", model)
-    vision_tower = tmp_path / "original" / "clip"
-    output = tmp_path / "converted"
-    convert("lisa", "--checkpoint", tmp_path / "original", "--vision-tower", vision_tower, "--output", output)
+    original = tmp_path / "original"
+    write_lisa_of_other_sizes(original, model)
+    convert("lisa", "--checkpoint", original, "--vision_tower", original / "clip", "--output", output)
     converted, processor = AutoModel.from_pretrained(output), AutoProcessor.from_pretrained(output)
     state_dict = model.state_dict()
     assert all(torch.equal(tensor, state_dict[name]) for name, tensor in converted.state_dict().items())
@@ -86,24 +88,6 @@ def test_lisa_of_other_sizes(tmp_path, sizes):
     for name in ("loss", "logits", "low_res_masks", "iou_scores", "seg_embeddings"):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
     assert found.low_res_masks.std() > 1e-3 and found.loss.isfinite()
-
-
-def test_lisa_train_sharded_directory(tmp_path):
-    # Later releases of zero_to_fp32.py make a directory of the name that LISA's README gives to the file.
-    write_training_base(tmp_path / "llava")
-    write_shards(training_state_dict(), tmp_path / "pytorch_model.bin", num_shards=3)
-    options = ("--base", tmp_path / "llava", "--vision-tower", CLIP, "--output", tmp_path / "converted")
-    convert("lisa-train", "--checkpoint", tmp_path / "pytorch_model.bin", *options)
-    assert_merged(tmp_path / "converted")
-
-
-@pytest.mark.parametrize("checkpoint", ["ckpt_model", "ckpt_model/global_step10"])
-def test_lisa_train_zero_checkpoint(tmp_path, checkpoint):
-    write_training_base(tmp_path / "llava")
-    write_zero_checkpoint(tmp_path / "ckpt_model", training_state_dict())
-    options = ("--base", tmp_path / "llava", "--vision-tower", CLIP, "--output", tmp_path / "converted")
-    convert("lisa-train", "--checkpoint", tmp_path / checkpoint, *options)
-    assert_merged(tmp_path / "converted")
 
 
 # Builds modules with the names of a state dict, and lets DeepSpeed itself save them in the middle of a training.
@@ -137,39 +121,53 @@ engine.save_checkpoint(output)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_lisa_train_checkpoint_of_deepspeed(tmp_path, stage):
-    (tmp_path / "save.py").write_text(DEEPSPEED)
-    torch.save(training_state_dict(), tmp_path / "state.pt")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [tmp_path / "save.py", tmp_path / "state.pt", tmp_path / "ckpt_model", str(stage)]
-    subprocess.run([*launch, *arguments], check=True, timeout=300, capture_output=True)
-    write_training_base(tmp_path / "llava")
-    options = ("--base", tmp_path / "llava", "--vision-tower", CLIP, "--output", tmp_path / "converted")
-    convert("lisa-train", "--checkpoint", tmp_path / "ckpt_model", *options)
-    assert_merged(tmp_path / "converted")
-
-
-def test_lisa_train_truncated_shard_is_named(tmp_path, fail):
-    write_zero_checkpoint(tmp_path / "ckpt_model", training_state_dict())
-    shard = tmp_path / "ckpt_model/global_step10/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    shard.write_bytes(shard.read_bytes()[:1000])
-    message = fail(tmp_path / "converted", "lisa-train", "--checkpoint", tmp_path / "ckpt_model")
-    assert str(shard) in message and "truncated" in message
-
-
-def test_lisa_train_without_its_base(tmp_path, fail):
-    torch.save(training_state_dict(), tmp_path / "pytorch_model.bin")
-    arguments = ("lisa-train", "--checkpoint", tmp_path / "pytorch_model.bin", "--vision-tower", CLIP)
-    assert "as --base" in fail(tmp_path / "converted", *arguments)
-
-
-def test_lora_factor_without_its_partner(tmp_path, fail):
+def write_run(directory: Path, kind: str) -> Path:
+    """The checkpoint of a training run of the original, in one of the forms that DeepSpeed leaves it in."""
     state_dict = training_state_dict()
-    module = "model.layers.0.self_attn.q_proj"
-    del state_dict[f"base_model.model.{module}.lora_B.default.weight"]
+    if kind == "shards":  # later zero_to_fp32.py: a directory of the name that LISA's README gives to the file
+        write_shards(state_dict, directory / "pytorch_model.bin", num_shards=3)
+        return directory / "pytorch_model.bin"
+    if kind.startswith("deepspeed"):
+        (directory / "save.py").write_text(DEEPSPEED)
+        torch.save(state_dict, directory / "state.pt")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        arguments = [directory / "save.py", directory / "state.pt", directory / "ckpt_model", kind[-1]]
+        subprocess.run([*launch, *arguments], check=True, timeout=300, capture_output=True)
+    else:
+        write_zero_checkpoint(directory / "ckpt_model", state_dict)
+    return directory / ("ckpt_model/global_step10" if kind == "step" else "ckpt_model")
+
+
+@pytest.mark.parametrize(
+    "kind", ["shards", "zero", "step", *(pytest.param(f"deepspeed{n}", marks=pytest.mark.slow) for n in (2, 3))]
+)
+def test_lisa_train(tmp_path, output, kind):
+    write_training_base(tmp_path / "llava")
+    options = ("--base", tmp_path / "llava", "--vision_tower", CLIP, "--output", output)
+    convert("lisa-train", "--checkpoint", write_run(tmp_path, kind), *options)
+    assert_merged(output)
+
+
+def test_lisa_train_without_its_base_or_a_lora_factor(tmp_path, fail):
+    state_dict = training_state_dict()
+    arguments = ("lisa-train", "--checkpoint", tmp_path / "pytorch_model.bin", "--vision_tower", CLIP)
     torch.save(state_dict, tmp_path / "pytorch_model.bin")
+    assert "as --base" in fail(*arguments)
     write_training_base(tmp_path)
-    arguments = ("lisa-train", "--checkpoint", tmp_path / "pytorch_model.bin", "--vision-tower", CLIP)
-    assert module in fail(tmp_path / "converted", *arguments)
+    del state_dict["base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"]
+    torch.save(state_dict, tmp_path / "pytorch_model.bin")
+    assert "model.layers.0.self_attn.q_proj" in fail(*arguments)
+
+
+def test_missing_and_truncated_zero_files_are_named(tmp_path, fail):
+    weights = {name: tensor for name, tensor in training_state_dict().items() if "text_hidden" in name}
+    write_zero_checkpoint(tmp_path, weights, num_processes=3)
+    arguments, step = ("lisa-train", "--checkpoint", tmp_path), tmp_path / "global_step10"
+    assert open_zero_checkpoint(tmp_path).keys() == weights.keys()
+    for name in ("bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"):
+        (step / name).rename(tmp_path / "aside")
+        assert f"{name} missing" in fail(*arguments)
+        (tmp_path / "aside").rename(step / name)
+    shard = step / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    assert re.search(f"{shard} cannot be read.*truncated", fail(*arguments))

@@ -10,7 +10,6 @@ from fixtures.original_checkpoints import (
     language_model,
     linear_projector,
     mlp_projector,
-    sam_vit_b,
     write_clip,
     write_llava,
 )
@@ -61,7 +60,7 @@ def assert_same_logits(output: Path, state_dict: dict, tower: CLIPVisionModel) -
     return processor
 
 
-def test_llava_delta(tmp_path):
+def test_llava_delta(tmp_path, output):
     base, target = language_model(640), language_model(643) | linear_projector()
     delta = {name: tensor.clone() for name, tensor in target.items()}
     for name, tensor in base.items():
@@ -69,7 +68,6 @@ def test_llava_delta(tmp_path):
     write_shards(base, tmp_path / "llama")
     tokens = {"<im_patch>": 640, "<im_start>": 641, "<im_end>": 642}
     write_llava(tmp_path / "delta", delta, tokens, mm_use_im_start_end=True, mm_vision_tower=str(CLIP))
-    output = tmp_path / "converted"
     convert("llava-delta", "--checkpoint", tmp_path / "delta", "--base", tmp_path / "llama", "--output", output)
     processor = assert_same_logits(output, target, CLIPVisionModel.from_pretrained(CLIP))
     assert "<im_start><image><im_end>" in processor.chat_template  # llava_v1
@@ -85,7 +83,7 @@ def test_llava_delta_with_another_base(tmp_path, fail):
     (tmp_path / "llama").mkdir()
     save_file(base, tmp_path / "llama" / "model.safetensors")
     arguments = ("llava-delta", "--checkpoint", tmp_path / "delta", "--base", tmp_path / "llama")
-    message = fail(tmp_path / "converted", *arguments)
+    message = fail(*arguments)
     for problem in (
         "model.norm.weight: only in the delta",
         "model.layers.2.mlp.up_proj.weight: only in the base",
@@ -94,7 +92,7 @@ def test_llava_delta_with_another_base(tmp_path, fail):
         assert problem in message
 
 
-def test_llava_1_5(tmp_path):
+def test_llava_1_5(tmp_path, output):
     tower = write_clip(tmp_path / "clip", 42)
     # Its trainer saves the tower too, with the buffer that CLIP had in 2023, and in half precision.
     state_dict = language_model(640) | mlp_projector()
@@ -107,12 +105,11 @@ def test_llava_1_5(tmp_path):
         image_aspect_ratio="pad",
         mm_use_im_start_end=False,
     )
-    output = tmp_path / "converted"
-    original = ("llava", "--checkpoint", tmp_path / "llava-v1.5-7b", "--vision-tower", tmp_path / "clip")
+    original = ("llava", "--checkpoint", tmp_path / "llava-v1.5-7b", "--vision_tower", tmp_path / "clip")
     convert(*original, "--output", output)
     processor = assert_same_logits(output, state_dict, tower)
     assert processor.chat_template == (COMMAND.parents[1] / "lisa_hf/chat_templates/llava_1_5.jinja").read_text()
-    # LLaVA v1.5 pads to a square in the mean colour: the upper edge of a wide image is 0 after normalisation.
+    # LLaVA v1.5 pads to a square in the mean color: the upper edge of a wide image is 0 after normalization.
     pixels = processor.image_processor(golden_image(0), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 42, 42) and pixels[0, :, 0].abs().max() < 0.02
 
@@ -122,15 +119,15 @@ def test_llava_1_5(tmp_path):
     assert torch.equal(model.lm_head.weight[:640], state_dict["lm_head.weight"].half())
 
 
-def test_llava_on_llama_2(tmp_path):
+def test_llava_on_llama_2(tmp_path, output):
     directory = tmp_path / "llava-llama-2-13b-chat-lightning-preview"
     state_dict = language_model(641) | linear_projector()
     # Llama 2's tokenizer came with a <pad> of its own, and does not put a space behind special tokens.
     write_llava(directory, state_dict, {"<pad>": 640}, mm_vision_tower=str(CLIP), mm_use_im_start_end=False)
     tokenizer_config = json.loads((directory / "tokenizer_config.json").read_text()) | {"legacy": False}
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    convert("llava", "--checkpoint", directory, "--output", tmp_path / "converted")
-    processor = assert_same_logits(tmp_path / "converted", state_dict, CLIPVisionModel.from_pretrained(CLIP))
+    convert("llava", "--checkpoint", directory, "--output", output)
+    processor = assert_same_logits(output, state_dict, CLIPVisionModel.from_pretrained(CLIP))
     assert "[INST]" in processor.chat_template and "<im_start>" not in processor.chat_template
     assert processor.tokenizer.pad_token_id == 640
     assert processor.tokenizer.tokenize("<s>A")[1] == "A"
@@ -139,12 +136,11 @@ def test_llava_on_llama_2(tmp_path):
     assert "ASSISTANT:" in AutoProcessor.from_pretrained(tmp_path / "v1").chat_template
 
 
-def test_a_new_lisa_from_converted_halves(tmp_path):
+def test_a_new_lisa_from_converted_halves(tmp_path, sam_file):
     state_dict = language_model(640) | linear_projector()
     write_llava(tmp_path / "llava", state_dict, {}, mm_vision_tower=str(CLIP), mm_use_im_start_end=False)
-    torch.save(sam_vit_b(), tmp_path / "sam.pth")
     convert("llava", "--checkpoint", tmp_path / "llava", "--output", tmp_path / "vlm")
-    convert("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "mask_model")
+    convert("sam", "--checkpoint", sam_file, "--output", tmp_path / "mask_model")
     halves = ModelArguments(vlm=str(tmp_path / "vlm"), mask_model=str(tmp_path / "mask_model"))
     config, processor = build_config_and_processor(halves)
     model = build_model(halves, config)

@@ -30,12 +30,11 @@ from lisa_hf.model.mask_backbone import (
 SHAPES = json.loads(RECORDS.with_suffix(".json").read_text())
 
 
-def test_sam_vit_b(tmp_path, caplog):
+def test_sam_vit_b(sam_file, output, caplog):
     state_dict = sam_vit_b()
-    torch.save(state_dict, tmp_path / "sam_vit_b_01ec64.pth")
-    convert("sam", "--checkpoint", tmp_path / "sam_vit_b_01ec64.pth", "--output", tmp_path / "sam")
+    convert("sam", "--checkpoint", sam_file, "--output", output)
     assert "image_encoder.neck.2.weight -> vision_encoder.neck.conv2.weight" in caplog.messages
-    model, info = AutoModelForMaskGeneration.from_pretrained(tmp_path / "sam", output_loading_info=True)
+    model, info = AutoModelForMaskGeneration.from_pretrained(output, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     config = model.config.vision_config
     assert config.global_attn_indexes == [2, 5, 8, 11] and config.window_size == 14 and config.image_size == 256
@@ -45,7 +44,7 @@ def test_sam_vit_b(tmp_path, caplog):
     assert torch.equal(model.shared_image_embedding.positional_embedding, positions)
     assert torch.equal(model.prompt_encoder.shared_embedding.positional_embedding, positions)
 
-    processor = AutoProcessor.from_pretrained(tmp_path / "sam")
+    processor = AutoProcessor.from_pretrained(output)
     assert isinstance(processor, SamProcessor)
     inputs = processor(golden_image(0), input_points=[[[20, 30]]], return_tensors="pt")
     with torch.no_grad():

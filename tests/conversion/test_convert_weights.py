@@ -38,7 +38,7 @@ from lisa_hf.training.arguments import ModelArguments
 from lisa_hf.training.build import build_config_and_processor
 
 
-# ---- what goes wrong ------------------------------------------------------------------------------------------------
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argument", ["model", "vlm"])
@@ -59,44 +59,41 @@ def test_originals_are_refused_with_the_command_that_converts_them(tmp_path, arg
         assert f"`python recipes/convert_weights.py {command.format(path)} OUTPUT`" in str(refused.value)
 
 
-def test_an_original_mask_model_is_refused_with_its_command(tmp_path):
-    torch.save(sam_vit_b(), tmp_path / "sam.pth")
-    arguments = ModelArguments(vlm=str(converted_directory()), mask_model=str(tmp_path / "sam.pth"))
+def test_an_original_mask_model_is_refused_with_its_command(sam_file):
+    arguments = ModelArguments(vlm=str(converted_directory()), mask_model=str(sam_file))
     with pytest.raises(ValueError, match=r"recipes/convert_weights.py sam --checkpoint .*sam\.pth --output"):
         build_config_and_processor(arguments)
 
 
-def test_unknown_missing_and_misshapen_tensors_are_listed(tmp_path, fail):
-    state_dict = sam_vit_b()
-    cases = {
-        r"image_encoder\.extra\.weight.*mask_decoder\.extra\.bias": state_dict
-        | {"image_encoder.extra.weight": torch.zeros(1), "mask_decoder.extra.bias": torch.zeros(1)},
-        r"2 tensors are missing: .*vision_encoder\.layers\.3\.mlp\.lin1\.bias.*mask_decoder\.iou_token\.weight": {
-            name: tensor
-            for name, tensor in state_dict.items()
-            if name not in ("image_encoder.blocks.3.mlp.lin1.bias", "mask_decoder.iou_token.weight")
-        },
-        r"vision_encoder\.neck\.conv1\.weight has shape \(32, 31, 1, 1\) instead of \(32, 32, 1, 1\)": state_dict
-        | {"image_encoder.neck.0.weight": torch.zeros(32, 31, 1, 1)},
-        r"The checkpoint has no image_encoder\.pos_embed": {
-            name: tensor for name, tensor in state_dict.items() if name != "image_encoder.pos_embed"
-        },
-    }
-    for message, content in cases.items():
-        torch.save(content, tmp_path / "sam.pth")
-        found = fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
-        assert re.search(message, found), found
+WRONG_SAM = {  # changed tensors, None removes one; message
+    "unknown": ({"extra.weight": torch.zeros(1), "more.bias": torch.zeros(1)}, r"'extra\.weight', 'more\.bias'"),
+    "missing": (
+        {"image_encoder.blocks.3.mlp.lin1.bias": None, "mask_decoder.iou_token.weight": None},
+        r"2 tensors are missing: .*vision_encoder\.layers\.3\.mlp\.lin1\.bias.*mask_decoder\.iou_token\.weight",
+    ),
+    "misshapen": (
+        {"image_encoder.neck.0.weight": torch.zeros(32, 31, 1, 1)},
+        r"vision_encoder\.neck\.conv1\.weight has shape \(32, 31, 1, 1\) instead of \(32, 32, 1, 1\)",
+    ),
+    "no geometry": ({"image_encoder.pos_embed": None}, r"The checkpoint has no image_encoder\.pos_embed"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_SAM.values(), ids=WRONG_SAM)
+def test_wrong_tensors_of_sam_are_listed(sam_file, fail, change, message):
+    torch.save({name: value for name, value in (sam_vit_b() | change).items() if value is not None}, sam_file)
+    assert re.search(message, fail("sam", "--checkpoint", sam_file))
 
 
 def test_unknown_and_missing_tensors_of_lisa_are_listed(tmp_path, fail):
     directory = Path(shutil.copytree(original_directory(), tmp_path / "lisa"))
-    arguments = ("lisa", "--checkpoint", directory, "--vision-tower", CLIP)
+    arguments = ("lisa", "--checkpoint", directory, "--vision_tower", CLIP)
     state_dict = {name: tensor for name, tensor in original_state_dict().items() if "vision_tower" not in name}
     write_shards(state_dict | {"model.mm_projector.4.bias": torch.zeros(1), "extra": torch.zeros(1)}, directory)
-    assert re.search(r"'model\.mm_projector\.4\.bias', 'extra'", fail(tmp_path / "converted", *arguments))
+    assert re.search(r"'model\.mm_projector\.4\.bias', 'extra'", fail(*arguments))
     gone = {"model.text_hidden_fcs.0.2.bias", "model.layers.1.mlp.up_proj.weight"}
     write_shards({name: tensor for name, tensor in state_dict.items() if name not in gone}, directory)
-    message = fail(tmp_path / "converted", *arguments)
+    message = fail(*arguments)
     assert "2 tensors are missing" in message
     assert "seg_projector.linear_2.bias" in message and "layers.1.mlp.up_proj.weight" in message
 
@@ -109,12 +106,12 @@ def test_missing_shards_and_tensors_are_named(tmp_path, fail):
     content["weight_map"]["model.gone.weight"] = "pytorch_model-00001-of-00002.bin"
     index.write_text(json.dumps(content))
     arguments = ("llava", "--checkpoint", tmp_path / "llava")
-    assert "model.gone.weight" in fail(tmp_path / "converted", *arguments)
+    assert "model.gone.weight" in fail(*arguments)
     shard = tmp_path / "llava" / "pytorch_model-00002-of-00002.bin"
     shard.write_bytes(shard.read_bytes()[:-100])
-    assert f"{shard} cannot be read" in fail(tmp_path / "converted", *arguments)
+    assert f"{shard} cannot be read" in fail(*arguments)
     shard.unlink()
-    assert f"{shard} is missing" in fail(tmp_path / "converted", *arguments)
+    assert f"{shard} is missing" in fail(*arguments)
 
 
 class Malicious:
@@ -122,70 +119,66 @@ class Malicious:
         return os.mkdir, ("executed",)
 
 
-def test_pickles_are_not_executed(tmp_path, fail, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"image_encoder.pos_embed": Malicious()}, tmp_path / "sam.pth")
-    assert "cannot be read" in fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
+def test_pickles_are_not_executed(sam_file, fail, monkeypatch):
+    monkeypatch.chdir(sam_file.parent)
+    torch.save({"image_encoder.pos_embed": Malicious()}, sam_file)
+    assert "cannot be read" in fail("sam", "--checkpoint", sam_file)
     assert not Path("executed").exists()
-    torch.save({"model": sam_vit_b()}, tmp_path / "sam.pth")
-    assert "['model']" in fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
+    torch.save({"model": sam_vit_b()}, sam_file)
+    assert "['model']" in fail("sam", "--checkpoint", sam_file)
 
 
-def test_a_checkpoint_that_is_not_there(tmp_path, fail):
-    message = fail(tmp_path / "converted", "lisa", "--checkpoint", "xinlai/LISA-7B-v1")
+def test_missing_and_converted_checkpoints_are_refused(fail):
+    message = fail("lisa", "--checkpoint", "xinlai/LISA-7B-v1")
     assert "got xinlai/LISA-7B-v1, which does not exist" in message and "hf download" in message
-
-
-def test_a_converted_model_is_not_converted_again(fail, tmp_path):
-    message = fail(tmp_path / "converted", "lisa", "--checkpoint", converted_directory())
+    message = fail("lisa", "--checkpoint", converted_directory())
     assert "['LisaForConditionalGeneration']" in message and "needs no conversion" in message
 
 
-def test_output_that_exists_is_kept(tmp_path, capsys):
-    (tmp_path / "sam").mkdir()
-    (tmp_path / "sam" / "mine").touch()
-    torch.save(sam_vit_b(), tmp_path / "sam.pth")
+# ---- on disk --------------------------------------------------------------------------------------------------------
+
+
+def test_output_that_exists_is_kept(sam_file, output, capsys):
+    output.mkdir()
+    (output / "mine").touch()
     with pytest.raises(SystemExit):
-        convert("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "sam")
+        convert("sam", "--checkpoint", sam_file, "--output", output)
     assert "exists and is not empty" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "sam").iterdir()] == ["mine"]
+    assert [path.name for path in output.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-def test_interrupted_it_leaves_nothing(tmp_path, monkeypatch, signal_number):
+def test_interrupted_it_leaves_nothing(sam_file, output, monkeypatch, signal_number):
     def save_half(tensors, path, metadata):
         path.write_bytes(b"half")
         signal.raise_signal(signal_number)
 
     monkeypatch.setattr(saving, "save_file", save_half)
-    torch.save(sam_vit_b(), tmp_path / "sam.pth")
     with pytest.raises((SystemExit, KeyboardInterrupt)):
-        convert("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "sam")
-    assert [path.name for path in tmp_path.iterdir()] == ["sam.pth"]
+        convert("sam", "--checkpoint", sam_file, "--output", output)
+    assert list(output.parent.iterdir()) == [sam_file]
 
 
-def test_what_a_killed_run_left_is_replaced(tmp_path):
-    (tmp_path / "sam.incomplete").mkdir()
-    (tmp_path / "sam.incomplete" / "model.safetensors").write_bytes(b"half")
-    torch.save(sam_vit_b(), tmp_path / "sam.pth")
-    convert("sam", "--checkpoint", tmp_path / "sam.pth", "--output", tmp_path / "sam")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sam", "sam.pth"]
+def test_what_a_killed_run_left_is_replaced(sam_file, output):
+    incomplete = output.with_name("converted.incomplete")
+    incomplete.mkdir()
+    (incomplete / "model.safetensors").write_bytes(b"half")
+    convert("sam", "--checkpoint", sam_file, "--output", output)
+    assert sorted(output.parent.iterdir()) == [output, sam_file]
 
 
-def test_a_disk_that_forgets_is_noticed(tmp_path, fail, monkeypatch):
+def test_a_disk_that_forgets_is_noticed(sam_file, fail, monkeypatch):
     def save_zeros(tensors, path, metadata):
         save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path, metadata)
 
     monkeypatch.setattr(saving, "save_file", save_zeros)
-    torch.save(sam_vit_b(), tmp_path / "sam.pth")
-    message = fail(tmp_path / "converted", "sam", "--checkpoint", tmp_path / "sam.pth")
+    message = fail("sam", "--checkpoint", sam_file)
     assert "does not hold what was written" in message and "vision_encoder.pos_embed" in message
 
 
-def test_shards_and_index(tmp_path, monkeypatch):
+def test_shards_and_index(output, monkeypatch):
     monkeypatch.setattr(saving, "MAX_SHARD_SIZE", "300KB")
-    output = tmp_path / "converted"
-    convert("lisa", "--checkpoint", original_directory(), "--vision-tower", CLIP, "--output", output)
+    convert("lisa", "--checkpoint", original_directory(), "--vision_tower", CLIP, "--output", output)
     index = json.loads((output / "model.safetensors.index.json").read_text())
     names = set()
     for shard in set(index["weight_map"].values()):

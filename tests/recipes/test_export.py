@@ -16,8 +16,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from fixtures.golden_model import converted_directory, original_state_dict
-from fixtures.original_checkpoints import write_zero_checkpoint
+from fixtures.golden_model import converted_directory
 from fixtures.paths import ROOT
 from fixtures.recipes import RUN, TINY
 from fixtures.tiny_training import make_trainer
@@ -227,21 +226,6 @@ def test_adapter_without_a_record_of_its_base(runs, tmp_path):
     shutil.copytree(runs("lora") / "run" / "checkpoint-5", tmp_path / "checkpoint-5")
     with pytest.raises(ValueError, match="expected the run.json of its run"):
         export.restore_model(tmp_path / "checkpoint-5")
-
-
-def test_missing_and_truncated_zero_files_are_named(tmp_path):
-    weights = {name: tensor for name, tensor in original_state_dict().items() if "text_hidden" in name}
-    write_zero_checkpoint(tmp_path, weights, num_processes=3)
-    step = tmp_path / "global_step10"
-    assert open_zero_checkpoint(tmp_path).keys() == weights.keys()
-    for name in ("bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"):
-        (step / name).rename(tmp_path / "aside")
-        with pytest.raises(ValueError, match=f"{name} missing"):
-            open_zero_checkpoint(tmp_path)
-        (tmp_path / "aside").rename(step / name)
-    truncate(step / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
-    with pytest.raises(ValueError, match="rank_1_mp_rank_00_optim_states.pt cannot be read: .*truncated"):
-        open_zero_checkpoint(tmp_path)
 
 
 # ---- model card and Hub ---------------------------------------------------------------------------------------------
