@@ -1,10 +1,10 @@
-"""Measures how fast a recipe's data comes: rows per CPU second of a loader worker, and the share of each stage.
+"""Measure how fast a recipe's data is loaded: rows per CPU second of a loader worker, and the share of each stage.
 
     python recipes/benchmarks/data.py --config recipes/configs/real_samples.yaml --data_dir dataset \\
         --dataloader_num_workers 4
 
-Takes the arguments of train.py and trains nothing; `--num_train_items` items of each source are made (default: 64).
-At the end it says how many workers keep a GPU busy that trains on so many images per second.
+The arguments are those of train.py, but nothing is trained: `--num_train_items` items of each source are loaded (64 by
+default). The last line says how many workers keep a GPU busy, by the images that it trains on per second.
 """
 
 import math
@@ -25,21 +25,22 @@ from lisa_hf.training.arguments import parse_arguments
 from lisa_hf.training.build import build_config_and_processor
 
 
-IMAGES_PER_SECOND = (2, 4, 8, 16, 32, 64)  # of a GPU; recipes/benchmarks/step.py tells a model's
+IMAGES_PER_SECOND = (2, 4, 8, 16, 32, 64)  # of a GPU; recipes/benchmarks/step.py measures a model's
 
 
 def measure(function: Callable, arguments: list) -> tuple[float, list[Any]]:
-    """Mean CPU seconds of a call, which other programs on the machine do not change, and what the calls gave."""
+    """Call a function with each argument; return the mean CPU seconds of a call, and the results."""
+    # CPU time, because other programs on the machine do not change it.
     start = time.process_time()
     results = [function(argument) for argument in arguments]
     return (time.process_time() - start) / len(arguments), results
 
 
 def measure_stages(rows: datasets.Dataset, mixture: MixtureDataset, collator: LisaDataCollator) -> dict[str, float]:
-    """CPU seconds per row of each stage, in one process. "rest" is what the whole takes more: text, labels, checks."""
+    """Return the CPU seconds per row of each stage; "rest" is text, labels and checks."""
     processor = collator.processor
     rows = undecoded(rows)
-    # Once unmeasured: files get into the page cache, and libraries are loaded.
+    # The first pass is not measured: it reads files into the page cache and loads libraries.
     measure(lambda item: collator([item]), [mixture[index] for index in range(len(mixture))])
     whole, items = measure(mixture.__getitem__, range(len(mixture)))
     collating, _ = measure(lambda item: collator([item]), items)
@@ -54,7 +55,7 @@ def measure_stages(rows: datasets.Dataset, mixture: MixtureDataset, collator: Li
 
 
 def measure_loader(mixture: MixtureDataset, collator: LisaDataCollator, num_workers: int) -> float:
-    """Rows per second of a loader with workers, from its first batch on, when all of them have started."""
+    """Return the rows per second of a loader with workers, counted from its first batch, when all have started."""
     loader = torch.utils.data.DataLoader(mixture, batch_size=1, num_workers=num_workers, collate_fn=collator)
     batches = iter(loader)
     next(batches)
@@ -68,7 +69,7 @@ def main():
     torch.set_num_threads(1)  # As in a loader worker.
     with report_user_errors():
         if not data_args.sources:
-            raise ValueError("sources: expected at least one training source, found none")
+            raise ValueError("sources: expected at least one training source, got none. Name one in the config.")
         start = time.perf_counter()
         sources = load_sources(
             data_args.sources,

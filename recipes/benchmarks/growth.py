@@ -1,4 +1,4 @@
-"""What a step costs as the work grows: questions per image, image tokens, size of the image, vocabulary."""
+"""Measure how the cost of a step grows with questions per image, image tokens, image size and vocabulary."""
 
 import statistics
 from dataclasses import replace
@@ -10,11 +10,11 @@ from models import Size
 
 CURVES = {"reference": "original's arithmetic", "candidate": "this code", "cached": "with a warm feature cache"}
 POINTS_CURVE = {"points": "losses on 12544 pixels"}
-FIGURES = {"gflop_per_step": "GFLOP per step", "cpu_s": "CPU time, s", "peak_memory_mb": "peak memory, MB"}
+METRICS = {"gflop_per_step": "GFLOP per step", "cpu_s": "CPU time, s", "peak_memory_mb": "peak memory, MB"}
 
 
 def axes(size: Size) -> dict[str, dict[str, Size]]:
-    """What grows: the sizes by their place on each axis."""
+    """Return sizes by axis and by their place on it."""
     patch = size.vision["patch_size"]
     sides = {16: 256, 24: 576, 54: 2916}  # 2916: near the 2880 of LLaVA-NeXT, whose image is five crops
     photos = [(480, 640), (1440, 1920), (3000, 4000), (4000, 4000)]
@@ -35,7 +35,7 @@ def axes(size: Size) -> dict[str, dict[str, Size]]:
 
 
 def measure_growth(size: Size, device: str, dtype, repeats: int) -> dict[str, dict[str, dict[str, dict]]]:
-    """Figures by axis, place on it and variant."""
+    """Return metrics by axis, place on it and variant."""
     report = {}
     for axis, sizes in axes(size).items():
         variants = [*CURVES, *(POINTS_CURVE if axis.startswith("image size") else {})]
@@ -56,11 +56,11 @@ def measure_growth(size: Size, device: str, dtype, repeats: int) -> dict[str, di
 
 
 def growth_table(report: dict) -> str:
-    """The figures as a table in Markdown: original's arithmetic / this code / with a warm cache (/ sampled losses)."""
-    lines = [f"| | {' | '.join(FIGURES.values())} |", "|---|" + "---:|" * len(FIGURES)]
+    """Return a Markdown table; a cell is original's arithmetic / this code / with a warm cache (/ sampled losses)."""
+    lines = [f"| | {' | '.join(METRICS.values())} |", "|---|" + "---:|" * len(METRICS)]
     for axis, places in report.items():
         for place, variants in places.items():
-            cells = [" / ".join(_three_digits(figures[name]) for figures in variants.values()) for name in FIGURES]
+            cells = [" / ".join(_three_digits(metrics[name]) for metrics in variants.values()) for name in METRICS]
             lines.append(f"| {axis}: {place} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -70,14 +70,14 @@ def _three_digits(value: float) -> str:
 
 
 def plot_growth(report: dict, path: Path) -> None:
-    """One column per axis, one row per figure; needs matplotlib, which nothing else does."""
-    from matplotlib.figure import Figure
+    """Draw one column per axis and one row per metric."""
+    from matplotlib.figure import Figure  # nothing else needs matplotlib
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
-    panels = figure.subplots(len(FIGURES), len(report), sharex="col", squeeze=False)
+    panels = figure.subplots(len(METRICS), len(report), sharex="col", squeeze=False)
     for column, (axis, places) in enumerate(report.items()):
         positions = [float(place) for place in places]
-        for row, (name, label) in enumerate(FIGURES.items()):
+        for row, (name, label) in enumerate(METRICS.items()):
             panel = panels[row, column]
             for variant, title in (CURVES | POINTS_CURVE).items():
                 values = [variants[variant][name] for variants in places.values() if variant in variants]
@@ -87,7 +87,7 @@ def plot_growth(report: dict, path: Path) -> None:
             panel.grid(alpha=0.3)
             if column == 0:
                 panel.set_ylabel(label)
-            if row == len(FIGURES) - 1:
+            if row == len(METRICS) - 1:
                 panel.set_xlabel(axis)
     handles, labels = max((panel.get_legend_handles_labels() for panel in panels[0]), key=lambda found: len(found[0]))
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)

@@ -1,4 +1,4 @@
-"""Operations, time, memory and gradients of training steps; seconds of generation."""
+"""Measure operations, time, memory and gradients of training steps, and seconds of generation."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ from lisa_hf.model.mask_backbone import encode_images
 from lisa_hf.model.packing import pack_rows
 
 
-# What torch's counter does not know: the attention kernel of CPUs.
+# The attention kernel of CPUs, which torch's counter does not know.
 CPU_ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *args, **kwargs: sdpa_flop_count(query, key, value)
@@ -30,12 +30,12 @@ EVERYTHING = list(LADDER.values())[-1]
 
 
 class Benchmark:
-    """One model and one batch, trained in several ways.
+    """One model and one batch, trained by several variants of a step.
 
-    `reference`: the original's arithmetic, see [`step_loss`]; `reference_sdpa`: the same in today's attention kernels.
-    `candidate`: this project's forward on packed rows. `cached`: the same with the features of the frozen encoders
-    given. `points`: the candidate with mask losses on 12544 pixels per mask. The names of [`Features.ladder`] lead
-    from the reference to the candidate.
+    `reference` is the original's arithmetic, see [`step_loss`], and `reference_sdpa` the same in today's attention
+    kernels. `candidate` is this project's forward on packed rows, `cached` the same with given features of the frozen
+    encoders, and `points` the candidate with mask losses on 12544 pixels per mask. The names in [`Features.ladder`]
+    lead from the reference to the candidate.
     """
 
     def __init__(self, size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -53,11 +53,11 @@ class Benchmark:
             }
 
     def step(self, variant: str) -> float:
-        """The loss of one step, whose gradients it leaves; the optimizer's part is the same for all and left out."""
+        """Run forward and backward and return the loss. The optimizer's step is the same for all and left out."""
         return self._prepare(variant)()
 
     def _prepare(self, variant: str) -> Callable[[], float]:
-        """Sets the model for a variant; what it returns makes a step of it."""
+        """Configure the model for a variant and return a function that runs a step of it."""
         features = (BASELINES | LADDER).get(variant)
         configure(self.lisa, features or EVERYTHING)
         self.lisa.config.mask_loss_points = 12544 if variant == "points" else 0
@@ -74,7 +74,7 @@ class Benchmark:
         return run
 
     def count(self, variant: str) -> tuple[dict, torch.Tensor]:
-        """Operations and loss of a step, and all gradients in one float32 vector."""
+        """Return operations and loss of a step, and all gradients in one float32 vector."""
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
             with self._by_part(counter.get_total_flops) as parts:
                 loss = self.step(variant)
@@ -83,7 +83,7 @@ class Benchmark:
         return {"gflop_per_step": sum(gflop.values()), "gflop_by_part": gflop, "loss": loss}, gradients
 
     def seconds_by_part(self, variant: str) -> dict[str, float]:
-        """Wall time of one step, which waits for a GPU after each part and is slower for it."""
+        """Return the wall time of each part of a step, which is slower than others: a GPU is waited for after each."""
 
         def clock() -> float:
             if self.device == "cuda":
@@ -96,7 +96,7 @@ class Benchmark:
 
     @contextmanager
     def _by_part(self, read: Callable[[], float]):
-        """How far `read()` goes on in each module's forward pass; recomputation is among the rest."""
+        """Yield by how much `read()` grows in each module's forward pass; the rest includes recomputation."""
         backbone = self.lisa.vlm.base_model
         modules = {
             "mask encoder": self.lisa.mask_model.vision_encoder,
@@ -123,12 +123,13 @@ class Benchmark:
                 handle.remove()
 
     def peak_memory_mb(self, variant: str) -> float:
-        """Weights and the most that a step allocates beside them, in MB, whatever the allocator keeps."""
+        """Return the size of the weights and the most that a step allocates beside them, in MB."""
         run = self._prepare(variant)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             run()
             return torch.cuda.max_memory_allocated() / 1e6
+        # The sum of allocations, because the process's own memory includes what the allocator keeps.
         self.model.zero_grad()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run()
@@ -140,7 +141,7 @@ class Benchmark:
         return (sum(p.numel() * p.element_size() for p in self.model.parameters()) + peak) / 1e6
 
     def time_steps(self, variants: list[str], repeats: int) -> dict[str, list[tuple[float, float]]]:
-        """(wall, CPU) seconds of each step, the variants taking turns."""
+        """Return (wall, CPU) seconds of each step. Variants take turns, so that other programs slow all of them."""
         seconds = {variant: [] for variant in variants}
         for _ in range(repeats):
             for variant in variants:
@@ -151,7 +152,7 @@ class Benchmark:
         return seconds
 
     def measure(self, variants: list[str], repeats: int) -> dict[str, dict]:
-        """The figures of each variant; speedups are medians of pairs of steps that followed each other."""
+        """Return the metrics of each variant. Speedups are medians of pairs of steps that followed each other."""
         seconds = self.time_steps(variants, repeats)
         num_tokens = self.batch["attention_mask"].sum().item()
         report, reference = {}, None
@@ -175,7 +176,7 @@ class Benchmark:
         return report
 
     def run(self, baseline: str, repeats: int, by_feature: bool = False) -> dict:
-        """Everything, as the recipe writes it to JSON."""
+        """Return all metrics, as step.py writes them to JSON."""
         report = self.measure([baseline, "candidate", "cached"], repeats)
         report["speedup"] = report["candidate"]["speedup"]
         report["speedup_cached"] = report["cached"]["speedup"]
@@ -185,7 +186,7 @@ class Benchmark:
         return report
 
     def run_generation(self, num_questions: int = 16) -> dict:
-        """Seconds of as many calls as there are questions about an image, and of one call that shares their prefix."""
+        """Time one call of `generate` per question about an image, and one call for all, which shares their prefix."""
         rows, length = [0] * num_questions, self.batch["input_ids"].shape[1] - self.size.answer_length
         prompts = self.batch["input_ids"][rows, :length].clone()
         generator = torch.Generator().manual_seed(0)
@@ -216,7 +217,7 @@ class Benchmark:
 
 
 def _add_hooks(modules: dict[str, nn.Module], add: Callable) -> list:
-    """Hooks before and after the forward passes of the parts."""
+    """Register hooks before and after the forward pass of each part."""
     return [
         handle
         for part, module in modules.items()

@@ -1,4 +1,4 @@
-"""Sizes, models with random weights and batches of random tokens and pixels: any size runs anywhere, offline."""
+"""Models with random weights and batches of random tokens and pixels, in several sizes; nothing is downloaded."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ FIRST_WORD = 5  # token ids from here on are words
 
 @dataclass
 class Size:
-    """Geometry of a LLaVA + SAM LISA: fields of the sub-configurations, and the batch of a step."""
+    """Size of a LISA of LLaVA and SAM, as fields of its sub-configurations, and of the batch of a step."""
 
     text: dict
     vision: dict
@@ -27,7 +27,7 @@ class Size:
     num_images: int = 2
     image_size: tuple[int, int] = (480, 640)
     num_questions: int = 3
-    system_length: int = 36  # tokens, like those that follow
+    system_length: int = 36  # in tokens, as the two below
     question_length: int = 16
     answer_length: int = 10
 
@@ -88,7 +88,7 @@ SIZES = {
 
 
 def build_model(size: Size, device: str, dtype: torch.dtype) -> PeftModel:
-    """A model with random weights that trains what LISA trains: LoRA of rank 8, embeddings, projector and decoder."""
+    """Build a model with random weights that trains what LISA trains: LoRA, embeddings, projector and decoder."""
     vision = {"output_channels": 256, **size.mask_encoder}
     sizes = {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
     config = LisaConfig(
@@ -113,12 +113,12 @@ def build_model(size: Size, device: str, dtype: torch.dtype) -> PeftModel:
         torch.set_default_dtype(dtype)
         model = LisaForConditionalGeneration(config)
         torch.set_default_dtype(torch.float32)
-    # Without dropout, baseline and candidate can be compared to the last digits.
+    # Without dropout, so that baseline and candidate can be compared to the last digits.
     return prepare_for_training(model, ["seg_projector", "mask_decoder", "embeddings"], lora_dropout=0.0).train()
 
 
 def make_batch(size: Size, device: str, dtype: torch.dtype) -> dict:
-    """A training batch of separate rows: K questions about each of B images, whose answers end with `[SEG]`."""
+    """Make a training batch of separate rows: K questions about each of B images, with `[SEG]` in each answer."""
     generator = torch.Generator().manual_seed(0)
     num_rows = size.num_images * size.num_questions
 

@@ -1,14 +1,14 @@
-"""Measures a training step and generation against the original's arithmetic, alternating in one process.
+"""Measure a training step and generation against the original's arithmetic, alternating in one process.
 
     python recipes/benchmarks/step.py --size mid --baseline reference --json outputs/benchmark.json
     python recipes/benchmarks/step.py --size mid --features
     python recipes/benchmarks/step.py --size small --growth outputs/growth
     python recipes/benchmarks/step.py --size 7b --device cuda --dtype bfloat16
 
-Random weights, no downloads. `reference` runs the vision tower once per question, projects every position to the
-vocabulary, repeats system prompt and image per question, encodes and decodes masks image by image and recomputes
-activations and materialises attention scores, as the original does (`reference_sdpa`: in today's attention kernels).
-`candidate` is this project, `cached` the same with the features of the frozen encoders given.
+Weights are random; nothing is downloaded. As the original, `reference` runs the vision tower once per question, maps
+all positions to the vocabulary, repeats system prompt and image per question, encodes and decodes masks image by image,
+recomputes activations and materializes attention scores. `reference_sdpa` is the same in today's attention kernels,
+`candidate` is this project, and `cached` is this project with given features of the frozen encoders.
 """
 
 import json
@@ -41,10 +41,10 @@ FEATURE_COLUMNS = ("gflop_per_step", "wall_s", "cpu_s", "speedup", "speedup_cpu"
 
 def parse_arguments():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="Geometry of the model and its batch.")
-    parser.add_argument("--baseline", choices=BASELINES, default="reference", help="What it is compared to.")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="Size of the model and its batch.")
+    parser.add_argument("--baseline", choices=BASELINES, default="reference", help="Variant to compare with.")
     parser.add_argument(
-        "--features", action="store_true", help="Also go from the reference to the candidate, one by one."
+        "--features", action="store_true", help="Also add the features from reference to candidate one by one."
     )
     parser.add_argument(
         "--growth",
@@ -56,12 +56,12 @@ def parse_arguments():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=3, help="Timed steps of each variant.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Write the figures to this file.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Write the metrics to this file.")
     return parser.parse_args()
 
 
 def print_table(report: dict):
-    variants = [name for name, figures in report.items() if isinstance(figures, dict) and "loss" in figures]
+    variants = [name for name, metrics in report.items() if isinstance(metrics, dict) and "loss" in metrics]
     print(f"{'':<32}" + "".join(f"{variant:>12}" for variant in variants))
     for key, label in ROWS.items():
         print(f"{label:<32}" + "".join(f"{report[variant][key]:>12.4g}" for variant in variants))
@@ -71,8 +71,8 @@ def print_table(report: dict):
             print(f"  {part:<30}" + "".join(f"{report[variant][key][part]:>12.4g}" for variant in variants))
     if "features" in report:
         print(f"\n{'from the reference, one by one':<32}" + "".join(f"{ROWS[key]:>30}" for key in FEATURE_COLUMNS))
-        for name, figures in report["features"].items():
-            print(f"{name:<32}" + "".join(f"{figures[key]:>30.4g}" for key in FEATURE_COLUMNS))
+        for name, metrics in report["features"].items():
+            print(f"{name:<32}" + "".join(f"{metrics[key]:>30.4g}" for key in FEATURE_COLUMNS))
     print(f"Wall time, median of pairs: {report['speedup']:.2f} times faster, {report['speedup_cached']:.2f} cached.")
     print(
         "16 questions about an image: {separate_s:.2f} s in separate calls, {shared_s:.2f} s in one, {speedup:.2f} "
@@ -92,9 +92,9 @@ def write_growth(directory: Path, report: dict):
 def main():
     arguments = parse_arguments()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("step.py: error: --device: expected cpu, found cuda, but torch sees no GPU")
+        sys.exit("step.py: error: --device: expected cpu where torch sees no GPU, got cuda")
     if arguments.repeats < 1:
-        sys.exit(f"step.py: error: --repeats: expected 1 or more, found {arguments.repeats}")
+        sys.exit(f"step.py: error: --repeats: expected 1 or more, got {arguments.repeats}")
     if arguments.growth and find_spec("matplotlib") is None:  # before minutes of measuring
         sys.exit("step.py: error: --growth: its plot needs matplotlib: pip install matplotlib")
     size, dtype = SIZES[arguments.size], getattr(torch, arguments.dtype)

@@ -1,4 +1,4 @@
-"""The original's training step, and what makes it cheaper, one feature after the other."""
+"""The original's training step, and the features that make it cheaper, one after the other."""
 
 from dataclasses import dataclass, fields
 from functools import partial
@@ -25,16 +25,16 @@ from lisa_hf.model.packing import packed_inputs
 
 @dataclass(frozen=True)
 class Features:
-    """What a step does not do as the original; in this order, one after the other, they lead from it to this project.
+    """Differences from the original's step. In this order, one after the other, they lead to this project's.
 
     Args:
-        sdpa: attention in fused kernels, where the original materialised all scores.
-        images_once: the vision tower sees an image once, not once per question.
-        labels_only: the vocabulary projection sees labelled positions, the [SEG] projector `[SEG]`, not all positions.
-        packing: the questions about an image share its prefix.
-        mask_batch: all images are encoded, and all masks decoded, in one call, not image by image.
-        chunked_attention: SAM's relative positions exist piece by piece, see [`use_chunked_attention`].
-        no_recomputation: no activation checkpointing.
+        sdpa: Attention in fused kernels; the original materialized all scores.
+        images_once: The vision tower runs once per image, not once per question.
+        labels_only: The vocabulary projection and the `[SEG]` projector run on labeled positions, not on all.
+        packing: The questions about an image share its prefix.
+        mask_batch: All images are encoded, and all masks decoded, in one call, not image by image.
+        chunked_attention: SAM's relative positions are computed chunk by chunk, see [`use_chunked_attention`].
+        no_recomputation: No activation checkpointing.
     """
 
     sdpa: bool = False
@@ -47,7 +47,7 @@ class Features:
 
     @classmethod
     def ladder(cls) -> dict[str, "Features"]:
-        """From nothing to everything: the name of what each adds, and all that it has."""
+        """Return the steps from the original to this project, each named after the feature that it adds."""
         names = [field.name for field in fields(cls)]
         steps = {f"+ {name}": cls(**dict.fromkeys(names[: count + 1], True)) for count, name in enumerate(names)}
         return {"reference": cls(), **steps}
@@ -57,10 +57,8 @@ BASELINES = {"reference": Features(), "reference_sdpa": Features(sdpa=True)}
 
 
 def configure(lisa: LisaForConditionalGeneration, features: Features) -> None:
-    """Sets what is a matter of modules: attention and activation checkpointing."""
-    attention = "sdpa" if features.sdpa else "eager"
-    lisa.vlm.set_attn_implementation(attention)
-    lisa.mask_model.config.mask_decoder_config._attn_implementation = attention
+    """Set the features that modules decide: attention and activation checkpointing."""
+    lisa.vlm.set_attn_implementation("sdpa" if features.sdpa else "eager")
     forward = (SamVisionSdpaAttention if features.sdpa else SamVisionAttention).forward
     for layer in lisa.mask_model.vision_encoder.layers:
         layer.attn.forward = partial(forward, layer.attn)
@@ -73,19 +71,19 @@ def configure(lisa: LisaForConditionalGeneration, features: Features) -> None:
 
 
 def step_loss(model: PeftModel, batch: dict, features: Features) -> torch.Tensor:
-    """The loss of a step with some of the features.
+    """Compute the loss of a step with some of the features.
 
     Args:
-        batch: of separate rows, or, with `packing`, of one packed row per image.
+        batch: A batch of separate rows, or, with `packing`, of one packed row per image.
     """
     lisa = model.get_base_model()
-    hidden_states = _hidden_states(lisa, batch, features)
+    hidden_states = _hidden_states(lisa, batch, features)  # [N, L, hidden_size]
     targets = batch.get("shift_labels", F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX))
     is_seg = targets == SEG_TOKEN_ID
     project = lisa.vlm.get_output_embeddings()
     if features.labels_only:
-        labelled = targets != IGNORE_INDEX
-        loss = F.cross_entropy(project(hidden_states[labelled]).float(), targets[labelled])
+        labeled = targets != IGNORE_INDEX
+        loss = F.cross_entropy(project(hidden_states[labeled]).float(), targets[labeled])
         prompts = lisa.seg_projector(hidden_states[is_seg])
     else:
         logits = project(hidden_states).float()[:, :-1]

@@ -16,7 +16,7 @@ from models import SIZES
 
 
 RECIPE = ROOT / "recipes" / "benchmarks" / "step.py"
-FIGURES = {
+METRICS = {
     *("gflop_per_step", "gflop_by_part", "wall_s", "cpu_s", "seconds_by_part", "peak_memory_mb", "speedup"),
     *("speedup_cpu", "images_per_s", "tokens_per_s", "loss", "gradient_error"),
 }
@@ -33,10 +33,10 @@ def run(tmp_path, *arguments: str) -> tuple[dict, str]:
 
 def assert_equal_results(variants: dict[str, dict]):
     first, *_ = variants.values()
-    for name, figures in variants.items():
-        assert figures.keys() == FIGURES
-        assert figures["loss"] == pytest.approx(first["loss"], rel=1e-5), name
-        assert figures["gradient_error"] < 1e-4, name
+    for name, metrics in variants.items():
+        assert metrics.keys() == METRICS
+        assert metrics["loss"] == pytest.approx(first["loss"], rel=1e-5), name
+        assert metrics["gradient_error"] < 1e-4, name
 
 
 def test_variants_agree_and_cost_less(tmp_path):
@@ -47,9 +47,9 @@ def test_variants_agree_and_cost_less(tmp_path):
     assert report["generation"]["equal_answers"] == 16 and report["generation"]["speedup"] > 1
     assert_equal_results(variants)
     reference, candidate, cached = variants.values()
-    for figures in variants.values():
-        assert sum(figures["gflop_by_part"].values()) == pytest.approx(figures["gflop_per_step"])
-        assert figures["seconds_by_part"].keys() == figures["gflop_by_part"].keys()
+    for metrics in variants.values():
+        assert sum(metrics["gflop_by_part"].values()) == pytest.approx(metrics["gflop_per_step"])
+        assert metrics["seconds_by_part"].keys() == metrics["gflop_by_part"].keys()
     parts, reference_parts = candidate["gflop_by_part"], reference["gflop_by_part"]
     assert parts["vision tower"] == pytest.approx(reference_parts["vision tower"] / 3)  # once per image
     assert parts["mask encoder"] == pytest.approx(reference_parts["mask encoder"])
@@ -61,7 +61,7 @@ def test_variants_agree_and_cost_less(tmp_path):
 
     # From the reference to this project, each feature makes a step cheaper, or, where it is about memory, leaves it.
     assert_equal_results(features)
-    steps = {name: figures["gflop_per_step"] for name, figures in features.items()}
+    steps = {name: metrics["gflop_per_step"] for name, metrics in features.items()}
     for name, before, after in zip(list(steps)[1:], steps.values(), list(steps.values())[1:]):
         cheaper = name in ("+ images_once", "+ labels_only", "+ packing", "+ no_recomputation")
         assert after < before if cheaper else after == pytest.approx(before, rel=0.05), name
@@ -115,6 +115,6 @@ def test_baseline_costs_what_the_original_costs(tmp_path):
     assert_equal_results(variants)
     assert variants["candidate"]["gflop_per_step"] <= 290 and variants["cached"]["gflop_per_step"] <= 170
     assert report["speedup"] >= 2.2 and report["speedup_cached"] >= 4
-    memory = [figures["peak_memory_mb"] for figures in variants.values()]
+    memory = [metrics["peak_memory_mb"] for metrics in variants.values()]
     assert memory == sorted(memory, reverse=True)
     assert report["generation"]["speedup"] >= 5 and report["generation"]["equal_answers"] == 16
