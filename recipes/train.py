@@ -20,7 +20,7 @@ from lisa_hf.export import gather_trained_model
 from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, parse_arguments
 from lisa_hf.training.build import build_config_and_processor, build_datasets, build_model
-from lisa_hf.training.callbacks import FlatFigures, PredictionSheet, StopOnSignal
+from lisa_hf.training.callbacks import PredictionSheet, StopOnSignal
 from lisa_hf.training.dry_run import dry_run
 from lisa_hf.training.memory_estimate import report_memory
 from lisa_hf.training.run_record import write_run_record
@@ -72,7 +72,6 @@ def main():
             eval_dataset=eval_datasets if len(eval_datasets) > 1 else next(iter(eval_datasets.values()), None),
             data_collator=collator,
             processing_class=processor,
-            callbacks=[FlatFigures()],
         )
         if eval_datasets:
             trainer.add_callback(PredictionSheet(trainer, next(iter(eval_datasets.values()))))

@@ -19,11 +19,10 @@ import numpy as np
 from transformers import EvalPrediction, Trainer
 
 from ..data.mixture import EvaluationDataset
+from .counts import GENERATED, PADDING
 from .metrics import PRECISION_THRESHOLDS, SegmentationMetric
 
 
-PADDING = -100  # of the per-image lines that an evaluation gathers, as Trainer pads
-GENERATED = "generated_"  # begins the names of what was counted on the model's own answers
 SHEET_RANKS = 4  # questions on a sheet of the best, of those in the middle, and of the worst
 
 

@@ -1,10 +1,14 @@
 """Ask a LISA model about images: text and masks, or a contact sheet of them."""
 
 import PIL.Image
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..data.masks import compact_mask_labels, draw_mask_labels
 from ..data.mixture import EvaluationDataset
+from ..model.losses import IGNORE_INDEX
 from ..model.modeling_lisa import LisaForConditionalGeneration
+from ..model.packing import TEXT_INPUTS
 from ..model.pipeline_lisa import Answer, answer_prompts
 from ..model.processing_lisa import LisaProcessor
 from .visualization import Prediction, contact_sheet
@@ -34,6 +38,47 @@ def answer_questions(
 def question_messages(question: str) -> list[dict]:
     """The conversation that asks one question about an image."""
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
+def generate_masks(
+    model: LisaForConditionalGeneration, processor: LisaProcessor, batch: dict, max_new_tokens: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Answer the first question of every row of a training batch, greedily.
+
+    Args:
+        model: A LISA, which may be sharded over processes.
+        processor: The model's processor.
+        batch: Inputs of N rows with their answers, as `forward` takes them.
+        max_new_tokens: Longest answer, in tokens.
+
+    Returns:
+        N bool tensors `(M_n, H, W)`, the masks in each answer at its image's size, and their numbers `(N,)`.
+    """
+    images = {name: value for name, value in batch.items() if name not in (*TEXT_INPUTS, "labels", "mask_labels")}
+    output = model.generate(**images, **cut_prompts(batch, processor), max_new_tokens=max_new_tokens, do_sample=False)
+    masks = processor.post_process_masks(
+        output.low_res_masks,
+        batch["original_sizes"],
+        batch["reshaped_input_sizes"],
+        output.seg_row_indices,
+        batch["image_indices"],
+    )
+    return masks, torch.bincount(output.seg_row_indices, minlength=len(masks))
+
+
+def cut_prompts(batch: dict, processor: LisaProcessor) -> dict[str, torch.Tensor]:
+    """Cut the rows of a training batch before their first answer: text inputs `(N, L)`, padded on the left."""
+    is_answer = batch["labels"] != IGNORE_INDEX  # [N, L]
+    lengths = torch.where(is_answer.any(1), is_answer.long().argmax(1), batch["attention_mask"].sum(1)).tolist()
+    padding_values = {"input_ids": processor.tokenizer.pad_token_id}  # others: 0
+    prompts = {}
+    for name in TEXT_INPUTS:
+        if name in batch:
+            # pad_sequence pads on the right, generation needs padding on the left: pad reversed rows.
+            rows = [row[:length].flip(0) for row, length in zip(batch[name], lengths)]
+            padded = pad_sequence(rows, batch_first=True, padding_value=padding_values.get(name, 0))
+            prompts[name] = padded.flip(1)
+    return prompts
 
 
 def draw_predictions(

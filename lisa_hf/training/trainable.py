@@ -2,6 +2,7 @@
 
 import re
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -158,6 +159,21 @@ def rate_names(
     """For each parameter, by its name, the part in `part_learning_rates` that it belongs to, or "other"."""
     parts = parameter_parts(model).items()
     return {name: next((part for part in found if part in part_learning_rates), "other") for name, found in parts}
+
+
+def split_parameter_groups(
+    optimizer: torch.optim.Optimizer, model: LisaForConditionalGeneration | PeftModel, args: LisaTrainingArguments
+) -> None:
+    """Split the optimizer's parameter groups by part and give each one its learning rate, in place."""
+    rates = {"other": args.learning_rate, **args.part_learning_rates}
+    names = rate_names(model, args.part_learning_rates)
+    part_of = {parameter: names[name] for name, parameter in model.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:  # Trainer's: with weight decay and without
+        for part in dict.fromkeys(part_of[parameter] for parameter in group["params"]):
+            params = [parameter for parameter in group["params"] if part_of[parameter] == part]
+            groups.append({**group, "name": part, "params": params, "lr": rates[part]})
+    optimizer.param_groups[:] = groups
 
 
 def trainable_summary(model: LisaForConditionalGeneration | PeftModel, args: LisaTrainingArguments) -> str:

@@ -1,7 +1,6 @@
-"""LisaTrainer: transformers' Trainer with loss parts in the log, mask metrics in the evaluation and exact counts."""
+"""LisaTrainer: transformers' Trainer with a loss that is exact for any cut of a step, loss parts and mask metrics."""
 
 import logging
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,17 +12,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.collator import expand_batch
 from ..data.streaming import StreamingMixtureDataset
-from ..evaluation.benchmarks import PADDING, compute_metrics
-from ..evaluation.metrics import intersection_and_union
+from ..evaluation.benchmarks import compute_metrics
+from ..evaluation.counts import count_generated, count_teacher_forced
+from ..evaluation.predict import generate_masks
 from ..from_scratch.muon import use_muon
-from ..model.losses import IGNORE_INDEX
-from ..model.packing import TEXT_INPUTS, unpack_rows
-from ..model.processing_lisa import LisaProcessor
-from .callbacks import NonFiniteSteps, Progress
+from ..model.packing import unpack_rows
+from .callbacks import SkipNonFiniteSteps, Throughput
 from .checkpointing import complete_save, resolve_checkpoint
 from .model_card import write_model_card
 from .run_record import find_run_record
-from .trainable import rate_names
+from .trainable import split_parameter_groups
 
 
 logger = logging.getLogger(__name__)
@@ -32,51 +30,56 @@ LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
 
 
 class LisaTrainer(Trainer):
-    """Trains and evaluates a [`LisaForConditionalGeneration`], plain or inside a `PeftModel`.
+    """Train and evaluate a [`LisaForConditionalGeneration`], plain or inside a `PeftModel`.
 
-    Args are those of `Trainer`; `args` is a [`LisaTrainingArguments`] and `processing_class` the [`LisaProcessor`].
+    The arguments are those of `Trainer`; `args` is a [`LisaTrainingArguments`], `processing_class` a
+    [`LisaProcessor`] and `data_collator` a [`LisaDataCollator`].
 
     The loss is divided by the labels and masks of the whole step, counted over accumulation steps and processes, so it
-    does not depend on how a step is cut; LISA averages micro-batches of unequal weight.
+    does not depend on how a step is cut. LISA averages micro-batches of unequal weight.
 
-    Evaluation has two protocols. Teacher-forced, as LISA validates: the true answer is given and its `[SEG]` are
-    decoded (`giou`, `ciou`, ...). Generated, with `args.eval_generate`: the model answers by itself, a mask that is
-    due and not given counts as empty (`generated_giou`, ..., and the `[SEG]` rates). These figures are exact on any
-    number of processes; `eval_loss` is Trainer's mean over batches, which depends a little on how they are cut.
+    Evaluation has two protocols. Teacher-forced, as LISA validates: the true answer is given and its `[SEG]` tokens
+    are decoded (`giou`, `ciou`, ...). Generated, with `args.eval_generate`: the model answers by itself, and a mask
+    that is due and not given counts as empty (`generated_giou`, ..., and the `[SEG]` rates). These metrics are exact
+    on any number of processes; `eval_loss` is Trainer's mean over batches, which depends slightly on their cut.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, compute_metrics=compute_metrics, **kwargs)
+        self._check_settings()
+        if self.args.compile_mask_encoder:
+            self.model.mask_model.vision_encoder.compile(dynamic=False)
+        self.num_skipped_rows = 0
+        self._num_masks_in_batch = None
+        self.nonfinite_steps = SkipNonFiniteSteps(self.args.max_nonfinite_steps)
+        self.throughput = Throughput()
+        self.add_callback(self.throughput)
+
+    def _check_settings(self) -> None:
         if self.args.n_gpu > 1:
+            # torch's DataParallel would split a batch, whose rows and images differ in number.
             raise ValueError(
-                f"One process sees {self.args.n_gpu} GPUs, and torch's DataParallel cannot split rows and images that "
-                "differ in number. Start one process per GPU: `accelerate launch recipes/train.py ...`."
+                f"expected one GPU per process, got {self.args.n_gpu} GPUs in one. Start one process per GPU: "
+                "`accelerate launch recipes/train.py ...`."
             )
         if not self.args.average_tokens_across_devices:
             raise ValueError(
-                "average_tokens_across_devices is False, expected True: the loss is divided by the labels and masks "
-                "of all processes. Leave it out."
+                "average_tokens_across_devices: expected True, got False. Leave it out: the loss is divided by the "
+                "labels and masks of all processes."
             )
         state_dict_type = self.accelerator.state.fsdp_plugin.state_dict_type.name if self.is_fsdp_enabled else None
         if state_dict_type not in (None, "FULL_STATE_DICT"):
             raise ValueError(
-                f"fsdp_state_dict_type is {state_dict_type}, expected FULL_STATE_DICT, as in "
-                "recipes/accelerate/fsdp2.yaml: Trainer saves no model otherwise, only the pieces to resume from."
+                f"fsdp_state_dict_type: expected FULL_STATE_DICT, got {state_dict_type}, with which Trainer saves no "
+                "model. Set it as in recipes/accelerate/fsdp2.yaml."
             )
         metric, names = self.args.metric_for_best_model, self.eval_dataset
         if isinstance(names, dict) and metric and self.args.eval_strategy != "no":
             if not any(metric.removeprefix("eval_").startswith(f"{name}_") for name in names):
                 raise ValueError(
-                    f"metric_for_best_model is {metric}, expected it to begin with the data set that decides, one of "
-                    f"{', '.join(names)}: {next(iter(names))}_{metric}, for example."
+                    f"metric_for_best_model: expected a metric of one evaluation set ({', '.join(names)}), got "
+                    f"{metric}. Name its set, as in {next(iter(names))}_{metric}."
                 )
-        if self.args.compile_mask_encoder:
-            self.model.mask_model.vision_encoder.compile(dynamic=False)
-        self.num_skipped_rows = 0
-        self._num_masks_in_batch = None
-        self.nonfinite_steps = NonFiniteSteps(self.args.max_nonfinite_steps)
-        self.progress = Progress()
-        self.add_callback(self.progress)
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -87,12 +90,11 @@ class LisaTrainer(Trainer):
         return super().get_train_dataloader()
 
     def _get_streaming_dataloader(self, dataset: StreamingMixtureDataset) -> DataLoader:
-        """Trainer's own would divide the rows once more."""
         args = self.args
         if (dataset.rank, dataset.num_ranks) != (args.process_index, args.world_size):
             raise ValueError(
-                f"Expected the stream of process {args.process_index} of {args.world_size}, found that of rank "
-                f"{dataset.rank} of {dataset.num_ranks}. Make it with `rank=training_args.process_index, "
+                f"expected the stream of process {args.process_index} of {args.world_size}, got that of rank "
+                f"{dataset.rank} of {dataset.num_ranks}. Build it with `rank=training_args.process_index, "
                 "num_ranks=training_args.world_size`."
             )
         loader = DataLoader(
@@ -105,6 +107,7 @@ class LisaTrainer(Trainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+        # One "process": the stream has divided its rows already, and Trainer's loader would divide them again.
         return prepare_data_loader(
             loader,
             self.accelerator.device,
@@ -123,16 +126,18 @@ class LisaTrainer(Trainer):
     # ---- loss -------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        epoch_iterator = self.progress.watch(epoch_iterator)
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """Return the micro-batches of a step and its label count; count its masks over all processes too."""
+        batches, num_items_in_batch = super().get_batch_samples(
+            self.throughput.watch(epoch_iterator), num_batches, device
+        )
         metas = [batch["meta"] for batch in batches]
+        self.throughput.count(batches)
         self.nonfinite_steps.start_step([list(zip(meta.sources, meta.image_ids)) for meta in metas])
         if self.is_deepspeed_enabled:
-            self.model_wrapped.optimizer.check_grad_overflow = True  # in every dtype, see `NonFiniteSteps`
-        for batch in batches:
-            self.progress.count(batch)
-        num_skipped = sum(meta.num_skipped for meta in metas)
+            # DeepSpeed looks for overflows in fp16 only, unless told; see `SkipNonFiniteSteps`.
+            self.model_wrapped.optimizer.check_grad_overflow = True
         num_masks = sum(len(masks) for batch in batches for masks in batch["mask_labels"])
+        num_skipped = sum(meta.num_skipped for meta in metas)
         counts = self.accelerator.reduce(torch.tensor([num_masks, num_skipped], device=device), reduction="sum")
         self._num_masks_in_batch = counts[0]
         self.num_skipped_rows += int(counts[1])
@@ -146,9 +151,9 @@ class LisaTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         self.nonfinite_steps.add({part: outputs[part] for part in LOSS_PARTS})
         for part in LOSS_PARTS:
-            # Trainer multiplies the loss by the number of processes, whose gradients it averages; so do the parts.
+            # Gradients are averaged over processes, so Trainer multiplies the loss by their number. Scale parts alike.
             value = outputs[part].detach() * self.accelerator.num_processes
-            self._loss_parts[part] += value.where(value.isfinite(), 0)  # as Trainer does with the loss
+            self._loss_parts[part] += value.where(value.isfinite(), 0)  # Trainer logs the loss so
         return (loss, outputs) if return_outputs else loss
 
     def _clip_grad_norm(self, model):
@@ -156,11 +161,12 @@ class LisaTrainer(Trainer):
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        if grad_norm is None:  # else it was clipped, and checked before
+        if grad_norm is None:  # otherwise gradients were clipped, and checked before
             self._check_step(model)
         return super()._get_grad_norm(model, grad_norm)
 
     def _check_step(self, model):
+        """Check loss and gradients after the last backward pass of a step, before clipping mixes the gradients."""
         self.nonfinite_steps.check(self, self.accelerator.unwrap_model(model), self.state.global_step + 1)
         if self.nonfinite_steps.error:
             self.control.should_save = self.control.should_training_stop = True
@@ -174,14 +180,14 @@ class LisaTrainer(Trainer):
             logs |= dict(zip(LOSS_PARTS, parts.tolist()))
             if self.num_skipped_rows:
                 logs["num_skipped_rows"] = self.num_skipped_rows
-            logs |= self.progress.figures()
+            logs |= self.throughput.compute()
             self._reset_loss_parts()
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As Trainer; `resume_from_checkpoint` may also be "auto", see [`checkpointing.resolve_checkpoint`]."""
+        """Train; `resume_from_checkpoint` may also be "auto", see [`checkpointing.resolve_checkpoint`]."""
         self._reset_loss_parts()
-        self.progress.reset()
+        self.throughput.reset()
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         output = super().train(checkpoint, *args, **kwargs)
         if self.nonfinite_steps.error:
@@ -189,7 +195,7 @@ class LisaTrainer(Trainer):
         return output
 
     def _run_epoch(self, *args, **kwargs):
-        # Trainer would make one step more, if a run had made all of its steps when its last checkpoint was saved.
+        # A run that resumes from its last step would otherwise take one step too many.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -208,30 +214,21 @@ class LisaTrainer(Trainer):
     # ---- optimizer --------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model=None):
-        """As Trainer, with the learning rates of the parts, or with Muon for those that are trained in full."""
+        """Create Trainer's optimizer with a learning rate per part, or with Muon for the parts that train in full."""
         optimizer = super().create_optimizer(model)
         model = self.model if model is None else model
         if self.args.muon_learning_rate is not None:
             self.optimizer = use_muon(optimizer, model, self.args.muon_learning_rate)
-            return self.optimizer
-        if self.args.part_learning_rates:
-            rates = {"other": self.args.learning_rate, **self.args.part_learning_rates}
-            names = rate_names(model, self.args.part_learning_rates)
-            names = {parameter: names[name] for name, parameter in model.named_parameters()}
-            groups = []
-            for group in optimizer.param_groups:
-                for name in dict.fromkeys(names[parameter] for parameter in group["params"]):
-                    params = [parameter for parameter in group["params"] if names[parameter] == name]
-                    groups.append({**group, "name": name, "params": params, "lr": rates[name]})
-            optimizer.param_groups[:] = groups
-        return optimizer
+        elif self.args.part_learning_rates:
+            split_parameter_groups(optimizer, model, self.args)
+        return self.optimizer
 
     # ---- sharing ----------------------------------------------------------------------------------------------------
 
     def create_model_card(self, model_name: str | None = None, **kwargs):
-        """Writes the model card of the run, which `push_to_hub` then uploads; see [`~model_card.write_model_card`].
+        """Write the model card of the run, which `push_to_hub` then uploads, see [`~model_card.write_model_card`].
 
-        Without a `run.json`, which a recipe writes, it is Trainer's own draft; `kwargs` are for that one.
+        Without a `run.json`, which recipes write, this is Trainer's own draft; `kwargs` are passed to it.
         """
         output_dir = Path(self.args.output_dir)
         if find_run_record(output_dir) is None:
@@ -243,108 +240,38 @@ class LisaTrainer(Trainer):
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args, **kwargs):
-        # Iterating over a loader draws a seed; without the fork, dropout after an evaluation would be another one.
+        # Iterating over a loader draws a seed. The fork keeps that from changing dropout after the evaluation.
         with torch.random.fork_rng(devices=[]):
             return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """One evaluation batch, reduced to integers: one line per image, so that no gather can tear masks apart.
+        """Reduce one evaluation batch to integers.
 
         Returns:
-            The loss; a dict of int64 tensors `(B, ...)` padded with -100: `masks_due` and `num_seg_tokens` per
-            question, `targets`, `intersections`, `unions` and, with `eval_generate`, `generated_*` per mask, in
-            pixels; and `masks_due` again in the place of labels, without which Trainer computes no metrics.
+            The loss; the counts of [`count_teacher_forced`] and, with `eval_generate`, of [`count_generated`]; and
+            `masks_due` again in the place of labels, without which Trainer computes no metrics.
 
         Raises:
-            ValueError: the collator skipped a row, and a score over fewer rows is another score.
+            ValueError: If rows were skipped: a score over fewer rows is another score.
         """
         if num_skipped := inputs["meta"].num_skipped:
             raise ValueError(
-                f"{num_skipped} evaluation rows were skipped, see the warnings above. Raise `max_length` or remove "
-                "them."
+                f"expected all evaluation rows to fit, got {num_skipped} skipped ones, see the warnings above. Raise "
+                "`max_length` or remove these rows."
             )
         inputs = self._prepare_inputs(inputs)
+        # 1. Decode the [SEG] tokens of the true answers.
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
-        if "segment_ids" in inputs:  # the rest looks at one question per row
+        # 2. Count per question, and for that give each one a row of its own.
+        if "segment_ids" in inputs:
             inputs = unpack_rows(inputs)
-        labels, image_indices = inputs["labels"], inputs["image_indices"]
-        num_images = len(inputs["mask_labels"])
-        masks_due = (labels == self.processing_class.seg_token_id).sum(1)
-        predictions = {
-            "masks_due": _by_image(masks_due, image_indices, num_images),
-            "targets": _pad([(masks == 1).sum((-2, -1)) for masks in inputs["mask_labels"]]),
-        }
-        predictions |= _count_pixels("", [masks > 0 for masks in outputs.pred_masks], inputs["mask_labels"])
+        processor = self.processing_class
+        masks = [logits > 0 for logits in outputs.pred_masks]  # B x [M_b, H_b, W_b]
+        counts = count_teacher_forced(inputs, masks, processor.seg_token_id)
+        # 3. Let the model answer by itself.
         if self.args.eval_generate:
-            masks, num_seg_tokens = self.generate_masks(model, inputs)
-            due = masks_due.tolist()
-            per_image = [
-                torch.cat(
-                    [_exactly(masks[row], due[row]) for row in (image_indices == image).nonzero().flatten().tolist()]
-                )
-                for image in range(num_images)
-            ]
-            predictions |= _count_pixels("generated_", per_image, inputs["mask_labels"])
-            predictions["num_seg_tokens"] = _by_image(num_seg_tokens, image_indices, num_images)
-        return outputs.loss.detach(), predictions, predictions["masks_due"]
-
-    def generate_masks(self, model, inputs: dict) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Answers the first question of every row of a training batch.
-
-        Returns:
-            List of N bool tensors `(M_n, H, W)`, the masks in each answer, and their number `(N,)`.
-        """
-        rows = cut_prompts(inputs, self.processing_class)
-        shared = {key: value for key, value in inputs.items() if key not in (*TEXT_INPUTS, "labels", "mask_labels")}
-        output = self.accelerator.unwrap_model(model).generate(
-            **shared,
-            **rows,
-            max_new_tokens=self.args.generation_max_new_tokens,
-            do_sample=False,
-        )
-        masks = self.processing_class.post_process_masks(
-            output.low_res_masks,
-            inputs["original_sizes"],
-            inputs["reshaped_input_sizes"],
-            output.seg_row_indices,
-            inputs["image_indices"],
-        )
-        return masks, torch.bincount(output.seg_row_indices, minlength=len(masks))
-
-
-def cut_prompts(inputs: dict, processor: LisaProcessor) -> dict[str, torch.Tensor]:
-    """The rows of a training batch up to their first answer, `(N, L)`, padded on the left for generation."""
-    labels = inputs["labels"]
-    answers = labels != IGNORE_INDEX
-    lengths = torch.where(answers.any(1), answers.long().argmax(1), inputs["attention_mask"].sum(1)).tolist()
-    pad_ids = {"input_ids": processor.tokenizer.pad_token_id}
-    rows = {}
-    for name in TEXT_INPUTS:
-        if name in inputs:
-            cut = [row[:length].flip(0) for row, length in zip(inputs[name], lengths)]
-            pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=pad_ids.get(name, 0))
-            rows[name] = pad(cut).flip(1)
-    return rows
-
-
-def _by_image(values: torch.Tensor, image_indices: torch.Tensor, num_images: int) -> torch.Tensor:
-    """Values of rows `(N,)`, one line per image, padded."""
-    return _pad([values[image_indices == image] for image in range(num_images)])
-
-
-def _pad(lines: list[torch.Tensor]) -> torch.Tensor:
-    lines = [*lines, lines[0].new_zeros(1)]  # at least one column, which a gather over processes needs
-    return torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=PADDING)[:-1].long()
-
-
-def _exactly(masks: torch.Tensor, number: int) -> torch.Tensor:
-    """The first `number` masks of `(M, H, W)`, empty ones where there are fewer."""
-    missing = masks.new_zeros((max(number - len(masks), 0), *masks.shape[1:]))
-    return torch.cat([masks[:number], missing])
-
-
-def _count_pixels(prefix: str, masks: list[torch.Tensor], mask_labels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    counts = [intersection_and_union(predicted, labels) for predicted, labels in zip(masks, mask_labels)]
-    intersections, unions = zip(*counts)
-    return {f"{prefix}intersections": _pad(intersections), f"{prefix}unions": _pad(unions)}
+            lisa = self.accelerator.unwrap_model(model)
+            generated = generate_masks(lisa, processor, inputs, self.args.generation_max_new_tokens)
+            counts |= count_generated(inputs, *generated, processor.seg_token_id)
+        return outputs.loss.detach(), counts, counts["masks_due"]

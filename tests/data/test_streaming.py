@@ -298,7 +298,7 @@ def test_a_run_resumes_exactly_from_a_checkpoint(tmp_path):
 
 
 def test_the_stream_of_another_process_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Expected the stream of process 0 of 1, found that of rank 1 of 2"):
+    with pytest.raises(ValueError, match="expected the stream of process 0 of 1, got that of rank 1 of 2"):
         make_stream_trainer(tmp_path, rank=1, num_ranks=2).train()
 
 

@@ -6,9 +6,9 @@ from fixtures.tiny_training import Items, build_model, collate, copy_state
 from peft import PeftModel
 from transformers import AutoModel
 
+from lisa_hf.evaluation.predict import cut_prompts
 from lisa_hf.training.arguments import TRAINABLE_PARTS, LisaTrainingArguments
 from lisa_hf.training.trainable import find_parts, merge_lora, prepare_for_training, trainable_summary
-from lisa_hf.training.trainer import cut_prompts
 
 
 PARTS = ["seg_projector", "mask_decoder", "embeddings", "multi_modal_projector"]

@@ -1,6 +1,9 @@
-"""What a training says of itself while it runs: counts, times, rates and memory in its log."""
+"""Callbacks: what a run logs, prediction sheets, and steps that are not finite."""
 
 import io
+import json
+import logging
+import math
 import struct
 import sys
 from pathlib import Path
@@ -19,13 +22,16 @@ from fixtures.tiny_training import (
     build_model,
     copy_state,
     make_trainer,
+    sabotage,
     training_logs,
 )
 from tensorboardX.proto import event_pb2
+from workers.launching import launch
 
 from lisa_hf.data.mixture import MixtureDataset
-from lisa_hf.training import callbacks as progress
+from lisa_hf.training import callbacks
 from lisa_hf.training.callbacks import PredictionSheet
+from lisa_hf.training.checkpointing import find_fault
 from lisa_hf.training.trainable import prepare_for_training
 
 
@@ -145,7 +151,7 @@ class Clock:
 def test_times_are_those_of_data_and_of_computing(tiny, tmp_path, monkeypatch):
     model, processor = tiny
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(callbacks, "time", clock)
     trainer = make_trainer(
         model,
         processor,
@@ -300,3 +306,67 @@ def test_sheets_go_to_trackers_that_take_images(name, tiny, tmp_path, monkeypatc
     assert entry["train/global_step"] == 0
     with PIL.Image.open(tmp_path / "predictions" / "step-0.png") as sheet:
         assert np.array_equal(np.asarray(entry["eval/predictions"]), np.asarray(sheet))
+
+
+# ---- steps that are not finite --------------------------------------------------------------------------------------
+
+
+def sabotaged_trainer(tmp_path, where, steps, **arguments):
+    model, processor = build_model()
+    model = prepare_for_training(model, LISA_PARTS, lora_r=4)
+    sabotage(model, steps, where, micro_batches=2)
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    return make_trainer(model, processor, tmp_path, Items(), **settings | arguments)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("where", ["loss", "gradients"])
+def test_non_finite_step_is_skipped_and_explained(where, max_grad_norm, tmp_path, caplog):
+    trainer = sabotaged_trainer(tmp_path, where, {1}, max_grad_norm=max_grad_norm, save_strategy="steps", save_steps=1)
+    with caplog.at_level(logging.WARNING, "lisa_hf.training.callbacks"):
+        trainer.train()
+    (record,) = (record for record in caplog.records if record.name == "lisa_hf.training.callbacks")
+    message = record.getMessage()
+    assert message.startswith("Step 2: non-finite ") and message.endswith("Skipped (1 of at most 10).")
+    if where == "loss":
+        assert "mask_bce_loss of image_4 of drawn, image_5 of drawn." in message  # the first of the two micro-batches
+    else:
+        assert "gradients of" in message and "mask_decoder" in message and "seg_projector" in message
+    states = trainer.recorder.saved_states
+    same = [name for name in states[1] if torch.equal(states[1][name], states[2][name])]
+    assert same == list(states[1])
+    assert all(weight.isfinite().all() for weight in states[4].values())
+    assert any(not torch.equal(states[2][name], states[3][name]) for name in states[2])
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(torch.tensor([entry["loss"], entry["mask_bce_loss"]]).isfinite().all() for entry in logs)
+
+
+def test_too_many_non_finite_steps_stop_with_a_checkpoint(tmp_path):
+    trainer = sabotaged_trainer(tmp_path, "loss", {1, 2, 3}, max_nonfinite_steps=1, max_steps=10)
+    start = copy_state(trainer.model)
+    with pytest.raises(ValueError, match="Step 3: non-finite mask_bce_loss of .*at most 1 skipped steps") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+    assert trainer.state.global_step == 3 and find_fault(tmp_path / "checkpoint-3") is None
+    final = copy_state(trainer.model)
+    assert all(weight.isfinite().all() for weight in final.values())
+    assert any(not torch.equal(start[name], final[name]) for name in start)
+
+
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow), "zero2"])
+def test_all_processes_skip_the_step_of_one(engine, tmp_path):
+    launch("tests/workers/nonfinite_worker.py", tmp_path / "results", engine, launcher=engine)
+    first, second = (json.loads((tmp_path / f"results.{rank}").read_text()) for rank in range(2))
+    assert first["num_skipped"] == second["num_skipped"] == 1 and second["messages"] == []
+    (message,) = first["messages"]  # the first process speaks for the second
+    assert message.startswith("Step 2: non-finite mask_bce_loss of image_6 of drawn, image_7 of drawn.")
+    assert len(first["losses"]) == 4 and all(map(math.isfinite, first["losses"]))
+
+
+def test_zero3_stops_at_once(tmp_path):
+    launch("tests/workers/nonfinite_worker.py", tmp_path / "results", "zero3", launcher="zero3")
+    for rank in range(2):
+        result = json.loads((tmp_path / f"results.{rank}").read_text())
+        assert "Step 2: non-finite mask_bce_loss of image_6 of drawn, image_7 of drawn. ZeRO-3" in result["error"]
+        assert result["checkpoints"] == ["checkpoint-1"]

@@ -1,6 +1,6 @@
 """Trains a tiny LISA in which one process has a loss that is not finite in the second step.
 
-accelerate launch --config_file recipes/accelerate/zero2.yaml tests/workers/health_worker.py RESULTS zero2
+accelerate launch --config_file recipes/accelerate/zero2.yaml tests/workers/nonfinite_worker.py RESULTS zero2
 """
 
 import json
@@ -42,8 +42,14 @@ def run(engine: str) -> dict:
             error = str(stopped)
         checkpoints = sorted(path.name for path in Path(output_dir).glob("checkpoint-*"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    left_out = trainer.nonfinite_steps.number
-    return {"messages": messages, "left_out": left_out, "losses": losses, "error": error, "checkpoints": checkpoints}
+    num_skipped = trainer.nonfinite_steps.num_skipped
+    return {
+        "messages": messages,
+        "num_skipped": num_skipped,
+        "losses": losses,
+        "error": error,
+        "checkpoints": checkpoints,
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""A batch and the masks that were predicted for it -> pixel counts per image.
+
+All metrics follow from three integers per mask, so processes exchange counts and never masks. Counts come as one line
+per image: a gather that pads and cuts lines keeps the masks of an image together.
+"""
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from .metrics import intersection_and_union
+
+
+PADDING = -100  # fills lines up to the longest one, as in Trainer's own gather
+GENERATED = "generated_"  # prefix of what is counted on the model's own answers
+
+
+def count_masks_due(batch: dict, seg_token_id: int) -> torch.Tensor:
+    """Return how many masks each question asks for, `(N,)` int64: the `[SEG]` tokens of its true answer."""
+    return (batch["labels"] == seg_token_id).sum(1)
+
+
+def count_teacher_forced(batch: dict, masks: list[torch.Tensor], seg_token_id: int) -> dict[str, torch.Tensor]:
+    """Count the pixels of masks that were decoded from the `[SEG]` tokens of the true answers.
+
+    Args:
+        batch: Inputs of B images with one question per row (N rows), `mask_labels` among them.
+        masks: B bool tensors `(M_b, H_b, W_b)`, in the order of `mask_labels`.
+        seg_token_id: Id of `[SEG]`.
+
+    Returns:
+        int64 tensors `(B, ...)` padded with -100: `masks_due` per question; `targets`, `intersections` and `unions`
+        per mask, in pixels.
+    """
+    targets = [(labels == 1).sum((-2, -1)) for labels in batch["mask_labels"]]  # B x [M_b]
+    return {
+        "masks_due": _by_image(count_masks_due(batch, seg_token_id), batch),
+        "targets": _pad(targets),
+        **_count_pixels("", masks, batch["mask_labels"]),
+    }
+
+
+def count_generated(
+    batch: dict, masks: list[torch.Tensor], num_seg_tokens: torch.Tensor, seg_token_id: int
+) -> dict[str, torch.Tensor]:
+    """Count the pixels of masks in the model's own answers.
+
+    A mask that is due and was not generated counts as empty; masks beyond those that are due count nowhere.
+
+    Args:
+        batch: As in [`count_teacher_forced`].
+        masks: N bool tensors `(M_n, H, W)`, the masks in the answer of each row.
+        num_seg_tokens: `(N,)`, number of `[SEG]` tokens in each answer.
+        seg_token_id: Id of `[SEG]`.
+
+    Returns:
+        int64 tensors `(B, ...)` padded with -100: `num_seg_tokens` per question; `generated_intersections` and
+        `generated_unions` per mask, in pixels.
+    """
+    masks_due = count_masks_due(batch, seg_token_id).tolist()
+    # Answers follow each other row by row; labels are stacked per image.
+    masks_by_image = []
+    for image in range(len(batch["mask_labels"])):
+        rows = (batch["image_indices"] == image).nonzero().flatten().tolist()
+        masks_by_image.append(torch.cat([_take(masks[row], masks_due[row]) for row in rows]))  # [M_b, H_b, W_b]
+    return {
+        **_count_pixels(GENERATED, masks_by_image, batch["mask_labels"]),
+        "num_seg_tokens": _by_image(num_seg_tokens, batch),
+    }
+
+
+def _count_pixels(prefix: str, masks: list[torch.Tensor], mask_labels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    counts = [intersection_and_union(predicted, labels) for predicted, labels in zip(masks, mask_labels)]
+    intersections, unions = zip(*counts)
+    return {f"{prefix}intersections": _pad(intersections), f"{prefix}unions": _pad(unions)}
+
+
+def _take(masks: torch.Tensor, number: int) -> torch.Tensor:
+    """Return the first `number` masks of `(M, H, W)`, filled up with empty ones."""
+    missing = masks.new_zeros((max(number - len(masks), 0), *masks.shape[1:]))
+    return torch.cat([masks[:number], missing])
+
+
+def _by_image(values: torch.Tensor, batch: dict) -> torch.Tensor:
+    """Regroup values of rows `(N,)` to one padded line per image `(B, ...)`."""
+    return _pad([values[batch["image_indices"] == image] for image in range(len(batch["mask_labels"]))])
+
+
+def _pad(lines: list[torch.Tensor]) -> torch.Tensor:
+    lines = [*lines, lines[0].new_zeros(1)]  # keeps at least one column, without which a gather would fail
+    return pad_sequence(lines, batch_first=True, padding_value=PADDING)[:-1].long()
