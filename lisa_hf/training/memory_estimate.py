@@ -1,8 +1,12 @@
-"""How much memory a training step will take on each GPU, told before any weight is loaded.
+"""Estimate the memory that a training step needs on each GPU, before any weight is loaded.
 
-A model is built without weights and prepared as for training. Weights, gradients and optimizer states follow from the
-sizes of its parameters and from how DDP, ZeRO-2 and ZeRO-3 share them out, to the byte. Activations are measured: one
-forward and backward pass runs on tensors that have shapes but no numbers, and what lives at the same time is counted.
+The model is built without weights and prepared for training. Weights, gradients and optimizer states follow to the
+byte from the sizes of its parameters and from how DDP, ZeRO-2 and ZeRO-3 shard them. Activations are measured: a
+forward and a backward pass run on fake tensors, which have shapes but no data, and all bytes that live at the same
+time are counted.
+
+Existing estimators do not fit: DeepSpeed's `estimate_zero*_model_states_mem_needs` assume that every weight trains, in
+16 bits and with Adam, and torch's `MemTracker` fails on frozen weights.
 """
 
 import dataclasses
@@ -37,22 +41,20 @@ from .trainer import LisaTrainer
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SIZE = (480, 640)  # of the photo that stands for all, (H, W) in pixels: COCO's
-BLOCK, NESTED_BLOCK = 64, 256  # numbers that share a scale in 4 bits, and scales that share one in 8
+IMAGE_SIZE = (480, 640)  # of the example photo, (H, W) in pixels, as in COCO
 
 
 @dataclasses.dataclass
 class MemoryEstimate:
-    """Bytes on the process's GPU, and on its host if optimizer states or weights are offloaded.
+    """Bytes on the GPU of a process.
 
     Args:
-        weights: all of the model, with PEFT's copies of parts that train and with buffers.
-        gradients: of the weights that train, as they are kept between accumulation steps.
-        optimizer: its states and, with DeepSpeed, the weights in float32 that it works on.
-        activations: the most that lives beside these during a forward and a backward pass.
-        communication: buckets in which gradients travel and, with ZeRO-3, weights that are gathered for a layer. These
-            alone are rules of thumb.
-        host: what is offloaded.
+        weights: The whole model with buffers and PEFT's copies of trained parts.
+        gradients: Gradients of the trained weights, kept between accumulation steps.
+        optimizer: Optimizer states and, with DeepSpeed, the float32 copies of the trained weights.
+        activations: Peak of everything else during a forward and a backward pass.
+        communication: Buckets for gradients and, with ZeRO-3, gathered weights of two layers. A rule of thumb.
+        host: Bytes in the host's memory instead: offloaded optimizer states, gradients and weights.
     """
 
     weights: int
@@ -74,27 +76,26 @@ def report_memory(
     data_args: DataArguments,
     args: LisaTrainingArguments,
 ) -> str:
-    """A line about the memory that each process will need; a warning with remedies where its GPU has not as much."""
+    """Return a line about the memory per process, and warn with remedies if the GPU has less."""
     model = prepare_for_training(build_model(model_args, config, empty=True), **model_args.adaptation)
     packing = resolve_packing(model.config, data_args.packing)
     collator = LisaDataCollator(processor, data_args.max_length, packing=packing)
     batch = example_batch(collator, args.per_device_train_batch_size, data_args.num_questions)
     estimate = estimate_memory(model, model_args, args, batch)
-    rows, length = batch["input_ids"].shape
-    names = [field.name for field in dataclasses.fields(estimate) if getattr(estimate, field.name)]
-    parts = ", ".join(f"{name} {_format(getattr(estimate, name))}" for name in names if name != "host")
-    host = f" (and {_format(estimate.host)} of the host's)" if estimate.host else ""
     if args.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(args.device)
         if estimate.total > free:
             logger.warning(
-                "A step will need about %s of GPU memory, and %s are free. What needs less: %s.",
+                "A step needs about %s of GPU memory, but only %s are free. To need less: %s.",
                 _format(estimate.total),
                 _format(free),
                 "; ".join(_remedies(model_args, args)),
             )
+    parts = [f"{name} {_format(size)}" for name, size in vars(estimate).items() if size and name != "host"]
+    host = f" (plus {_format(estimate.host)} of host memory)" if estimate.host else ""
+    rows, length = batch["input_ids"].shape
     return (
-        f"Memory per process, estimated: {_format(estimate.total)}{host}: {parts}; for "
+        f"Estimated memory per process: {_format(estimate.total)}{host}: {', '.join(parts)}; for "
         f"{args.per_device_train_batch_size} images of {IMAGE_SIZE[1]} x {IMAGE_SIZE[0]} at a time, with {rows} rows "
         f"of {length} tokens{'' if data_args.max_length else ' (an example; without max_length rows may be longer)'}."
     )
@@ -105,17 +106,17 @@ def _format(num_bytes: int) -> str:
 
 
 def _remedies(model_args: ModelArguments, args: LisaTrainingArguments) -> list[str]:
-    """What is not yet in use, the cheapest first."""
+    """Return the options that are not used yet, the cheapest first."""
     stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else 0
-    is_shared = args.world_size > 1 and not args.shards_weights
+    can_shard = args.world_size > 1 and not args.shards_weights
     remedies = {
         "activation_checkpointing: true": not args.activation_checkpointing,
         "dtype: bfloat16 and bf16: true": not (args.bf16 or args.fp16),
         "per_device_train_batch_size: 1 with more gradient_accumulation_steps": args.per_device_train_batch_size > 1,
         "lora_r: 8 instead of the whole language model": model_args.lora_r == 0,
         "load_in_4bit: true": model_args.lora_r > 0 and not model_args.load_in_4bit and stage < 3,
-        "recipes/accelerate/zero2.yaml": is_shared and stage < 2,
-        "recipes/accelerate/zero3.yaml": is_shared and not model_args.load_in_4bit,
+        "recipes/accelerate/zero2.yaml": can_shard and stage < 2,
+        "recipes/accelerate/zero3.yaml": can_shard and not model_args.load_in_4bit,
         "ds_configs/zero2_offload.json or zero3_offload.json": stage > 0,
     }
     return [remedy for remedy, is_open in remedies.items() if is_open] or ["GPUs with more memory"]
@@ -127,121 +128,100 @@ def estimate_memory(
     args: LisaTrainingArguments,
     batch: dict,
 ) -> MemoryEstimate:
-    """Estimates what a step of a process takes.
+    """Estimate the memory of a training step in this process.
 
     Args:
-        model: an empty one of [`build_model`], after `prepare_for_training`; it is of no other use any more.
-        batch: of one micro-step, on the CPU; see [`example_batch`].
+        model: Empty model of [`build_model`] after `prepare_for_training`. It cannot be used afterwards.
+        batch: Batch of one micro-step on the CPU, see [`example_batch`].
     """
-    plugin, half = args.deepspeed_plugin, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    plugin, half = args.deepspeed_plugin, _half_precision(args)
     if plugin is not None and half is not None:
-        for parameter in model.parameters():  # as DeepSpeed does; buffers stay as they are
-            parameter.data = parameter.data.to(half)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(half)  # DeepSpeed casts parameters and keeps buffers
     quantized = _quantized_weights(model) if model_args.load_in_8bit or model_args.load_in_4bit else []
-    saved = sum(weight.nbytes for weight in quantized) - _quantized_bytes(quantized, model_args)
-    scratch = max((weight.nbytes for weight in quantized), default=0)  # a layer is multiplied in full precision
+    saved = sum(weight.nbytes - _quantized_bytes(weight, model_args) for weight in quantized)
     _make_fake(model)
-    optimizer = _create_optimizer(model, args)
-    if plugin is None:
-        estimate = _unshared(model, args, optimizer)
-    elif plugin.zero_stage < 3:
-        estimate = _zero2(model, args, optimizer)
-    else:
-        estimate = _zero3(model, args, optimizer)
+    estimate = _model_states(model, args, _create_optimizer(model, args))
     estimate.weights -= saved
-    estimate.activations = scratch + activation_bytes(model, args, batch)
+    estimate.activations = activation_bytes(model, args, batch)
+    # A quantized layer is multiplied in full precision.
+    estimate.activations += max((weight.nbytes for weight in quantized), default=0)
     return estimate
 
 
-# ---- weights, gradients, optimizer ----------------------------------------------------------------------------------
+def _half_precision(args: LisaTrainingArguments) -> torch.dtype | None:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def _unshared(model: nn.Module, args: LisaTrainingArguments, optimizer: Optimizer) -> MemoryEstimate:
-    """Alone and under DDP, each process holds everything."""
-    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return MemoryEstimate(
-        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        gradients=gradients,
-        optimizer=_state_bytes(optimizer),
-        communication=gradients if args.world_size > 1 else 0,  # DDP's buckets
-    )
+# ---- weights, gradients, optimizer states ---------------------------------------------------------------------------
 
 
-def _zero2(model: nn.Module, args: LisaTrainingArguments, optimizer: Optimizer) -> MemoryEstimate:
-    """Each group of the optimizer is one flat tensor, of a length that twice the number of processes divides."""
-    lengths = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
-    padded = [math.ceil(length / (2 * args.world_size)) * 2 * args.world_size for length in lengths]
-    shares = [length // args.world_size for length in padded]
-    itemsize = optimizer.param_groups[0]["params"][0].element_size()
-    bucket = min(_from_config(args, "reduce_bucket_size", model.config.hidden_size**2), sum(lengths))
-    estimate = MemoryEstimate(
-        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        + itemsize * (sum(padded) - sum(lengths)),
-        gradients=sum(
-            _gradients_of_share(group["params"], share, args.process_index)
-            for group, share in zip(optimizer.param_groups, shares)
-        ),
-        optimizer=4 * sum(shares) + _state_bytes(optimizer, shares),  # ... and the weights that it works on
-        communication=2 * itemsize * bucket,
-    )
-    if args.deepspeed_plugin.offload_optimizer_device in ("cpu", "nvme"):
-        estimate.host = estimate.optimizer + 4 * sum(shares)  # gradients in float32
+def _model_states(model: nn.Module, args: LisaTrainingArguments, optimizer: Optimizer) -> MemoryEstimate:
+    """Compute weights, gradients and optimizer states as DDP, ZeRO-2 or ZeRO-3 distribute them."""
+    plugin, world_size = args.deepspeed_plugin, args.world_size
+    groups = [group["params"] for group in optimizer.param_groups]
+    trained = [parameter for group in groups for parameter in group]
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    gradients = sum(parameter.nbytes for parameter in trained)
+    if plugin is None:
+        buckets = gradients if world_size > 1 else 0
+        return MemoryEstimate(weights, gradients, _state_bytes(optimizer), communication=buckets)
+
+    itemsize = trained[0].element_size()
+    bucket = _zero_option(args, "reduce_bucket_size", model.config.hidden_size**2)
+    if plugin.zero_stage < 3:
+        # Each parameter group is one flat tensor, padded to a multiple of twice the processes.
+        length = sum(parameter.numel() for parameter in trained)
+        shards = [2 * math.ceil(sum(parameter.numel() for parameter in group) / (2 * world_size)) for group in groups]
+        weights += itemsize * (world_size * sum(shards) - length)
+        gradients = sum(_zero2_gradients(group, shard, args.process_index) for group, shard in zip(groups, shards))
+        communication = 2 * itemsize * min(bucket, length)
+    else:
+        # Each weight is sharded on its own; small ones are kept whole as well after their first use.
+        sizes = {parameter: math.ceil(parameter.numel() / world_size) for parameter in model.parameters()}
+        sharded = sum(parameter.element_size() * size for parameter, size in sizes.items())
+        threshold = _zero_option(args, "stage3_param_persistence_threshold", 10 * model.config.hidden_size)
+        small = [parameter for parameter in sizes if parameter.numel() <= threshold]
+        whole = sum(parameter.element_size() * sizes[parameter] * world_size for parameter in small)  # with padding
+        shards = [sum(sizes[parameter] for parameter in group) for group in groups]
+        weights = sharded + whole + sum(buffer.nbytes for buffer in model.buffers())
+        gradients = itemsize * sum(shards)
+        # The layer that is computed and the next one are gathered.
+        layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+        largest_layer = max(sum(weight.nbytes for weight in layer.parameters()) for layer in layers)
+        communication = itemsize * bucket + 2 * largest_layer
+    optimizer_bytes = 4 * sum(shards) + _state_bytes(optimizer, shards)  # with float32 copies of the weights
+    estimate = MemoryEstimate(weights, gradients, optimizer_bytes, communication=communication)
+    if plugin.offload_optimizer_device in ("cpu", "nvme"):
+        estimate.host = optimizer_bytes + 4 * sum(shards)  # with float32 copies of the gradients
+        estimate.host += gradients if plugin.zero_stage == 3 else 0
         estimate.optimizer = estimate.gradients = 0
+    if plugin.zero_stage == 3 and plugin.offload_param_device in ("cpu", "nvme"):
+        estimate.host += sharded
+        estimate.weights -= sharded
     return estimate
 
 
-def _gradients_of_share(parameters: list[nn.Parameter], share: int, rank: int) -> int:
-    """Bytes of the gradients that have a part in a process's share of a flat tensor; they are kept whole."""
+def _zero2_gradients(parameters: list[nn.Parameter], shard: int, rank: int) -> int:
+    """Return the bytes of all gradients that overlap a process's shard, because ZeRO-2 keeps these whole."""
     start = total = 0
     for parameter in parameters:
         stop = start + parameter.numel()
-        if start < (rank + 1) * share and stop > rank * share:
+        if start < (rank + 1) * shard and stop > rank * shard:
             total += parameter.nbytes
         start = stop
-    padding = (rank + 1) * share - max(start, rank * share)
+    padding = (rank + 1) * shard - max(start, rank * shard)
     return total + parameters[0].element_size() * max(padding, 0)
 
 
-def _zero3(model: nn.Module, args: LisaTrainingArguments, optimizer: Optimizer) -> MemoryEstimate:
-    """Each weight is cut by itself; small ones are kept whole beside their pieces once they were used."""
-    pieces = {parameter: math.ceil(parameter.numel() / args.world_size) for parameter in model.parameters()}
-    threshold = _from_config(args, "stage3_param_persistence_threshold", 10 * model.config.hidden_size)
-    whole = sum(
-        parameter.element_size() * piece * args.world_size  # as they are put together, with what the last piece pads
-        for parameter, piece in pieces.items()
-        if parameter.numel() <= threshold
-    )
-    cut = sum(parameter.element_size() * piece for parameter, piece in pieces.items())
-    shares = [sum(pieces[parameter] for parameter in group["params"]) for group in optimizer.param_groups]
-    dtype = optimizer.param_groups[0]["params"][0].dtype
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    largest_layer = max(sum(weight.nbytes for weight in layer.parameters()) for layer in layers)
-    plugin = args.deepspeed_plugin
-    estimate = MemoryEstimate(
-        weights=cut + whole + sum(buffer.nbytes for buffer in model.buffers()),
-        gradients=dtype.itemsize * sum(shares),
-        optimizer=4 * sum(shares) + _state_bytes(optimizer, shares),
-        # The layer that is computed and the next one.
-        communication=dtype.itemsize * _from_config(args, "reduce_bucket_size", model.config.hidden_size**2)
-        + 2 * largest_layer,
-    )
-    if plugin.offload_optimizer_device in ("cpu", "nvme"):
-        estimate.host = estimate.optimizer + estimate.gradients + 4 * sum(shares)
-        estimate.optimizer = estimate.gradients = 0
-    if plugin.offload_param_device in ("cpu", "nvme"):
-        estimate.host += cut
-        estimate.weights -= cut
-    return estimate
-
-
-def _from_config(args: LisaTrainingArguments, key: str, auto: int) -> int:
-    """A value of the DeepSpeed file; `auto` is what Trainer will put there for "auto"."""
+def _zero_option(args: LisaTrainingArguments, key: str, auto: int) -> int:
+    """Return a value of the DeepSpeed file, or `auto`, which Trainer fills in for "auto"."""
     value = args.deepspeed_plugin.hf_ds_config.get_value(f"zero_optimization.{key}", "auto")
     return auto if value == "auto" else int(value)
 
 
 def _create_optimizer(model: nn.Module, args: LisaTrainingArguments) -> Optimizer:
-    """The optimizer that the trainer will make, of which only this method runs: it would move the model."""
+    """Create the trainer's optimizer without running Trainer.__init__, which would move the model."""
     trainer = LisaTrainer.__new__(LisaTrainer)
     trainer.args, trainer.model, trainer.optimizer, trainer.optimizer_cls_and_kwargs = args, model, None, None
     optimizer = trainer.create_optimizer()
@@ -249,22 +229,20 @@ def _create_optimizer(model: nn.Module, args: LisaTrainingArguments) -> Optimize
     return optimizer
 
 
-def _state_bytes(optimizer: Optimizer, shares: list[int] | None = None) -> int:
-    """Bytes of the optimizer's states after a step on the parameters, or on one flat float32 share of each group."""
-    groups = optimizer.param_groups
-    for group, share in zip(groups, shares or [None] * len(groups)):
-        parameters = group["params"] if share is None else [_fake_like(torch.empty(share, device="meta"))]
-        for parameter in parameters:
+def _state_bytes(optimizer: Optimizer, shards: list[int] | None = None) -> int:
+    """Return the bytes of the optimizer states after a step, on the parameters or on a float32 shard of each group."""
+    for index, group in enumerate(optimizer.param_groups):
+        if shards is not None:
+            group["params"] = [_fake_like(torch.empty(shards[index], device="meta"))]
+        for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-        group["params"] = parameters
     optimizer.step()
-    states = [leaf for leaf in tree_leaves(optimizer.state_dict()) if isinstance(leaf, torch.Tensor)]
     optimizer.zero_grad()
-    return sum(state.nbytes for state in states)
+    return sum(leaf.nbytes for leaf in tree_leaves(optimizer.state_dict()) if isinstance(leaf, torch.Tensor))
 
 
 def _quantized_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Of the layers that `load_in_8bit` and `load_in_4bit` convert."""
+    """Return the weights of the layers that `load_in_8bit` and `load_in_4bit` convert."""
     return [
         module.weight
         for name, module in model.named_modules()
@@ -272,55 +250,56 @@ def _quantized_weights(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def _quantized_bytes(weights: list[nn.Parameter], arguments: ModelArguments) -> int:
-    """What bitsandbytes holds of them: the numbers, their scales and the tables of the values that they stand for."""
-    if arguments.load_in_8bit:
-        return sum(weight.numel() + 4 * weight.shape[0] for weight in weights)
-    total = 0
-    for weight in weights:
-        num_scales = math.ceil(weight.numel() / BLOCK)
-        total += math.ceil(weight.numel() / 2) + 4 * 16
-        if arguments.bnb_4bit_use_double_quant:
-            total += num_scales + 4 * math.ceil(num_scales / NESTED_BLOCK) + 4 * 256 + 4  # ..., their table and mean
-        else:
-            total += 4 * num_scales
-    return total
+def _quantized_bytes(weight: nn.Parameter, model_args: ModelArguments) -> int:
+    """Return the bytes that bitsandbytes holds: the quantized numbers, their scales and lookup tables."""
+    if model_args.load_in_8bit:
+        return weight.numel() + 4 * weight.shape[0]  # a float32 scale per row
+    num_scales = math.ceil(weight.numel() / 64)
+    scales = 4 * num_scales
+    if model_args.bnb_4bit_use_double_quant:
+        # Scales in 8 bits with a float32 scale per 256 of them, their table of 256 values and their mean.
+        scales = num_scales + 4 * math.ceil(num_scales / 256) + 4 * 256 + 4
+    return math.ceil(weight.numel() / 2) + 4 * 16 + scales  # the table of 4-bit values has 16
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------
 
 
 def activation_bytes(model: nn.Module, args: LisaTrainingArguments, batch: dict) -> int:
-    """The most that lives during a forward and a backward pass, beside weights and their gradients.
+    """Return the peak memory of a forward and a backward pass, without weights and their gradients.
 
     Args:
-        model: with fake or meta weights; they stay so.
-        batch: its floating-point tensors are replaced by fake ones, the others decide about shapes and stay.
+        model: Model whose parameters are replaced by fake ones.
+        batch: Batch whose floating-point tensors are replaced by fake ones. The others decide about shapes and stay.
     """
     _make_fake(model)
     model.train()
     if args.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=args.activation_checkpointing_kwargs)
-    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    has_autocast = half is not None and args.deepspeed_plugin is None
-    batch = {name: _fake_like(value) if _is_float(value) else value for name, value in batch.items()}
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    held = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    with _LiveBytes(held) as live, torch.autocast("cpu", half) if has_autocast else nullcontext():
+    half = _half_precision(args) if args.deepspeed_plugin is None else None  # DeepSpeed needs no autocast
+    batch = {
+        name: _fake_like(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+    # Gradients exist beforehand, as in all accumulation steps but the first.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    live = _LiveBytes([*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)])
+    with live, torch.autocast("cpu", half) if half else nullcontext():
         loss = model(**batch).loss
     with live:
         loss.backward()
-    for parameter in model.parameters():
+    for parameter in trained:
         parameter.grad = None
     return live.peak
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that live at the same time, as operations make them and nobody holds them.
+    """Count the bytes of all storages that live at the same time, from the operation that makes one to its release.
 
     Args:
-        held: what is there anyway and does not count.
+        held: Tensors that exist before and do not count.
     """
 
     def __init__(self, held: list[torch.Tensor]):
@@ -330,7 +309,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.index.Tensor:
-            # How many elements a mask selects is told by the mask, but a fake tensor will not look into it.
+            # A fake tensor does not look into a mask to see how many elements it selects, positions have a length.
             args = (args[0], [part for index in args[1] for part in _as_positions(index)])
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
@@ -344,9 +323,9 @@ class _LiveBytes(TorchDispatchMode):
             self._known.add(key)
             self.live += size
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, key, size)
+            weakref.finalize(storage, self._release, key, size)
 
-    def _forget(self, key: int, size: int):
+    def _release(self, key: int, size: int):
         self._known.discard(key)
         self.live -= size
 
@@ -354,10 +333,6 @@ class _LiveBytes(TorchDispatchMode):
 def _as_positions(index: torch.Tensor | None) -> list[torch.Tensor | None]:
     is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
     return list(index.nonzero(as_tuple=True)) if is_mask else [index]
-
-
-def _is_float(value) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 _FAKE_MODE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -369,7 +344,7 @@ def _fake_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Puts tensors of the same shapes, on the CPU but without memory, in the place of the parameters."""
+    """Replace the parameters by fake ones on the CPU; tied parameters stay tied."""
     made = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -383,18 +358,14 @@ def _make_fake(model: nn.Module) -> None:
 
 
 def example_batch(collator: LisaDataCollator, num_images: int, num_questions: int) -> dict:
-    """A batch as training will make them, of blank photos of `IMAGE_SIZE`, rows as long as `max_length` allows."""
+    """Build a training batch of blank photos of `IMAGE_SIZE` whose rows are as long as `max_length` allows."""
     mask = Mask.from_rle(encode_mask(np.ones(IMAGE_SIZE, dtype=bool)))
-    questions = [
-        Question(
-            [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"What is {number}?"}]},
-                {"role": "assistant", "content": [{"type": "text", "text": "It is [SEG]."}]},
-            ],
-            [mask],
-        )
-        for number in range(num_questions)
-    ]
+    questions = []
+    for number in range(num_questions):  # packing would share what equal questions have in common
+        question = [{"type": "image"}, {"type": "text", "text": f"What is {number}?"}]
+        answer = [{"type": "text", "text": "It is [SEG]."}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        questions.append(Question(messages, [mask]))
     item = {
         "image": Image.new("RGB", IMAGE_SIZE[::-1]),
         "original_size": list(IMAGE_SIZE),
@@ -410,10 +381,12 @@ def example_batch(collator: LisaDataCollator, num_images: int, num_questions: in
         length, prefix, num_segments = batch["input_ids"].shape[1], 0, 1
         if "segment_ids" in batch:
             prefix, num_segments = int((batch["segment_ids"][0] == 0).sum()), num_questions
-        missing = prefix + num_segments * (collator.max_length - prefix) - length
+        full_length = max(length, prefix + num_segments * (collator.max_length - prefix))
+        # Repeat the last token, without a label.
+        positions = torch.arange(full_length).clamp(max=length - 1)
         for name, tensor in batch.items():
             if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (length,) and not tensor.is_floating_point():
-                last = tensor[..., -1:].expand(*tensor.shape[:-1], max(missing, 0))
-                filler = torch.full_like(last, IGNORE_INDEX) if "labels" in name else last
-                batch[name] = torch.cat([tensor, filler], -1)
+                batch[name] = tensor[..., positions]
+                if "labels" in name:
+                    batch[name][..., length:] = IGNORE_INDEX
     return batch
