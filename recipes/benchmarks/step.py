@@ -5,10 +5,10 @@
     python recipes/benchmarks/step.py --size small --growth outputs/growth
     python recipes/benchmarks/step.py --size 7b --device cuda --dtype bfloat16
 
-Weights are random; nothing is downloaded. As the original, `reference` runs the vision tower once per question, maps
-all positions to the vocabulary, repeats system prompt and image per question, encodes and decodes masks image by image,
-recomputes activations and materializes attention scores. `reference_sdpa` is the same in today's attention kernels,
-`candidate` is this project, and `cached` is this project with given features of the frozen encoders.
+Weights are random; nothing is downloaded. As the original, `reference` runs the vision tower per question, projects
+all positions to the vocabulary, repeats system prompt and image per question, handles masks image by image, recomputes
+activations and materializes attention scores. `reference_sdpa` is the same in today's attention kernels, `candidate`
+is this project, and `cached` is this project with given features of the frozen encoders.
 """
 
 import json
