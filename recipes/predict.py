@@ -12,6 +12,7 @@ import torch
 from lisa_hf.errors import report_user_errors
 from lisa_hf.evaluation.predict import answer_questions, question_messages
 from lisa_hf.evaluation.visualization import overlay_masks
+from lisa_hf.model.images import load_image
 from lisa_hf.training.build import load_lisa
 
 
@@ -27,9 +28,9 @@ def main():
     args = parser.parse_args()
     with report_user_errors():
         try:
-            image = PIL.Image.open(args.image).convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"--image: cannot read '{args.image}': {error}") from error
+            image = load_image(args.image)
+        except ValueError as error:
+            raise ValueError(f"--image: {error}") from error
         model, processor = load_lisa(args.model, dtype=args.dtype)
         (answer,) = answer_questions(
             model.to(args.device), processor, image, [question_messages(args.question)], args.max_new_tokens

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from transformers import BatchFeature
 
+from ..model.images import load_image
 from ..model.packing import pack_rows
 from ..model.processing_lisa import LisaProcessor, TextTooLongError
 from .feature_cache import PIXELS, join_entries
-from .images import decode_image
 from .masks import compact_mask_labels, draw_mask_labels
 from .prompts import Question
 
@@ -115,7 +115,7 @@ class LisaDataCollator:
         known, features = ({}, {}) if None in entries else join_entries(entries)
         skip = [PIXELS[name] for name in features]
         if len(skip) < len(PIXELS):
-            images = [decode_image(item["image"]) for item in items]
+            images = [load_image(item["image"]) for item in items]
             known |= self.processor.encode_images(images, do_normalize=not self.compact, skip=skip)
             known["original_sizes"] = [item["original_size"] for item in items]  # an image may be a reduced photo
         return known, features

@@ -31,7 +31,7 @@ from transformers import BatchFeature, TrainingArguments
 from ..model.mask_backbone import encode_images
 from ..model.processing_lisa import LisaProcessor
 from ..model.vlm_backbone import split_vision_inputs
-from .images import load_image, read_file, undecoded
+from .images import load_row_image, read_file, undecoded
 
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def _missing_images(
         try:
             path = cache.path(read_file(row))
             if path not in images and not cache.has(path):
-                images[path] = load_image(row, min_decoded_edge=min_decoded_edge)
+                images[path] = load_row_image(row, min_decoded_edge=min_decoded_edge)
         except (ValueError, OSError, TypeError):
             continue
     if not images:

@@ -1,62 +1,69 @@
-"""Reads, orients and decodes image files."""
+"""The images of rows: find and read a file, decode it as small as it may be, compare it with the masks.
 
-import io
+How a file becomes pixels is in `lisa_hf.model.images`, for rows as for every other image.
+"""
+
 from typing import Any
 
 import PIL.Image
-import PIL.ImageOps
 from datasets import Dataset, Image, IterableDataset
 from datasets.utils.file_utils import xopen
 
+from ..model.images import load_image, open_image, raise_unreadable
+
 
 def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    # Decoding while a row is read would fail before the row can say which file it is.
+    """Return the rows with their images as `{"path", "bytes"}`.
+
+    Decoding an image while its row is read would fail before the row can say which file it is.
+    """
     return rows.cast_column("image", Image(decode=False))
 
 
-def load_image(row: dict, feature_cache=None, min_decoded_edge: int | None = None) -> dict[str, Any]:
-    """What an item says of the image of a row: `image`, `original_size` and `features`.
+def load_row_image(row: dict, feature_cache=None, min_decoded_edge: int | None = None) -> dict[str, Any]:
+    """Load the image of an undecoded row, as the part of an item that is about it.
 
     Args:
-        feature_cache (`FeatureCache`, *optional*): Where its features are looked up. An image with an entry for both
-            encoders can be decoded, else it had none, and is not.
-        min_decoded_edge (`int`, *optional*): As in [`reduce_decoding`], which changes the `image` alone.
+        row: Row of `lisa_hf.data.rows.FEATURES`.
+        feature_cache: [`FeatureCache`] to look the image up in. The image of an entry with the features of both
+            encoders is opened but not decoded: it could be decoded when the entry was made.
+        min_decoded_edge: As in [`reduce_decoding`], which changes `image` alone.
+
+    Returns:
+        `image`: PIL image, `original_size`: [H, W] of the file, `cached_features`: its entry, or None.
 
     Raises:
         ValueError: If the image cannot be read, or a mask of the row has another size.
     """
     if row["image"] is None:
-        raise ValueError("it has no image. Remove it.")
+        raise ValueError("expected an image, got none. Remove the row.")
+    cached_features = None
     try:
-        file = read_file(row)
-        features = None if feature_cache is None else feature_cache.load(file)
-        image = PIL.Image.open(io.BytesIO(file))
+        with raise_unreadable():
+            file = read_file(row)
+        image = open_image(file)
+        if feature_cache is not None:
+            cached_features = feature_cache.load(file)
         factor = 1 if min_decoded_edge is None else reduce_decoding(image, min_decoded_edge)
-        if features is None or not feature_cache.is_complete:
-            image = decode_image(image)
-        size = [factor * image.height, factor * image.width]
-        if features is not None:
-            size = features["original_sizes"].tolist()
-    except Exception as error:
-        # Pillow has no exception of its own for broken files: a bad PNG chunk is a SyntaxError, a bomb a plain
-        # Exception, and a damaged EXIF block a struct.error, an AttributeError or a TypeError.
-        raise ValueError(
-            f"cannot read the image, {type(error).__name__}: {error}. Restore the file or remove its annotation."
-        ) from error
-    rles = [target["rle"] for target in row["targets"]]
-    if row["ignore"] is not None:
-        rles.append(row["ignore"])
+        if cached_features is None or not feature_cache.is_complete:
+            image = load_image(image)
+    except ValueError as error:
+        raise ValueError(f"{error}. Restore the file or remove its annotation.") from error
+    size = [factor * image.height, factor * image.width]
+    if cached_features is not None:
+        size = cached_features["original_sizes"].tolist()  # of the upright image
+    rles = [target["rle"] for target in row["targets"]] + ([row["ignore"]] if row["ignore"] is not None else [])
     for rle in rles:
         if list(rle["size"]) != size:
             raise ValueError(
-                f"expected masks of the image's size {size} (height, width), found one of {list(rle['size'])}. "
+                f"expected masks of the image's size {size} (height, width), got one of {list(rle['size'])}. "
                 "Restore the image that was annotated, or remove the annotation."
             )
-    return {"image": image, "original_size": size, "features": features}
+    return {"image": image, "original_size": size, "features": cached_features}
 
 
 def read_file(row: dict) -> bytes:
-    """The image file of an undecoded row, as it is stored."""
+    """Return the image file of an undecoded row, as it is stored."""
     image = row["image"]
     if image["bytes"] is not None:
         return image["bytes"]
@@ -65,13 +72,17 @@ def read_file(row: dict) -> bytes:
 
 
 def reduce_decoding(image: PIL.Image.Image, min_decoded_edge: int) -> int:
-    """Lets an opened JPEG be decoded at 1/8, 1/4 or 1/2 of its size, for a fraction of the time.
+    """Let an opened JPEG be decoded at 1/8, 1/4 or 1/2 of its size, in a fraction of the time.
 
-    Its longer edge keeps at least `min_decoded_edge` pixels. A factor must divide both edges: then the aspect ratio
-    stays, and whoever resizes the image to fit a square gets the same size as from all of it.
+    The factor must divide both edges: that keeps the aspect ratio, and a later resize to fit a square gives the same
+    size as from the full image.
+
+    Args:
+        image: Opened, not yet decoded.
+        min_decoded_edge: Least number of pixels that its longer edge keeps.
 
     Returns:
-        The factor: 8, 4, 2, or 1 where the image stays as it is, because of its size or because it is not a JPEG.
+        The factor: 8, 4, 2, or 1 if the image is left as it is, because it is small or not a JPEG.
     """
     width, height = image.size
     for factor in (8, 4, 2):
@@ -81,14 +92,7 @@ def reduce_decoding(image: PIL.Image.Image, min_decoded_edge: int) -> int:
     return width // image.width
 
 
-def decode_image(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An opened image in RGB, turned upright as its EXIF orientation says; one that is so already stays as it is."""
-    image.load()
-    if image.getexif().get(PIL.Image.ExifTags.Base.Orientation) is not None:
-        image = PIL.ImageOps.exif_transpose(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def _where(row: dict) -> str:
+    """Name a row for messages, with its image file if it has one."""
     path = (row["image"] or {}).get("path")
     return f"Row {row['image_id']!r} of {row['source']!r}" + (f" (file {path})" if path else "")

@@ -4,7 +4,7 @@ Both are map-style: item k is a pure function of the rows, the arguments and k, 
 shuffle and resume them, and the number of loader workers changes nothing. An item is one image with its questions:
 `{"image": PIL image (RGB, upright), "original_size": [H, W] of its file, "features": its entry in a feature cache or
 None, "image_id", "source", "questions": list of Question, "ignore": Mask or None, "num_skipped": int}`. An image with
-features is not decoded before someone needs its pixels, see [`decode_image`]; that of a large photo may be smaller
+features is not decoded before someone needs its pixels, see [`load_image`]; that of a large photo may be smaller
 than its file, see [`reduce_decoding`].
 """
 
@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..errors import nearest_name
-from .images import _where, load_image, undecoded
+from .images import _where, load_row_image, undecoded
 from .masks import Mask
 from .prompts import Question, evaluation_questions, sample_questions
 
@@ -130,7 +130,7 @@ class Mixture:
             row = next(rows)
             self.num_drawn[source] += 1
             try:
-                image = load_image(row, self.feature_cache, self.min_decoded_edge)
+                image = load_row_image(row, self.feature_cache, self.min_decoded_edge)
                 questions = sample_questions(
                     row, rng, self.num_questions, self.explanatory_probability, self.merge_instances
                 )
@@ -230,7 +230,7 @@ class EvaluationDataset(torch.utils.data.Dataset):
             raise IndexError(f"Item {index} of {len(self.rows)} evaluation rows.")
         row = self.rows[int(index)]
         try:
-            image = load_image(row)
+            image = load_row_image(row)
             questions = self.questions(row)
             item = _make_item(row, image, questions, num_skipped=0)
             if not questions:

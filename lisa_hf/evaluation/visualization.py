@@ -8,9 +8,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-from datasets import Image
 
+from ..data.images import read_file
 from ..data.masks import Mask, decode_mask, merge_masks
+from ..model.images import load_image
 from ..model.losses import MASK_IGNORE_INDEX
 
 
@@ -111,7 +112,7 @@ def _draw_row(row: dict, side: int) -> PIL.Image.Image:
     """One cell of a preview: image and overlay side by side, the text below them."""
     pictures, lines = [], [("black", f"{row['source']} {row['image_id']}, {row['task']}")]
     try:
-        image = Image(mode="RGB").decode_example(row["image"])
+        image = load_image(read_file(row))
         phrases, masks = _masks_by_phrases(row, image)
         scale = side / max(image.size)
         size = [max(round(length * scale), 1) for length in image.size]

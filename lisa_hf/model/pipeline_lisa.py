@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from transformers import Pipeline
-from transformers.image_utils import load_image
+
+from .images import load_image
 
 
 @dataclass

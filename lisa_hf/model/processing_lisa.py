@@ -21,6 +21,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.utils import is_torchvision_available
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .images import load_image
 from .losses import IGNORE_INDEX
 from .mask_backbone import upscale_masks
 from .upstream_fixes import keep_llama_legacy
@@ -249,7 +250,7 @@ class LisaProcessor(ProcessorMixin):
             As [`__call__`] without a text, and two more, for the texts about the images: `image_texts`, list of B str
             that take the place of the image token, and `type_id_names`, the type ids that the VLM takes of each token.
         """
-        images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+        images = [load_image(image) for image in images]
         raw = {} if do_normalize else {"do_rescale": False, "do_normalize": False}
         features = {}
         if "pixel_values" not in skip:

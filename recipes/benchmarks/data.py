@@ -18,7 +18,7 @@ import torch
 
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator
-from lisa_hf.data.images import load_image, undecoded
+from lisa_hf.data.images import load_row_image, undecoded
 from lisa_hf.data.mixture import MixtureDataset
 from lisa_hf.errors import report_user_errors
 from lisa_hf.training.arguments import parse_arguments
@@ -47,7 +47,7 @@ def measure_stages(rows: datasets.Dataset, mixture: MixtureDataset, collator: Li
     images = [item["image"] for item in items]
     stages = {}
     stages["row"], found = measure(lambda index: rows[index % len(rows)], range(len(items)))
-    stages["decode"], _ = measure(partial(load_image, min_decoded_edge=mixture.min_decoded_edge), found)
+    stages["decode"], _ = measure(partial(load_row_image, min_decoded_edge=mixture.min_decoded_edge), found)
     encode = partial(processor.encode_images, do_normalize=False)
     stages["vlm"], _ = measure(lambda image: encode([image], skip=["mask_pixel_values"]), images)
     stages["mask_model"], _ = measure(lambda image: encode([image], skip=["pixel_values"]), images)

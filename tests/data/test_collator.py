@@ -16,7 +16,7 @@ from transformers import SamImageProcessorPil
 
 from lisa_hf import LisaDataCollator
 from lisa_hf.data.collator import BatchMeta, expand_batch
-from lisa_hf.data.images import load_image, reduce_decoding
+from lisa_hf.data.images import load_row_image, reduce_decoding
 from lisa_hf.data.masks import Mask, compact_mask_labels, draw_mask_labels, encode_mask
 from lisa_hf.data.prompts import evaluation_questions
 from lisa_hf.data.rows import FEATURES, make_row
@@ -159,7 +159,7 @@ def photo_item(height: int, width: int, min_decoded_edge: int | None) -> dict:
     row = make_row(file.getvalue(), "photo", "photos", "semantic", targets=targets)
     (row,) = Dataset.from_list([row], features=FEATURES).cast_column("image", Image(decode=False))
     return {
-        **load_image(row, min_decoded_edge=min_decoded_edge),
+        **load_row_image(row, min_decoded_edge=min_decoded_edge),
         **{"image_id": "photo", "source": "photos", "ignore": None},
         "questions": evaluation_questions(row),
     }

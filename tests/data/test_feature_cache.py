@@ -15,7 +15,7 @@ from fixtures.tiny_training import collate
 
 from lisa_hf import LisaDataCollator
 from lisa_hf.data.feature_cache import build_feature_cache
-from lisa_hf.data.images import load_image, read_file, undecoded
+from lisa_hf.data.images import load_row_image, read_file, undecoded
 from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.mixture import EvaluationDataset, MixtureDataset
 from lisa_hf.data.rows import FEATURES, make_row
@@ -57,7 +57,7 @@ def make_items(rows, indices, cache=None) -> list[dict]:
     questions = EvaluationDataset(rows).questions
     return [
         {
-            **load_image(row, cache),
+            **load_row_image(row, cache),
             **{name: row[name] for name in ("image_id", "source", "ignore")},
             "questions": questions(row),
         }

@@ -1,5 +1,7 @@
 """`pipeline("reasoning-segmentation")` beside the package; without it, see `test_remote_code.py`."""
 
+import PIL.ExifTags
+import PIL.Image
 import pytest
 import torch
 from fixtures.tiny_models import FAMILIES, image
@@ -58,6 +60,19 @@ def test_one_question_about_several_files_from_a_directory(tmp_path):
     for answer, size in zip(answers, SIZES, strict=True):
         (expected,) = answer_questions(model, processor, image(*size), [question_messages(QUESTIONS[0])], 4)
         assert answer["text"] == expected.text and torch.equal(answer["masks"], expected.masks)
+
+
+def test_a_turned_photo_is_answered_upright(tmp_path):
+    model, processor = FAMILIES["llava-sam"]()
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    image(40, 60).save(tmp_path / "upright.png")
+    image(40, 60).transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    pipe = pipeline("reasoning-segmentation", model=model, processor=processor)
+    paths = [str(tmp_path / "upright.png"), str(tmp_path / "turned.png")]
+    upright, turned = pipe(paths, question="?", **only_seg(processor))
+    assert upright["masks"].shape[1:] == (40, 60) and len(upright["masks"])
+    assert torch.equal(upright["masks"], turned["masks"])
 
 
 def test_threshold_is_of_the_logits():

@@ -12,7 +12,7 @@ from lisa_hf import LisaForConditionalGeneration
 
 
 CODE = {
-    *("configuration_lisa.py", "generation_lisa.py", "losses.py", "mask_backbone.py", "modeling_lisa.py"),
+    *("configuration_lisa.py", "generation_lisa.py", "images.py", "losses.py", "mask_backbone.py", "modeling_lisa.py"),
     *("pipeline_lisa.py", "processing_lisa.py", "packing.py", "upstream_fixes.py", "vlm_backbone.py"),
 }
 SCRIPT = """

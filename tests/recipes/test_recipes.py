@@ -202,7 +202,7 @@ def test_unreadable_image_stops_or_is_skipped_and_counted(tmp_path):
     )
     arguments = ("train.py", "--config", config, "--output_dir", tmp_path / "run")
     stopped = run(*arguments, "--on_bad_row", "raise", cwd=tmp_path, check=False)
-    assert_one_line(stopped, "0.jpg", "cannot read the image")
+    assert_one_line(stopped, "0.jpg", "expected an image that can be read")
     run(*arguments, "--on_bad_row", "skip", cwd=tmp_path)
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["log_history"][-2]["num_skipped_rows"] >= 1
@@ -220,7 +220,7 @@ def test_checkpoint_of_another_architecture(trained, tmp_path):
     result = run(
         "predict.py", tmp_path / "llava", "--image", ROOT / "README.md", "--question", "?", cwd=tmp_path, check=False
     )
-    assert_one_line(result, "cannot read", "README.md")
+    assert_one_line(result, "--image: expected an image that can be read", "README.md")
     result = run("eval.py", tmp_path / "llava", "--eval_sources", "{shapes: {}}", cwd=tmp_path, check=False)
     assert_one_line(result, "llava", "expected a 'lisa' checkpoint", "mask_model")
 
