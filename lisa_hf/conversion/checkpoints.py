@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import patch_environment
 from safetensors import SafetensorError, safe_open
 
 
@@ -150,19 +151,33 @@ def is_zero_checkpoint(path: Path) -> bool:
 def open_zero_checkpoint(path: Path) -> dict[str, LazyTensor]:
     """Return all tensors of a DeepSpeed ZeRO checkpoint, consolidated by DeepSpeed's own function.
 
-    DeepSpeed reads frozen weights whole and unpickles without restrictions: open only checkpoints of your own runs.
+    DeepSpeed reads frozen weights whole.
 
     Raises:
-        ValueError: A file is missing or truncated; the message names it.
+        ValueError: A file is missing, truncated, or holds more than tensors and DeepSpeed's own states.
     """
     # Imported here because it is slow and nothing else needs it.
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     is_root = (path / "latest").is_file()
     step = path / (path / "latest").read_text().strip() if is_root else path
-    _check_zero_files(step)
     root, tag = (path, None) if is_root else (path.parent, path.name)
-    state_dict = get_fp32_state_dict_from_zero_checkpoint(root, tag=tag, lazy_mode=True)
+    # DeepSpeed asks for unrestricted unpickling, with which a file can run code; the variables override that.
+    saved_classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    restricted = patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="0")
+    with restricted, torch.serialization.safe_globals(saved_classes):
+        try:
+            _check_zero_files(step)
+            state_dict = get_fp32_state_dict_from_zero_checkpoint(root, tag=tag, lazy_mode=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{step} cannot be read: expected tensors and DeepSpeed's own states, got another object, which could "
+                f"run code ({error}). Do not use the checkpoint unless you trust it: then consolidate it by its "
+                "zero_to_fp32.py and name the result."
+            ) from error
     return {name: LazyTensor(value.shape, value.dtype, value.contiguous) for name, value in state_dict.items()}
 
 
@@ -176,7 +191,7 @@ def _check_zero_files(step: Path) -> None:
             raise ValueError(
                 f"{file} cannot be read: expected a PyTorch file, got a truncated one. Copy the checkpoint again."
             )
-    optimizer = torch.load(optimizer_files[0], map_location="cpu", mmap=True, weights_only=False)
+    optimizer = torch.load(optimizer_files[0], map_location="cpu", mmap=True, weights_only=True)
     optimizer = optimizer["optimizer_state_dict"]
     counts = optimizer["partition_count"]  # ZeRO-2 has one per parameter group.
     num_processes = max(counts) if isinstance(counts, list) else counts

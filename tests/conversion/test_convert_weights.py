@@ -128,6 +128,17 @@ def test_pickles_are_not_executed(sam_file, fail, monkeypatch):
     assert "['model']" in fail("sam", "--checkpoint", sam_file)
 
 
+@pytest.mark.parametrize("file", ["bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"])
+def test_zero_pickles_are_not_executed(tmp_path, fail, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    write_zero_checkpoint(tmp_path / "ckpt_model", training_state_dict())
+    shard = tmp_path / "ckpt_model" / "global_step10" / file
+    torch.save(torch.load(shard) | {"client_state": Malicious()}, shard)
+    message = fail("lisa-train", "--checkpoint", tmp_path / "ckpt_model")
+    assert "could run code" in message and "mkdir" in message
+    assert not Path("executed").exists()
+
+
 def test_missing_and_converted_checkpoints_are_refused(fail):
     message = fail("lisa", "--checkpoint", "xinlai/LISA-7B-v1")
     assert "got xinlai/LISA-7B-v1, which does not exist" in message and "hf download" in message
