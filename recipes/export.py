@@ -13,9 +13,10 @@ import logging
 import sys
 from pathlib import Path
 
-from lisa_hf.conversion.saving import DTYPES, atomic_directory
+from lisa_hf.conversion.saving import DTYPES
 from lisa_hf.errors import report_user_errors
 from lisa_hf.export import find_newest_model, push_to_hub, restore_model, save_adapter, save_model, save_records
+from lisa_hf.files import atomic_directory
 
 
 def parse_arguments() -> argparse.Namespace:

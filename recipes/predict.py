@@ -10,9 +10,10 @@ import PIL.Image
 import torch
 
 from lisa_hf.errors import report_user_errors
-from lisa_hf.evaluation.predict import answer_questions, question_messages
+from lisa_hf.evaluation.predict import answer_questions
 from lisa_hf.evaluation.visualization import overlay_masks
 from lisa_hf.model.images import load_image
+from lisa_hf.model.processing_lisa import user_message
 from lisa_hf.training.build import load_lisa
 
 
@@ -33,7 +34,7 @@ def main():
             raise ValueError(f"--image: {error}") from error
         model, processor = load_lisa(args.model, dtype=args.dtype)
         (answer,) = answer_questions(
-            model.to(args.device), processor, image, [question_messages(args.question)], args.max_new_tokens
+            model.to(args.device), processor, image, [[user_message(args.question)]], args.max_new_tokens
         )
         print(answer.text)
         output_dir = Path(args.output_dir)

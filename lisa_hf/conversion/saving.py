@@ -2,12 +2,7 @@
 
 import json
 import logging
-import shutil
-import signal
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..files import atomic_directory
 from .checkpoints import LazyTensor, close_files
 
 
@@ -107,35 +103,6 @@ def most_common_dtype(tensors: dict[str, LazyTensor] | dict[str, torch.Tensor]) 
         if tensor.dtype.is_floating_point:
             counts[tensor.dtype] += tensor.shape.numel()
     return counts.most_common(1)[0][0]
-
-
-@contextmanager
-def atomic_directory(directory: Path) -> Iterator[Path]:
-    """Yield a new directory to write to, which is renamed to `directory` on success and removed on failure.
-
-    SIGTERM counts as a failure and exits with code 143. Call it from the main thread, which alone can handle signals.
-
-    Raises:
-        ValueError: `directory` exists and is not an empty directory.
-    """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(
-            f"Expected a new or empty directory, got {directory}, which exists and is not empty. Name another, or "
-            "remove it."
-        )
-    incomplete = directory.with_name(f"{directory.name}.incomplete")
-    if incomplete.exists():  # left by a process that was killed
-        shutil.rmtree(incomplete)
-    incomplete.mkdir(parents=True)
-    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield incomplete
-        incomplete.rename(directory)
-    except BaseException:
-        shutil.rmtree(incomplete)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, handler)
 
 
 def _save_configuration(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:

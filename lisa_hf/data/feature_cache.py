@@ -9,7 +9,6 @@ off is computed again, and many processes may write.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Subset
 from tqdm import tqdm
 from transformers import BatchFeature, TrainingArguments
 
+from ..files import atomic_file
 from ..model.mask_backbone import encode_images
 from ..model.processing_lisa import LisaProcessor
 from ..model.vlm_backbone import split_vision_inputs
@@ -86,22 +86,16 @@ class FeatureCache:
         Raises:
             ValueError: the disk is full, or the directory cannot be written.
         """
-        unfinished = path.with_suffix(f".{os.getpid()}")
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()},
-                unfinished,
-                metadata={"texts": json.dumps(texts)},
-            )
-            unfinished.replace(path)
+            with atomic_file(path) as incomplete:
+                save_file(tensors, incomplete, metadata={"texts": json.dumps(texts)})
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"feature_cache: cannot write to {self.directory}: {error}. Make room and start again, which goes on "
                 "behind the entries that are there, or give another directory or a feature_cache_limit_gb."
             ) from error
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 def join_entries(entries: list[dict[str, Any]]) -> tuple[dict, dict]:

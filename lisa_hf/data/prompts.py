@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..model.processing_lisa import user_message
 from .masks import Mask, merge_masks
 
 
@@ -191,7 +192,7 @@ def _draw(options: Sequence[str], rng: np.random.Generator) -> str:
 
 def _question(text: str, answer: str, *masks: Mask) -> Question:
     messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
+        user_message(text),
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
     return Question(messages=messages, masks=list(masks))

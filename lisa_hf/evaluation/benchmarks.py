@@ -11,7 +11,6 @@ Pixels that are annotated as ambiguous count in none of them, as in LISA.
 """
 
 import json
-import os
 from itertools import compress
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 from transformers import EvalPrediction, Trainer
 
 from ..data.mixture import EvaluationDataset
+from ..files import atomic_file
 from .counts import GENERATED, PADDING
 from .metrics import PRECISION_THRESHOLDS, SegmentationMetric
 
@@ -77,9 +77,8 @@ def write_results(output_dir: Path, model: str, results: dict[str, dict]) -> Non
     output_dir.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"model": model, "benchmarks": results}, indent=2) + "\n"
     for name, text in (("evaluation.json", content), ("evaluation.md", markdown_table(results))):
-        incomplete = output_dir / f"{name}.incomplete"
-        incomplete.write_text(text, encoding="utf-8")
-        os.replace(incomplete, output_dir / name)
+        with atomic_file(output_dir / name) as path:
+            path.write_text(text, encoding="utf-8")
 
 
 def markdown_table(results: dict[str, dict]) -> str:

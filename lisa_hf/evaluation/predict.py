@@ -35,11 +35,6 @@ def answer_questions(
     )
 
 
-def question_messages(question: str) -> list[dict]:
-    """The conversation that asks one question about an image."""
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-
-
 def generate_masks(
     model: LisaForConditionalGeneration, processor: LisaProcessor, batch: dict, max_new_tokens: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:

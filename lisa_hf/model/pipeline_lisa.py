@@ -14,6 +14,7 @@ from PIL.Image import Image
 from transformers import Pipeline
 
 from .images import load_image
+from .processing_lisa import user_message
 
 
 @dataclass
@@ -112,8 +113,8 @@ class ReasoningSegmentationPipeline(Pipeline):
                 "Expected an image and `question=...`, or a dict of 'image' and 'question', found "
                 f"{f'one of {list(inputs)}' if isinstance(inputs, dict) else type(inputs).__name__}."
             )
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": inputs["question"]}]}
-        prompt = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        messages = [user_message(inputs["question"])]
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         # The tensors are made in `_forward`, from a whole batch: only the processor knows how images and rows join.
         return {"image": load_image(inputs["image"]), "prompt": prompt}
 

@@ -135,6 +135,11 @@ def _transformers_class(name: str, base: type) -> type:
     return found
 
 
+def user_message(text: str) -> dict:
+    """Return the chat message that asks about an image."""
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+
+
 class LisaProcessor(ProcessorMixin):
     """Turns images and texts into the inputs of [`LisaForConditionalGeneration`].
 
@@ -165,9 +170,8 @@ class LisaProcessor(ProcessorMixin):
         """
         vlm_processor = load_vlm_processor(AutoProcessor, vlm)
         chat_template = chat_template or vlm_processor.chat_template or vlm_processor.tokenizer.chat_template
-        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
         prompt = vlm_processor.apply_chat_template(
-            [question], chat_template=chat_template, add_generation_prompt=True, tokenize=False
+            [user_message("?")], chat_template=chat_template, add_generation_prompt=True, tokenize=False
         )
         # An answer's first [SEG] must not swallow the line break that ends many prompts: generation starts behind it.
         tokenizer = vlm_processor.tokenizer

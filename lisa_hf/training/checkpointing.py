@@ -21,6 +21,8 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
+from ..files import atomic_file
+
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +80,10 @@ def write_manifest(directory: Path) -> None:
     """Declares a directory complete: the manifest appears in one step, with its content or not at all."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(directory)): path.stat().st_size for path in files}
-    incomplete = directory / f"{MANIFEST}.incomplete"
-    incomplete.write_text(json.dumps({"files": sizes}, indent=2) + "\n", encoding="utf-8")
-    flush(directory)
-    incomplete.rename(directory / MANIFEST)
-    flush(directory)
+    with atomic_file(directory / MANIFEST) as path:
+        path.write_text(json.dumps({"files": sizes}, indent=2) + "\n", encoding="utf-8")
+        flush(directory)
+    flush(directory)  # the new name, too
 
 
 def find_fault(directory: Path) -> str | None:

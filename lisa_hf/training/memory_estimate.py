@@ -32,7 +32,7 @@ from ..model.configuration_lisa import LisaConfig
 from ..model.losses import IGNORE_INDEX
 from ..model.modeling_lisa import UNQUANTIZED_MODULES, LisaForConditionalGeneration
 from ..model.packing import resolve_packing
-from ..model.processing_lisa import LisaProcessor
+from ..model.processing_lisa import LisaProcessor, user_message
 from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
 from .build import build_model
 from .trainable import prepare_for_training
@@ -362,9 +362,8 @@ def example_batch(collator: LisaDataCollator, num_images: int, num_questions: in
     mask = Mask.from_rle(encode_mask(np.ones(IMAGE_SIZE, dtype=bool)))
     questions = []
     for number in range(num_questions):  # packing would share what equal questions have in common
-        question = [{"type": "image"}, {"type": "text", "text": f"What is {number}?"}]
-        answer = [{"type": "text", "text": "It is [SEG]."}]
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "It is [SEG]."}]}
+        messages = [user_message(f"What is {number}?"), answer]
         questions.append(Question(messages, [mask]))
     item = {
         "image": Image.new("RGB", IMAGE_SIZE[::-1]),

@@ -33,6 +33,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
 
 from ..data.mixture import EvaluationDataset, Mixture
+from ..files import atomic_file
 from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
 
 
@@ -88,9 +89,8 @@ def write_run_record(
         "earlier_starts": [*earlier.pop("earlier_starts"), earlier] if earlier else [],
     }
     output_dir.mkdir(parents=True, exist_ok=True)
-    incomplete = output_dir / f"{RUN_RECORD}.incomplete"
-    incomplete.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(incomplete, output_dir / RUN_RECORD)
+    with atomic_file(output_dir / RUN_RECORD) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def read_run_record(directory: Path) -> dict | None:

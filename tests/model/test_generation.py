@@ -4,8 +4,9 @@ import pytest
 import torch
 from fixtures.tiny_models import FAMILIES, ForceTokens, conversation, image, llava_sam
 
-from lisa_hf.evaluation.predict import answer_questions, question_messages
+from lisa_hf.evaluation.predict import answer_questions
 from lisa_hf.model.mask_backbone import encode_images
+from lisa_hf.model.processing_lisa import user_message
 
 
 SIZES = [(40, 60), (64, 32)]
@@ -233,7 +234,7 @@ def test_answer_questions():
     seg, lm_head = model.config.seg_token_id, model.vlm.lm_head
     lm_head.register_forward_hook(lambda _, inputs, logits: logits.index_fill(-1, torch.tensor(seg), 99.0))
     model.train()
-    answers = answer_questions(model, processor, picture, [question_messages(q) for q in QUESTIONS], max_new_tokens=2)
+    answers = answer_questions(model, processor, picture, [[user_message(q)] for q in QUESTIONS], max_new_tokens=2)
     assert model.training
     assert [answer.text for answer in answers] == ["[SEG][SEG]"] * 3
     assert [answer.masks.shape for answer in answers] == [(2, 40, 60)] * 3

@@ -7,7 +7,8 @@ import torch
 from fixtures.tiny_models import FAMILIES, image
 from transformers import pipeline
 
-from lisa_hf.evaluation.predict import answer_questions, question_messages
+from lisa_hf.evaluation.predict import answer_questions
+from lisa_hf.model.processing_lisa import user_message
 
 
 SIZES = [(40, 60), (64, 64), (50, 24)]  # (height, width)
@@ -58,7 +59,7 @@ def test_one_question_about_several_files_from_a_directory(tmp_path):
     pipe = pipeline("reasoning-segmentation", model=str(tmp_path / "model"))  # the package's own code needs no trust
     answers = pipe(paths, question=QUESTIONS[0], max_new_tokens=4)
     for answer, size in zip(answers, SIZES, strict=True):
-        (expected,) = answer_questions(model, processor, image(*size), [question_messages(QUESTIONS[0])], 4)
+        (expected,) = answer_questions(model, processor, image(*size), [[user_message(QUESTIONS[0])]], 4)
         assert answer["text"] == expected.text and torch.equal(answer["masks"], expected.masks)
 
 

@@ -1,0 +1,50 @@
+"""Files and directories that appear whole or not at all, also when a process is killed while it writes."""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which is renamed to `path` on success and removed on failure."""
+    incomplete = path.with_name(f"{path.name}.{os.getpid()}.incomplete")  # other processes may write the same file
+    try:
+        yield incomplete
+        os.replace(incomplete, path)
+    except BaseException:
+        incomplete.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_directory(directory: Path) -> Iterator[Path]:
+    """Yield a new directory to write to, which is renamed to `directory` on success and removed on failure.
+
+    SIGTERM counts as a failure and exits with code 143. Call it from the main thread, which alone can handle signals.
+
+    Raises:
+        ValueError: `directory` exists and is not an empty directory.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(
+            f"Expected a new or empty directory, got {directory}, which exists and is not empty. Name another, or "
+            "remove it."
+        )
+    incomplete = directory.with_name(f"{directory.name}.incomplete")
+    if incomplete.exists():  # left by a process that was killed
+        shutil.rmtree(incomplete)
+    incomplete.mkdir(parents=True)
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield incomplete
+        incomplete.rename(directory)
+    except BaseException:
+        shutil.rmtree(incomplete)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
