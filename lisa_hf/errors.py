@@ -1,4 +1,4 @@
-"""Messages for mistakes that a user can correct: one line without a stack trace, and the nearest valid name."""
+"""Messages about mistakes that a user can correct: one line without a stack trace, and the nearest valid name."""
 
 import difflib
 import logging
@@ -16,24 +16,23 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def report_user_errors():
-    """Turns what is wrong with the user's input or machine into one line on stderr and exit code 2: `ValueError`,
-    `OSError`, `SafetensorError`.
+    """Turn errors of the user's input or machine into one line on stderr and exit code 2.
 
-    So it does with the death of a loader worker and with a tracker that is not installed, which torch and transformers
-    report as a `RuntimeError`. The line goes to stderr, the trace to the debug log.
+    These are `ValueError`, `OSError` and `SafetensorError`, and two that torch and transformers raise as
+    `RuntimeError`: a dead loader worker, and a tracker that is not installed. The stack trace goes to the debug log.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
             error = OSError(
-                f"a loader worker has died ({error}). Most often the host's memory was full: lower "
-                "dataloader_num_workers, or ask for more memory"
+                f"a loader worker died ({error}). Most often the host's memory is full: lower dataloader_num_workers, or "
+                "request more memory."
             )
         elif isinstance(error, RuntimeError) and "to be installed" not in str(error):  # a tracker of `report_to`
             raise
         logger.debug("The full trace:", exc_info=True)
-        # A loader worker hands its trace over as text; its last line is the error.
+        # A loader worker's error carries its stack trace as text, whose last line is the error.
         text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)

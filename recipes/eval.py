@@ -22,13 +22,12 @@ from pathlib import Path
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.data.mixture import EvaluationDataset
-from lisa_hf.errors import report_user_errors
+from lisa_hf.errors import nearest_name, report_user_errors
 from lisa_hf.evaluation.benchmarks import evaluate_benchmark, markdown_table, write_results
 from lisa_hf.evaluation.predict import draw_predictions
 from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, parse_arguments
 from lisa_hf.training.build import load_lisa
-from lisa_hf.training.parser import nearest
 
 
 logger = logging.getLogger("evaluate")
@@ -72,7 +71,8 @@ def load_datasets(
     for name in benchmarks:
         if name not in BENCHMARKS:
             raise ValueError(
-                f"--benchmarks: unknown {name}, {nearest(name, BENCHMARKS)}; all: {', '.join(BENCHMARKS)}"
+                f"--benchmarks: expected names among {', '.join(BENCHMARKS)}, got `{name}`. Did you mean "
+                f"`{nearest_name(name, BENCHMARKS)}`?"
             )
         source, options = BENCHMARKS[name]
         sources[name] = {"builder": source, **options}

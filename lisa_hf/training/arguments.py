@@ -2,28 +2,27 @@
 
     python recipes/train.py --config recipes/configs/quickstart.yaml --learning_rate 1e-4 --sources "{shapes: 1.0}"
 
-As in trl and the alignment-handbook, the keys of the file are the names of the arguments, and the command line wins
-over the file. A value in the file means what the same text means on the command line, so `5e-4` is a number and `no` a
-string. Mappings are written in YAML or JSON in both places. Whatever is wrong is said in one line, with exit code 2.
+As in trl and the alignment-handbook, the keys of the file are the names of the arguments, and the command line
+overrides the file. A value in the file means what the same text means on the command line: `5e-4` is a number and `no`
+a string. Mappings are written in YAML or JSON in both places. Any mistake is reported in one line with exit code 2.
 """
 
 import dataclasses
-import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import yaml
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from .parser import ArgumentParser, nearest
+from ..errors import nearest_name
+from .parser import ArgumentParser
 
 
-logger = logging.getLogger(__name__)
-
-# Arguments that become keys of the model's configuration, where they are given.
+# Model arguments that become keys of the model's config if they are given.
 LOSS_OPTIONS = ("ce_loss_weight", "mask_bce_loss_weight", "mask_dice_loss_weight", "mask_loss_points")
 TRAINABLE_PARTS = (
     "seg_projector",
@@ -39,216 +38,173 @@ QUANTIZED_PARTS = ("vision_tower", "multi_modal_projector", "language_model")  #
 
 @dataclass
 class ModelArguments:
-    """Which model is built or loaded, and which parts of it learn.
+    """Which model is built or loaded, and which of its parts train.
 
-    Either `model`, or one of `vlm` and `vlm_config` together with one of `mask_model` and `mask_config`.
+    Expects either `model`, or one of `vlm` and `vlm_config` together with one of `mask_model` and `mask_config`.
     """
 
-    model: str | None = field(default=None, metadata={"help": "LISA model to continue from: Hub id or path."})
-    vlm: str | None = field(default=None, metadata={"help": "Vision-language model to start from: Hub id or path."})
-    mask_model: str | None = field(default=None, metadata={"help": "SAM-family model to start from: Hub id or path."})
-    vlm_config: dict | None = field(
-        default=None, metadata={"help": "Configuration, with `model_type`, of a VLM with random weights."}
+    model: str | None = HfArg(default=None, help="LISA model to continue from: Hub id or path.")
+    vlm: str | None = HfArg(default=None, help="Vision-language model to start from: Hub id or path.")
+    mask_model: str | None = HfArg(default=None, help="SAM-family model to start from: Hub id or path.")
+    vlm_config: dict | None = HfArg(default=None, help="Config, with `model_type`, of a randomly initialized VLM.")
+    mask_config: dict | None = HfArg(default=None, help="Config of a randomly initialized mask model.")
+    language_model: str | None = HfArg(
+        default=None, help="Language model whose weights initialize the VLM of `vlm_config`: Hub id or path."
     )
-    mask_config: dict | None = field(
-        default=None, metadata={"help": "Configuration, with `model_type`, of a mask model with random weights."}
+    tokenizer: str | None = HfArg(default=None, help="Tokenizer: Hub id or path. Default: the VLM's.")
+    chat_template: str | None = HfArg(
+        default=None, help="`llava_v1`, `llava_llama_2`, `llava_1_5` or a Jinja file. Default: the VLM's."
     )
-    language_model: str | None = field(
-        default=None,
-        metadata={"help": "Language model whose weights go into the VLM of `vlm_config`: Hub id or path."},
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer: Hub id or path; default: the VLM's."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "`llava_v1`, `llava_llama_2` or a Jinja file; default: the VLM's."}
-    )
-    lora_r: int = field(default=8, metadata={"help": "Rank of LoRA in the language model; 0: no LoRA."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout probability at the input of LoRA."})
-    lora_target_modules: list[str] = field(
+    lora_r: int = HfArg(default=8, help="Rank of LoRA in the language model; 0 disables LoRA.")
+    lora_alpha: int = HfArg(default=16, help="LoRA is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = HfArg(default=0.05, help="Dropout probability of the input of LoRA.")
+    lora_target_modules: list[str] = HfArg(
         default_factory=lambda: ["q_proj", "v_proj"],
-        metadata={"help": "Linear layers of the language model that get LoRA, by the last part of their name."},
+        help="Linear layers of the language model that get LoRA, by the last part of their name.",
     )
-    use_dora: bool = field(default=False, metadata={"help": "DoRA instead of LoRA: directions and lengths apart."})
-    load_in_8bit: bool = field(
-        default=False, metadata={"help": "Hold the VLM's frozen weights in 8 bits; needs bitsandbytes."}
+    use_dora: bool = HfArg(default=False, help="Use DoRA instead of LoRA.")
+    load_in_8bit: bool = HfArg(default=False, help="Quantize the frozen weights of the VLM to 8 bits.")
+    load_in_4bit: bool = HfArg(default=False, help="Quantize the frozen weights of the VLM to 4 bits (QLoRA).")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = HfArg(default="nf4", help="Data type of 4-bit weights.")
+    bnb_4bit_use_double_quant: bool = HfArg(default=True, help="Quantize the scales of 4-bit weights to 8 bits.")
+    bnb_4bit_compute_dtype: str | None = HfArg(
+        default=None, help="Dtype in which 4-bit weights are multiplied. Default: dtype, else bfloat16."
     )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Hold the VLM's frozen weights in 4 bits (QLoRA); needs bitsandbytes."}
-    )
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "The 16 values of 4 bits."})
-    bnb_4bit_use_double_quant: bool = field(
-        default=True, metadata={"help": "Hold the scales of 4-bit weights in 8 bits, as QLoRA."}
-    )
-    bnb_4bit_compute_dtype: str | None = field(
-        default=None, metadata={"help": "Type in which 4-bit weights are multiplied; default: dtype, else bfloat16."}
-    )
-    trainable: list[str] = field(
+    trainable: list[str] = HfArg(
         default_factory=lambda: ["seg_projector", "mask_decoder", "embeddings"],
-        metadata={"help": f"Parts that are trained in full, among {', '.join(TRAINABLE_PARTS)}."},
+        help=f"Parts that are trained in full, among {', '.join(TRAINABLE_PARTS)}.",
     )
-    ce_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the text's cross entropy; default: the model's (1.0, as LISA)."}
+    ce_loss_weight: float | None = HfArg(
+        default=None, help="Weight of the text's cross entropy. Default: the model's (1.0, as LISA)."
     )
-    mask_bce_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the masks' cross entropy; default: the model's (2.0, as LISA)."}
+    mask_bce_loss_weight: float | None = HfArg(
+        default=None, help="Weight of the masks' cross entropy. Default: the model's (2.0, as LISA)."
     )
-    mask_dice_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the masks' dice loss; default: the model's (0.5, as LISA)."}
+    mask_dice_loss_weight: float | None = HfArg(
+        default=None, help="Weight of the masks' dice loss. Default: the model's (0.5, as LISA)."
     )
-    mask_loss_points: int | None = field(
+    mask_loss_points: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Train the mask losses on so many pixels of each mask, most of them where the model is unsure, as "
-            "Mask2Former does with 12544: less memory and time with photos; default: the model's (0: all, as LISA)."
-        },
+        help="Pixels of each mask that its losses sample, mostly uncertain ones (Mask2Former: 12544). Default: the "
+        "model's (0: all pixels, as LISA).",
     )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={
-            "help": "Attention of the VLM: sdpa, eager, flash_attention_2 (no packing), flex_attention, ...; default: "
-            "transformers' choice."
-        },
+    attn_implementation: str | None = HfArg(
+        default=None, help="Attention of the VLM: sdpa, eager, flash_attention_2 (no packing), flex_attention, ..."
     )
-    dtype: str | None = field(
-        default=None,
-        metadata={"help": "Type in which weights are loaded (float32, bfloat16, ...); default: as saved."},
-    )
+    dtype: str | None = HfArg(default=None, help="Dtype of the loaded weights (bfloat16, ...). Default: as saved.")
 
     def __post_init__(self):
         for pair in (("vlm", "vlm_config"), ("mask_model", "mask_config")):
             given = [name for name in ("model", *pair) if getattr(self, name) is not None]
             if len(given) != 1:
-                raise ValueError(
-                    f"expected one of model, {pair[0]} and {pair[1]}, found {' and '.join(given) or 'none of them'}"
-                    + (f"; `--{given[-1]} null` clears what a file sets" if given else "")
-                )
+                found = " and ".join(given) or "none of them"
+                hint = f" Clear what a file sets with `--{given[-1]} null`." if given else ""
+                raise ValueError(f"expected one of model, {pair[0]} and {pair[1]}, got {found}.{hint}")
         if (self.vlm_config is None) != (self.mask_config is None):
-            raise ValueError("vlm_config and mask_config: expected both (a model from nothing) or none, found one")
+            raise ValueError(
+                "vlm_config, mask_config: expected both (a randomly initialized model) or neither, got one of them."
+            )
         for name in ("vlm_config", "mask_config"):
             config = getattr(self, name)
             if config is not None and "model_type" not in config:
-                raise ValueError(f"{name}: expected a `model_type` among its keys, found {list(config)}")
+                raise ValueError(f"{name}: expected the key `model_type`, got {list(config)}.")
         if self.language_model is not None and self.vlm_config is None:
-            raise ValueError("language_model: expected beside vlm_config only, since a loaded VLM brings its own")
-        for part in self.trainable:
-            if part not in TRAINABLE_PARTS:
-                raise ValueError(f"trainable: unknown part `{part}`, {nearest(part, TRAINABLE_PARTS)}")
-        for name in ("use_dora", "load_in_8bit", "load_in_4bit"):
-            if getattr(self, name) and self.lora_r == 0:
-                raise ValueError(f"{name}: expected beside lora_r above 0, found lora_r 0")
-        if self.load_in_8bit or self.load_in_4bit:
-            self._check_quantization()
+            raise ValueError("language_model: expected vlm_config with it, got a pretrained VLM, which has its own.")
+        _check_parts("trainable", self.trainable, TRAINABLE_PARTS)
         for name in ("lora_r", *LOSS_OPTIONS):
             _check_range(self, name, 0)
         _check_range(self, "lora_dropout", 0, 1)
-
-    @property
-    def adaptation(self) -> dict:
-        """What `prepare_for_training` takes of them."""
-        names = ("trainable", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora")
-        return {name: getattr(self, name) for name in names}
+        for name in ("use_dora", "load_in_8bit", "load_in_4bit"):
+            if getattr(self, name) and self.lora_r == 0:
+                raise ValueError(f"{name}: expected lora_r above 0 with it, got 0.")
+        if self.load_in_8bit or self.load_in_4bit:
+            self._check_quantization()
 
     def _check_quantization(self):
         if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("load_in_8bit, load_in_4bit: expected one of them, found both")
+            raise ValueError("load_in_8bit, load_in_4bit: expected one of them, got both.")
         if self.load_in_8bit and self.use_dora:
-            raise ValueError(
-                "use_dora: expected load_in_4bit beside it, found load_in_8bit, which PEFT cannot join to it"
-            )
+            raise ValueError("use_dora: expected load_in_4bit with it, got load_in_8bit, which PEFT cannot combine.")
         if self.vlm_config is not None:
-            raise ValueError(
-                "vlm_config: expected no load_in_8bit and load_in_4bit beside it: random weights must train"
-            )
+            raise ValueError("load_in_8bit, load_in_4bit: expected a pretrained VLM, got vlm_config.")
         if quantized := [part for part in self.trainable if part in QUANTIZED_PARTS]:
             raise ValueError(
-                f"trainable: {', '.join(quantized)} cannot train, since load_in_8bit and load_in_4bit hold "
-                f"{', '.join(QUANTIZED_PARTS)} in few bits. Leave one of the two out"
+                f"trainable: expected no quantized parts, got {', '.join(quantized)}. Remove them, or load_in_8bit "
+                "and load_in_4bit."
             )
+
+    @property
+    def adaptation(self) -> dict:
+        """Arguments of `prepare_for_training`."""
+        names = ("trainable", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
 class DataArguments:
-    """What the model is trained and evaluated on.
+    """Which data the model is trained and evaluated on.
 
-    After initialisation, each value of `sources` is a mapping with `weight`, `split` and the builder's own options,
-    each value of `eval_sources` one with `split` and the builder's own options.
+    After initialization, each value of `sources` is a mapping with `weight`, `split` and the options of the source's
+    builder, and each value of `eval_sources` one with `split` and the options of the builder.
     """
 
-    data_dir: str | None = field(default=None, metadata={"help": "Directory of the data sets."})
-    sources: dict = field(
+    data_dir: str | None = HfArg(default=None, help="Directory of the data sets.")
+    sources: dict = HfArg(
         default_factory=dict,
-        metadata={
-            "help": "Training sources, e.g. {reason_seg: 1, shapes: {weight: 9, split: train}}: each has its weight's "
-            "share of the items, by default LISA's: semantic, referring, vqa and reasoning 9 : 3 : 3 : 1, and the "
-            "sources of a kind alike; other keys are options of the source's builder."
-        },
+        help="Training sources, e.g. {reason_seg: 1, shapes: {weight: 9, split: train}}. A weight is a share of the "
+        "items; without weights: semantic, referring, vqa and reasoning sources 9 : 3 : 3 : 1, as LISA.",
     )
-    eval_sources: dict = field(
-        default_factory=dict,
-        metadata={
-            "help": "Evaluation sources, e.g. {reason_seg: {split: validation}}, which is also the default split."
-        },
+    eval_sources: dict = HfArg(
+        default_factory=dict, help="Evaluation sources, e.g. {reason_seg: {split: validation}}, the default split."
     )
-    num_questions: int = field(default=3, metadata={"help": "Questions sampled about one image."})
-    explanatory_probability: float = field(
-        default=0.1, metadata={"help": "Share of reasoning questions that ask for an explanation, where there is one."}
+    num_questions: int = HfArg(default=3, help="Number of questions sampled about each image.")
+    explanatory_probability: float = HfArg(
+        default=0.1, help="Share of reasoning questions that ask for an explanation, if there is one."
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest text row, in tokens with the image's; default: the model's limit."}
+    max_length: int | None = HfArg(
+        default=None, help="Maximum tokens of a row, image tokens included. Default: the model's limit."
     )
-    on_bad_row: Literal["skip", "raise"] = field(
-        default="skip", metadata={"help": "What to do about an unreadable image or mask: skip and count it, or stop."}
+    on_bad_row: Literal["skip", "raise"] = HfArg(
+        default="skip", help="Whether to skip and count an unreadable image or mask, or to stop."
     )
-    min_decoded_edge: int | None = field(
+    min_decoded_edge: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Decode a training JPEG at 1/2, 1/4 or 1/8 of its size if that divides both edges and leaves the "
-            "longer one so many pixels: less time for large photos, slightly other pixels. 1024 suits SAM; a VLM "
-            "whose image tokens grow with the photo (Qwen, Idefics3) sees a smaller one. Default: in full, as in "
-            "evaluation."
-        },
+        help="Pixels that the longer edge keeps when large training JPEGs are decoded at 1/2, 1/4 or 1/8.",
     )
-    exclude_refer_val: bool = field(
-        default=False,
-        metadata={
-            "help": "Train without the COCO photos in a val or test split of the refer sources in data_dir, in all "
-            "sources on COCO photos."
-        },
+    exclude_refer_val: bool = HfArg(
+        default=False, help="Exclude COCO photos of the refer sources' val and test splits from all training sources."
     )
-    packing: bool = field(
-        default=True, metadata={"help": "Let questions about an image share one row where VLM and attention allow it."}
+    packing: bool = HfArg(
+        default=True, help="Pack questions about an image into one row if the VLM and its attention allow it."
     )
-    feature_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "Directory of frozen encoders' features, computed once per training image, also of streams."
-        },
+    feature_cache: str | None = HfArg(
+        default=None, help="Directory for features of frozen encoders, computed once per training image."
     )
-    feature_cache_limit_gb: float | None = field(default=None, metadata={"help": "GB that it may take; default: all."})
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Make the training rows while they are read, instead of preparing them; needs max_steps."},
+    feature_cache_limit_gb: float | None = HfArg(default=None, help="Maximum size of the feature cache in GB.")
+    streaming: bool = HfArg(default=False, help="Read training rows while training; needs max_steps.")
+    num_train_items: int | None = HfArg(
+        default=None, help="Items (images with questions) per epoch. Default: the rows of all sources."
     )
-    num_train_items: int | None = field(
-        default=None, metadata={"help": "Items (images with questions) per epoch; default: the rows of all sources."}
-    )
-    max_eval_items: int | None = field(
-        default=None, metadata={"help": "Evaluate on the first so many rows of each source; default: all."}
+    max_eval_items: int | None = HfArg(
+        default=None, help="Number of first rows of each source that are evaluated. Default: all."
     )
 
     def __post_init__(self):
         self.sources = _complete_options(self, "sources", {"weight": None, "split": "train"})
         unweighted = [name for name, options in self.sources.items() if options["weight"] is None]
         if 0 < len(unweighted) < len(self.sources):
-            raise ValueError(f"sources: expected a weight for each of them or for none, found none for {unweighted}")
+            raise ValueError(f"sources: expected a weight for each of them or for none, got none for {unweighted}.")
         if self.streaming and self.num_train_items is not None:
-            raise ValueError("num_train_items: expected none with streaming, which has no end; give max_steps")
+            raise ValueError(
+                f"num_train_items: expected none with streaming, got {self.num_train_items}. A stream has no end, set "
+                "max_steps."
+            )
         self.eval_sources = _complete_options(self, "eval_sources", {"split": "validation"})
         for name, options in self.eval_sources.items():
             if options.get("on_bad_row", "raise") != "raise":
                 raise ValueError(
-                    f"eval_sources: {name}: expected no on_bad_row, found {options['on_bad_row']}: a score over fewer "
-                    "rows is another score"
+                    f"eval_sources: {name}: expected no on_bad_row, got {options['on_bad_row']}. Scores over fewer "
+                    "rows cannot be compared."
                 )
         _check_range(self, "feature_cache_limit_gb", 0)
         for name in ("num_questions", "max_length", "min_decoded_edge", "num_train_items", "max_eval_items"):
@@ -257,127 +213,103 @@ class DataArguments:
 
     @property
     def weights(self) -> dict[str, float] | None:
-        """Weights of the training sources by their names, or None for LISA's."""
+        """Weights of the training sources by name, or None for LISA's."""
         weights = {name: options["weight"] for name, options in self.sources.items()}
         return None if None in weights.values() else weights
 
 
 @dataclass
 class LisaTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments`, with the defaults that LISA needs and its own settings."""
+    """transformers' `TrainingArguments` with LISA's defaults and a few arguments more."""
 
-    remove_unused_columns: bool = field(
-        default=False,
-        metadata={"help": "Keep False: the collator needs columns that the model's forward does not take."},
-    )
-    metric_for_best_model: str | None = field(default="giou", metadata={"help": "Metric that chooses the best model."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that metric is better."})
-    train_sampling_strategy: str = field(
-        default="sequential",
-        metadata={
-            "help": "Order of the items; those of a mixture are random draws already, so they come in sequence."
-        },
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Keep False: every process uses all weights that train in every step, also without a mask."},
-    )
-    hub_private_repo: bool | None = field(
-        default=True, metadata={"help": "Whether a new repository of push_to_hub is private."}
-    )
-    part_learning_rates: dict = field(
+    # The collator needs columns that the model's forward does not take.
+    remove_unused_columns: bool = HfArg(default=False, help="Keep False: the collator needs all columns.")
+    metric_for_best_model: str | None = HfArg(default="giou", help="Metric that selects the best model.")
+    greater_is_better: bool | None = HfArg(default=True, help="Whether a larger metric is better.")
+    # The items of a mixture are random draws already.
+    train_sampling_strategy: str = HfArg(default="sequential", help="Order in which items are drawn.")
+    # Every process uses all weights that train in every step, even without a mask.
+    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Keep False: no parameter is ever unused.")
+    hub_private_repo: bool | None = HfArg(default=True, help="Whether a new repository of push_to_hub is private.")
+    part_learning_rates: dict = HfArg(
         default_factory=dict,
-        metadata={
-            "help": "Learning rates of parts, e.g. {lora: 3e-4, mask_decoder: 1e-4}: of `lora` and those that "
-            "`trainable` may name; the others take learning_rate."
-        },
+        help="Learning rates of `lora` and parts in `trainable`, e.g. {lora: 3e-4, mask_decoder: 1e-4}.",
     )
-    muon_learning_rate: float | None = field(
+    muon_learning_rate: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Learning rate of Muon for the weight matrices of the parts trained in full, about 0.02 for a "
-            "model from nothing; the other weights then take AdamW. Default: `optim` for all of them."
-        },
+        help="Learning rate of Muon, about 0.02 for randomly initialized models, for the matrices of parts trained in "
+        "full; AdamW takes the rest. Default: no Muon.",
     )
-    compile_mask_encoder: bool = field(
-        default=False,
-        metadata={
-            "help": "Compile the mask model's image encoder, whose input is always of one shape; the first step then "
-            "takes a minute more. (`torch_compile` is the whole model, whose shapes change with every batch.)"
-        },
+    compile_mask_encoder: bool = HfArg(
+        default=False, help="Compile the mask model's image encoder, whose input shapes never change."
     )
-    max_nonfinite_steps: int = field(
-        default=10,
-        metadata={"help": "Steps without finite loss and gradients that a run may leave out; one more stops it."},
+    max_nonfinite_steps: int = HfArg(
+        default=10, help="Maximum number of skipped steps without finite loss and gradients; one more stops the run."
     )
-    eval_generate: bool = field(
-        default=False, metadata={"help": "Evaluate with generated answers too, not only with the true text given."}
-    )
-    generation_max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer, in tokens."})
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Only look at some of the data, make one step and one checkpoint, and say what came out."},
-    )
+    eval_generate: bool = HfArg(default=False, help="Evaluate generated answers as well as teacher-forced ones.")
+    generation_max_new_tokens: int = HfArg(default=64, help="Maximum tokens of a generated answer.")
+    dry_run: bool = HfArg(default=False, help="Check some of the data, make one step and one checkpoint, and report.")
 
     def __post_init__(self):
         if self.dry_run:
             self.max_steps = self.logging_steps = self.save_steps = 1
             self.save_strategy, self.eval_strategy, self.load_best_model_at_end = "steps", "no", False
             self.report_to, self.resume_from_checkpoint, self.max_nonfinite_steps = "none", None, 0
-            self.output_dir = str(Path(self.output_dir or ".", "dry_run"))  # what is in output_dir stays as it is
+            self.output_dir = str(Path(self.output_dir or ".", "dry_run"))  # leaves output_dir as it is
         super().__post_init__()
-        if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
-            raise ValueError(
-                "accelerator_config: expected neither split_batches nor dispatch_batches: the rows and images of a "
-                "batch differ in number, so that it cannot be cut"
-            )
+        self._check_engine()
+        # Rows and images of a batch differ in number, so accelerate must not slice it.
         self.accelerator_config.dispatch_batches = False
-        if self.muon_learning_rate is not None:
-            if self.part_learning_rates or self.deepspeed_plugin or self.shards_weights:
-                raise ValueError(
-                    "muon_learning_rate: expected neither part_learning_rates beside it, nor DeepSpeed or FSDP, which "
-                    "cut the matrices that Muon needs whole"
-                )
-            if self.optim not in ("adamw_torch", "adamw_torch_fused"):
-                raise ValueError(f"optim: expected adamw_torch(_fused) beside muon_learning_rate, found {self.optim}")
-        if self.fp16 and self.device.type == "cpu":
-            raise ValueError("fp16: expected a GPU, found none; on CPU it would do nothing. Take bf16, or neither.")
-        if self.enable_jit_checkpoint:
-            raise ValueError(
-                "enable_jit_checkpoint: expected false: recipes/train.py saves and stops on SIGTERM and SIGUSR1 "
-                "anyway, at a step that all processes agree on"
-            )
         if self.deepspeed_plugin is not None:
-            # Under ZeRO-3, transformers would cut weights while a model is made, and neither building from parts nor
-            # PEFT's copies of whole modules can be done on pieces. Trainer sets this again and cuts the whole model.
+            # With ZeRO-3, transformers would shard weights while a model is built, but neither joining two models nor
+            # PEFT's copies of modules work on shards. Trainer sets this again and shards the whole model.
             unset_hf_deepspeed_config()
+        _check_parts("part_learning_rates", self.part_learning_rates, ("lora", *TRAINABLE_PARTS))
         for part, rate in self.part_learning_rates.items():
-            if part not in ("lora", *TRAINABLE_PARTS):
-                raise ValueError(
-                    f"part_learning_rates: unknown part `{part}`, {nearest(part, ('lora', *TRAINABLE_PARTS))}"
-                )
             if not isinstance(rate, (int, float)) or rate < 0:
-                raise ValueError(f"part_learning_rates: {part}: expected a number from 0, found {rate!r}")
+                raise ValueError(f"part_learning_rates: {part}: expected a number from 0, got {rate!r}.")
         _check_range(self, "muon_learning_rate", 0)
         _check_range(self, "max_nonfinite_steps", 0)
         _check_range(self, "generation_max_new_tokens", 1)
 
+    def _check_engine(self):
+        if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: expected neither split_batches nor dispatch_batches, got one of them. A batch "
+                "cannot be sliced, because its rows and images differ in number."
+            )
+        if self.muon_learning_rate is not None:
+            if self.part_learning_rates or self.deepspeed_plugin or self.shards_weights:
+                raise ValueError(
+                    "muon_learning_rate: expected neither part_learning_rates nor DeepSpeed nor FSDP with it, got one "
+                    "of them. Muon needs whole matrices."
+                )
+            if self.optim not in ("adamw_torch", "adamw_torch_fused"):
+                raise ValueError(f"optim: expected adamw_torch(_fused) with muon_learning_rate, got {self.optim}.")
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16: expected a GPU, got a CPU, where it has no effect. Use bf16, or neither.")
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint: expected false, got true. recipes/train.py saves and stops on SIGTERM and "
+                "SIGUSR1 anyway, at a step that all processes agree on."
+            )
+
     @property
     def shards_weights(self) -> bool:
-        """Whether each process holds a piece of the weights alone: ZeRO-3 and FSDP, of which the launcher may tell."""
+        """Whether each process holds only a shard of the weights: ZeRO-3 and FSDP, also if the launcher sets it."""
         stage = self.deepspeed_plugin.zero_stage if self.deepspeed_plugin else 0
         return stage == 3 or bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, LisaTrainingArguments]:
-    """Reads the file given by `--config`, if any, then the command line over it.
+    """Parse the file given by `--config`, if any, and the command line, which overrides it.
 
     Args:
-        argv: The command line without the program's name; default: `sys.argv[1:]`.
+        argv: Command line without the program's name. Default: `sys.argv[1:]`.
 
     Raises:
-        SystemExit: With code 2, after one line on stderr: an unknown key or flag (with the nearest valid name), a
-            value of a wrong type, a missing or malformed file, values that contradict each other.
+        SystemExit: After one line on stderr, with code 2: an unknown key or flag (with the nearest valid name), a
+            value of a wrong type, a missing or malformed file, or values that contradict each other.
     """
     parser = ArgumentParser((ModelArguments, DataArguments, LisaTrainingArguments), allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are the names of the arguments.")
@@ -393,11 +325,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
 
 
 def parse_data_arguments(path: str) -> DataArguments:
-    """Reads what a recipe (a YAML file) says about data, on a machine that need not be able to train.
+    """Parse the data arguments of a YAML file, also on a machine that cannot train what the file says.
 
     Raises:
-        OSError: If the file cannot be read.
-        ValueError: As [`parse_arguments`], also for what is not about data: an unknown key, a value of a wrong type.
+        OSError: The file cannot be read.
+        ValueError: The file has an unknown key or a value of a wrong type, also of another argument.
     """
     parser = ArgumentParser((ModelArguments, DataArguments, LisaTrainingArguments), allow_abbrev=False)
     try:
@@ -410,30 +342,43 @@ def parse_data_arguments(path: str) -> DataArguments:
 def _check_together(model_args: ModelArguments, training_args: LisaTrainingArguments):
     if training_args.shards_weights and (model_args.load_in_8bit or model_args.load_in_4bit):
         raise ValueError(
-            "load_in_8bit, load_in_4bit: expected none with ZeRO-3 and FSDP, which cut weights; use ZeRO-2"
+            "load_in_8bit, load_in_4bit: expected neither with ZeRO-3 and FSDP, got one. Quantized weights cannot be "
+            "sharded, use ZeRO-2."
         )
     trained = [*model_args.trainable, *(["lora"] if model_args.lora_r else [])]
     if frozen := [part for part in training_args.part_learning_rates if part not in trained]:
-        raise ValueError(f"part_learning_rates: {', '.join(frozen)} does not train; what does: {', '.join(trained)}")
+        raise ValueError(
+            f"part_learning_rates: expected parts that train ({', '.join(trained)}), got {', '.join(frozen)}."
+        )
 
 
-def _complete_options(arguments: DataArguments, field_name: str, defaults: dict) -> dict[str, dict]:
-    completed = {}
-    for name, options in getattr(arguments, field_name).items():
-        if isinstance(options, (int, float)):
-            options = {"weight": options}
-        if not isinstance(options, dict | None):
-            raise ValueError(f"{field_name}: {name}: expected a mapping of options, found {options!r}")
-        completed[name] = defaults | (options or {})
-        weight = completed[name].get("weight")
-        if weight is not None and "weight" not in defaults:
-            raise ValueError(f"{field_name}: {name}: expected no weight, found {weight}: every row is evaluated")
-        if weight is not None and not (isinstance(weight, (int, float)) and weight > 0):
-            raise ValueError(f"{field_name}: {name}: expected a weight above 0, found {weight!r}")
-    return completed
+def _check_parts(field_name: str, parts, valid: tuple[str, ...]):
+    for part in parts:
+        if part not in valid:
+            raise ValueError(
+                f"{field_name}: expected parts among {', '.join(valid)}, got `{part}`. Did you mean "
+                f"`{nearest_name(part, valid)}`?"
+            )
 
 
 def _check_range(arguments, name: str, low: float, high: float = float("inf")):
     value = getattr(arguments, name)
     if value is not None and not low <= value <= high:
-        raise ValueError(f"{name}: expected a number from {low} to {high}, found {value}")
+        raise ValueError(f"{name}: expected a number from {low} to {high}, got {value}.")
+
+
+def _complete_options(arguments: DataArguments, field_name: str, defaults: dict) -> dict[str, dict]:
+    """Return the options of each source as a mapping; a number is short for its weight."""
+    completed = {}
+    for name, options in getattr(arguments, field_name).items():
+        if isinstance(options, (int, float)):
+            options = {"weight": options}
+        if not isinstance(options, dict | None):
+            raise ValueError(f"{field_name}: {name}: expected a mapping of options, got {options!r}.")
+        completed[name] = defaults | (options or {})
+        weight = completed[name].get("weight")
+        if weight is not None and "weight" not in defaults:
+            raise ValueError(f"{field_name}: {name}: expected no weight, got {weight}. Every row is evaluated.")
+        if weight is not None and not (isinstance(weight, (int, float)) and weight > 0):
+            raise ValueError(f"{field_name}: {name}: expected a weight above 0, got {weight!r}.")
+    return completed

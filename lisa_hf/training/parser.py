@@ -1,11 +1,10 @@
-"""The parser of the recipes' arguments: transformers' for dataclasses, and YAML files with the same meaning."""
+"""Parser of the recipes' arguments: transformers' parser for dataclasses, and YAML files with the same meaning."""
 
 import dataclasses
 import json
 import re
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterable
 from typing import Any, get_args, get_type_hints
 
 import yaml
@@ -14,14 +13,15 @@ from transformers import HfArgumentParser
 from ..errors import nearest_name
 
 
-# Former names of arguments, whose nearest valid name would be another argument.
+# Former names of arguments whose nearest valid name is another argument.
 RENAMED = {"learning_rates": "part_learning_rates"}
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Reads 5e-4 as a number, as YAML 1.2 and JSON do; PyYAML follows YAML 1.1, where it is a string."""
+    """Loader for which `5e-4` is a number."""
 
 
+# PyYAML follows YAML 1.1, where a float needs a dot: 5e-4 would be a string. YAML 1.2 and JSON read it as a number.
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -47,28 +47,28 @@ class ArgumentParser(HfArgumentParser):
         vars(namespace).update(dict.fromkeys(cleared))
         if unknown and unknown[0].startswith("--"):
             flag = unknown[0].split("=")[0]
-            raise ValueError(f"unknown argument {flag}, {nearest(flag.lstrip('-').replace('-', '_'), self._hints())}")
+            raise self._unknown_name(flag, flag.lstrip("-").replace("-", "_"))
         if unknown:
-            raise ValueError(f"unexpected value `{unknown[0]}`: no argument takes it")
+            raise ValueError(f"expected no further value, got `{unknown[0]}`.")
         return namespace
 
     def parse_config(self, path: str) -> Namespace:
-        """The namespace of all arguments, defaults overridden by the YAML file at `path`."""
+        """Return the namespace of all arguments, their defaults overridden by the YAML file at `path`."""
         with open(path, encoding="utf-8") as stream:
             root = yaml.compose(stream, Loader=_YamlLoader)
         if not isinstance(root, yaml.MappingNode):
-            found = f"a {root.id}" if root else "nothing"
-            raise ValueError(f"{path}: expected a mapping of arguments to values, found {found}")
+            raise ValueError(f"{path}: expected a mapping of arguments, got {f'a {root.id}' if root else 'nothing'}.")
         namespace, hints = self.parse_args([]), self._hints()
         for key_node, node in root.value:
             key, where = key_node.value, f"{path}, line {key_node.start_mark.line + 1}"
             if key not in hints:
-                raise ValueError(f"{where}: unknown key `{key}`, {nearest(str(key), hints)}")
+                raise ValueError(f"{where}: {self._unknown_name(key, str(key))}")
             if node.tag == "tag:yaml.org,2002:null":
                 if type(None) not in get_args(hints[key]):
-                    raise ValueError(f"{where}: {key}: expected a value, found null")
+                    raise ValueError(f"{where}: {key}: expected a value, got null.")
                 setattr(namespace, key, None)
                 continue
+            # A value is parsed from the text that it has on the command line.
             is_list = isinstance(node, yaml.SequenceNode)
             tokens = [f"--{key}", *map(_as_text, node.value)] if is_list else [f"--{key}={_as_text(node)}"]
             try:
@@ -78,7 +78,7 @@ class ArgumentParser(HfArgumentParser):
         return namespace
 
     def _take_nulls(self, args: list[str]) -> list[str]:
-        """Takes `--key null` out of `args`, for keys that may be null: the way to clear what a file sets."""
+        """Remove `--key null`, which clears what a file sets, from `args`; return the keys."""
         optional = {f"--{name}": name for name, hint in self._hints().items() if type(None) in get_args(hint)}
         cleared = []
         for index in reversed(range(len(args))):
@@ -90,18 +90,23 @@ class ArgumentParser(HfArgumentParser):
         return cleared
 
     def _hints(self) -> dict[str, Any]:
-        """Type of every argument, by its name."""
+        """Return the type of every argument by its name."""
         hints = {}
         for dataclass_type in self.dataclass_types:
             types = get_type_hints(dataclass_type)
             hints |= {field.name: types[field.name] for field in dataclasses.fields(dataclass_type) if field.init}
         return hints
 
+    def _unknown_name(self, found: str, name: str) -> ValueError:
+        suggestion = RENAMED.get(name) or nearest_name(name, self._hints())
+        return ValueError(f"expected the name of an argument, got `{found}`. Did you mean `{suggestion}`?")
+
 
 def _as_text(node: yaml.Node) -> str:
-    """The text of a YAML node as on the command line; if nested, the JSON that TrainingArguments wants."""
+    """Return a YAML value as the text that it has on the command line."""
     if isinstance(node, yaml.ScalarNode):
         return node.value
+    # Nested values become JSON, which TrainingArguments parses on its own and which is YAML as well.
     return json.dumps(yaml.load(yaml.serialize(node), Loader=_YamlLoader))
 
 
@@ -109,14 +114,7 @@ def _mapping(text: str) -> dict:
     try:
         value = yaml.load(text, Loader=_YamlLoader)
     except yaml.YAMLError as error:
-        raise ArgumentTypeError(f"expected a mapping in YAML or JSON, found `{text}`") from error
+        raise ArgumentTypeError(f"expected a mapping in YAML or JSON, got `{text}`.") from error
     if not isinstance(value, dict):
-        raise ArgumentTypeError(f"expected a mapping such as {{name: value}}, found `{text}`")
+        raise ArgumentTypeError(f"expected a mapping such as {{name: value}}, got `{text}`.")
     return value
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """What an error about an unknown name ends with."""
-    if name in RENAMED:
-        return f"which is now named `{RENAMED[name]}`"
-    return f"the nearest valid name is `{nearest_name(name, names)}`"

@@ -107,7 +107,7 @@ def test_benchmarks_by_protocol(trained, tmp_path):
 
 def test_unknown_benchmark_names_the_nearest(tmp_path):
     result = run("eval.py", "model", "--benchmarks", "reasonseg_val", cwd=tmp_path, check=False)
-    assert_one_line(result, "reasonseg_val", "the nearest valid name is `reason_seg_val`", "refcoco_testA")
+    assert_one_line(result, "reasonseg_val", "Did you mean `reason_seg_val`?", "refcoco_testA")
 
 
 def test_predict_prints_the_answer_and_writes_masks(trained, tmp_path):
