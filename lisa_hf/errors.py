@@ -26,8 +26,8 @@ def report_user_errors():
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
             error = OSError(
-                f"a loader worker died ({error}). Most often the host's memory is full: lower dataloader_num_workers, or "
-                "request more memory."
+                f"a loader worker died ({error}). Most often the host's memory is full: lower "
+                "dataloader_num_workers, or request more memory."
             )
         elif isinstance(error, RuntimeError) and "to be installed" not in str(error):  # a tracker of `report_to`
             raise

@@ -117,7 +117,7 @@ def test_flash_attention_that_is_not_installed():
 
 
 def test_fp16_needs_a_gpu(tmp_path):
-    with pytest.raises(ValueError, match="fp16: expected a GPU, found none"):
+    with pytest.raises(ValueError, match="fp16: expected a GPU, got a CPU"):
         LisaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, fp16=True)
 
 
