@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from fixtures.tiny_models import llava_config
 from fixtures.tiny_training import (
     IMAGE_SIZE,
     LISA_PARTS,
     QUESTION,
-    TEXT_CONFIG,
-    VISION_CONFIG,
+    TEXT,
+    VISION,
     Items,
     build_model,
     copy_state,
@@ -39,11 +40,8 @@ def halves(tmp_path_factory):
     tokenizer.pad_token = "<pad>"
     torch.manual_seed(0)
     config = LlavaConfig(
-        vision_config=VISION_CONFIG,
-        text_config={**TEXT_CONFIG, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id},
+        **llava_config(vision=VISION, text=TEXT | {"vocab_size": len(tokenizer)}),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-        tie_word_embeddings=False,
     )
     LlavaForConditionalGeneration(config).save_pretrained(root / "vlm")
     LlavaProcessor(
@@ -51,7 +49,7 @@ def halves(tmp_path_factory):
             size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
         ),
         tokenizer,
-        patch_size=VISION_CONFIG["patch_size"],
+        patch_size=VISION["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=load_chat_template("llava_1_5"),
