@@ -148,9 +148,9 @@ def test_heads_without_a_loss_are_frozen(lora_r, tiny):
 
 
 def test_errors(tiny):
-    with pytest.raises(ValueError, match="`trainable` names the language model and lora_r is 4.*lora_r 0"):
+    with pytest.raises(ValueError, match="expected no language_model with LoRA, got it with lora_r 4.*lora_r 0"):
         prepare_for_training(tiny[0], ["language_model"], lora_r=4)
-    with pytest.raises(ValueError, match="no layer of the language model named query"):
+    with pytest.raises(ValueError, match="expected layers of the language model, got query"):
         prepare_for_training(tiny[0], ["seg_projector"], lora_r=4, lora_target_modules=["query"])
 
 
