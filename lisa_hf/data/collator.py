@@ -12,6 +12,7 @@ from ..model.processing_lisa import LisaProcessor, TextTooLongError
 from .feature_cache import PIXELS, join_entries
 from .masks import compact_mask_labels, draw_mask_labels
 from .prompts import Question
+from .rows import OnBadRow, check_on_bad_row
 
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ class LisaDataCollator:
     Args:
         processor: of the model.
         max_length: longest row in tokens, image tokens included. Longer rows lose their end, but never a `[SEG]`.
-        on_bad_row: what becomes of a question whose `[SEG]` lies behind `max_length`: "raise" stops, "skip" drops it
-            and counts it. An image that loses all of its questions is dropped too; a batch never gets empty.
+        on_bad_row: what to do with a question whose `[SEG]` lies behind `max_length`, see [`~rows.OnBadRow`]. An image
+            without questions left is dropped too. A batch never becomes empty: its last question raises.
         packing: whether the questions about an image share one row, see [`pack_rows`] and [`resolve_packing`].
         compact: whether pixels stay uint8 and masks run-length encoded. Loader workers then do less and hand over a
             fraction of the bytes; [`expand_batch`], which [`LisaTrainer`] calls on its device, makes the rest.
@@ -56,12 +57,11 @@ class LisaDataCollator:
         self,
         processor: LisaProcessor,
         max_length: int | None = None,
-        on_bad_row: str = "raise",
+        on_bad_row: OnBadRow = "raise",
         packing: bool = False,
         compact: bool = False,
     ):
-        if on_bad_row not in ("skip", "raise"):
-            raise ValueError(f"on_bad_row must be 'skip' or 'raise', got '{on_bad_row}'.")
+        check_on_bad_row(on_bad_row)
         self.processor = processor
         self.max_length = max_length
         self.on_bad_row = on_bad_row

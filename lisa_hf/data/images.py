@@ -90,9 +90,3 @@ def reduce_decoding(image: PIL.Image.Image, min_decoded_edge: int) -> int:
             image.draft(None, (width // factor, height // factor))
             break
     return width // image.width
-
-
-def _where(row: dict) -> str:
-    """Name a row for messages, with its image file if it has one."""
-    path = (row["image"] or {}).get("path")
-    return f"Row {row['image_id']!r} of {row['source']!r}" + (f" (file {path})" if path else "")

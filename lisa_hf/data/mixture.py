@@ -1,11 +1,16 @@
-"""Several data sets of rows as one data set of training items, and rows as evaluation items.
+"""Data sets of training and evaluation items, made from the rows of one or several sources.
 
-Both are map-style: item k is a pure function of the rows, the arguments and k, so the Trainer's own samplers shard,
-shuffle and resume them, and the number of loader workers changes nothing. An item is one image with its questions:
-`{"image": PIL image (RGB, upright), "original_size": [H, W] of its file, "features": its entry in a feature cache or
-None, "image_id", "source", "questions": list of Question, "ignore": Mask or None, "num_skipped": int}`. An image with
-features is not decoded before someone needs its pixels, see [`load_image`]; that of a large photo may be smaller
-than its file, see [`reduce_decoding`].
+Both are map-style. Item k is a pure function of the rows, the arguments and k, so Trainer's own samplers can shard,
+shuffle and resume, and the number of loader workers makes no difference. An item is one image with its questions:
+
+    image           PIL image, decoded and upright unless it has features; a large photo may be reduced
+    original_size   [H, W] of the image file, see `reduce_decoding`
+    features        the image's entry in a feature cache, or None
+    image_id        name of the image within its source
+    source          name of the source
+    questions       list of `Question`
+    ignore          `Mask` of the pixels to ignore, or None
+    num_skipped     number of bad rows that were drawn before this one
 """
 
 import logging
@@ -18,69 +23,71 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..errors import nearest_name
-from .images import _where, load_row_image, undecoded
+from .images import load_row_image, undecoded
 from .masks import Mask
 from .prompts import Question, evaluation_questions, sample_questions
+from .rows import OnBadRow, check_on_bad_row, describe_row
 
 
 logger = logging.getLogger(__name__)
 
-# How often LISA draws each kind of task, relative to the others.
+# Relative frequencies of the tasks in LISA.
 TASK_RATES = {"semantic": 9.0, "referring": 3.0, "vqa": 3.0, "reasoning": 1.0}
 
-ON_BAD_ROW = ("skip", "raise")
-# How many rows of one source an item may draw before it gives up: enough for a source of which half is unusable.
+# Rows of one source to draw for an item before giving up. Even if half of a source is unusable, this is never reached.
 MAX_DRAWS = 100
-# The share of bad rows that a source may have, and how many of its rows must have been drawn to judge it.
+# Largest share of bad rows in a source, and the number of its rows to draw before judging it.
 MAX_BAD_SHARE = 0.01
 MIN_DRAWS = 100
 
+NO_ROWS = "Source {!r}: expected at least one row, got none. Check its data directory and split, or leave it out."
+
 
 def default_weights(sources: dict[str, Dataset | IterableDataset]) -> dict[str, float]:
-    """LISA's weights: semantic, referring, VQA and reasoning 9 : 3 : 3 : 1, the sources of a kind equally often.
+    """Return LISA's weights: semantic, referring, VQA and reasoning 9 : 3 : 3 : 1, shared equally by a task's sources.
 
-    Kinds without a source are left out, and the others keep their proportions.
+    If a task has no source, the others keep their proportions.
 
     Args:
-        sources: Rows of `lisa_hf.data.rows.FEATURES` by the name of their source. Its kind is the task of its first
-            row.
+        sources: Rows of `lisa_hf.data.rows.FEATURES` by the name of their source. The first row tells a source's task.
 
     Raises:
         ValueError: If a source has no rows.
     """
     tasks = {}
     for name, rows in sources.items():
-        # Without its image, which need not be readable.
+        # Reading the image too could fail.
         first = next(iter(rows.select_columns("task")), None)
         if first is None:
-            raise ValueError(f"Source {name!r} has no rows. Check its data directory and split, or leave it out.")
+            raise ValueError(NO_ROWS.format(name))
         tasks[name] = first["task"]
     num_sources = Counter(tasks.values())
     return {name: TASK_RATES[task] / num_sources[task] for name, task in tasks.items()}
 
 
 class Mixture:
-    """What the map-style and the streaming mixture share: sources, their weights, and how a row becomes an item.
+    """Base of the map-style and the streaming mixture: sources, their weights, and how a row becomes an item.
 
-    A row that cannot be used (its image is missing or unreadable, a mask is damaged or of another size than the image)
-    is redrawn from the same source, so that the weights hold whatever is broken; so is a row that gives no question.
+    A row is bad if its image is missing or unreadable, or if a mask is damaged or of another size than the image. In
+    place of a bad row, or of one that gives no question, another row of the same source is drawn, so the weights hold.
 
     Args:
-        sources (`dict[str, datasets.Dataset]` or `dict[str, datasets.IterableDataset]`): Rows of
-            `lisa_hf.data.rows.FEATURES` by the name of their source.
-        weights (`dict[str, float]`, *optional*): Relative frequency of every source; [`default_weights`] by default.
-        seed (`int`): Non-negative; another seed is another sequence of items.
-        num_questions (`int`), explanatory_probability (`float`), merge_instances (`bool`): As in
-            [`~prompts.sample_questions`].
-        on_bad_row (`str`): "skip" redraws a row that cannot be used and counts it in the item's `num_skipped`;
-            "raise" stops at the first one. A row that gives no question is redrawn, and not counted, in both.
-        min_decoded_edge (`int`, *optional*): As in [`reduce_decoding`]; by default photos are decoded in full.
+        sources: Rows of `lisa_hf.data.rows.FEATURES` by the name of their source.
+        weights: Relative frequency of every source. Defaults to [`default_weights`].
+        seed: Non-negative seed of all random draws.
+        num_questions: Largest number of questions about an image, see [`~prompts.sample_questions`].
+        explanatory_probability: Probability of an answer without a mask, see [`~prompts.sample_questions`].
+        merge_instances: Whether a phrase refers to all targets that have it, see [`~prompts.sample_questions`].
+        on_bad_row: What to do with a bad row, see [`~rows.OnBadRow`]. Skipped rows are counted in the `num_skipped` of
+            the next item. A row that gives no question is not bad.
+        min_decoded_edge: Smallest longer edge, in pixels, at which a large JPEG is decoded, see
+            [`~images.reduce_decoding`]. By default, photos are decoded in full.
 
     Raises:
-        ValueError: For arguments that contradict each other; by an item, for the first bad row with
-            `on_bad_row="raise"`, else when `MAX_DRAWS` rows of one source in a row could not be used, or when more
-            than 1 % of a source is bad. That is judged after `MIN_DRAWS` rows of the source, by each loader worker
-            on what it has drawn itself, with three standard deviations of allowance for chance.
+        ValueError: If the arguments contradict each other. When items are made: at the first bad row with
+            `on_bad_row="raise"`, if `MAX_DRAWS` rows in succession could not be used, or if more than 1 % of a source
+            is bad. Each loader worker judges a source by the rows that it has drawn itself, after `MIN_DRAWS` rows and
+            with an allowance of three standard deviations.
     """
 
     def __init__(
@@ -91,21 +98,20 @@ class Mixture:
         num_questions: int = 3,
         explanatory_probability: float = 0.1,
         merge_instances: bool = True,
-        on_bad_row: str = "skip",
+        on_bad_row: OnBadRow = "raise",
         min_decoded_edge: int | None = None,
     ):
         if not sources:
-            raise ValueError("A mixture needs at least one source, got none.")
+            raise ValueError("sources: expected at least one, got none.")
         if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}.")
+            raise ValueError(f"seed: expected 0 or more, got {seed}.")
         if num_questions < 1:
-            raise ValueError(f"num_questions must be at least 1, got {num_questions}.")
+            raise ValueError(f"num_questions: expected 1 or more, got {num_questions}.")
         if not 0 <= explanatory_probability <= 1:
-            raise ValueError(f"explanatory_probability must lie in [0, 1], got {explanatory_probability}.")
-        if on_bad_row not in ON_BAD_ROW:
-            raise ValueError(f"on_bad_row must be one of {ON_BAD_ROW}, got {on_bad_row!r}.")
+            raise ValueError(f"explanatory_probability: expected a number in [0, 1], got {explanatory_probability}.")
+        check_on_bad_row(on_bad_row)
         if min_decoded_edge is not None and min_decoded_edge < 1:
-            raise ValueError(f"min_decoded_edge must be at least 1 pixel, got {min_decoded_edge}.")
+            raise ValueError(f"min_decoded_edge: expected 1 pixel or more, got {min_decoded_edge}.")
         self.names = list(sources)
         self.sources = [undecoded(rows) for rows in sources.values()]
         self.probabilities = _probabilities(self.names, default_weights(sources) if weights is None else weights)
@@ -116,14 +122,14 @@ class Mixture:
         self.on_bad_row = on_bad_row
         self.min_decoded_edge = min_decoded_edge
         self.num_drawn, self.num_bad = [0] * len(sources), [0] * len(sources)
-        self.feature_cache = None  # a `FeatureCache`: made of the rows and a model, it comes later than the mixture
+        self.feature_cache = None  # a `FeatureCache`, set later: it is made from the rows and a model
 
     def draw_source(self, rng: np.random.Generator) -> int:
-        """Index of a source, drawn by weight."""
+        """Draw the index of a source by weight."""
         return int(rng.choice(len(self.names), p=self.probabilities))
 
     def make_item(self, source: int, rows: Iterator[dict], rng: np.random.Generator) -> dict[str, Any]:
-        """The item of the first of `rows` that can be used, all of the source with this index."""
+        """Make an item of the first of `rows` that can be used. All of them belong to the source of this index."""
         num_skipped = 0
         error = None
         for _ in range(MAX_DRAWS):
@@ -136,7 +142,7 @@ class Mixture:
                 )
                 item = _make_item(row, image, questions, num_skipped)
             except ValueError as bad_row:
-                error = ValueError(f"{_where(row)}: {bad_row}")
+                error = ValueError(f"{describe_row(row)}: {bad_row}")
                 if self.on_bad_row == "raise":
                     raise error from bad_row
                 logger.warning("Skipped: %s", error)
@@ -146,75 +152,78 @@ class Mixture:
             if questions:
                 return {**item, "source": self.names[source]}
         raise ValueError(
-            f"Source {self.names[source]!r}: none of {MAX_DRAWS} drawn rows could be used, {num_skipped} bad and the "
-            f"others without a target. Check its data directory. The last bad row: {error}"
+            f"Source {self.names[source]!r}: expected a usable row among {MAX_DRAWS}, got {num_skipped} bad rows and "
+            f"{MAX_DRAWS - num_skipped} without a target. Check its data directory. The last bad row: {error}"
         ) from error
 
     def _count_bad(self, source: int, error: ValueError):
         self.num_bad[source] += 1
         num_drawn, num_bad = self.num_drawn[source], self.num_bad[source]
         expected = MAX_BAD_SHARE * num_drawn
-        # Without the allowance, chance would stop a source that is just good enough sooner or later.
+        # Without an allowance, chance would sooner or later stop a source that is just good enough.
         if num_drawn >= MIN_DRAWS and num_bad > expected + 3 * expected**0.5:
             raise ValueError(
-                f"Source {self.names[source]!r}: {num_bad} of {num_drawn} drawn rows are bad, more than "
-                f"{MAX_BAD_SHARE:.0%}. Restore its files, remove their annotations, or leave the source out. "
-                f"The last bad row: {error}"
+                f"Source {self.names[source]!r}: expected at most {MAX_BAD_SHARE:.0%} of bad rows, got {num_bad} of "
+                f"{num_drawn} drawn rows. Restore its files, remove their annotations, or leave the source out. The "
+                f"last bad row: {error}"
             ) from error
 
 
 class MixtureDataset(Mixture, torch.utils.data.Dataset):
-    """Item k: a source drawn by weight, a row of it drawn uniformly, and questions drawn from the row.
+    """Map-style mixture: draws a source by weight for each item, one of its rows uniformly, and questions about it.
 
-    The items are random draws already: read them in sequence, and item k is what step k sees on any machine. The rows
-    stay in the Arrow files of their data sets, so a loader worker is as small for many rows as for few.
+    Since items are random draws already, they are read in sequence: item k is what step k sees on any machine. Rows
+    stay in the Arrow files of their data sets, so the memory of a loader worker does not grow with their number.
 
     Args:
-        sources (`dict[str, datasets.Dataset]`): Prepared rows, by the name of their source.
-        length (`int`): The number of items.
-        kwargs: As in [`Mixture`], which also says what raises.
+        sources: Prepared rows by the name of their source.
+        length: Number of items per epoch.
+        kwargs: Arguments of [`Mixture`].
     """
 
     def __init__(self, sources: dict[str, Dataset], length: int, **kwargs):
         for name, rows in sources.items():
             if not isinstance(rows, Dataset):
                 raise ValueError(
-                    f"Source {name!r} is of the type {type(rows).__name__}, expected a prepared Dataset, whose rows "
-                    "have numbers. For streamed rows, use StreamingMixtureDataset."
+                    f"Source {name!r}: expected a prepared Dataset, got {type(rows).__name__}. Use "
+                    "StreamingMixtureDataset for streamed rows."
                 )
             if len(rows) == 0:
-                raise ValueError(f"Source {name!r} has no rows. Check its data directory and split, or leave it out.")
+                raise ValueError(NO_ROWS.format(name))
         if length < 1:
-            raise ValueError(f"length must be at least 1 item, got {length}.")
+            raise ValueError(f"length: expected 1 item or more, got {length}.")
         super().__init__(sources, **kwargs)
         self.length = length
-        # In shared memory, where persistent loader workers hear of a new epoch.
+        # In shared memory, so that persistent loader workers learn about a new epoch.
         self._first = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return self.length
 
     def set_epoch(self, epoch: int):
-        """Moves on to items `epoch * length` and following, so that no epoch repeats another's. Trainer calls it."""
+        """Move on to the items from `epoch * length`, so that no epoch repeats another. Called by Trainer."""
         self._first.fill_(epoch * self.length)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.length:
-            raise IndexError(f"Item {index} of a mixture of {self.length} items.")
+            raise IndexError(f"expected an index below {self.length}, got {index}.")
         rng = np.random.default_rng([self.seed, int(self._first) + index])
         source = self.draw_source(rng)
-        return self.make_item(source, _drawn_rows(self.sources[source], rng), rng)
+        return self.make_item(source, _draw_rows(self.sources[source], rng), rng)
 
 
 class EvaluationDataset(torch.utils.data.Dataset):
-    """Item k: row k with its evaluation questions. A bad row raises, because a score over fewer rows is another score.
+    """Evaluation items: item k is row k with its evaluation questions.
+
+    A bad row always raises, because a score over fewer rows is another score.
 
     Args:
-        rows (`datasets.Dataset`): Rows of `lisa_hf.data.rows.FEATURES`.
-        merge_instances, all_texts (`bool`): As in [`~prompts.evaluation_questions`].
+        rows: Rows of `lisa_hf.data.rows.FEATURES`.
+        merge_instances: Whether a phrase refers to all targets that have it, see [`~prompts.evaluation_questions`].
+        all_texts: Whether every phrase gives a question, see [`~prompts.evaluation_questions`].
 
     Raises:
-        ValueError: By an item, if its row gives no question or cannot be used.
+        ValueError: When an item is made, if its row is bad or gives no question.
     """
 
     def __init__(self, rows: Dataset, merge_instances: bool = True, all_texts: bool = False):
@@ -227,20 +236,20 @@ class EvaluationDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self.rows):
-            raise IndexError(f"Item {index} of {len(self.rows)} evaluation rows.")
+            raise IndexError(f"expected an index below {len(self.rows)}, got {index}.")
         row = self.rows[int(index)]
         try:
             image = load_row_image(row)
             questions = self.questions(row)
             item = _make_item(row, image, questions, num_skipped=0)
             if not questions:
-                raise ValueError("it has no target, so there is nothing to ask. Filter such rows out.")
+                raise ValueError("expected a target to ask about, got none. Filter such rows out.")
         except ValueError as error:
-            raise ValueError(f"{_where(row)}: {error}") from error
+            raise ValueError(f"{describe_row(row)}: {error}") from error
         return item
 
     def questions(self, row: dict) -> list[Question]:
-        """The questions about one of `rows`; its image is not looked at."""
+        """Return the questions about a row, without reading its image."""
         return evaluation_questions(row, self.merge_instances, self.all_texts)
 
 
@@ -255,23 +264,23 @@ def _make_item(row: dict, image: dict, questions: list[Question], num_skipped: i
     }
 
 
-def _drawn_rows(rows: Dataset, rng: np.random.Generator) -> Iterator[dict]:
+def _draw_rows(rows: Dataset, rng: np.random.Generator) -> Iterator[dict]:
     while True:
         yield rows[int(rng.integers(len(rows)))]
 
 
 def _probabilities(names: list[str], weights: dict[str, float]) -> np.ndarray:
-    """Normalised weights in the order of the names, shape (len(names),)."""
+    """Return the normalized weights in the order of the names, shape `(len(names),)`."""
     for name in weights:
         if name not in names:
             raise ValueError(
-                f"expected weights of the sources {names}, got one of an unknown source {name!r}. Did you mean "
+                f"weights: expected names among {names}, got the unknown source {name!r}. Did you mean "
                 f"{nearest_name(name, names)!r}?"
             )
     missing = [name for name in names if name not in weights]
     if missing:
-        raise ValueError(f"weights must name every source, but {missing} have none. Give 0 to leave a source out.")
+        raise ValueError(f"weights: expected one for every source, got none for {missing}. Use 0 to exclude a source.")
     values = np.array([weights[name] for name in names], dtype=np.float64)
     if not np.isfinite(values).all() or values.min() < 0 or values.sum() == 0:
-        raise ValueError(f"weights must be finite, not negative and not all 0, got {weights}.")
+        raise ValueError(f"weights: expected finite numbers of 0 or more that are not all 0, got {weights}.")
     return values / values.sum()

@@ -1,11 +1,11 @@
-"""The one row format of every data set, and the codec of its masks.
+"""The row format that all data sets share, and what to do with a row that cannot be used.
 
-A row is one image with everything that is annotated on it. Masks stay compressed COCO run-length encodings (RLE: a
-dict of `size` [H, W] and `counts` bytes) from the builder to the collator, which decodes the few that were sampled.
+A row is one image with everything that is annotated on it. Its masks stay compressed COCO run-length encodings (RLE),
+see [`~masks.Mask`].
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from datasets import Features, Image, List, Value
 
@@ -14,14 +14,13 @@ from .masks import RLE_FEATURES, rle_size
 
 TASKS = ("semantic", "referring", "reasoning", "vqa")
 
-
 FEATURES = Features(
     {
         "image": Image(),
         "image_id": Value("string"),
         "source": Value("string"),
         "task": Value("string"),
-        # One target per annotation; its phrases are interchangeable. Targets that share a phrase are wanted together.
+        # One target per annotation; its phrases are interchangeable. A phrase refers to all targets that have it.
         "targets": List({"phrases": List(Value("string")), "rle": RLE_FEATURES}),
         "ignore": RLE_FEATURES,
         "is_sentence": Value("bool"),
@@ -29,6 +28,16 @@ FEATURES = Features(
         "messages": List({"role": Value("string"), "content": Value("string")}),
     }
 )
+
+# What to do with a record, row or question that cannot be used: "raise" stops at the first one, "skip" logs and counts
+# it. Builders read records, the mixture opens the images and masks of rows, the collator encodes questions.
+OnBadRow = Literal["raise", "skip"]
+
+
+def check_on_bad_row(on_bad_row: str) -> None:
+    """Raise a `ValueError` unless the value is one of [`OnBadRow`]."""
+    if on_bad_row not in get_args(OnBadRow):
+        raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {on_bad_row!r}.")
 
 
 def make_row(
@@ -42,45 +51,41 @@ def make_row(
     explanation: str | None = None,
     messages: Sequence[dict[str, str]] = (),
 ) -> dict[str, Any]:
-    """Makes one row that fits `FEATURES`.
+    """Make one row of `FEATURES`.
 
     Args:
-        image: Path of the image file, or the encoded file itself (for images that are made, not stored).
-        image_id: Name of the image within its source, for messages and for joining results.
+        image: Path of the image file, or the bytes of an encoded image.
+        image_id: Name of the image, unique within its source.
         source: Name of the data set, as `data_scripts.load_source` knows it.
         task: One of `TASKS`. A "vqa" row has `messages`, every other row has `targets`.
         targets: Dicts of `phrases` (list of str, at least one) and `rle`, all of one size.
         ignore: RLE of the pixels that count neither as target nor as background, of the targets' size.
-        is_sentence: Whether the phrases are whole questions instead of names.
+        is_sentence: Whether the phrases are complete questions instead of names.
         explanation: Why the targets answer the phrases.
-        messages: Chat turns: dicts of `role` ("user" and "assistant" in turn, beginning with "user") and `content`.
+        messages: Chat turns, alternately of the user and the assistant: dicts of `role` and `content`.
 
     Raises:
-        ValueError: If the parts contradict each other; the message names the source and the image.
+        ValueError: If the arguments contradict each other. The message names the source and the image.
     """
     where = f"Row {image_id!r} of {source!r}"
     if task not in TASKS:
-        raise ValueError(f"{where}: the task is one of {TASKS}, but found {task!r}.")
-    if task == "vqa" and (targets or not messages):
+        raise ValueError(f"{where}: expected a task among {TASKS}, got {task!r}.")
+    is_vqa = task == "vqa"
+    if bool(messages) != is_vqa or bool(targets) == is_vqa:
+        expected = "messages and no targets" if is_vqa else "targets and no messages"
         raise ValueError(
-            f"{where}: a vqa row has messages and no targets, but found {len(messages)} messages and "
-            f"{len(targets)} targets."
-        )
-    if task != "vqa" and (messages or not targets):
-        raise ValueError(
-            f"{where}: a {task} row has targets and no messages, but found {len(targets)} targets and "
-            f"{len(messages)} messages."
+            f"{where}: expected {expected} in a {task} row, got {len(targets)} targets and {len(messages)} messages."
         )
     for index, target in enumerate(targets):
         phrases = target["phrases"]
         if isinstance(phrases, str) or not phrases or not all(isinstance(p, str) and p.strip() for p in phrases):
-            raise ValueError(f"{where}: target {index} needs a list of non-empty phrases, but found {phrases!r}.")
+            raise ValueError(f"{where}: expected a list of non-empty phrases of target {index}, got {phrases!r}.")
     sizes = {rle_size(rle) for rle in [target["rle"] for target in targets] + ([ignore] if ignore else [])}
     if len(sizes) > 1:
-        raise ValueError(f"{where}: all masks of a row have the image's size, but found the sizes {sorted(sizes)}.")
+        raise ValueError(f"{where}: expected all masks in the size of the image, got the sizes {sorted(sizes)}.")
     roles = [message["role"] for message in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2):
-        raise ValueError(f"{where}: messages are pairs of user and assistant turns, but found the roles {roles}.")
+        raise ValueError(f"{where}: expected pairs of user and assistant messages, got the roles {roles}.")
     return {
         "image": {"path": image, "bytes": None} if isinstance(image, str) else {"path": None, "bytes": image},
         "image_id": image_id,
@@ -92,3 +97,9 @@ def make_row(
         "explanation": explanation,
         "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
     }
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    """Return what identifies a row in an error message: image, source and file."""
+    path = (row["image"] or {}).get("path")
+    return f"Row {row['image_id']!r} of {row['source']!r}" + (f" (file {path})" if path else "")

@@ -192,7 +192,7 @@ def test_reduced_scale_does_not_change_what_sam_resizes_to(edges, min_decoded_ed
 
 
 def test_unknown_setting():
-    with pytest.raises(ValueError, match="'skip' or 'raise', got 'ignore'"):
+    with pytest.raises(ValueError, match="on_bad_row: expected 'raise' or 'skip', got 'ignore'"):
         LisaDataCollator(None, on_bad_row="ignore")
 
 

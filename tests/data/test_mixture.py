@@ -136,7 +136,7 @@ def test_lisa_draws_kinds_9_3_3_1_and_the_sources_of_a_kind_equally(sources):
     assert default_weights(lisa) == {name: weight for name, weight in weights.items() if name in lisa}
     data = MixtureDataset(lisa, length=1, weights=default_weights(lisa) | {"reason_seg": 12})
     assert dict(zip(data.names, data.probabilities))["reason_seg"] == 0.5
-    with pytest.raises(ValueError, match="'void' has no rows"):
+    with pytest.raises(ValueError, match="Source 'void': expected at least one row"):
         default_weights({"void": NO_ROWS})
 
 
@@ -185,7 +185,7 @@ def test_a_bad_image_is_skipped_and_counted_or_named(kind, min_decoded_edge, tmp
     good = segmentation_row("classes", "good", image_file(tmp_path / "good.png"))
     rows = dataset(segmentation_row("classes", "bad", path), good)
     settings = {"length": 40, "min_decoded_edge": min_decoded_edge}
-    data = MixtureDataset({"classes": rows}, **settings)
+    data = MixtureDataset({"classes": rows}, on_bad_row="skip", **settings)
 
     with caplog.at_level(logging.WARNING):
         items = list(data)
@@ -227,7 +227,7 @@ def test_a_bad_mask_is_skipped_and_counted_or_named(row, reason, tmp_path):
     row["image"]["path"] = path = image_file(tmp_path / "image.png")
     rows = dataset(row, segmentation_row("classes", "good", path))
 
-    items = list(MixtureDataset({"classes": rows}, length=20))
+    items = list(MixtureDataset({"classes": rows}, length=20, on_bad_row="skip"))
     assert {item["image_id"] for item in items} == {"classes/good"}
     assert sum(item["num_skipped"] for item in items) > 0
     for strict in (MixtureDataset({"classes": rows}, length=40, on_bad_row="raise"), EvaluationDataset(rows)):
@@ -247,7 +247,7 @@ def test_bad_rows_do_not_change_the_weights(sources, tmp_path, monkeypatch):
     image = image_file(tmp_path / "image.png")
     missing = [segmentation_row("classes", index, str(tmp_path / "missing.png")) for index in range(3)]
     half_broken = {**sources, "classes": dataset(segmentation_row("classes", "good", image), *missing)}
-    items = list(MixtureDataset(half_broken, length=300, weights=dict.fromkeys(sources, 1)))
+    items = list(MixtureDataset(half_broken, length=300, weights=dict.fromkeys(sources, 1), on_bad_row="skip"))
     assert abs(sum(item["source"] == "classes" for item in items) - 100) < 45
 
 
@@ -260,8 +260,8 @@ def partly_broken(num_bad, num_rows, tmp_path):
 @pytest.mark.parametrize("num_bad", [2, 10, 40])
 def test_more_than_one_percent_of_bad_rows_raises(sources, num_bad, tmp_path):
     broken = {**sources, "classes": partly_broken(num_bad, 100, tmp_path)}
-    data = MixtureDataset(broken, length=3000, seed=1)
-    with pytest.raises(ValueError, match="'classes': .* drawn rows are bad, more than 1%.*missing.png") as error:
+    data = MixtureDataset(broken, length=3000, seed=1, on_bad_row="skip")
+    with pytest.raises(ValueError, match="'classes': expected at most 1% of bad rows.*missing.png") as error:
         for index in range(len(data)):
             data[index]
     num_found, num_drawn = (int(word) for word in str(error.value).split() if word.isdigit())
@@ -269,11 +269,11 @@ def test_more_than_one_percent_of_bad_rows_raises(sources, num_bad, tmp_path):
     # The others go on, and so does a worker that has not seen enough yet.
     others = MixtureDataset(broken, length=300, weights={"classes": 0, "reasons": 1, "talk": 1})
     assert sum(item["num_skipped"] for item in others) == 0
-    assert len(list(MixtureDataset(broken, length=50))) == 50
+    assert len(list(MixtureDataset(broken, length=50, on_bad_row="skip"))) == 50
 
 
 def test_a_few_bad_rows_never_raise(tmp_path):
-    data = MixtureDataset({"classes": partly_broken(1, 200, tmp_path)}, length=2000)
+    data = MixtureDataset({"classes": partly_broken(1, 200, tmp_path)}, length=2000, on_bad_row="skip")
     assert 2 < sum(item["num_skipped"] for item in data) < 30
 
 
@@ -286,18 +286,19 @@ def test_a_row_without_a_target_is_redrawn_but_is_not_bad(on_bad_row, tmp_path):
 
     assert {item["image_id"] for item in items} == {"classes/good"}
     assert {item["num_skipped"] for item in items} == {0}
-    with pytest.raises(ValueError, match="'classes/empty' of 'classes' .*has no target"):
+    with pytest.raises(ValueError, match="'classes/empty' of 'classes' .*expected a target"):
         EvaluationDataset(rows)[0]
 
 
 def test_a_source_without_a_usable_row_raises_instead_of_looping(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(mixture, "MAX_DRAWS", 10)
     missing = dataset(segmentation_row("lost", 0, str(tmp_path / "missing.png")))
-    with pytest.raises(ValueError, match="'lost': none of 10 drawn rows .* 10 bad .*missing.png"):
-        MixtureDataset({**sources, "lost": missing}, weights={**dict.fromkeys(sources, 0), "lost": 1}, length=1)[0]
+    with pytest.raises(ValueError, match="'lost': expected a usable row among 10, got 10 bad .*missing.png"):
+        weights = {**dict.fromkeys(sources, 0), "lost": 1}
+        MixtureDataset({**sources, "lost": missing}, weights=weights, length=1, on_bad_row="skip")[0]
     image = image_file(tmp_path / "image.png")
     empty = dataset({**segmentation_row("void", 0, image), "targets": []})
-    with pytest.raises(ValueError, match="'void': none of 10 drawn rows .* 0 bad"):
+    with pytest.raises(ValueError, match="'void': expected a usable row among 10, got 0 bad"):
         MixtureDataset({"void": empty}, length=1)[0]
 
 
@@ -315,12 +316,12 @@ def test_a_photo_is_turned_upright_before_its_masks_are_compared(tmp_path):
 
 
 def photo_row(path, size, orientation=1):
-    """A row about a photo of smooth colours; its EXIF orientation turns it to `size` (width, height)."""
+    """A row about a photo of smooth colors; its EXIF orientation turns it to `size` (width, height)."""
     across, down = (np.linspace(0, 3, edge) for edge in (size if orientation < 5 else size[::-1]))
-    colours = [np.sin(np.add.outer(down, across) * frequency) * 120 + 128 for frequency in (1, 2, 3)]
+    colors = [np.sin(np.add.outer(down, across) * frequency) * 120 + 128 for frequency in (1, 2, 3)]
     exif = PIL.Image.Exif()
     exif[PIL.ExifTags.Base.Orientation] = orientation
-    PIL.Image.fromarray(np.stack(colours, axis=-1).astype(np.uint8)).save(path, exif=exif)
+    PIL.Image.fromarray(np.stack(colors, axis=-1).astype(np.uint8)).save(path, exif=exif)
     targets = [{"phrases": ["sea"], "rle": mask(1, size[::-1])}]
     return make_row(str(path), "photos/0", "photos", "semantic", targets=targets)
 
@@ -392,19 +393,19 @@ def test_settings_reach_the_questions(sources):
     "arguments, message",
     [
         ({"weights": {"clases": 1.0}}, r"unknown source 'clases'. Did you mean 'classes'\?"),
-        ({"weights": {"classes": 1.0}}, r"\['reasons', 'talk'\] have none"),
-        ({"weights": {"classes": 1.0, "reasons": -1, "talk": 0}}, "not negative"),
+        ({"weights": {"classes": 1.0}}, r"got none for \['reasons', 'talk'\]"),
+        ({"weights": {"classes": 1.0, "reasons": -1, "talk": 0}}, "0 or more"),
         ({"weights": dict.fromkeys(("classes", "reasons", "talk"), 0)}, "not all 0"),
         ({"weights": {"classes": float("nan"), "reasons": 1, "talk": 0}}, "finite"),
-        ({"sources": {}}, "at least one source"),
-        ({"sources": {"void": NO_ROWS}}, "'void' has no rows"),
-        ({"sources": {"flow": IterableDataset.from_generator(list)}}, "'flow' is of the type IterableDataset"),
-        ({"length": 0}, "length must be at least 1 item, got 0"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
-        ({"num_questions": 0}, "num_questions must be at least 1, got 0"),
+        ({"sources": {}}, "sources: expected at least one, got none"),
+        ({"sources": {"void": NO_ROWS}}, "Source 'void': expected at least one row"),
+        ({"sources": {"flow": IterableDataset.from_generator(list)}}, "'flow': .* Dataset, got IterableDataset"),
+        ({"length": 0}, "length: expected 1 item or more, got 0"),
+        ({"seed": -1}, "seed: expected 0 or more, got -1"),
+        ({"num_questions": 0}, "num_questions: expected 1 or more, got 0"),
         ({"explanatory_probability": -1}, r"in \[0, 1\], got -1"),
-        ({"on_bad_row": "ignore"}, r"'skip', 'raise'.*got 'ignore'"),
-        ({"min_decoded_edge": 0}, "min_decoded_edge must be at least 1 pixel, got 0"),
+        ({"on_bad_row": "ignore"}, "'raise' or 'skip', got 'ignore'"),
+        ({"min_decoded_edge": 0}, "min_decoded_edge: expected 1 pixel or more, got 0"),
     ],
 )
 def test_contradictory_arguments_are_refused(sources, arguments, message):

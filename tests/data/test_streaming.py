@@ -9,6 +9,7 @@ is what `test_two_processes_with_two_workers_each_share_the_rows` starts.
 import json
 import sys
 from collections import Counter
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +31,10 @@ from data_scripts import load_source
 from lisa_hf.data import mixture
 from lisa_hf.data.mixture import MixtureDataset
 from lisa_hf.data.streaming import StreamingMixtureDataset
+
+
+# The sources have a bad row.
+SkippingMixture = partial(StreamingMixtureDataset, on_bad_row="skip")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,7 @@ def test_a_pass_deals_every_row_to_one_reader(tmp_path_factory, num_rows, num_sh
     sources = one_source(num_rows, min(num_shards, num_rows), tmp_path_factory.getbasetemp())
     dealt = {0: Counter(), 1: Counter(), 2: Counter()}
     for rank in range(num_readers):
-        data = StreamingMixtureDataset(sources, rank=rank, num_ranks=num_readers, shuffle_buffer_size=buffer_size)
+        data = SkippingMixture(sources, rank=rank, num_ranks=num_readers, shuffle_buffer_size=buffer_size)
         for item in data:
             this_pass = data.state_dict()["positions"]["classes"]["pass"]
             if this_pass not in dealt:
@@ -92,7 +97,7 @@ def test_passes_and_seeds_give_other_orders(tmp_path):
     sources = one_source(20, 4, tmp_path)
 
     def order(seed):
-        return [item["image_id"] for item in islice(StreamingMixtureDataset(sources, seed=seed), 40)]
+        return [item["image_id"] for item in islice(SkippingMixture(sources, seed=seed), 40)]
 
     assert order(0) == order(0)
     first, second, other = order(0)[:20], order(0)[20:], order(1)[:20]
@@ -106,7 +111,7 @@ def test_sources_come_in_the_proportions_of_their_weights(streamed):
         (None, {"classes": 4.5 / 12, "things": 4.5 / 12, "talk": 3 / 12}),
         ({"classes": 8, "things": 0, "talk": 2}, {"classes": 0.8, "things": 0, "talk": 0.2}),
     ):
-        items = list(islice(StreamingMixtureDataset(streamed, weights=weights), 500))
+        items = list(islice(SkippingMixture(streamed, weights=weights), 500))
         counts = Counter(item["source"] for item in items)
         for name, share in shares.items():
             assert abs(counts[name] - 500 * share) <= 5 * (500 * share * (1 - share)) ** 0.5
@@ -125,7 +130,7 @@ def test_a_state_resumes_exactly_at_any_item(streamed, k, num_ranks, data):
     rank = data.draw(st.integers(0, num_ranks - 1))
 
     def stream():
-        return StreamingMixtureDataset(streamed, rank=rank, num_ranks=num_ranks, seed=3)
+        return SkippingMixture(streamed, rank=rank, num_ranks=num_ranks, seed=3)
 
     expected = drawn(stream(), k + 12)[k:]
     interrupted, resumed = stream(), stream()
@@ -139,13 +144,13 @@ def test_a_state_resumes_exactly_at_any_item(streamed, k, num_ranks, data):
 
 
 def test_the_state_of_another_reader_or_other_sources_is_refused(streamed):
-    one, other = (StreamingMixtureDataset(streamed, rank=rank, num_ranks=2) for rank in (0, 1))
+    one, other = (SkippingMixture(streamed, rank=rank, num_ranks=2) for rank in (0, 1))
     next(iter(one))
     other.load_state_dict(one.state_dict())
-    with pytest.raises(ValueError, match=r"Expected the state of reader 1 of 2, found that of \[0, 2\]. Resume"):
+    with pytest.raises(ValueError, match=r"expected the state of reader 1 of 2, got that of \[0, 2\]. Resume"):
         next(iter(other))
-    fewer = StreamingMixtureDataset({"talk": streamed["talk"]})
-    with pytest.raises(ValueError, match=r"Expected a state of the sources \['talk'\], found one of"):
+    fewer = SkippingMixture({"talk": streamed["talk"]})
+    with pytest.raises(ValueError, match=r"expected a state of the sources \['talk'\], got one of"):
         fewer.load_state_dict(one.state_dict())
 
 
@@ -167,9 +172,9 @@ def test_skipping_batches_as_the_trainer_does_is_exact(prepared, streamed, strea
 
         def loader():
             if streaming:
-                data = StreamingMixtureDataset(streamed, rank=rank, num_ranks=num_ranks, seed=1)
+                data = SkippingMixture(streamed, rank=rank, num_ranks=num_ranks, seed=1)
             else:
-                data = MixtureDataset(prepared, length=24 * num_ranks, seed=1)
+                data = MixtureDataset(prepared, length=24 * num_ranks, seed=1, on_bad_row="skip")
             return loader_of(data, rank, num_ranks, num_workers)
 
         expected = [[comparable(item) for item in batch] for batch in islice(loader(), 12)]
@@ -179,7 +184,7 @@ def test_skipping_batches_as_the_trainer_does_is_exact(prepared, streamed, strea
 
 def test_a_loader_worker_is_a_reader_with_a_state(streamed):
     def stream(rank, num_ranks):
-        return StreamingMixtureDataset(streamed, rank=rank, num_ranks=num_ranks)
+        return SkippingMixture(streamed, rank=rank, num_ranks=num_ranks)
 
     def items_and_state(items):
         return [comparable(item) for item in items], get_worker_info().dataset.state_dict()
@@ -200,11 +205,11 @@ def test_a_loader_worker_is_a_reader_with_a_state(streamed):
 
 def test_a_source_of_empty_rows_raises_instead_of_looping(tmp_path, monkeypatch):
     monkeypatch.setattr(mixture, "MAX_DRAWS", 10)
-    with pytest.raises(ValueError, match="'classes': none of 10 drawn rows .* 0 bad"):
-        next(iter(StreamingMixtureDataset(one_source(3, 1, tmp_path, targets=[]))))
+    with pytest.raises(ValueError, match="'classes': expected a usable row among 10, got 0 bad"):
+        next(iter(SkippingMixture(one_source(3, 1, tmp_path, targets=[]))))
     missing = {"path": str(tmp_path / "missing.png"), "bytes": None}
-    with pytest.raises(ValueError, match="'classes': none of 10 drawn rows .* 10 bad .*missing.png"):
-        next(iter(StreamingMixtureDataset(one_source(3, 1, tmp_path, image=missing))))
+    with pytest.raises(ValueError, match="'classes': expected a usable row among 10, got 10 bad .*missing.png"):
+        next(iter(SkippingMixture(one_source(3, 1, tmp_path, image=missing))))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
@@ -214,31 +219,31 @@ def test_a_source_without_rows_raises_instead_of_looping(tmp_path, num_ranks):
 
     void = one_source(1, 1, tmp_path)["classes"]
     void = IterableDataset.from_generator(no_rows, void.features, gen_kwargs={"shards": [0, 1]})
-    with pytest.raises(ValueError, match="Source 'void' has no rows"):
-        StreamingMixtureDataset({"void": void})
+    with pytest.raises(ValueError, match="Source 'void': expected at least one row"):
+        SkippingMixture({"void": void})
     settings = {"rank": num_ranks - 1, "num_ranks": num_ranks, "weights": {"void": 1}}
-    with pytest.raises(ValueError, match="Source 'void' has no rows"):
-        next(iter(StreamingMixtureDataset({"void": void}, **settings)))
+    with pytest.raises(ValueError, match="Source 'void': expected at least one row"):
+        next(iter(SkippingMixture({"void": void}, **settings)))
 
 
 def test_more_than_one_percent_of_bad_rows_raises(prepared):
     sources = {name: rows.to_iterable_dataset() for name, rows in prepared.items()}
-    with pytest.raises(ValueError, match="'classes': .* drawn rows are bad, more than 1%.*missing.png"):
-        list(islice(StreamingMixtureDataset(sources), 1000))
-    assert len(list(islice(StreamingMixtureDataset(sources), 100))) == 100
+    with pytest.raises(ValueError, match="'classes': expected at most 1% of bad rows.*missing.png"):
+        list(islice(SkippingMixture(sources), 1000))
+    assert len(list(islice(SkippingMixture(sources), 100))) == 100
     with pytest.raises(ValueError, match="Row 'classes/3' of 'classes'"):
-        list(islice(StreamingMixtureDataset(sources, on_bad_row="raise"), 100))
+        list(islice(StreamingMixtureDataset(sources), 100))
 
 
 def test_contradictory_arguments_are_refused(prepared, streamed):
     for arguments, message in (
-        ({"sources": prepared}, "'classes' is of the type Dataset, expected a streamed IterableDataset"),
+        ({"sources": prepared}, "'classes': expected a streamed IterableDataset, got Dataset"),
         ({"rank": 2, "num_ranks": 2}, "got rank 2 and num_ranks 2"),
-        ({"shuffle_buffer_size": 0}, "at least 1 row, got 0"),
+        ({"shuffle_buffer_size": 0}, "1 row or more, got 0"),
         ({"weights": {"clases": 1}}, r"Did you mean 'classes'\?"),
     ):
         with pytest.raises(ValueError, match=message):
-            StreamingMixtureDataset(**{"sources": streamed, **arguments})
+            SkippingMixture(**{"sources": streamed, **arguments})
 
 
 # Rows
@@ -270,7 +275,7 @@ def test_streamed_rows_are_the_prepared_and_the_parquet_rows(name, tmp_path):
 
     # And so are the items: one pass over each stream has the images of the rows.
     for streamed in (kinds[1], kinds[3]):
-        items = list(islice(StreamingMixtureDataset({name: streamed}), len(expected)))
+        items = list(islice(SkippingMixture({name: streamed}), len(expected)))
         assert sorted(item["image_id"] for item in items) == sorted(row["image_id"] for row in expected)
         assert all(item["image"].mode == "RGB" and item["questions"] for item in items)
 
@@ -279,7 +284,7 @@ def test_streamed_rows_are_the_prepared_and_the_parquet_rows(name, tmp_path):
 
 
 def make_stream_trainer(directory, rank=0, num_ranks=1, **arguments):
-    data = StreamingMixtureDataset(one_source(64, 8, directory), rank=rank, num_ranks=num_ranks)
+    data = SkippingMixture(one_source(64, 8, directory), rank=rank, num_ranks=num_ranks)
     arguments = {"per_device_train_batch_size": 2, "dataloader_num_workers": 2} | arguments
     return make_trainer(*build_model(), directory, data, **arguments)
 
