@@ -108,7 +108,7 @@ def make_builder(
             raise ValueError(f"The source {name!r} has no option {option!r}; its options are {sorted(known)}.")
         kind = known[option]
         if kind in (bool, int) and not isinstance(value, kind):
-            raise ValueError(f"The option {option!r} of the source {name!r} is {kind.__name__}, but found {value!r}.")
+            raise ValueError(f"The option {option!r} of the source {name!r} is {kind.__name__}, got {value!r}.")
     if not builder_class.SOURCE:
         options |= {"config_name": name, "split": split or "train"}
     options |= {"data_dir": data_dir, "cache_dir": cache_dir}

@@ -122,7 +122,7 @@ class CocoBuilder(SourceBuilder):
         found = [path for path in (os.path.join(root, name) for name in COCO_REFS) if os.path.exists(path)]
         if not found:
             raise FileNotFoundError(
-                f"`exclude_refer_val` looked for {' or '.join(COCO_REFS)} in {root!r}, but found none. Get the refer "
+                f"`exclude_refer_val` looked for {' or '.join(COCO_REFS)} in {root!r}, got none. Get the refer "
                 "data sets, or leave the option out."
             )
         return found

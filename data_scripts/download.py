@@ -315,7 +315,7 @@ def fetch(file: WebFile, state: RemoteState, directory: Path) -> Path:
             found = hashlib.file_digest(stream, algorithm).hexdigest()
         if found != expected:
             part.unlink()
-            raise OSError(f"expected the {algorithm} {expected}, but found {found}. Start again.")
+            raise OSError(f"expected the {algorithm} {expected}, got {found}. Start again.")
     os.replace(part, whole)
     return whole
 
@@ -370,7 +370,7 @@ def _find(directory: Path, name: str) -> Path:
     found = [path for path in found if "__MACOSX" not in path.parts]
     if not found:
         raise OSError(
-            f"expected {name!r} in the archive, but found {sorted(os.listdir(directory))}. Unpack "
+            f"expected {name!r} in the archive, got {sorted(os.listdir(directory))}. Unpack "
             f"{str(directory).removesuffix('.unpacked')!r} by hand."
         )
     return min(found, key=lambda path: len(path.parts))

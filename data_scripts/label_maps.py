@@ -34,7 +34,7 @@ def read_label_map(path: str) -> np.ndarray:
         raise ValueError(f"The label map cannot be read: {error}. Download it again.") from error
     if image.mode not in ("L", "P"):
         raise ValueError(
-            f"Expected a label map with one channel of 8 bits (mode L or P), but found the mode {image.mode}. "
+            f"expected a label map with one channel of 8 bits (mode L or P), got the mode {image.mode}. "
             "Download it again."
         )
     return np.asarray(image)
@@ -116,9 +116,7 @@ class LabelMapBuilder(SourceBuilder):
             rles = encode_labels(classes[labels])
             if UNKNOWN in rles:
                 unknown = np.unique(labels[classes[labels] == UNKNOWN]).tolist()
-                raise ValueError(
-                    f"Expected labels below {len(self.names)}, or 255, but found {unknown}. Download it again."
-                )
+                raise ValueError(f"expected labels below {len(self.names)}, or 255, got {unknown}. Download it again.")
             ignore = rles.pop(IGNORED, None)
             if not rles:
                 return None

@@ -117,7 +117,7 @@ class LabelMe(OwnData):
         directory = self.locate(data_dir, "annotations")
         paths = sorted(entry.path for entry in os.scandir(directory) if entry.name.endswith(".json"))
         if not paths:
-            raise FileNotFoundError(f"The source {self.source!r} looked for *.json in {directory!r}, but found none.")
+            raise FileNotFoundError(f"The source {self.source!r} looked for *.json in {directory!r}, got none.")
         return paths
 
     def read_records(self, data_dir):
@@ -147,7 +147,7 @@ def _outline(shape: dict) -> list[float]:
         (x0, y0), (x1, y1) = points
         points = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
     elif kind != "polygon":
-        raise ValueError(f"Expected shapes that are polygons or rectangles, but found a {kind}. Redraw or remove it.")
+        raise ValueError(f"expected shapes that are polygons or rectangles, got a {kind}. Redraw or remove it.")
     return [float(value) for x, y in points for value in (x, y)]
 
 
@@ -191,7 +191,7 @@ class ImageFolder(OwnData):
             mask = read_mask(join_inside(self.locate(data_dir, "masks"), record["mask"]))
             size = read_image_size(image)
             if mask.shape != size:
-                raise ValueError(f"Expected a mask of the image's size {size} (height, width), found {mask.shape}.")
+                raise ValueError(f"expected a mask of the image's size {size} (height, width), got {mask.shape}.")
             return make_row(
                 image=image,
                 image_id=record["image"],
@@ -212,7 +212,7 @@ def read_mask(file) -> np.ndarray:
         raise ValueError(f"The mask {file!r} cannot be read: {error}. Restore it, or remove the row.") from error
     if len(image.getbands()) > 1:
         raise ValueError(
-            f"Expected the mask {file!r} to have one channel, but found the mode {image.mode}. Save it as grey, with "
+            f"expected the mask {file!r} to have one channel, got the mode {image.mode}. Save it as grey, with "
             "0 where the target is not."
         )
     return np.asarray(image) != 0

@@ -94,7 +94,7 @@ def _image_sizes(rows: Dataset) -> Iterator[int]:
             size = length if length is not None else os.path.getsize(path) if path and os.path.isfile(path) else 0
             if size == 0:
                 raise ValueError(
-                    f"Expected an image in every row, but {path!r} is empty or not there. Restore it, or remove its "
+                    f"expected an image in every row, but {path!r} is empty or not there. Restore it, or remove its "
                     "annotation."
                 )
             yield size

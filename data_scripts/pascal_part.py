@@ -14,7 +14,7 @@ def part_phrases(category: str) -> list[str]:
     """The names of a category "object:part": "object part" and "the part of the object"."""
     thing, colon, part = category.strip().partition(":")
     if not (thing and colon and part):
-        raise ValueError(f"Expected categories like 'dog:head', but found {category!r}.")
+        raise ValueError(f"expected categories like 'dog:head', got {category!r}.")
     return [f"{thing} {part}", f"the {part} of the {thing}"]
 
 

@@ -41,7 +41,7 @@ def paint_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.
             continue
         points = np.array(shape["points"], dtype=np.float64)
         if points.ndim != 2 or points.shape[1] != 2:
-            raise ValueError(f"Expected polygons of points [x, y], but found the points {shape['points']!r}.")
+            raise ValueError(f"expected polygons of points [x, y], got the points {shape['points']!r}.")
         inside = fill_polygon(points.astype(np.int32), height, width)
         polygons.append((int(inside.sum()), len(polygons), inside, IGNORE if "ignore" in label else TARGET))
 
@@ -123,7 +123,7 @@ class ReasonSeg(SourceBuilder):
         root = self.find(data_dir, "reason_seg/ReasonSeg")
         images = [image for split in SPLITS for image in _list_images(root, split)]
         if not images:
-            raise FileNotFoundError(f"ReasonSeg looked for {SPLITS} with *.jpg in {root!r}, but found no image.")
+            raise FileNotFoundError(f"ReasonSeg looked for {SPLITS} with *.jpg in {root!r}, got no image.")
         explanations = os.path.join(root, "explanatory", "train.json")
         # The images decide too: the polygons are cut off at their borders.
         return [

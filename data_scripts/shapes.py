@@ -324,11 +324,10 @@ class ShapesConfig(SourceConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.image_size < 32:
-            raise ValueError(f"`image_size` is at least 32 (pixels), to tell shapes apart, but got {self.image_size}.")
+            raise ValueError(f"`image_size` is at least 32 (pixels), to tell shapes apart, got {self.image_size}.")
         if min(self.num_train_scenes, self.num_validation_scenes) < 1:
             raise ValueError(
-                "Both splits need at least one scene, but got "
-                f"{self.num_train_scenes=} and {self.num_validation_scenes=}."
+                f"Both splits need at least one scene, got {self.num_train_scenes=} and {self.num_validation_scenes=}."
             )
 
 

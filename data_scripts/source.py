@@ -11,7 +11,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,7 +21,7 @@ from pycocotools import mask as coco_mask
 
 from lisa_hf.data import masks, rows
 from lisa_hf.data.masks import Mask
-from lisa_hf.data.rows import FEATURES
+from lisa_hf.data.rows import FEATURES, OnBadRow, check_on_bad_row
 
 
 logger = logging.getLogger(__name__)
@@ -34,17 +34,18 @@ REMARKS = "remarks.json"
 
 @dataclasses.dataclass
 class SourceConfig(datasets.BuilderConfig):
-    """What to do about a record of which no row can be made: "raise", or "skip" it, count it and log it.
+    """Options of every source.
 
-    Even "skip" raises when more than `MAX_BAD_SHARE` of the records are bad; a file that cannot be read always does.
+    Args:
+        on_bad_row: What to do with a record that gives no valid row, see [`~lisa_hf.data.rows.OnBadRow`]. More than
+            `MAX_BAD_SHARE` of bad records raise in any case, and so does a file that cannot be read.
     """
 
-    on_bad_row: Literal["skip", "raise"] = "raise"
+    on_bad_row: OnBadRow = "raise"
 
     def __post_init__(self):
         super().__post_init__()
-        if self.on_bad_row not in ("skip", "raise"):
-            raise ValueError(f"`on_bad_row` is 'skip' or 'raise', but found {self.on_bad_row!r}.")
+        check_on_bad_row(self.on_bad_row)
 
 
 class SourceBuilder(datasets.GeneratorBasedBuilder):
@@ -337,12 +338,12 @@ def encode_segmentation(segmentation: dict | list, height: int, width: int) -> d
         width: Width of the image in pixels.
     """
     if not isinstance(segmentation, list | dict):
-        raise ValueError(f"Expected polygons (a list) or an RLE (a mapping) as a mask, but found {segmentation!r}.")
+        raise ValueError(f"expected polygons (a list) or an RLE (a mapping) as a mask, got {segmentation!r}.")
     if isinstance(segmentation, list):
         # pycocotools takes four numbers for a box.
         if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
             lengths = [len(polygon) for polygon in segmentation]
-            raise ValueError(f"Expected polygons of at least three points (x, y), but found {lengths} numbers.")
+            raise ValueError(f"expected polygons of at least three points (x, y), got {lengths} numbers.")
         for polygon in segmentation:
             points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
             if (
@@ -351,13 +352,13 @@ def encode_segmentation(segmentation: dict | list, height: int, width: int) -> d
                 or (points.min(axis=0) > (width, height)).any()
             ):
                 raise ValueError(
-                    f"Expected polygons in an image of {width} x {height} pixels, but found one from "
+                    f"expected polygons in an image of {width} x {height} pixels, got one from "
                     f"{points.min(axis=0).tolist()} to {points.max(axis=0).tolist()}. It belongs to another image."
                 )
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
         return {"size": [height, width], "counts": rle["counts"]}
     if list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"Expected a mask of {[height, width]}, but found one of {list(segmentation['size'])}.")
+        raise ValueError(f"expected a mask of {[height, width]}, got one of {list(segmentation['size'])}.")
     counts = segmentation["counts"]
     if isinstance(counts, list):
         rle = coco_mask.frPyObjects(segmentation, height, width)

@@ -216,7 +216,7 @@ WRONG = [
     ("x: {builder: labelme, annotations: photos}", r"source 'x' looked for \*.json in .*photos"),
     ("x: {builder: hub}", "needs the option `path`"),
     ("x: {builder: hub, path: '*.parquet'}", r"looked for the column 'mask' in .* which has \['image'\].*mask_column"),
-    ("shapes: {on_bad_row: ignore}", "`on_bad_row` is 'skip' or 'raise', but found 'ignore'"),
+    ("shapes: {on_bad_row: ignore}", "on_bad_row: expected 'raise' or 'skip', got 'ignore'"),
 ]
 
 
