@@ -1,4 +1,4 @@
-"""Where a training starts: from a VLM and a mask model, or from a LISA model. For resuming, see test_trainer.py."""
+"""Models to start from: a VLM and a mask model, or a LISA model. For resuming, see test_trainer.py."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ from lisa_hf.training.trainable import merge_lora, prepare_for_training
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
-    """Directories of a VLM, whose tokenizer knows nothing of LISA, and of a mask model."""
+    """Directories of a VLM without LISA's tokens and of a mask model."""
     root = tmp_path_factory.mktemp("halves")
     tokenizer = train_tokenizer([QUESTION, "It is", "There is none. The answer is red."] * 10, vocab_size=400)
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in ("<image>", "<pad>")])
@@ -45,9 +45,7 @@ def halves(tmp_path_factory):
     )
     LlavaForConditionalGeneration(config).save_pretrained(root / "vlm")
     LlavaProcessor(
-        CLIPImageProcessorPil(
-            size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-        ),
+        CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=dict(height=IMAGE_SIZE, width=IMAGE_SIZE)),
         tokenizer,
         patch_size=VISION["patch_size"],
         vision_feature_select_strategy="default",
@@ -66,15 +64,9 @@ def load(**arguments):
     return build.build_model(model_args, config), processor
 
 
-def train(model, processor, output_dir, lora_r=4):
-    trainer = make_trainer(
-        prepare_for_training(model, LISA_PARTS, lora_r),
-        processor,
-        output_dir,
-        Items(),
-        max_steps=2,
-        learning_rate=1e-2,
-    )
+def train(model, processor, output_dir):
+    model = prepare_for_training(model, LISA_PARTS, lora_r=4)
+    trainer = make_trainer(model, processor, output_dir, Items(), max_steps=2, learning_rate=1e-2)
     trainer.train()
     return trainer
 

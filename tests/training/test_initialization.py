@@ -1,4 +1,4 @@
-"""A model from nothing: its attention looks where it should, its signal keeps its size, its templates are short."""
+"""The initialization of tiny models: where attention looks, the scale of the signal, the length of templates."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from lisa_hf.from_scratch.tokenizer import add_template_tokens, train_tokenizer
 
 
 @pytest.mark.parametrize("num_heads", [4, 8])
-def test_each_head_looks_at_a_neighbour_of_its_own(num_heads):
+def test_each_head_attends_to_a_neighbor_of_its_own(num_heads):
     config = SamVisionConfig(
         hidden_size=64,
         num_hidden_layers=1,

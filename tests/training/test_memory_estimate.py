@@ -1,4 +1,4 @@
-"""The estimate of memory against what really exists after a step: bytes of tensors, and the allocator's peak."""
+"""The memory estimate against the bytes of all tensors after a step, and the allocator's peak."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ def test_bytes_are_those_of_the_tensors(name, tmp_path):
 
 
 @pytest.mark.parametrize("bits", ["4bit", "4bit_single", "8bit"])
-def test_bytes_of_quantised_weights(bits, tmp_path):
+def test_bytes_of_quantized_weights(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
     save_quantizable(tmp_path)
     model_args = ModelArguments(
@@ -73,8 +73,8 @@ def test_bytes_of_quantised_weights(bits, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_bytes_of_shared_states(engine, tmp_path):
-    """On three processes, which divide few weights without a rest."""
+def test_bytes_of_sharded_states(engine, tmp_path):
+    """Three processes divide few weights without a remainder."""
     launch("tests/workers/memory_worker.py", tmp_path / "results", engine, launcher=engine, num_processes=3)
     for rank in range(3):
         for run in json.loads((tmp_path / f"results.{rank}").read_text()):  # in float32 and bfloat16
@@ -82,7 +82,7 @@ def test_bytes_of_shared_states(engine, tmp_path):
 
 
 def measured_peak(model, batch) -> int:
-    """The most bytes that the allocator gives out during a step, beside weights and their gradients."""
+    """Return the peak bytes of the allocator during a step, without weights and their gradients."""
     model(**batch).loss.backward()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(**batch).loss.backward()
@@ -107,7 +107,7 @@ def test_activations_are_those_that_the_allocator_counts(size, has_checkpointing
     assert activation_bytes(model, args, batch) == pytest.approx(found, rel=0.02)
 
 
-def test_report_says_what_it_is_for_and_warns_where_it_cannot_fit(tmp_path, monkeypatch, caplog):
+def test_report_names_its_batch_and_warns_if_it_does_not_fit(tmp_path, monkeypatch, caplog):
     model, processor = build_model()
     model_args = ModelArguments(model="none")
     data_args = DataArguments(max_length=120, num_questions=2)
@@ -115,7 +115,7 @@ def test_report_says_what_it_is_for_and_warns_where_it_cannot_fit(tmp_path, monk
     report = report_memory(model.config, processor, model_args, data_args, args)
     assert "weights 0.5 MiB" in report and "for 2 images of 640 x 480 at a time" in report
     length = int(report.split("rows of ")[1].split()[0])
-    assert "with 2 rows" in report and 120 < length < 2 * 120  # packed: two questions share what is before them
+    assert "with 2 rows" in report and 120 < length < 2 * 120  # packed: two questions share their prefix
     separate = DataArguments(max_length=120, num_questions=2, packing=False)
     assert "4 rows of 120 tokens" in report_memory(model.config, processor, model_args, separate, args)
     assert not caplog.records

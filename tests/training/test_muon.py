@@ -1,4 +1,4 @@
-"""Muon beside AdamW: who updates what, schedules, and resuming to the bit."""
+"""Muon and AdamW as one optimizer: who updates what, schedules, and exact resuming."""
 
 import copy
 
@@ -53,7 +53,7 @@ def test_a_schedule_moves_both_learning_rates(trainer):
     assert scheduler.get_last_lr()[0] == pytest.approx(0.01)
 
 
-def test_resuming_goes_on_to_the_bit():
+def test_resuming_is_exact():
     torch.manual_seed(0)
     gradients = [torch.randn(6, 4) for _ in range(6)], [torch.randn(6) for _ in range(6)]
 

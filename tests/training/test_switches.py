@@ -14,9 +14,8 @@ from torch._dynamo.utils import counters
 from transformers.utils import is_flash_attn_2_available
 
 from lisa_hf.model.packing import resolve_packing
+from lisa_hf.training import build
 from lisa_hf.training.arguments import LisaTrainingArguments, ModelArguments
-from lisa_hf.training.build import build_config_and_processor
-from lisa_hf.training.build import build_model as build_from_arguments
 from lisa_hf.training.trainable import prepare_for_training
 
 
@@ -95,10 +94,9 @@ def test_flex_attention(family):
 
 def build_with_attention(name):
     names = {field.name for field in dataclasses.fields(ModelArguments)}
-    arguments = {key: value for key, value in TINY.items() if key in names}
-    model_args = ModelArguments(**arguments, attn_implementation=name)
-    config, _ = build_config_and_processor(model_args)
-    return build_from_arguments(model_args, config)
+    model_args = ModelArguments(attn_implementation=name, **{key: TINY[key] for key in TINY.keys() & names})
+    config, _ = build.build_config_and_processor(model_args)
+    return build.build_model(model_args, config)
 
 
 def test_attention_is_chosen_by_an_argument():
@@ -106,14 +104,14 @@ def test_attention_is_chosen_by_an_argument():
     assert config.get_text_config()._attn_implementation == "eager"
     assert config.vlm_config.vision_config._attn_implementation == "eager"
     assert config.mask_config.vision_config._attn_implementation == "sdpa"
-    with pytest.raises(ValueError, match="attn_implementation 'eagre' is not available: .*not supported"):
-        build_with_attention("eagre")
 
 
-@pytest.mark.skipif(is_flash_attn_2_available(), reason="FlashAttention is installed")
-def test_flash_attention_that_is_not_installed():
-    with pytest.raises(ValueError, match="attn_implementation 'flash_attention_2' is not available: .*installed"):
-        build_with_attention("flash_attention_2")
+@pytest.mark.parametrize("name, reason", [("eagre", "not supported"), ("flash_attention_2", "installed")])
+def test_attention_that_is_not_available(name, reason):
+    if name == "flash_attention_2" and is_flash_attn_2_available():
+        pytest.skip("FlashAttention is installed")
+    with pytest.raises(ValueError, match=f"attn_implementation '{name}' is not available: .*{reason}"):
+        build_with_attention(name)
 
 
 def test_fp16_needs_a_gpu(tmp_path):
