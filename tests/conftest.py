@@ -1,8 +1,39 @@
+import json
+import shutil
+from pathlib import Path
+
 import pytest
+from datasets import Image
+from fixtures.paths import GOLDEN, TREE
 from fixtures.tiny_training import build_model
+
+from data_scripts import load_source
 
 
 @pytest.fixture
 def tiny():
     """A LLaVA + SAM LISA with random weights, the same for every test, and its processor."""
     return build_model()
+
+
+@pytest.fixture
+def golden():
+    """What was recorded from the original's data sets on the golden tree."""
+    return json.loads((GOLDEN / "datasets.json").read_text())
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the golden tree that a test may damage."""
+    return Path(shutil.copytree(TREE, tmp_path / "dataset"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`load_source` with a cache of its own; images stay paths."""
+
+    def load(name, data_dir=TREE, **kwargs):
+        rows = load_source(name, str(data_dir), cache_dir=str(tmp_path / "cache"), **kwargs)
+        return rows.cast_column("image", Image(decode=False))
+
+    return load

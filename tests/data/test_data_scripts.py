@@ -15,11 +15,9 @@ import numpy as np
 import PIL.Image
 import pytest
 from datasets import Image
-from datasets.distributed import split_dataset_by_node
-from fixtures.paths import GOLDEN, REAL_SAMPLES, TREE
-from fixtures.sources import edit_json, keep_first, measure, read_rows
+from fixtures.paths import GOLDEN, TREE
+from fixtures.sources import edit_json, measure
 from safetensors.numpy import load_file
-from torch.utils.data import DataLoader
 
 import data_scripts
 from data_scripts import load_source
@@ -27,15 +25,9 @@ from data_scripts.pascal_part import PascalPart
 from data_scripts.reason_seg import fill_polygon, paint_polygons
 from data_scripts.shapes import Shapes
 from lisa_hf.data.masks import decode_mask
-from lisa_hf.data.rows import FEATURES
 
 
 REASON_SEG, PASCAL_PART = Path("reason_seg", "ReasonSeg"), Path("vlpart", "pascal_part")
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return json.loads((GOLDEN / "datasets.json").read_text())
 
 
 @pytest.fixture
@@ -46,12 +38,6 @@ def load(tmp_path):
         return load_source(name, data_dir, cache_dir=str(tmp_path / "cache"), **kwargs)
 
     return load
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """A copy of the golden tree that a test may damage."""
-    return Path(shutil.copytree(TREE, tmp_path / "dataset"))
 
 
 # The original loaders
@@ -157,34 +143,6 @@ def test_polygons_are_filled_as_by_the_opencv_of_the_original():
     assert digest.hexdigest() == "a0b5baa2d47a23e751347bf2f7bcadeacb7e8c3e"
 
 
-# All sources alike
-
-
-SOURCES = [("shapes", {"num_train_scenes": 20, "num_validation_scenes": 3}), ("reason_seg", {}), ("pascal_part", {})]
-
-
-@pytest.mark.parametrize(("name", "kwargs"), SOURCES)
-def test_streamed_rows_are_the_prepared_rows(load, name, kwargs):
-    prepared = load(name, TREE, **kwargs)
-    streamed = load(name, TREE, streaming=True, **kwargs)
-    assert prepared.features == streamed.features == FEATURES
-    rows = read_rows(prepared)
-    assert rows == read_rows(streamed) and len(rows) > 1
-    assert {row["source"] for row in rows} == {name}
-    for row in rows:
-        height, width = len(row["image"]), len(row["image"][0])
-        assert all(target["rle"]["size"] == [height, width] for target in row["targets"])
-
-
-@pytest.mark.parametrize(("name", "kwargs"), SOURCES)
-def test_streams_divide_among_ranks_and_workers(load, name, kwargs):
-    stream = load(name, TREE, streaming=True, **kwargs)
-    expected = sorted(row["image_id"] for row in stream)
-    parts = [split_dataset_by_node(stream, rank=rank, world_size=2) for rank in range(2)]
-    assert sorted(row["image_id"] for part in parts for row in part) == expected
-    assert sorted(DataLoader(stream, batch_size=1, num_workers=2, collate_fn=keep_first)) == expected
-
-
 def test_a_changed_file_is_read_anew(load, tree):
     assert len(load("pascal_part", tree)) == 2
     path = tree / PASCAL_PART / "train.json"
@@ -250,16 +208,6 @@ def test_an_unknown_source_or_split_lists_the_known_ones(load):
         load("reason_seg", TREE, split="testing")
 
 
-@pytest.mark.parametrize(("name", "path"), [("reason_seg", REASON_SEG), ("pascal_part", PASCAL_PART)])
-def test_missing_data_names_what_was_looked_for_and_where_it_is(load, tmp_path, name, path):
-    message = f"{re.escape(str(tmp_path / path))}.*https://github.com"
-    with pytest.raises(FileNotFoundError, match=message) as error:
-        load(name, tmp_path)
-    assert "\n" not in str(error.value) and "<data_dir>" in error.value.__notes__[0]
-    with pytest.raises(ValueError, match="needs `data_dir`"):
-        load(name)
-
-
 def edit_mask(path, segmentation):
     edit_json(path, annotations=lambda old: [old[0] | {"segmentation": segmentation}, *old[1:]])
 
@@ -311,22 +259,6 @@ def test_coco_masks_may_be_run_lengths(load, tree, counts):
     edit_mask(tree / PASCAL_JSON, {"size": [50, 66], "counts": counts})
     target = load("pascal_part", tree)[0]["targets"][0]
     assert decode_mask(target["rle"]).sum() == 3300
-
-
-# Real annotations
-
-
-@pytest.mark.skipif(not REAL_SAMPLES.is_dir(), reason="the real samples are not here (LISA_REAL_SAMPLES)")
-@pytest.mark.parametrize(
-    ("name", "split", "num_rows"), [("reason_seg", "train", 1), ("reason_seg", "val", 4), ("pascal_part", "train", 16)]
-)
-def test_real_samples_decode(load, name, split, num_rows):
-    rows = load(name, REAL_SAMPLES, split=split)
-    assert len(rows) == num_rows
-    for row in rows:
-        for target in row["targets"]:
-            mask = decode_mask(target["rle"])
-            assert mask.shape == (row["image"].height, row["image"].width) and mask.any()
 
 
 # The README

@@ -15,7 +15,7 @@ from fixtures.paths import TREE
 from fixtures.recipes import prepare_data
 from fixtures.sources import NAMES
 
-from data_scripts import load_source, parquet
+from data_scripts import parquet
 from data_scripts.parquet import write_card, write_parquet
 from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import FEATURES, make_row
@@ -91,8 +91,7 @@ def test_check_of_a_complete_mixture(cli, tmp_path):
     assert not any(line.startswith("train") for line in lines[lines.index("reason_seg: ready") :])
 
 
-def test_check_names_what_is_missing(cli, tmp_path):
-    tree = shutil.copytree(TREE, tmp_path / "dataset")
+def test_check_names_what_is_missing(cli, tmp_path, tree):
     (tree / "coco/train2017/000000000001.jpg").unlink()
     (tree / "coco/train2017/000000000002.jpg").write_bytes(b"")
     (tree / "vlpart/paco/annotations/paco_lvis_v1_train.json").unlink()
@@ -105,8 +104,7 @@ def test_check_names_what_is_missing(cli, tmp_path):
     assert out.splitlines()[-1] == "Ready: 1 of 3. Not ready: cocostuff, paco_lvis."
 
 
-def test_check_lists_the_first_bad_records(cli, tmp_path):
-    tree = shutil.copytree(TREE, tmp_path / "dataset")
+def test_check_lists_the_first_bad_records(cli, tmp_path, tree):
     photos = sorted(tree.glob("reason_seg/ReasonSeg/train/*.json"))
     for path in photos:
         path.write_text('{"text": []}')
@@ -115,8 +113,7 @@ def test_check_lists_the_first_bad_records(cli, tmp_path):
     assert out.count("  error  ") == min(10, len(photos)) >= 2
 
 
-def test_check_takes_the_settings_of_the_recipe(cli, tmp_path):
-    tree = shutil.copytree(TREE, tmp_path / "dataset")
+def test_check_takes_the_settings_of_the_recipe(cli, tmp_path, tree):
     recipe = write_recipe(
         tmp_path / "recipe.yaml", sources={"cocostuff": 9, "llava_instruct": 3}, data_dir=str(tree), bf16=True
     )
@@ -183,15 +180,6 @@ def test_preview_writes_a_sheet_per_source(cli, tmp_path):
 
 
 # Convert
-
-
-@pytest.fixture
-def load(tmp_path):
-    def load(name, data_dir=TREE, **kwargs):
-        rows = load_source(name, str(data_dir), cache_dir=str(tmp_path / "cache"), **kwargs)
-        return rows.cast_column("image", datasets.Image(decode=False))
-
-    return load
 
 
 @pytest.fixture
@@ -272,8 +260,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(load, open_parquet,
     assert open_parquet(tmp_path / "parquet/cocostuff", None) == without_paths(rows)
 
 
-def test_shards_of_other_rows_or_sizes_are_replaced(load, open_parquet, tmp_path):
-    tree = shutil.copytree(TREE, tmp_path / "dataset")
+def test_shards_of_other_rows_or_sizes_are_replaced(load, open_parquet, tmp_path, tree):
     other = write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "val")
     write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train", max_shard_size="1KB")
     write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train")
@@ -286,8 +273,7 @@ def test_shards_of_other_rows_or_sizes_are_replaced(load, open_parquet, tmp_path
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
-def test_a_missing_image_is_said_before_anything_is_written(load, tmp_path, damage):
-    tree = shutil.copytree(TREE, tmp_path / "dataset")
+def test_a_missing_image_is_said_before_anything_is_written(load, tmp_path, tree, damage):
     damage(tree / "coco/train2017/000000000001.jpg")
     with pytest.raises(ValueError, match="000000000001.jpg' is empty or not there. Restore it"):
         write_parquet(load("llava_instruct", tree), tmp_path / "parquet", "train")
