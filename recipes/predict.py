@@ -1,6 +1,8 @@
-"""Asks a LISA model about an image: prints the answer, writes the masks and an overlay.
+"""Ask a LISA model about an image: print the answer, write its masks and an overlay.
 
-python recipes/predict.py outputs/quickstart --image scene.png --question "What is blue?"
+    python recipes/predict.py outputs/quickstart --image scene.png --question "What is blue?"
+
+Writes mask_0.png, mask_1.png, ... and overlay.png to `--output_dir`.
 """
 
 import argparse
@@ -17,36 +19,42 @@ from lisa_hf.model.processing_lisa import user_message
 from lisa_hf.training.build import load_lisa
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="LISA model: directory or Hub id")
-    parser.add_argument("--image", required=True, help="image file")
+    parser.add_argument("--image", required=True, help="image file or URL")
     parser.add_argument("--question", required=True, help="e.g. 'Please segment the red circle in this image.'")
-    parser.add_argument("--output_dir", default="outputs/predict", help="where masks and overlay are written")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
+    parser.add_argument("--output_dir", type=Path, default="outputs/predict", help="default: %(default)s")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    parser.add_argument("--dtype", default="auto", help="of the weights: float32, bfloat16, ...")
-    args = parser.parse_args()
+    parser.add_argument("--dtype", default="auto", help="dtype of the weights: float32, bfloat16, ... (%(default)s)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
     with report_user_errors():
+        # 1. Read the image and load the model.
         try:
             image = load_image(args.image)
         except ValueError as error:
             raise ValueError(f"--image: {error}") from error
         model, processor = load_lisa(args.model, dtype=args.dtype)
-        (answer,) = answer_questions(
-            model.to(args.device), processor, image, [[user_message(args.question)]], args.max_new_tokens
-        )
+        # 2. Ask: a conversation with one question gives one answer, whose masks have the image's size.
+        conversation = [user_message(args.question)]
+        (answer,) = answer_questions(model.to(args.device), processor, image, [conversation], args.max_new_tokens)
+        masks = answer.masks.numpy()  # [M, H, W] bool
         print(answer.text)
-        output_dir = Path(args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for old in output_dir.glob("mask_*.png"):  # of an earlier question
+        # 3. Write the masks, in place of those of an earlier question.
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for old in args.output_dir.glob("mask_*.png"):
             old.unlink()
-        for index, mask in enumerate(answer.masks.numpy()):
-            PIL.Image.fromarray(mask).save(output_dir / f"mask_{index}.png")
-        overlay_masks(image, answer.masks.numpy()).save(output_dir / "overlay.png")
-        print(f"Masks: {len(answer.masks)}; they and overlay.png: {output_dir.resolve()}")
-        if len(answer.masks) == 0:
-            print("No [SEG] in the answer. A mask is asked for as in training: '... Please output segmentation mask.'")
+        for index, mask in enumerate(masks):
+            PIL.Image.fromarray(mask).save(args.output_dir / f"mask_{index}.png")
+        overlay_masks(image, masks).save(args.output_dir / "overlay.png")
+        print(f"Saved {len(masks)} masks and overlay.png: {args.output_dir.resolve()}")
+        if len(masks) == 0:
+            print("The answer has no [SEG]. Ask as in training: '... Please output segmentation mask.'")
 
 
 if __name__ == "__main__":
