@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from fixtures.golden_model import COMMAND, as_messages, convert, golden_image, original_config, write_shards
+from fixtures.golden_model import as_messages, convert, golden_image, original_config, write_shards
 from fixtures.original_checkpoints import (
     CLIP,
     language_model,
@@ -16,6 +16,7 @@ from fixtures.original_checkpoints import (
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from lisa_hf.chat_templates import load_chat_template
 from lisa_hf.training.arguments import ModelArguments
 from lisa_hf.training.build import build_config_and_processor, build_model
 
@@ -108,7 +109,7 @@ def test_llava_1_5(tmp_path, output):
     original = ("llava", "--checkpoint", tmp_path / "llava-v1.5-7b", "--vision_tower", tmp_path / "clip")
     convert(*original, "--output", output)
     processor = assert_same_logits(output, state_dict, tower)
-    assert processor.chat_template == (COMMAND.parents[1] / "lisa_hf/chat_templates/llava_1_5.jinja").read_text()
+    assert processor.chat_template == load_chat_template("llava_1_5")
     # LLaVA v1.5 pads to a square in the mean color: the upper edge of a wide image is 0 after normalization.
     pixels = processor.image_processor(golden_image(0), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 42, 42) and pixels[0, :, 0].abs().max() < 0.02

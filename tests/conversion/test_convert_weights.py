@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.golden_model import (
-    COMMAND,
     convert,
     converted_directory,
     load_json,
@@ -29,6 +28,7 @@ from fixtures.original_checkpoints import (
     write_llava,
     write_zero_checkpoint,
 )
+from fixtures.paths import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModel
@@ -211,13 +211,13 @@ def test_shards_and_index(output, monkeypatch):
 @pytest.mark.slow
 def test_memory_does_not_depend_on_the_number_of_layers(tmp_path):
     """Measured: 4.2 GB with four layers (2 GB of weights) and with eight (3.6 GB)."""
-    peaks = {}
+    command, peaks = ROOT / "recipes" / "convert_weights.py", {}
     for num_layers in (4, 8):
         directory, output = tmp_path / f"layers-{num_layers}", tmp_path / f"converted-{num_layers}"
         write_7b(directory, num_layers)
         process = os.posix_spawn(
             sys.executable,
-            [sys.executable, str(COMMAND), "llava", "--checkpoint", str(directory), "--output", str(output)],
+            [sys.executable, str(command), "llava", "--checkpoint", str(directory), "--output", str(output)],
             os.environ | {"HF_HUB_OFFLINE": "1"},
         )
         _, status, usage = os.wait4(process, 0)

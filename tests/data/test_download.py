@@ -186,7 +186,7 @@ def test_a_server_that_ignores_range_sends_all_again(photos, tmp_path):
     assert downloads.fetch(file, state, tmp_path).read_bytes() == content
 
 
-def test_a_file_that_changed_is_not_joined_to_the_part_of_the_old_one(photos, monkeypatch, tmp_path):
+def test_a_file_that_changed_is_not_joined_to_the_part_of_the_old_one(photos, tmp_path):
     (file,) = WEB_FILES["photos"]
     file = WebFile(file.url, file.places)
     state = downloads._ask_server(file)
@@ -356,7 +356,7 @@ def test_download_from_the_command_line(photos, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(WEB_FILES, "ade20k", WEB_FILES["photos"])
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("sources: {mapillary: 1, scenes: {builder: ade20k, weight: 1}}\neval_sources: {ade20k: }\n")
-    status, out, _ = prepare_data(monkeypatch, capsys, "download", "--config", recipe, "--data_dir", tmp_path / "data")
+    status, out, _ = prepare_data(capsys, "download", "--config", recipe, "--data_dir", tmp_path / "data")
     assert status == 0
     assert_photos(tmp_path / "data")
     assert "mapillary: a step is left to you. See https://www.mapillary.com/dataset/vistas" in out
@@ -365,6 +365,6 @@ def test_download_from_the_command_line(photos, monkeypatch, capsys, tmp_path):
 
 def test_a_failed_download_is_one_line(photos, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(WEB_FILES, "ade20k", [WebFile(photos.url("gone.zip"), {"gone": "gone"})])
-    status, _, err = prepare_data(monkeypatch, capsys, "download", "ade20k", "--data_dir", tmp_path / "data")
+    status, _, err = prepare_data(capsys, "download", "ade20k", "--data_dir", tmp_path / "data")
     assert status == 2
     assert "prepare_data.py: error: 1 of 1 files failed. " in err.splitlines()[-1] and "404" in err.splitlines()[-1]

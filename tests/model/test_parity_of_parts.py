@@ -1,17 +1,14 @@
 """Parity with the original, as in `test_parity.py`, of what the package does in parts, or with parts of its own."""
 
 import hashlib
-import importlib.util
 import io
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from fixtures.golden_model import (
-    COMMAND,
     GOLDEN,
     ORIGINAL_IMAGE_TOKEN,
     TOLERANCE,
@@ -33,6 +30,7 @@ from fixtures.golden_model import (
     load_case,
     load_json,
 )
+from fixtures.recipes import run_here
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -200,7 +198,7 @@ def test_lora(model, processor):
     assert_same_gradients(norms, expected_norms, lora_table, prefix)
 
 
-def test_evaluation_recipe(tmp_path, monkeypatch):
+def test_evaluation_recipe(tmp_path):
     """LISA's validation of the recorded questions, through the recipe: each a row, as their ignored pixels differ."""
     meta, tensors = load_case("inference")
     texts = [as_turns(conversation)[0].splitlines()[1] for conversation in meta["conversation_list"]]
@@ -223,14 +221,9 @@ def test_evaluation_recipe(tmp_path, monkeypatch):
         for index, (text, mask) in enumerate(zip(texts, tensors["gt_masks"], strict=True))
     ]
     Dataset.from_list(rows, features=FEATURES).to_parquet(tmp_path / "rows.parquet")
-    spec = importlib.util.spec_from_file_location("evaluate_recipe", COMMAND.with_name("eval.py"))
-    recipe = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr("sys.path", list(sys.path))
-    spec.loader.exec_module(recipe)
     source = {"recorded": {"builder": "hub", "path": str(tmp_path / "rows.parquet"), "split": "train"}}
-    arguments = ["--eval_sources", json.dumps(source), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
-    monkeypatch.setattr("sys.argv", ["eval.py", str(converted_directory()), *arguments, "--eval_generate", "false"])
-    recipe.main()
+    arguments = ["--eval_sources", json.dumps(source), "--output_dir", tmp_path / "out", "--use_cpu", "true"]
+    run_here("eval.py", converted_directory(), *arguments, "--eval_generate", "false")
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["benchmarks"]["recorded"]
     assert results["num_items"] == 3 and results["protocols"].keys() == {"lisa"}
     figures = results["protocols"]["lisa"]

@@ -1,6 +1,5 @@
 """`recipes/export.py`: from what a run left, finished or not, to a directory that answers the same anywhere."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -17,8 +16,7 @@ import torch
 import transformers
 import yaml
 from fixtures.golden_model import converted_directory
-from fixtures.paths import ROOT
-from fixtures.recipes import RUN, TINY
+from fixtures.recipes import RUN, TINY, run_here
 from fixtures.tiny_training import make_trainer
 from huggingface_hub import ModelCard
 from safetensors import safe_open
@@ -31,7 +29,6 @@ from lisa_hf.evaluation.benchmarks import write_results
 from lisa_hf.training.trainable import prepare_for_training
 
 
-COMMAND = ROOT / "recipes" / "export.py"
 # LoRA on a converted LISA, all weights of one, and LoRA on weights and a tokenizer that are nowhere on disk.
 RUNS = {
     "lora": {"model": None, **RUN},
@@ -67,24 +64,20 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs the command in this process; returns what it printed."""
-    spec = importlib.util.spec_from_file_location("export_command", COMMAND)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec.loader.exec_module(module)
-    level = logging.getLogger("lisa_hf").level
+def command(tmp_path, capsys):
+    """Exports a run of `RUNS` or a directory to `out` in this process; returns what was printed, or the error."""
 
-    def run(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", [str(COMMAND), *map(str, arguments)])
+    def run(directory: Path, *options, output: Path = tmp_path / "out", fails: bool = False) -> str:
         try:
-            module.main()
+            run_here("export.py", directory, "--output", output, *options)
+            failed = False
         except SystemExit:
-            pytest.fail(capsys.readouterr().err)
-        return capsys.readouterr().out
+            failed = True
+        out, err = capsys.readouterr()
+        assert failed == fails, err
+        return err if fails else out
 
-    yield SimpleNamespace(run=run, module=module)
-    logging.getLogger("lisa_hf").setLevel(level)
+    return run
 
 
 # ---- round trips ----------------------------------------------------------------------------------------------------
@@ -143,8 +136,7 @@ def test_round_trips(runs, command, tmp_path):
         # Without its final model, as after an interruption: the newest checkpoint counts.
         shutil.copytree(runs(name) / "run", tmp_path / name / "run")
         (tmp_path / name / "run" / "model.safetensors").unlink()
-        printed = command.run(tmp_path / name / "run", "--output", tmp_path / f"{name}-out")
-        assert "checkpoint-5" in printed
+        assert "checkpoint-5" in command(tmp_path / name / "run", output=tmp_path / f"{name}-out")
         exports[tmp_path / f"{name}-out"] = runs(name) / "answers.safetensors"
     for directory in exports:
         assert not {"optimizer.pt", "training_args.bin", "adapter_config.json"} & set(os.listdir(directory))
@@ -152,19 +144,19 @@ def test_round_trips(runs, command, tmp_path):
 
 
 def test_adapter_alone_is_restored_on_its_base(runs, command, tmp_path):
-    command.run(runs("lora") / "run" / "checkpoint-5", "--adapter-only", "--output", tmp_path / "adapter")
-    assert not (tmp_path / "adapter" / "model.safetensors").exists()
-    model, _ = export.restore_model(tmp_path / "adapter")
+    command(runs("lora") / "run" / "checkpoint-5", "--adapter_only")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    model, _ = export.restore_model(tmp_path / "out")
     assert export_worker.largest_difference(model, runs("lora") / "answers.safetensors") <= 1e-4
-    assert "restore_model" in (tmp_path / "adapter" / "README.md").read_text()
+    assert "restore_model" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ValueError, match="adapter_config.json of a LoRA run, got none"):
         export.save_adapter(runs("full") / "run" / "checkpoint-5", tmp_path / "none")
 
 
 def test_final_model_in_shards_of_another_type(runs, command, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "MAX_SHARD_SIZE", "200KB")
-    printed = command.run(runs("lora") / "run", "--output", tmp_path / "out", "--dtype", "bf16")
-    assert f"Exported {runs('lora') / 'run'}:" in printed  # the final model, as new as the newest checkpoint
+    # The final model is taken: it is as new as the newest checkpoint.
+    assert f"Exported {runs('lora') / 'run'}:" in command(runs("lora") / "run", "--dtype", "bf16")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = set(index["weight_map"].values())
     assert len(shards) > 2
@@ -207,18 +199,16 @@ def test_incomplete_checkpoints_are_passed_over_and_named(runs, tmp_path, caplog
         export.find_newest_model(run)
 
 
-def test_nothing_is_left_of_an_export_that_fails(runs, command, tmp_path, monkeypatch, capsys):
+def test_nothing_is_left_of_an_export_that_fails(runs, command, tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(command.module, "save_records", no_space)
-    with pytest.raises(pytest.fail.Exception, match="error: .*No space left"):
-        command.run(runs("full") / "run", "--output", tmp_path / "out")
+    monkeypatch.setattr(export, "save_records", no_space)
+    assert "error: [Errno 28] No space left" in command(runs("full") / "run", fails=True)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
-    with pytest.raises(pytest.fail.Exception, match="out, which exists and is not empty"):
-        command.run(runs("full") / "run", "--output", tmp_path / "out")
+    assert "out, which exists and is not empty" in command(runs("full") / "run", fails=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
@@ -232,20 +222,15 @@ def test_adapter_without_a_record_of_its_base(runs, tmp_path):
 
 
 def test_model_card_tells_the_run(runs, command, tmp_path):
-    command.run(runs("from_nothing") / "run", "--output", tmp_path / "out")
+    command(runs("from_nothing") / "run")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     figures = json.loads((runs("from_nothing") / "run" / "eval_results.json").read_text())
     found = {(result.metric_name, result.dataset_split): result.metric_value for result in card.data.eval_results}
     assert found["gIoU (lisa)", "validation"] == pytest.approx(figures["eval_giou"], abs=1e-4)
     assert found["cIoU (generated)", "validation"] == pytest.approx(figures["eval_generated_ciou"], abs=1e-4)
-    assert "| shapes | train | 100.0 % | 12 |" in card.text
-    for line in (
-        "| learning_rate | 0.001 |",
-        "| trainable | mask_decoder |",
-        "| steps | 5 |",
-        "| images per step | 1 |",
-    ):
-        assert line in card.text
+    settings = ("learning_rate | 0.001", "trainable | mask_decoder", "steps | 5", "images per step | 1")
+    for line in ("shapes | train | 100.0 % | 12", *settings):
+        assert f"| {line} |" in card.text
     assert "Trained from random weights" in card.text and "Trained on the split" not in card.text
     assert PIL.Image.open(tmp_path / "out" / "predictions.png").width > 1000 and "](predictions.png)" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
@@ -278,16 +263,16 @@ def test_model_card_shows_an_evaluation_on_benchmarks(runs, command, tmp_path):
     evaluation = tmp_path / "evaluation"
     figures = {f"{name}{end}": 0.5 for name in ("giou", "ciou") for end in ("", "_low", "_high")}
     result = {"builder": "reason_seg", "split": "val", "protocols": {"lisa": figures | {"num_questions": 7}}}
-    with pytest.raises(pytest.fail.Exception, match="evaluation: expected the evaluation.json"):
-        command.run(runs("full") / "run", "--output", tmp_path / "out", "--evaluation", evaluation)
+    assert "evaluation: expected the evaluation.json" in command(
+        runs("full") / "run", "--evaluation", evaluation, fails=True
+    )
     write_results(evaluation, "outputs/mine", {"reason_seg_val": result, "mine": result})
     PIL.Image.new("RGB", (4, 4)).save(evaluation / "predictions_reason_seg_val.png")
-    command.run(runs("full") / "run", "--output", tmp_path / "out", "--evaluation", evaluation)
+    command(runs("full") / "run", "--evaluation", evaluation)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| reason_seg_val | lisa | 7 | 50.0 (50.0 to 50.0) |" in card and "| mine (val) | lisa |" in card
-    assert (
-        "](predictions_reason_seg_val.png)" in card and (tmp_path / "out" / "predictions_reason_seg_val.png").exists()
-    )
+    assert "](predictions_reason_seg_val.png)" in card
+    assert (tmp_path / "out" / "predictions_reason_seg_val.png").exists()
 
 
 class RecordingApi:
@@ -310,9 +295,7 @@ def test_push_sends_the_directory_to_a_private_repository(adapter_only, public, 
     monkeypatch.setattr(RecordingApi, "calls", [])
     monkeypatch.setattr(export, "HfApi", RecordingApi)
     options = ["--adapter-only"] * adapter_only + ["--public"] * public
-    printed = command.run(
-        runs("lora") / "run" / "checkpoint-5", "--output", tmp_path / "out", "--push-to-hub", "mine", *options
-    )
+    printed = command(runs("lora") / "run" / "checkpoint-5", "--push-to-hub", "mine", *options)
     (_, name, created), (_, files, uploaded) = RecordingApi.calls
     assert (name, created["repo_type"], created["private"]) == ("mine", "model", not public)
     assert uploaded == {"repo_id": "me/mine", "repo_type": "model"}
@@ -350,8 +333,8 @@ def test_round_trip_of_fsdp_on_two_processes(lora_r, command, tmp_path, monkeypa
     run, answers = tmp_path / "run", tmp_path / "answers.safetensors"
     arguments = (answers, "--config", recipe, "--output_dir", run, "--use_cpu", "false")
     launch(export_worker.__file__, *arguments, launcher="fsdp2")
-    command.run(run, "--output", tmp_path / "final")  # what the run itself saved at its end
-    command.run(run / "checkpoint-5", "--output", tmp_path / "checkpoint")
+    command(run, output=tmp_path / "final")  # what the run itself saved at its end
+    command(run / "checkpoint-5", output=tmp_path / "checkpoint")
     check_in_a_fresh_process(tmp_path, dict.fromkeys((tmp_path / "final", tmp_path / "checkpoint"), answers))
 
 
@@ -382,12 +365,12 @@ def test_round_trip_of_zero_on_two_processes(stage, gather, lora_r, command, tmp
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     arguments = (answers, "--config", recipe, "--output_dir", run, "--deepspeed", tmp_path / "zero.json")
     launch(export_worker.__file__, *arguments)
-    command.run(run, "--output", tmp_path / "final")  # what the run itself saved at its end
-    command.run(run / "checkpoint-5", "--output", tmp_path / "checkpoint")
+    command(run, output=tmp_path / "final")  # what the run itself saved at its end
+    command(run / "checkpoint-5", output=tmp_path / "checkpoint")
     # The pieces alone, as if the run had been interrupted before the whole weights were written.
     for name in ("model.safetensors", export.ADAPTER_WEIGHTS):
         (run / "checkpoint-5" / name).unlink(missing_ok=True)
-    command.run(run / "checkpoint-5", "--output", tmp_path / "pieces")
+    command(run / "checkpoint-5", output=tmp_path / "pieces")
     exports = dict.fromkeys((tmp_path / "final", tmp_path / "checkpoint", tmp_path / "pieces"), answers)
     check_in_a_fresh_process(tmp_path, exports)
 

@@ -28,7 +28,7 @@ from lisa_hf.evaluation.visualization import COLOURS, IGNORE_COLOUR, preview_she
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return functools.partial(prepare_data, monkeypatch, capsys)
+    return functools.partial(prepare_data, capsys)
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,16 @@
 """
 
 import os
-import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
-from fixtures.paths import ROOT
+from fixtures.recipes import run_here
 from fixtures.tiny_training import engine_state
 from safetensors.torch import load_file, save_file
 
 import lisa_hf
-
-
-RECIPE = ROOT / "recipes" / "train.py"
 
 
 class RecordingTrainer(lisa_hf.LisaTrainer):
@@ -41,14 +38,9 @@ class RecordingTrainer(lisa_hf.LisaTrainer):
 
 def train(answers_file: Path, *arguments) -> None:
     """Trains in this process; `answers_file` gets inputs, masks and hidden states."""
-    argv, sys.argv = sys.argv, [str(RECIPE), *map(str, arguments)]
-    path, sys.path = sys.path, list(sys.path)
-    trainer_class, lisa_hf.LisaTrainer = lisa_hf.LisaTrainer, RecordingTrainer
     RecordingTrainer.answers_file = answers_file
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    finally:
-        sys.argv, sys.path, lisa_hf.LisaTrainer = argv, path, trainer_class
+    with mock.patch.object(lisa_hf, "LisaTrainer", RecordingTrainer):
+        run_here("train.py", *arguments)
 
 
 def largest_difference(model, answers_file: Path) -> float:
