@@ -68,7 +68,7 @@ class Report:
         if self.missing_images:
             lines.append(("missing", _list_some(self.missing_images)))
         if builder.DOWNLOAD_PAGE:
-            lines += [("page", builder.DOWNLOAD_PAGE), ("licence", builder.LICENCE)]
+            lines += [("page", builder.DOWNLOAD_PAGE), ("license", builder.LICENSE)]
         title = f"{self.name}: {'ready' if self.is_ready else 'NOT READY'}"
         return "\n".join([title, *(f"  {key:<10}  {text}" for key, text in lines)])
 

@@ -155,7 +155,7 @@ WEB_FILES = {
 
 # What is left to a person.
 MANUAL_STEPS = {
-    "mapillary": "Sign in, accept the licence and download Mapillary Vistas 2.0. Unpack it into {data_dir}/mapillary.",
+    "mapillary": "Sign in, accept the license and download Mapillary Vistas 2.0. Unpack it into {data_dir}/mapillary.",
     "reason_seg": (
         "Download the zip files from the Google Drive folder that is linked there, and unpack them into "
         "{data_dir}/reason_seg/ReasonSeg."

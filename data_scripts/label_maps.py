@@ -26,7 +26,7 @@ IGNORED, UNKNOWN = -1, -2
 
 
 def read_label_map(path: str) -> np.ndarray:
-    """Reads a label map, grey or with a palette, as labels of shape (height, width), dtype uint8."""
+    """Reads a label map, gray or with a palette, as labels of shape (height, width), dtype uint8."""
     try:
         with PIL.Image.open(path) as image:
             image.load()
@@ -139,7 +139,7 @@ class Ade20k(LabelMapBuilder):
 
     SOURCE = "ade20k"
     DOWNLOAD_PAGE = "http://sceneparsing.csail.mit.edu"
-    LICENCE = "Images: non-commercial research and education; annotations: BSD-3-Clause."
+    LICENSE = "Images: non-commercial research and education; annotations: BSD-3-Clause."
 
     def find_pairs(self, data_dir):
         root = self.find(data_dir, "ade20k/annotations")
@@ -162,13 +162,13 @@ class CocoStuff(LabelMapBuilder, CocoBuilder):
     Of 171 classes that occur the 143 without a "-" are asked for, as by the original; "wall-brick" is ignored.
 
         <data_dir>/
-            cocostuff/train2017/*.png       stuffthingmaps_trainval2017; pixels: 0 to 181 the classes, 255 unlabelled
+            cocostuff/train2017/*.png       stuffthingmaps_trainval2017; pixels: 0 to 181 the classes, 255 unlabeled
             coco/train2017/*.jpg
     """
 
     SOURCE = "cocostuff"
     DOWNLOAD_PAGE = "https://github.com/nightrome/cocostuff#downloads"
-    LICENCE = "Annotations: CC BY 4.0; photos: Flickr's terms of use."
+    LICENSE = "Annotations: CC BY 4.0; photos: Flickr's terms of use."
 
     def find_pairs(self, data_dir):
         return {"train": self.pair_with_images(data_dir, "cocostuff/train2017", "coco/train2017")}
@@ -199,7 +199,7 @@ class Mapillary(LabelMapBuilder):
 
     SOURCE = "mapillary"
     DOWNLOAD_PAGE = "https://www.mapillary.com/dataset/vistas"
-    LICENCE = "Mapillary Vistas research edition: CC BY-NC-SA."
+    LICENSE = "Mapillary Vistas research edition: CC BY-NC-SA."
 
     def find_pairs(self, data_dir):
         pairs = self.pair_with_images(data_dir, "mapillary/training/v2.0/labels", "mapillary/training/images")

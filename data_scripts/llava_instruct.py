@@ -29,7 +29,7 @@ class LlavaInstruct(CocoBuilder):
 
     SOURCE = "llava_instruct"
     DOWNLOAD_PAGE = "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K"
-    LICENCE = "CC BY-NC 4.0, and OpenAI's terms of use; photos: Flickr's terms of use."
+    LICENSE = "CC BY-NC 4.0, and OpenAI's terms of use; photos: Flickr's terms of use."
 
     def annotation_files(self, data_dir):
         self.find(data_dir, "coco/train2017")

@@ -212,7 +212,7 @@ def read_mask(file) -> np.ndarray:
         raise ValueError(f"The mask {file!r} cannot be read: {error}. Restore it, or remove the row.") from error
     if len(image.getbands()) > 1:
         raise ValueError(
-            f"expected the mask {file!r} to have one channel, got the mode {image.mode}. Save it as grey, with "
+            f"expected the mask {file!r} to have one channel, got the mode {image.mode}. Save it as gray, with "
             "0 where the target is not."
         )
     return np.asarray(image) != 0

@@ -28,7 +28,7 @@ class PacoLvis(CocoBuilder):
 
     SOURCE = "paco_lvis"
     DOWNLOAD_PAGE = "https://github.com/facebookresearch/paco"
-    LICENCE = "Annotations: MIT as the repository; photos: Flickr's terms of use."
+    LICENSE = "Annotations: MIT as the repository; photos: Flickr's terms of use."
 
     def annotation_files(self, data_dir):
         self.find(data_dir, "coco/train2017")

@@ -2,7 +2,7 @@
 
 from data_scripts.parquet import write_card, write_parquet
 write_parquet(load_source("refcoco", data_dir="dataset", split="val"), "parquet/refcoco", "val")
-write_card("parquet", {"refcoco": RefCoco.LICENCE})
+write_card("parquet", {"refcoco": RefCoco.LICENSE})
 datasets.load_dataset("parquet", "refcoco", split="val", streaming=True)
 """
 
@@ -65,12 +65,12 @@ def write_parquet(
     return paths
 
 
-def write_card(directory: str | os.PathLike, licences: dict[str, str]):
+def write_card(directory: str | os.PathLike, licenses: dict[str, str]):
     """Writes the README.md by which `load_dataset` knows sources and splits.
 
     Args:
         directory: The directory of all sources.
-        licences: What to say of the licence of a source, by its name.
+        licenses: What to say of the license of a source, by its name.
     """
     directory = Path(directory)
     configs = []
@@ -79,8 +79,8 @@ def write_card(directory: str | os.PathLike, licences: dict[str, str]):
         files = [{"split": split, "path": f"{source.name}/data/{split}-*.parquet"} for split in splits]
         configs += [{"config_name": source.name, "data_files": files}] if files else []
     names = [config["config_name"] for config in configs]
-    lines = [f"- {name}: {licences[name]}" for name in names if licences.get(name)]
-    card = "# Rows for lisa_hf\n\nA configuration per source. Their licences hold for these copies too.\n\n"
+    lines = [f"- {name}: {licenses[name]}" for name in names if licenses.get(name)]
+    card = "# Rows for lisa_hf\n\nA configuration per source. Their licenses hold for these copies too.\n\n"
     metadata = DatasetCardData(configs=configs, task_categories=["image-segmentation"])
     DatasetCard(f"---\n{metadata}\n---\n\n{card}" + "\n".join(lines) + "\n").save(directory / "README.md")
 

@@ -30,7 +30,7 @@ class PascalPart(SourceBuilder):
 
     SOURCE = "pascal_part"
     DOWNLOAD_PAGE = "https://github.com/facebookresearch/VLPart/tree/main/datasets#pascal-part"
-    LICENCE = "PASCAL VOC: the photos are subject to Flickr's terms of use; PASCAL-Part states none."
+    LICENSE = "PASCAL VOC: the photos are subject to Flickr's terms of use; PASCAL-Part states none."
 
     def annotation_files(self, data_dir):
         self._find_photos(data_dir)

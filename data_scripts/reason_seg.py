@@ -23,7 +23,7 @@ TARGET, IGNORE = 1, 255
 
 
 def paint_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarray:
-    """Paints labelled polygons over each other, the largest first, so that smaller ones stay visible.
+    """Paints labeled polygons over each other, the largest first, so that smaller ones stay visible.
 
     Args:
         shapes: Dicts of `label` ("target", something with "ignore", or the obsolete "flag", which is skipped; in any
@@ -117,7 +117,7 @@ class ReasonSeg(SourceBuilder):
 
     SOURCE = "reason_seg"
     DOWNLOAD_PAGE = "https://github.com/dvlab-research/LISA#dataset"
-    LICENCE = "Apache-2.0 as the LISA repository; the photos keep their own licences."
+    LICENSE = "Apache-2.0 as the LISA repository; the photos keep their own licenses."
 
     def annotation_files(self, data_dir):
         root = self.find(data_dir, "reason_seg/ReasonSeg")

@@ -62,7 +62,7 @@ class ReferSeg(CocoBuilder):
     SPLIT_BY = "unc"
     IMAGES = "images/mscoco/images/train2014"
     DOWNLOAD_PAGE = "https://github.com/lichengunc/refer"
-    LICENCE = "The expressions: Apache-2.0 as the repository; photos: Flickr's terms of use."
+    LICENSE = "The expressions: Apache-2.0 as the repository; photos: Flickr's terms of use."
 
     def annotation_files(self, data_dir):
         self.find(data_dir, f"refer_seg/{self.IMAGES}")
@@ -178,7 +178,7 @@ class RefClef(ReferSeg):
 
     SOURCE = "refclef"
     IMAGES = "images/saiapr_tc-12"
-    LICENCE = "The expressions: Apache-2.0 as the repository; photos: those of SAIAPR TC-12, for research."
+    LICENSE = "The expressions: Apache-2.0 as the repository; photos: those of SAIAPR TC-12, for research."
 
 
 class GRefCoco(ReferSeg):
@@ -195,4 +195,4 @@ class GRefCoco(ReferSeg):
     SOURCE = "grefcoco"
     REFS = "grefs({}).json"
     DOWNLOAD_PAGE = "https://github.com/henghuiding/gRefCOCO"
-    LICENCE = "The expressions: see the download page; photos: Flickr's terms of use."
+    LICENSE = "The expressions: see the download page; photos: Flickr's terms of use."

@@ -3,12 +3,12 @@
     from data_scripts import load_source
     rows = load_source("shapes", split="train", num_train_scenes=2000, image_size=128, seed=0)
 
-A scene holds two to five shapes in named colours on a mottled background.
+A scene holds two to five shapes in named colors on a mottled background.
 Scene i is a pure function of (seed, split, i), so a larger set begins with the smaller one. Each scene is one row:
 
 - semantic: every shape is a "red circle", a "circle" and a "red object"; a phrase may have several targets.
 - referring: phrases that place a shape beside another one: "circle above the red star".
-- reasoning: a question about what such shapes and colours are in the world, with an explanation.
+- reasoning: a question about what such shapes and colors are in the world, with an explanation.
 - vqa: a conversation about the scene, without masks.
 """
 
@@ -28,7 +28,7 @@ from .source import SourceBuilder, SourceConfig
 SPLITS = ("train", "validation")
 TASK_PROPORTIONS = {"semantic": 0.4, "referring": 0.3, "reasoning": 0.2, "vqa": 0.1}
 
-COLOURS = {
+COLORS = {
     "red": (205, 30, 35),
     "yellow": (245, 220, 30),
     "green": (40, 160, 60),
@@ -55,13 +55,14 @@ NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """What the world knows about some shapes or colours (`names`): questions that they answer, and why they do."""
+    """What the world knows about some shapes or colors (`names`): questions that they answer, and why they do."""
 
     names: tuple[str, ...]
     questions: tuple[str, ...]
     reason: str
 
 
+# "colour" stays in the texts of rows: another word would be another vocabulary, and other results of the quick start.
 CONCEPTS = (
     Concept(
         ("circle",),
@@ -122,7 +123,7 @@ _TEMPLATE_WORDS = "object How many are there There is What colour shape Is Yes N
 class Item:
     """One drawn shape. Lengths are fractions of the image's side; `mask` (S, S) bool holds its pixels."""
 
-    colour: str
+    color: str
     shape: str
     x: float
     y: float
@@ -132,11 +133,11 @@ class Item:
 
     @property
     def name(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
     @property
     def phrases(self) -> list[str]:
-        return [self.name, self.shape, f"{self.colour} object"]
+        return [self.name, self.shape, f"{self.color} object"]
 
 
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -147,7 +148,7 @@ WORDS = sorted(
         word
         for text in (
             *(text for concept in CONCEPTS for text in (*concept.questions, concept.reason)),
-            *(*COLOURS, *OUTLINES, *(f"{shape}s" for shape in OUTLINES), *NUMBERS, *RELATIONS),
+            *(*COLORS, *OUTLINES, *(f"{shape}s" for shape in OUTLINES), *NUMBERS, *RELATIONS),
             _TEMPLATE_WORDS,
         )
         for word in re.findall(r"\w+|[^\w\s]", text)
@@ -163,14 +164,14 @@ def draw_items(rng: np.random.Generator) -> list[Item]:
     for _ in range(20 * num_items):
         if len(items) == num_items:
             break
-        colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(list(OUTLINES)))
-        if items and rng.random() < 0.4:  # Without look-alikes a shape or a colour alone would answer everything.
+        color, shape = str(rng.choice(list(COLORS))), str(rng.choice(list(OUTLINES)))
+        if items and rng.random() < 0.4:  # Without look-alikes a shape or a color alone would answer everything.
             twin = items[rng.integers(len(items))]
-            colour, shape = (colour, twin.shape) if rng.random() < 0.6 else (twin.colour, shape)
+            color, shape = (color, twin.shape) if rng.random() < 0.6 else (twin.color, shape)
         radius = rng.uniform(0.12, 0.28)
         x, y = rng.uniform(radius, 1 - radius, size=2)
         if all(np.hypot(x - other.x, y - other.y) > 1.05 * (radius + other.radius) for other in items):
-            items.append(Item(colour, shape, x, y, radius, turn=rng.uniform(-0.35, 0.35)))
+            items.append(Item(color, shape, x, y, radius, turn=rng.uniform(-0.35, 0.35)))
     return items
 
 
@@ -196,19 +197,19 @@ def draw_scene(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, l
 
     picture = shares[0][..., None] * _shade(rng, rng.uniform(60, 170) + rng.uniform(-12, 12, size=3), 15, image_size)
     for share, item in zip(shares[1:], items):
-        colour = np.array(COLOURS[item.colour]) + rng.uniform(-8, 8, size=3)
-        picture += share[..., None] * _shade(rng, colour, 8, image_size)
+        color = np.array(COLORS[item.color]) + rng.uniform(-8, 8, size=3)
+        picture += share[..., None] * _shade(rng, color, 8, image_size)
     blotches = cv2.resize(rng.normal(0, 5, size=(12, 12, 3)), (image_size, image_size), interpolation=cv2.INTER_CUBIC)
     grain = rng.normal(0, 2, size=(image_size, image_size, 1))
     return np.clip(np.round(picture + blotches + grain), 0, 255).astype(np.uint8), items
 
 
-def _shade(rng: np.random.Generator, colour: np.ndarray, strength: float, image_size: int) -> np.ndarray:
-    """A colour that gets brighter by 2 x `strength` in some direction across the picture, (S, S, 3) float."""
+def _shade(rng: np.random.Generator, color: np.ndarray, strength: float, image_size: int) -> np.ndarray:
+    """A color that gets brighter by 2 x `strength` in some direction across the picture, (S, S, 3) float."""
     angle = rng.uniform(0, 2 * np.pi)
     ramp = np.linspace(-1, 1, image_size)
     light = (np.cos(angle) * ramp[None, :] + np.sin(angle) * ramp[:, None]) * strength
-    return colour + light[..., None]
+    return color + light[..., None]
 
 
 def referring_phrases(items: list[Item]) -> list[tuple[str, Item]]:
@@ -240,15 +241,15 @@ def _list_names(items: list[Item]) -> str:
     """Names items in a sentence: "the red circle and the blue stars"."""
     names = [item.name for item in items]
     parts = [
-        f"the {name}" if names.count(name) == 1 else f"the {item.colour} {item.shape}s"
+        f"the {name}" if names.count(name) == 1 else f"the {item.color} {item.shape}s"
         for name, item in dict(zip(names, items)).items()
     ]
     return " and ".join(parts)
 
 
 def draw_conversation(rng: np.random.Generator, items: list[Item]) -> list[dict[str, str]]:
-    """Two turns of questions about counts, colours, shapes and presence."""
-    shapes, colours = [item.shape for item in items], [item.colour for item in items]
+    """Two turns of questions about counts, colors, shapes and presence."""
+    shapes, colors = [item.shape for item in items], [item.color for item in items]
     turns = []
     for shape in (str(rng.choice(shapes)), str(rng.choice(list(OUTLINES)))):
         count = shapes.count(shape)
@@ -256,11 +257,11 @@ def draw_conversation(rng: np.random.Generator, items: list[Item]) -> list[dict[
         turns.append((f"How many {shape}s are there?", f"There {noun}."))
     for item in items:
         if shapes.count(item.shape) == 1:
-            turns.append((f"What colour is the {item.shape}?", f"The {item.shape} is {item.colour}."))
-        if colours.count(item.colour) == 1:
-            turns.append((f"What shape is the {item.colour} object?", f"The {item.colour} object is a {item.shape}."))
+            turns.append((f"What colour is the {item.shape}?", f"The {item.shape} is {item.color}."))
+        if colors.count(item.color) == 1:
+            turns.append((f"What shape is the {item.color} object?", f"The {item.color} object is a {item.shape}."))
     names = {item.name for item in items}
-    for name in (str(rng.choice(sorted(names))), f"{rng.choice(list(COLOURS))} {rng.choice(list(OUTLINES))}"):
+    for name in (str(rng.choice(sorted(names))), f"{rng.choice(list(COLORS))} {rng.choice(list(OUTLINES))}"):
         answer = f"Yes, there is a {name}." if name in names else f"No, there is no {name}."
         turns.append((f"Is there a {name}?", answer))
     chosen = rng.permutation(len(turns))[:2]
@@ -286,7 +287,7 @@ def _annotate(rng: np.random.Generator, task: str, items: list[Item]) -> dict | 
             if phrases:
                 targets.append({"phrases": rng.permutation(phrases)[:3].tolist(), "rle": rles[id(item)]})
         return {"targets": targets} if targets else None
-    answers = [[item for item in items if {item.shape, item.colour} & {*concept.names}] for concept in CONCEPTS]
+    answers = [[item for item in items if {item.shape, item.color} & {*concept.names}] for concept in CONCEPTS]
     suitable = [pair for pair in zip(CONCEPTS, answers) if 0 < len(pair[1]) < len(items)]
     if not suitable:
         return None
@@ -332,7 +333,7 @@ class ShapesConfig(SourceConfig):
 
 
 class Shapes(SourceBuilder):
-    """Drawn scenes of coloured shapes with semantic, referring, reasoning and VQA rows. Splits: train, validation."""
+    """Drawn scenes of colored shapes with semantic, referring, reasoning and VQA rows. Splits: train, validation."""
 
     BUILDER_CONFIG_CLASS = ShapesConfig
     SOURCE = "shapes"

@@ -55,14 +55,14 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
     in the process that comes first, and written beside the cache in shards; whoever makes rows, be it the preparation
     or a worker of a stream, reads them from there one by one, so that its memory does not grow with the annotations.
 
-    Its docstring holds the expected tree, with what the authors publish about rows and licence.
+    Its docstring holds the expected tree, with what the authors publish about rows and license.
     """
 
     BUILDER_CONFIG_CLASS = SourceConfig
     # What the rows call their source; without, it is what the user calls it: `config.name`.
     SOURCE = ""
     DOWNLOAD_PAGE = ""
-    LICENCE = ""
+    LICENSE = ""
 
     def __init__(
         self,
@@ -259,7 +259,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
             description=inspect.getdoc(type(self)),
             features=FEATURES,
             homepage=self.DOWNLOAD_PAGE,
-            license=self.LICENCE,
+            license=self.LICENSE,
         )
 
 

@@ -74,7 +74,7 @@ def run_preview(args: argparse.Namespace):
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, options in find_sources(args):
         rows = load_source(name, args.data_dir, **options).cast_column("image", datasets.Image(decode=False))
-        # Spread over all rows: neighbours are often alike.
+        # Spread over all rows: neighbors are often alike.
         chosen = rows.select(np.linspace(0, len(rows) - 1, min(args.num_rows, len(rows)), dtype=int))
         path = output_dir / f"{name}_{options.get('split', 'train')}.png"
         preview_sheet(chosen).save(path)
@@ -89,11 +89,11 @@ def run_convert(args: argparse.Namespace):
         for split, rows in splits.items():
             paths = write_parquet(rows, output_dir / name, split, args.num_threads, args.max_shard_size)
             print(f"{name} {split}: {len(rows)} rows in {len(paths)} files")
-    write_card(output_dir, {name: builder.LICENCE for name, builder in SOURCES.items()})
+    write_card(output_dir, {name: builder.LICENSE for name, builder in SOURCES.items()})
     print(f'load_dataset("{output_dir}", "{name}", split="{split}", streaming=True)')
     if args.push_to_hub:
         api = HfApi()
-        # Private, since few of these licences let anybody hand the photos on.
+        # Private, since few of these licenses let anybody hand the photos on.
         api.create_repo(repo_id=args.push_to_hub, repo_type="dataset", private=True, exist_ok=True)
         files = "*/data/*.parquet"
         api.upload_folder(

@@ -98,7 +98,7 @@ def save(mode="RGB", array=None, size=(WIDTH, HEIGHT), **options):
     def damage(path):
         image = PIL.Image.new(mode, size, 4) if array is None else PIL.Image.fromarray(array)
         if mode == "P":
-            image.putpalette([value for grey in range(256) for value in (255 - grey, grey, 0)])
+            image.putpalette([value for gray in range(256) for value in (255 - gray, gray, 0)])
         image.save(path, **options)
 
     return damage
@@ -174,7 +174,7 @@ P_JPG, V_JPG = f"{COCO_JPG}/{FIRST}.jpg", f"{COCO_JPG}/{FIRST}.jpg"
 READ = [
     ("palette_label", "ade20k", A_PNG, save("P")),
     ("cmyk_photo", "ade20k", A_JPG, save("CMYK", size=(WIDTH, HEIGHT), format="JPEG")),
-    ("grey_photo", "ade20k", A_JPG, save("L")),
+    ("gray_photo", "ade20k", A_JPG, save("L")),
     ("palette_photo", "ade20k", A_JPG, save("P", format="PNG")),
     ("photo_with_alpha", "ade20k", A_JPG, save("RGBA", format="PNG")),
     ("rotated_photo", "ade20k", A_JPG, turn),
@@ -204,7 +204,7 @@ SKIPPED = [
     ("label_of_another_size", "ade20k", A_JPG, lambda path: save("L", size=(5, 4))(label_of(path)),
      r"image's size \[8, 12\].*\[4, 5\].*Restore"),
     ("16_bit_label", "ade20k", A_PNG, save(array=np.full((HEIGHT, WIDTH), 4, np.uint16)), "8 bits.*mode I;16"),
-    ("label_in_colours", "ade20k", A_PNG, save("RGB"), "one channel.*mode RGB"),
+    ("label_in_color", "ade20k", A_PNG, save("RGB"), "one channel.*mode RGB"),
     ("unknown_label", "ade20k", A_PNG, save(array=np.full((HEIGHT, WIDTH), 200, np.uint8)), r"below 151.*\[200\]"),
     ("category_without_name", "paco_lvis", PACO, change("categories", name=None), "category 1 has no name. Add it"),
     ("category_with_empty_name", "paco_lvis", PACO, change("categories", name=" "), "non-empty phrases"),

@@ -267,13 +267,13 @@ def test_coco_masks_may_be_run_lengths(load, tree, counts):
 README = (Path(data_scripts.__file__).parent / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", sorted(name for name, builder in data_scripts.SOURCES.items() if builder.LICENCE))
+@pytest.mark.parametrize("name", sorted(name for name, builder in data_scripts.SOURCES.items() if builder.LICENSE))
 def test_readme_has_what_the_builders_say(name):
     builder = data_scripts.SOURCES[name]
     _, _, section = README.partition(f"\n### `{name}`\n")
     section, _, _ = section.partition("\n### ")
     description = inspect.getdoc(builder)
-    for line in [builder.DOWNLOAD_PAGE, builder.LICENCE, *re.findall(r"\n {4,}(.*)", description)]:
+    for line in [builder.DOWNLOAD_PAGE, builder.LICENSE, *re.findall(r"\n {4,}(.*)", description)]:
         assert line.strip() in section
     for number in re.findall(r"\d{3,}", description):
         assert number in section

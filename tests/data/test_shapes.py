@@ -9,7 +9,7 @@ from datasets import Image
 
 from data_scripts import load_source
 from data_scripts.shapes import (
-    COLOURS,
+    COLORS,
     TASK_PROPORTIONS,
     WORDS,
     Item,
@@ -54,16 +54,16 @@ def test_scene_masks_show_what_their_phrases_say(scenes):
             continue
         image = cv2.imdecode(np.frombuffer(row["image"]["bytes"], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
         masks = {target["phrases"][0]: decode_mask(target["rle"]) for target in row["targets"]}
-        names = [phrase for phrase in masks if phrase.split()[0] in COLOURS and not phrase.endswith(" object")]
+        names = [phrase for phrase in masks if phrase.split()[0] in COLORS and not phrase.endswith(" object")]
         assert all(len(target["phrases"]) == 1 for target in row["targets"])
         for name in names:
-            colour, shape = name.split()
-            assert shape in masks and f"{colour} object" in masks
+            color, shape = name.split()
+            assert shape in masks and f"{color} object" in masks
             mask = masks[name]
             inside = cv2.erode(mask, np.ones((3, 3), np.uint8)).astype(bool)
             mean = image[inside].mean(axis=0)
-            nearest = min(COLOURS, key=lambda name: np.abs(mean - COLOURS[name]).sum())
-            assert nearest == colour, row["image_id"]
+            nearest = min(COLORS, key=lambda name: np.abs(mean - COLORS[name]).sum())
+            assert nearest == color, row["image_id"]
             assert mask.sum() >= 0.01 * mask.size
             checked += 1
     assert checked > 300
@@ -87,9 +87,9 @@ def test_scene_texts_use_the_listed_words_only(scenes):
     assert len(WORDS) < 200
 
 
-def item(colour, shape, x, y, radius=0.15):
+def item(color, shape, x, y, radius=0.15):
     side = int(radius * 100)
-    return Item(colour, shape, x, y, radius, turn=0.0, mask=np.ones((side, side), dtype=bool))
+    return Item(color, shape, x, y, radius, turn=0.0, mask=np.ones((side, side), dtype=bool))
 
 
 def test_referring_phrases_are_unambiguous():

@@ -272,7 +272,7 @@ def test_label_maps_may_have_a_palette(load, tree):
     expected = list(load("mapillary", tree))
     image = PIL.Image.open(path)
     image.load()
-    image.putpalette([value for grey in range(256) for value in (255 - grey, grey, 0)])
+    image.putpalette([value for gray in range(256) for value in (255 - gray, gray, 0)])
     image.save(path)
     assert PIL.Image.open(path).mode == "P"
     assert list(load("mapillary", tree)) == expected

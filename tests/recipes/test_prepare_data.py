@@ -84,7 +84,7 @@ def test_check_of_a_complete_mixture(cli, tmp_path):
         "train 2 rows, 20210 published",
         "images 2 of 2 found",
         "page http://sceneparsing.csail.mit.edu",
-        "licence Images: non-commercial research and education; annotations: BSD-3-Clause.",
+        "license Images: non-commercial research and education; annotations: BSD-3-Clause.",
         "Ready: 3 of 3. Not ready: none.",
     ):
         assert line in lines, out
