@@ -1,17 +1,7 @@
-"""Segmentation metrics: gIoU, cIoU and how reliably `[SEG]` is emitted.
+"""Segmentation metrics: gIoU, cIoU, precision and how reliably `[SEG]` is generated.
 
-The model side reduces every mask to two integers with `intersection_and_union`, so full masks never travel between
-processes; `SegmentationMetric` turns the integers into figures:
-
-    metric = SegmentationMetric()
-    metric.add_batch(  # one entry per question
-        intersections=[[648, 30]], unions=[[648, 168]], targets=[[648, 90]], num_seg_tokens=[2], images=[0]
-    )
-    metric.compute()
-
-gIoU and cIoU are those of the LISA paper (arXiv 2308.00692, section 4.1). N-acc and T-acc are those of the paper on
-gRefCOCO (arXiv 2306.00968): TP / (TP + FN) and TN / (TN + FP), where positive is a question about nothing. The code
-published with it has TP / (TP + FN + 1) and TP / (TP + FP + 1) instead.
+`intersection_and_union` reduces every mask to two integers, so masks never travel between processes;
+[`SegmentationMetric`] turns these integers into metrics.
 """
 
 from itertools import chain
@@ -29,33 +19,69 @@ PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 def intersection_and_union(
     prediction: torch.Tensor, target: torch.Tensor, ignore_index: int = 255
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts the pixels of the foreground's intersection and union, ignored pixels left out.
+    """Count the pixels of the foreground's intersection and union, without ignored pixels.
+
+    Formula, for pixels x that are not ignored, predictions p(x) and targets t(x) in {0, 1}:
+
+        intersection = sum_x(p(x) * t(x))
+        union = sum_x(max(p(x), t(x)))
+
+    Example:
+
+    >>> prediction = torch.tensor([[True, True], [False, True]])
+    >>> target = torch.tensor([[1, 255], [1, 0]])
+    >>> intersection_and_union(prediction, target)
+    (tensor(1), tensor(3))
 
     Args:
-        prediction: (..., H, W) bool, e.g. `logits > 0`.
-        target: (..., H, W) integer, 1 = foreground, 0 = background, `ignore_index` = counted nowhere.
+        prediction: Predicted masks, `(..., H, W)` bool, such as `logits > 0`.
+        target: True masks, `(..., H, W)` integer: 1 foreground, 0 background.
+        ignore_index: Value of target pixels that count nowhere.
 
     Returns:
-        Intersections and unions, two int64 tensors of shape (...), in pixels.
+        Intersections and unions in pixels, two int64 tensors `(...)`.
 
     Raises:
-        ValueError: The shapes differ, or `prediction` is not bool.
+        ValueError: If the shapes differ or `prediction` is not bool.
     """
     if prediction.shape != target.shape or prediction.dtype != torch.bool:
         raise ValueError(
-            f"Expected a bool prediction of the target's shape {tuple(target.shape)}, found {prediction.dtype} of "
-            f"shape {tuple(prediction.shape)}: resize the logits to the target and threshold them (`logits > 0`)."
+            f"expected a bool prediction of the target's shape {tuple(target.shape)}, got {prediction.dtype} of shape "
+            f"{tuple(prediction.shape)}. Resize the logits to the target and threshold them (`logits > 0`)."
         )
     prediction = prediction & (target != ignore_index)
     foreground = target == 1
-    return (prediction & foreground).sum((-2, -1)), (prediction | foreground).sum((-2, -1))
+    return (prediction & foreground).sum((-2, -1)), (prediction | foreground).sum((-2, -1))  # [...] each
 
 
 class SegmentationMetric(evaluate.Metric):
-    """gIoU and cIoU with bootstrap intervals, precision, and the `[SEG]` rates, from per-mask pixel counts.
+    """gIoU and cIoU with bootstrap intervals, precision, and `[SEG]` rates, from pixel counts per mask.
 
-    With `num_process`, `process_id`, `experiment_id` and a shared `cache_dir`, each process adds its own questions and
-    process 0 gets the figures of all of them, exactly (integers are gathered, not means); the others get None.
+    Formula, for masks m with a target of T_m pixels, intersection I_m and union U_m:
+
+        giou = mean_m(I_m / U_m), where an empty union (nothing due, nothing predicted) counts as 1
+        ciou = sum_m(I_m) / sum_m(U_m)
+        p@t = share of I_m / U_m >= t, over masks with T_m > 0
+        n_acc = share of masks without a predicted pixel, over masks with T_m = 0
+        t_acc = share of masks with a predicted pixel, over masks with T_m > 0
+        seg_rate = share of answers with a [SEG], over questions with a mask due
+        false_seg_rate = share of answers with a [SEG], over questions without
+
+    gIoU and cIoU are those of LISA (arXiv 2308.00692, section 4.1), N-acc and T-acc those of the gRefCOCO paper (arXiv
+    2306.00968); the code published with that paper divides by one more in both.
+
+    Example:
+
+    >>> metric = SegmentationMetric()
+    >>> metric.add_batch(  # one entry per question
+    ...     intersections=[[6, 3]], unions=[[8, 12]], targets=[[8, 5]], num_seg_tokens=[2], images=[0]
+    ... )
+    >>> result = metric.compute()
+    >>> result["giou"], result["ciou"], result["p@0.7"], result["seg_rate"]
+    (0.5, 0.45, 0.5, 1.0)
+
+    With `num_process`, `process_id`, `experiment_id` and a shared `cache_dir`, each process adds its own questions.
+    Process 0 computes the exact metrics of all, since integers are gathered and not means; the others get None.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -64,29 +90,25 @@ class SegmentationMetric(evaluate.Metric):
             citation="Lai et al., LISA: Reasoning Segmentation via Large Language Model, 2023. arXiv 2308.00692",
             inputs_description="""
 Args, one entry per question (`add_batch`, or `compute` directly):
-    intersections (list of list of int): pixels of intersection of each mask due; an empty list if none is due.
-    unions (list of list of int): pixels of union of the same masks. A mask that was due but not predicted has
-        intersection 0 and the target's area as union.
-    targets (list of list of int): pixels of the same masks in the truth; 0 where the question is about nothing.
-    num_seg_tokens (list of int): [SEG] tokens in the answer.
-    images (list of int): number of the question's image, the same for all questions about it.
+    intersections: Lists of int, pixels of intersection of each mask due; an empty list if none is due.
+    unions: Lists of int, pixels of union of the same masks. A mask that was due but not predicted has intersection 0
+        and the target's area as union.
+    targets: Lists of int, pixels of the same masks in the truth; 0 where the question is about nothing.
+    num_seg_tokens: Ints, number of [SEG] tokens in the answer.
+    images: Ints, number of the question's image, the same for all questions about it.
 
 Args of `compute`:
-    bootstrap (int): number of resamples behind the intervals, default 1000.
-    seed (int): seed of the resampling, default 0.
+    bootstrap: Number of resamples behind the intervals, default 1000.
+    seed: Seed of the resampling, default 0.
 
-Returns a dict, floats unless stated:
-    giou: mean of the masks' IoU; a mask with an empty union (nothing due, nothing predicted) counts 1.
-    ciou: sum of intersections over sum of unions.
+Returns a dict, floats unless stated. Metrics without any mask or question are 0, not NaN:
+    giou, ciou: See the formulas of the class.
     giou_low, giou_high, ciou_low, ciou_high: 95 % percentile bootstrap intervals. Images are resampled, not masks,
         since the masks of one image are correlated.
-    p@0.5, ..., p@0.9: share of the masks with a target whose IoU is at least that.
-    n_acc: share of the masks without a target for which no pixel was predicted. Like t_acc, there only if such masks
-        are.
-    t_acc: share of the masks with a target for which a pixel was predicted.
-    seg_rate: share of the questions with a mask due whose answer has a [SEG].
-    false_seg_rate: share of the questions without a mask due whose answer has a [SEG].
-    num_masks, num_questions (int): what the figures rest on. Figures without any mask or question are 0, not NaN.
+    p@0.5, ..., p@0.9: Precision at these thresholds.
+    n_acc, t_acc: Present only if a question is about nothing.
+    seg_rate, false_seg_rate: How reliably [SEG] is generated.
+    num_masks, num_questions: Ints, number of masks and questions that the metrics are computed from.
 """,
             features=datasets.Features(
                 {
@@ -100,7 +122,7 @@ Returns a dict, floats unless stated:
         )
 
     def _finalize(self):
-        # `evaluate` fails, or waits for the others in vain, when a process has added nothing.
+        # `evaluate` fails, or waits forever for the other processes, if a process has added nothing.
         if self.writer is None:
             self.add_batch(intersections=[], unions=[], targets=[], num_seg_tokens=[], images=[])
         super()._finalize()
@@ -115,37 +137,39 @@ Returns a dict, floats unless stated:
         bootstrap: int = 1000,
         seed: int = 0,
     ) -> dict[str, float | int]:
-        masks_due = np.array([len(question) for question in unions], dtype=np.int64)
         for index, counts in enumerate(zip(intersections, unions, targets)):
             if len({len(count) for count in counts}) > 1:
                 raise ValueError(
-                    f"Question {index} has {len(counts[0])} intersections, {len(counts[1])} unions and "
-                    f"{len(counts[2])} targets: give all three for every mask that was due."
+                    f"question {index}: expected an intersection, a union and a target for every mask due, got "
+                    f"{len(counts[0])} intersections, {len(counts[1])} unions and {len(counts[2])} targets. Give all "
+                    "three."
                 )
+        # 1. Flatten the masks of all questions.
+        masks_due = np.array([len(question) for question in unions], dtype=np.int64)  # [num_questions]
         intersection, union, target = (
             np.fromiter(chain.from_iterable(counts), dtype=np.int64) for counts in (intersections, unions, targets)
-        )
+        )  # [num_masks] each
         iou = np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
         has_target, has_prediction = target > 0, union - target + intersection > 0
         due, emitted = masks_due > 0, np.array(num_seg_tokens, dtype=np.int64) > 0
 
+        # 2. gIoU and cIoU are both sum(numerators) / sum(denominators), so images can be resampled by their sums.
         _, image_of_mask = np.unique(np.repeat(np.array(images, dtype=np.int64), masks_due), return_inverse=True)
         parts = {"giou": (iou, np.ones(len(iou))), "ciou": (intersection, union)}
-        figures = {}
+        metrics = {}
         for name, (numerator, denominator) in parts.items():
-            sums = [np.bincount(image_of_mask, weights=values) for values in (numerator, denominator)]
+            sums = [np.bincount(image_of_mask, weights=values) for values in (numerator, denominator)]  # [num_images]
             low, high = _bootstrap_interval(*sums, bootstrap, seed)
-            figures |= {
-                name: _ratio(numerator.sum(), denominator.sum()),
-                f"{name}_low": low,
-                f"{name}_high": high,
-            }
+            metrics[name] = _ratio(numerator.sum(), denominator.sum())
+            metrics |= {f"{name}_low": low, f"{name}_high": high}
+
+        # 3. Precision, and accuracy where some questions are about nothing.
         for threshold in PRECISION_THRESHOLDS:
-            figures[f"p@{threshold}"] = _ratio((iou[has_target] >= threshold).sum(), has_target.sum())
+            metrics[f"p@{threshold}"] = _ratio((iou[has_target] >= threshold).sum(), has_target.sum())
         if not has_target.all():
-            figures["n_acc"] = _ratio((~has_prediction)[~has_target].sum(), (~has_target).sum())
-            figures["t_acc"] = _ratio(has_prediction[has_target].sum(), has_target.sum())
-        return figures | {
+            metrics["n_acc"] = _ratio((~has_prediction)[~has_target].sum(), (~has_target).sum())
+            metrics["t_acc"] = _ratio(has_prediction[has_target].sum(), has_target.sum())
+        return metrics | {
             "seg_rate": _ratio(emitted[due].sum(), due.sum()),
             "false_seg_rate": _ratio(emitted[~due].sum(), (~due).sum()),
             "num_masks": len(iou),
@@ -160,10 +184,17 @@ def _ratio(numerator, denominator) -> float:
 def _bootstrap_interval(
     numerators: np.ndarray, denominators: np.ndarray, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """Percentile interval of sum(numerators) / sum(denominators) over resampled images; both arrays (num_images,)."""
+    """Return the percentile interval of sum(numerators) / sum(denominators) over resampled images.
+
+    Args:
+        numerators: Sums over the masks of each image, `(num_images,)`.
+        denominators: The same, `(num_images,)`.
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
+    """
     if len(numerators) == 0:
         return 0.0, 0.0
-    order = np.lexsort((denominators, numerators))  # the same interval however processes shared the images
+    order = np.lexsort((denominators, numerators))  # makes the interval independent of how processes shared the images
     numerators, denominators = numerators[order], denominators[order]
     rng = np.random.default_rng(seed)
     draws = (rng.integers(len(numerators), size=len(numerators)) for _ in range(resamples))

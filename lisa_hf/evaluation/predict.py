@@ -1,4 +1,4 @@
-"""Ask a LISA model about images: text and masks, or a contact sheet of them."""
+"""Ask a LISA model about images: text and masks, masks of a whole batch, or a contact sheet."""
 
 import PIL.Image
 import torch
@@ -21,10 +21,14 @@ def answer_questions(
     conversations: list[list[dict]],
     max_new_tokens: int = 256,
 ) -> list[Answer]:
-    """Answers conversations about one image, greedily; the image is encoded once.
+    """Answer conversations about one image, greedily; the image is encoded once.
 
     Args:
-        conversations: lists of messages that end with the user's turn; the first turn holds the image part.
+        model: A LISA.
+        processor: The model's processor.
+        image: The image that all conversations are about.
+        conversations: Lists of messages that end with the user's turn, see [`user_message`].
+        max_new_tokens: Longest answer, in tokens.
     """
     prompts = [
         processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -83,11 +87,15 @@ def draw_predictions(
     max_new_tokens: int = 256,
     titles: dict[tuple[int, int], str] | None = None,
 ) -> PIL.Image.Image:
-    """A contact sheet of generated answers.
+    """Draw generated answers to questions of a data set on a contact sheet.
 
     Args:
-        titles: of the questions to draw, by the numbers of item and question; by default the first question of each of
-            the first twelve items, without a title.
+        model: A LISA.
+        processor: The model's processor.
+        dataset: Evaluation items.
+        max_new_tokens: Longest answer, in tokens.
+        titles: Titles of the questions to draw, by the numbers of item and question. By default the first questions of
+            the first twelve items are drawn, without a title.
     """
     if titles is None:
         titles = {(index, 0): "" for index in range(min(12, len(dataset)))}

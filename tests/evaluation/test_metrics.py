@@ -81,13 +81,13 @@ def test_counts_take_any_leading_shape_and_leave_ignored_pixels_out():
 
 def test_logits_and_wrong_sizes_are_refused():
     target = torch.zeros(1, 4, 4, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"\(1, 4, 4\), found torch.float32 of shape \(1, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"\(1, 4, 4\), got torch.float32 of shape \(1, 4, 4\)"):
         intersection_and_union(torch.zeros(1, 4, 4), target)
-    with pytest.raises(ValueError, match=r"\(1, 4, 4\), found torch.bool of shape \(1, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"\(1, 4, 4\), got torch.bool of shape \(1, 2, 2\)"):
         intersection_and_union(torch.zeros(1, 2, 2, dtype=torch.bool), target)
 
 
-def test_figures_of_mixed_questions(metric):
+def test_metrics_of_mixed_questions(metric):
     result = metric.compute(**as_columns(QUESTIONS))
     assert result["giou"] == pytest.approx((1 + 30 / 168 + 1 + 0 + 19 / 24 + 70 / 136) / 6)
     assert result["ciou"] == pytest.approx((648 + 30 + 19 + 70) / (648 + 168 + 25 + 24 + 136))
@@ -124,7 +124,7 @@ def test_no_masks_give_zeros_not_nan(metric, questions):
 
 
 def test_counts_that_do_not_match_are_refused(metric):
-    with pytest.raises(ValueError, match="Question 1 has 2 intersections, 1 unions and 1 targets"):
+    with pytest.raises(ValueError, match="question 1: .*got 2 intersections, 1 unions and 1 targets"):
         metric.compute(**as_columns([([1], [2], [2], 1, 0), ([1, 1], [2], [2], 1, 1)]))
 
 

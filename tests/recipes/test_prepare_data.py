@@ -19,7 +19,7 @@ from data_scripts import parquet
 from data_scripts.parquet import write_card, write_parquet
 from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import FEATURES, make_row
-from lisa_hf.evaluation.visualization import COLOURS, IGNORE_COLOUR, preview_sheet
+from lisa_hf.evaluation.visualization import COLORS, IGNORE_COLOR, preview_sheet
 
 
 # The command line
@@ -152,10 +152,10 @@ def test_a_preview_shows_masks_and_phrases_in_one_colour():
     sheet = preview_sheet([row], columns=1, side=160)
     assert sheet.size == (12 + 160 + 10 + 160 + 12, 12 + 120 + 4 * 18 + 6 + 12)
     overlay = np.asarray(sheet.crop((182, 12, 342, 132)))
-    for (x, y), colour in {(40, 40): COLOURS[0], (120, 80): IGNORE_COLOUR, (80, 60): (255, 255, 255)}.items():
+    for (x, y), colour in {(40, 40): COLORS[0], (120, 80): IGNORE_COLOR, (80, 60): (255, 255, 255)}.items():
         np.testing.assert_allclose(overlay[y, x], 127.5 + np.array(colour) / 2, atol=1)
     assert (np.asarray(sheet.crop((12, 12, 172, 132))) == 255).all()
-    assert has_text(sheet, COLOURS[0]) and has_text(sheet, COLOURS[1]) and not has_text(sheet, COLOURS[2])
+    assert has_text(sheet, COLORS[0]) and has_text(sheet, COLORS[1]) and not has_text(sheet, COLORS[2])
 
 
 def test_a_preview_says_what_cannot_be_shown(tmp_path):
