@@ -1,9 +1,9 @@
-"""Checkpoints that are complete or do not count, and signals that end a training with one.
+"""Fault tolerance: checkpoints that are complete or do not count.
 
-A directory `checkpoint-N` counts as a checkpoint once it holds `manifest.json`, which is written last: after every
-process has flushed its files to the disk, one process lists them all with their sizes. A run that is killed while it
-saves leaves a directory without one, and a disk that lost the end of a file leaves one that does not agree; both are
-passed over when training resumes, and the checkpoint before them is taken.
+A directory `checkpoint-N` counts as a checkpoint if it holds `manifest.json`, which is written last: every process
+flushes its files to the disk, then one process lists all of them with their sizes. A run that is killed while it saves
+leaves a directory without a manifest, and a disk that lost the end of a file leaves one that does not match. Resuming
+skips both and takes the checkpoint before them.
 """
 
 import json
@@ -27,25 +27,31 @@ from ..files import atomic_file
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-# By what torch.save's errors are known: a full disk is a RuntimeError to it, whose text depends on where it noticed.
+# Text of torch.save's errors: it reports a full disk as a RuntimeError, whose text depends on where it was noticed.
 TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 @contextmanager
 def complete_save(trainer: Trainer, directory: Path) -> Iterator[None]:
-    """Makes what every process saves inside a complete checkpoint, and only then removes older ones.
+    """Make what all processes save in this context a complete checkpoint, and only then remove older ones.
+
+    Args:
+        trainer: The trainer that saves.
+        directory: The checkpoint.
 
     Raises:
-        OSError: on the process that could not write, with what is left to resume from.
+        OSError: On the process that could not write, with what is left to resume from.
     """
     args = trainer.args
+    # 1. Remove what a killed run left.
     if args.should_save:
-        remove_checkpoint(directory)  # what a run that was killed left behind
+        remove_checkpoint(directory)
     trainer.accelerator.wait_for_everyone()
-    # Trainer would remove older checkpoints before this one is complete.
+    # 2. Save. Without the limit: Trainer would remove older checkpoints before this one is complete.
     limit, args.save_total_limit = args.save_total_limit, None
     try:
         yield
+        # 3. Once every process's files are on the disk, declare the checkpoint complete.
         flush(directory)
         args.save_total_limit = limit
         trainer.accelerator.wait_for_everyone()
@@ -56,18 +62,19 @@ def complete_save(trainer: Trainer, directory: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in TORCH_SAVE_ERRORS):
             raise
         raise OSError(
-            f"{directory} could not be saved: {' '.join(str(error).split())} "
+            f"{directory}: expected to save a checkpoint, got {' '.join(str(error).split())} "
             f"({shutil.disk_usage(args.output_dir).free / 2**30:.1f} GiB are free). Make room, or lower "
             "`save_total_limit`, and resume with `resume_from_checkpoint: auto`; earlier checkpoints are intact."
         ) from error
     finally:
         args.save_total_limit = limit
+    # 4. Now older checkpoints may go.
     if args.should_save:
         remove_old_checkpoints(args.output_dir, limit, trainer.state.best_model_checkpoint)
 
 
 def flush(directory: Path) -> None:
-    """Waits until all files of a directory, and their names, are on the disk."""
+    """Wait until all files of a directory, and their names, are on the disk."""
     for path in (directory, *directory.rglob("*")):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -77,7 +84,7 @@ def flush(directory: Path) -> None:
 
 
 def write_manifest(directory: Path) -> None:
-    """Declares a directory complete: the manifest appears in one step, with its content or not at all."""
+    """Declare a directory complete by a manifest, which appears with all of its content or not at all."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(directory)): path.stat().st_size for path in files}
     with atomic_file(directory / MANIFEST) as path:
@@ -87,7 +94,7 @@ def write_manifest(directory: Path) -> None:
 
 
 def find_fault(directory: Path) -> str | None:
-    """What keeps a directory from being a complete checkpoint; None if nothing does."""
+    """Return why a directory is not a complete checkpoint, or None if it is."""
     try:
         sizes = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
@@ -98,51 +105,57 @@ def find_fault(directory: Path) -> str | None:
         path = directory / name
         found = path.stat().st_size if path.is_file() else None
         if found != size:
-            return f"its {name} has {found} bytes, expected {size}" if found is not None else f"its {name} is missing"
+            return f"its {name} is missing" if found is None else f"expected {size} bytes in its {name}, got {found}"
     return None
 
 
 def find_checkpoint(output_dir: str) -> str | None:
-    """The newest complete checkpoint of an output directory, or None; those passed over are logged."""
+    """Return the newest complete checkpoint of an output directory, or None; log those that are skipped."""
     for directory in reversed(sort_checkpoints(output_dir)):
         fault = find_fault(Path(directory))
         if fault is None:
             return directory
-        logger.warning("%s is passed over: %s.", directory, fault)
+        logger.warning("%s is skipped: %s.", directory, fault)
     return None
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
-    """The directory to resume from, the same on every process.
+    """Return the directory to resume from, the same on every process.
 
     Args:
-        resume_from_checkpoint: "auto": the newest complete checkpoint, or a new start if there is none; True: as auto,
-            but there must be one; a directory; None or False: a new start.
+        resume_from_checkpoint: A directory; "auto" for the newest complete checkpoint, or a new start if there is
+            none; True for the same, but there must be one; None or False for a new start.
+        output_dir: Where the run saves its checkpoints.
 
     Raises:
-        ValueError: there is no complete checkpoint in the place named.
+        ValueError: If the place named has no complete checkpoint.
     """
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint in ("auto", True):
-        # One process looks, else another might see a directory that is being removed.
+        # One process looks: another one might see a directory that is being removed.
         (found,) = broadcast_object_list([find_checkpoint(output_dir)])
         if found is None and resume_from_checkpoint is True:
-            raise ValueError(f"{output_dir} has no complete checkpoint. Start anew without resume_from_checkpoint.")
+            raise ValueError(
+                f"expected a complete checkpoint in {output_dir}, got none. Start anew without resume_from_checkpoint."
+            )
         logger.info("Resuming from %s." if found else "No complete checkpoint in %s, starting.", found or output_dir)
         return found
     if not Path(resume_from_checkpoint).is_dir():
-        raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} does not exist. Name another, or `auto`.")
+        raise ValueError(
+            f"resume_from_checkpoint: expected a directory, got {resume_from_checkpoint}, which does not exist. Name "
+            "another, or `auto`."
+        )
     if fault := find_fault(Path(resume_from_checkpoint)):
         raise ValueError(
-            f"{resume_from_checkpoint} is no complete checkpoint: {fault}. Name another, or `auto` for the newest one "
-            "that is complete."
+            f"{resume_from_checkpoint}: expected a complete checkpoint, but {fault}. Name another, or `auto` for the "
+            "newest complete one."
         )
     return resume_from_checkpoint
 
 
 def remove_old_checkpoints(output_dir: str, save_total_limit: int | None, best_model_checkpoint: str | None) -> None:
-    """Removes what `save_total_limit` has no place for; incomplete directories go first."""
+    """Remove checkpoints beyond `save_total_limit`, incomplete ones first."""
     if not save_total_limit:
         return
     for directory in sort_checkpoints(output_dir):
@@ -152,6 +165,6 @@ def remove_old_checkpoints(output_dir: str, save_total_limit: int | None, best_m
 
 
 def remove_checkpoint(directory: Path) -> None:
-    """Removes a directory so that it does not count as complete at any moment."""
+    """Remove a directory, its manifest first, so that what is left of it never counts as complete."""
     (directory / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""What `recipes/train.py --dry_run` tells about a run before it costs anything: its data, one step and one checkpoint.
+"""What `recipes/train.py --dry_run` reports before a run costs anything: its data, one step and one checkpoint.
 
     python recipes/train.py --config recipes/configs/quickstart.yaml --dry_run
 
-Nothing is kept of it, and what `output_dir` holds stays as it is.
+Nothing of it is kept, and the content of `output_dir` stays as it is.
 """
 
 import itertools
@@ -24,21 +24,26 @@ from .trainer import LOSS_PARTS, LisaTrainer
 
 
 def dry_run(trainer: LisaTrainer) -> str:
-    """What [`describe_items`] and [`finish_dry_run`] find, with one step between them; for all processes."""
+    """Describe the data, take one step and save one checkpoint; every process must call it."""
     data = describe_items(trainer.train_dataset, trainer.data_collator)
     trainer.train()
     return f"{data}\n\n{finish_dry_run(trainer)}"
 
 
 def describe_items(dataset: Mixture, collator: LisaDataCollator, num_items: int = 32) -> str:
-    """Draws the first items of a mixture and makes a batch of each.
+    """Draw the first items of a mixture and collate each one.
+
+    Args:
+        dataset: The training mixture.
+        collator: The training collator.
+        num_items: Number of items to draw.
 
     Returns:
-        A line per source with its numbers of items, rows and masks and the tokens of its rows; then the first row as
-        the tokenizer reads it back, with what the model learns to answer in double brackets.
+        A line per source with its numbers of items, rows and masks and the tokens of its rows. Then the first row as
+        the tokenizer decodes it, with what the model learns to answer in double brackets.
 
     Raises:
-        ValueError: what is wrong with a row, the chat template or `max_length`.
+        ValueError: If something is wrong with a row, the chat template or `max_length`.
     """
     items = dataset if isinstance(dataset, IterableDataset) else map(dataset.__getitem__, range(len(dataset)))
     lengths, masks, drawn, example = defaultdict(list), defaultdict(int), defaultdict(int), None
@@ -56,36 +61,42 @@ def describe_items(dataset: Mixture, collator: LisaDataCollator, num_items: int 
 
 
 def show_row(batch: BatchFeature, processor: LisaProcessor) -> str:
-    """The first row of a batch as text: learnt answers in [[ ]], and a run of image tokens as one with its length."""
+    """Decode the first row of a batch, with learned answers in [[ ]] and a run of image tokens as one with its length.
+
+    Args:
+        batch: A batch of the collator.
+        processor: The model's processor.
+    """
     tokenizer, image_token_id = processor.tokenizer, processor.vlm_processor.image_token_id
     seen = batch["attention_mask"][0].bool()
     ids = batch["input_ids"][0][seen].tolist()
     is_answer = (batch["labels"][0][seen] != IGNORE_INDEX).tolist()
-    kinds = [(is_learnt, token == image_token_id) for token, is_learnt in zip(ids, is_answer)]
+    kinds = [(is_learned, token == image_token_id) for token, is_learned in zip(ids, is_answer)]
     text = ""
-    for (is_learnt, is_image), run in itertools.groupby(zip(ids, kinds), lambda pair: pair[1]):
+    for (is_learned, is_image), run in itertools.groupby(zip(ids, kinds), lambda pair: pair[1]):
         run = [token for token, _ in run]
         piece = f"{tokenizer.decode(run[:1])} x {len(run)} " if is_image else tokenizer.decode(run)
-        text += f"[[{piece}]]" if is_learnt else piece
+        text += f"[[{piece}]]" if is_learned else piece
     return text
 
 
 def finish_dry_run(trainer: LisaTrainer) -> str:
-    """Judges the one step and the checkpoint that a dry run has made, and removes the checkpoint; for all processes.
+    """Check the step and the checkpoint of a dry run, and remove the checkpoint; every process must call it.
 
     Raises:
-        ValueError: a part of the loss is not finite.
+        ValueError: If a part of the loss is not finite.
     """
     (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
-    figures = {name: log[name] for name in ("loss", *LOSS_PARTS, "grad_norm")}
-    if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+    metrics = {name: log[name] for name in ("loss", *LOSS_PARTS, "grad_norm")}
+    if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
         raise ValueError(
-            f"The first step gave {', '.join(f'{name} {figures[name]}' for name in bad)}, expected finite."
+            f"first step: expected finite numbers, got {', '.join(f'{name} {metrics[name]}' for name in bad)}. Check "
+            "the data above, lower the learning rate, or use bf16 instead of fp16."
         )
     checkpoint = Path(find_checkpoint(trainer.args.output_dir))
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         shutil.rmtree(trainer.args.output_dir)
-    parts = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    return f"Dry run: one step ({parts}) and one checkpoint ({size / 2**20:.1f} MiB) went well."
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    return f"Dry run: one step ({parts}) and one checkpoint ({size / 2**20:.1f} MiB) succeeded."

@@ -1,4 +1,4 @@
-"""The model card of a run: what a model was made from, on which data, how, and how well it does, from its records."""
+"""The model card of a run: the models and data it was made from, its training and its metrics, from its records."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from .run_record import find_run_record
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 EVALUATION = "evaluation.json"  # what recipes/eval.py writes
 PROTOCOLS = {"": "lisa", "generated_": "generated"}  # as recipes/eval.py names them
-BASES = ("vlm", "mask_model", "language_model", "model")  # the arguments that name what a run begins with
+BASES = ("vlm", "mask_model", "language_model", "model")  # arguments that name the models a run starts from
 TRAINING_ARGUMENTS = (
     "learning_rate",
     "part_learning_rates",
@@ -49,23 +49,23 @@ DATA_ARGUMENTS = ("num_questions", "explanatory_probability", "max_length")
 
 
 def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapter: bool = False) -> None:
-    """Writes the README.md of a model.
+    """Write the README.md of a model.
 
     Args:
-        directory: of the model; sheets of predictions and figures of benchmarks (`predictions*.png`,
-            `evaluation.json`) in it are shown.
-        checkpoint: what the model was made from, in or beside which the records of its run are.
-        model_id: of its repository on the Hub, or the name of its directory.
-        is_adapter: the directory holds an adapter alone.
+        directory: Directory of the model. Sheets of predictions and benchmark results in it (`predictions*.png`,
+            `evaluation.json`) are shown.
+        checkpoint: Checkpoint that the model was made from; the run's records are in it or beside it.
+        model_id: Id of the model's repository on the Hub, or the name of its directory.
+        is_adapter: Whether the directory holds an adapter only.
 
     Raises:
-        ValueError: the run has no record.
+        ValueError: If the run has no record.
     """
     record = find_run_record(checkpoint)
     if record is None:
         raise ValueError(
-            f"{checkpoint}: expected the run.json of its run in it or in the directory above, which the model card is "
-            "made from; found none. Copy it there."
+            f"{checkpoint}: expected the run.json of its run in it or in the directory above, got none. Copy it "
+            "there: the model card is made from it."
         )
     state = _read_json(checkpoint / "trainer_state.json")
     results = evaluation_results(record, _metrics(checkpoint, state))
@@ -96,8 +96,15 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
 
 
 def evaluation_results(record: dict, metrics: dict[str, float]) -> list[dict]:
-    """One row per evaluation source and protocol: `source`, `split`, `protocol`, `giou`, `ciou`, `interval` (95 %, of
-    gIoU) and `num_masks`."""
+    """Return one row per evaluation source and protocol.
+
+    Args:
+        record: Record of the run.
+        metrics: Metrics as the trainer logs them.
+
+    Returns:
+        Dicts of `source`, `split`, `protocol`, `giou`, `ciou`, `interval` (95 %, of gIoU) and `num_masks`.
+    """
     sources = record["data"]["eval"]
     results = []
     for source in sources:
@@ -121,25 +128,25 @@ def evaluation_results(record: dict, metrics: dict[str, float]) -> list[dict]:
 
 
 def _metrics(checkpoint: Path, state: dict) -> dict[str, float]:
-    """The figures of just these weights: of the end of the run, or of the evaluation at the checkpoint's step."""
-    if figures := _read_json(checkpoint / "eval_results.json"):
-        return figures
+    """Return the metrics of exactly these weights: from the end of the run, or from the checkpoint's step."""
+    if metrics := _read_json(checkpoint / "eval_results.json"):
+        return metrics
     entries = [entry for entry in state.get("log_history", []) if entry["step"] == state["global_step"]]
     return {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
 
 
 def _stages(record: dict) -> list[dict]:
-    """The record, those of the run's earlier starts, and those of the models that it continues, the newest first."""
+    """Return all records behind a model, the newest first: of its run and of the starts and models it continues."""
     continued = record["continues"]
     return [record, *reversed(record["earlier_starts"]), *(_stages(continued) if continued else [])]
 
 
 def _bases(record: dict) -> list[dict]:
-    """Name, Hub id (or None), link and licence (or None) of the models that a run began with."""
+    """Return name, Hub id (or None), link and license (or None) of the models that a run started from."""
     bases = []
     for argument in BASES:
         name = record["arguments"]["model"][argument]
-        if name is None or (argument == "model" and record["continues"]):  # those that it was made from count
+        if name is None or (argument == "model" and record["continues"]):  # the models behind it count instead
             continue
         path = Path(record["directory"], name)
         is_local = path.exists()
@@ -155,7 +162,7 @@ def _bases(record: dict) -> list[dict]:
 
 
 def _license(model: str) -> str | None:
-    """The licence in a model card, given by its file or its repository; None if there is none or no connection."""
+    """Return the license in a model card, given by file or repository, or None without one or without a connection."""
     try:
         return ModelCard.load(model).data.license
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):

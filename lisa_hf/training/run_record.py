@@ -1,19 +1,19 @@
-"""`run.json`: what a training run was started with, written before its first step into its output directory.
+"""`run.json`: how a training run was started, written to its output directory before its first step.
 
 {
   "started": "2026-01-31T12:00:00+00:00",
   "command": "recipes/train.py --config recipes/configs/quickstart.yaml",
-  "git_commit": "...",                      # of the checkout that the code ran in, "-dirty" if changed; or null
+  "git_commit": "...",                      # of the code's checkout, "-dirty" if changed; or null
   "versions": {"python": ..., "cuda": ..., "torch": ..., ...},    # cuda: null with a CPU build of torch
   "hardware": {"device": ..., "num_processes": ..., "num_machines": ...},
   "launcher": {"distributed_type": "DEEPSPEED", "zero_stage": 2},    # accelerate's name; DeepSpeed's stage or null
-  "arguments": {"model": {...}, "data": {...}, "training": {...}},    # the three dataclasses, in full
+  "arguments": {"model": {...}, "data": {...}, "training": {...}},    # the three dataclasses
   "data": {
     "train": [{"source", "split", "weight", "num_rows", "fingerprint"}, ...],    # weights sum to 1
     "eval": [{"source", "split", "num_rows", "fingerprint"}, ...]
   },
-  "continues": {...},                       # the record of the LISA model that `model` names; or null
-  "earlier_starts": [{...}, ...]            # the records of this run before it was resumed
+  "continues": {...},                       # record of the LISA model that `model` names; or null
+  "earlier_starts": [{...}, ...]            # records of this run from before it was resumed
 }
 """
 
@@ -51,9 +51,16 @@ def write_run_record(
     train_dataset: Mixture,
     eval_datasets: dict[str, EvaluationDataset],
 ) -> None:
-    """Writes `run.json` of a run whose trainer is made and about to start; call it on the main process alone.
+    """Write the `run.json` of a run that is about to start; call it on the main process only.
 
-    If the run resumes from a checkpoint, the records of its earlier starts are kept: a model saw the data of them all.
+    If the run resumes from a checkpoint, the records of its earlier starts are kept: the model has seen their data.
+
+    Args:
+        model_args: The model's arguments.
+        data_args: The data's arguments.
+        training_args: The trainer's arguments.
+        train_dataset: The mixture.
+        eval_datasets: Evaluation sets by source.
     """
     output_dir = Path(training_args.output_dir)
     earlier = read_run_record(output_dir) if training_args.resume_from_checkpoint else None
@@ -62,6 +69,7 @@ def write_run_record(
         for name, rows, weight in zip(train_dataset.names, train_dataset.sources, train_dataset.probabilities)
     ]
     evaluation = [_describe(name, data_args.eval_sources, dataset.rows) for name, dataset in eval_datasets.items()]
+    device = training_args.device
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
@@ -69,11 +77,9 @@ def write_run_record(
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda} | _versions(),
         "hardware": {
-            "device": torch.cuda.get_device_name()
-            if training_args.device.type == "cuda"
-            else training_args.device.type,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
             "num_processes": training_args.world_size,
-            "num_machines": int(os.environ.get("GROUP_WORLD_SIZE", 1)),  # as torch's launcher says
+            "num_machines": int(os.environ.get("GROUP_WORLD_SIZE", 1)),  # set by torch's launcher
         },
         "launcher": {
             "distributed_type": AcceleratorState().distributed_type.value,
@@ -94,10 +100,10 @@ def write_run_record(
 
 
 def read_run_record(directory: Path) -> dict | None:
-    """The record in a run's output directory or in an exported model; None if there is none.
+    """Return the record in a run's output directory or in an exported model, or None if there is none.
 
     Raises:
-        ValueError: `run.json` is no JSON.
+        ValueError: If `run.json` is not JSON.
     """
     path = directory / RUN_RECORD
     if not path.is_file():
@@ -105,11 +111,13 @@ def read_run_record(directory: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Restore it, or remove it to go on without.") from error
+        raise ValueError(
+            f"{path}: expected JSON, got {error}. Restore it, or remove it to continue without."
+        ) from error
 
 
 def find_run_record(checkpoint: Path) -> dict | None:
-    """The record of the run that a checkpoint belongs to: in it, or in the directory above a `checkpoint-*`."""
+    """Return the record of a checkpoint's run, which is in the checkpoint or in the directory above it."""
     record = read_run_record(checkpoint)
     if record is None and checkpoint.name.startswith("checkpoint-"):
         record = read_run_record(checkpoint.resolve().parent)
@@ -121,7 +129,7 @@ def _describe(name: str, options: dict[str, dict], rows: Dataset | IterableDatas
     return {
         "source": name,
         "split": options[name]["split"],
-        "num_rows": len(rows) if is_prepared else None,  # a stream does not know
+        "num_rows": len(rows) if is_prepared else None,  # a stream does not know its length
         "fingerprint": rows._fingerprint if is_prepared else None,
     }
 

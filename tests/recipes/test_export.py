@@ -186,10 +186,10 @@ def test_incomplete_checkpoints_are_passed_over_and_named(runs, tmp_path, caplog
         assert str(damaged) in caplog.text and "truncated" in caplog.text
         truncate(run / "checkpoint-5" / "model.safetensors")
         assert export.find_newest_model(run) == run / "checkpoint-4"
-        assert f"{run / 'checkpoint-5'} is passed over: its model.safetensors has" in caplog.text
+        assert f"{run / 'checkpoint-5'} is skipped: expected " in caplog.text
         (run / "checkpoint-4" / "manifest.json").unlink()  # killed while it saved
         assert export.find_newest_model(run) == run / "checkpoint-2"
-        assert "checkpoint-4 is passed over: it has no manifest.json" in caplog.text
+        assert "checkpoint-4 is skipped: it has no manifest.json" in caplog.text
     assert export.find_newest_model(run / "checkpoint-4") == run / "checkpoint-4"  # named, and its weights are whole
     (run / "checkpoint-5" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="checkpoint-5: expected a checkpoint file"):
@@ -254,7 +254,7 @@ def test_model_card_of_a_run_on_a_test_split_and_of_bases(runs, tmp_path):
     assert "**Trained on the split `val` of reason_seg**" in card.text
     assert "| reason_seg | val | 25.0 % | streamed |" in card.text
     assert "- sam: apache-2.0" in card.text
-    assert "- [somebody/vlm](https://huggingface.co/somebody/vlm): its licence is not recorded here" in card.text
+    assert "- [somebody/vlm](https://huggingface.co/somebody/vlm): license not recorded here" in card.text
     assert card.data.base_model == ["somebody/vlm"] and card.data.license == "other"
     assert "Not evaluated." in card.text  # checkpoint-5 has no figures of its own
 

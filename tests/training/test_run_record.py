@@ -78,5 +78,5 @@ def test_record_of_the_model_that_a_run_continues(write, tmp_path):
 def test_damaged_record_is_named(tmp_path):
     assert read_run_record(tmp_path) is None
     (tmp_path / RUN_RECORD).write_text('{"started": ')
-    with pytest.raises(ValueError, match=f"{RUN_RECORD} is damaged"):
+    with pytest.raises(ValueError, match=f"{RUN_RECORD}: expected JSON"):
         read_run_record(tmp_path)
