@@ -14,7 +14,6 @@ import transformers
 
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
-from lisa_hf.data.feature_cache import build_feature_cache
 from lisa_hf.errors import report_user_errors
 from lisa_hf.export import gather_trained_model
 from lisa_hf.model.packing import resolve_packing
@@ -51,16 +50,8 @@ def main():
         model = prepare_for_training(build_model(model_args, config), **model_args.adaptation)
         if training_args.should_log:
             print(trainable_summary(model, training_args))
-        if data_args.feature_cache is not None:
-            train_dataset.feature_cache = build_feature_cache(
-                data_args.feature_cache,
-                model,
-                processor,
-                train_rows,
-                training_args,
-                data_args.feature_cache_limit_gb,
-                data_args.min_decoded_edge,
-            )
+        if train_dataset.feature_cache is not None:
+            train_dataset.feature_cache.build(model, processor, train_rows, training_args)
 
         # 4. Trainer
         packing = resolve_packing(model.config, data_args.packing)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import BatchFeature
 
-from ..model.images import load_image
 from ..model.packing import pack_rows
 from ..model.processing_lisa import LisaProcessor, TextTooLongError
-from .feature_cache import PIXELS, join_entries
+from .feature_cache import join_entries
 from .masks import compact_mask_labels, draw_mask_labels
 from .prompts import Question
 from .rows import OnBadRow, check_on_bad_row
@@ -99,26 +98,21 @@ class LisaDataCollator:
         return batch
 
     def _encode(self, items: list[dict], questions: list[list[Question]]) -> BatchFeature:
-        images, features = self._encode_images(items)
-        batch = self.processor.encode_conversations(
-            images=images,
+        """Encode the images of B items, and some of the questions about each as a row each."""
+        # Features of some images and pixels of others cannot be joined: a batch has features of all images or of none.
+        entries = [item["cached_features"] for item in items]
+        image_inputs = self.processor.preprocess_images(
+            [item["image"] for item in items],
+            [item["original_size"] for item in items],
+            do_normalize=not self.compact,
+            cached=None if None in entries else join_entries(entries),
+        )
+        return self.processor.encode_conversations(
+            image_inputs,
             conversations=[question.messages for kept in questions for question in kept],
             image_indices=[index for index, kept in enumerate(questions) for _ in kept],
             max_length=self.max_length,
         )
-        batch.update(features)
-        return batch
-
-    def _encode_images(self, items: list[dict]) -> tuple[dict, dict]:
-        """As [`LisaProcessor.encode_images`], and the features that stand for pixels which that does not give then."""
-        entries = [item["features"] for item in items]
-        known, features = ({}, {}) if None in entries else join_entries(entries)
-        skip = [PIXELS[name] for name in features]
-        if len(skip) < len(PIXELS):
-            images = [load_image(item["image"]) for item in items]
-            known |= self.processor.encode_images(images, do_normalize=not self.compact, skip=skip)
-            known["original_sizes"] = [item["original_size"] for item in items]  # an image may be a reduced photo
-        return known, features
 
     def _fits(self, item: dict, question: Question) -> bool:
         try:

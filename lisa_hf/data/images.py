@@ -59,7 +59,7 @@ def load_row_image(row: dict, feature_cache=None, min_decoded_edge: int | None =
                 f"expected masks of the image's size {size} (height, width), got one of {list(rle['size'])}. "
                 "Restore the image that was annotated, or remove the annotation."
             )
-    return {"image": image, "original_size": size, "features": cached_features}
+    return {"image": image, "original_size": size, "cached_features": cached_features}
 
 
 def read_file(row: dict) -> bytes:

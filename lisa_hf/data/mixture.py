@@ -3,9 +3,9 @@
 Both are map-style. Item k is a pure function of the rows, the arguments and k, so Trainer's own samplers can shard,
 shuffle and resume, and the number of loader workers makes no difference. An item is one image with its questions:
 
-    image           PIL image, decoded and upright unless it has features; a large photo may be reduced
+    image           PIL image, decoded and upright unless it has cached features; a large photo may be reduced
     original_size   [H, W] of the image file, see `reduce_decoding`
-    features        the image's entry in a feature cache, or None
+    cached_features the image's entry in a `FeatureCache`, or None
     image_id        name of the image within its source
     source          name of the source
     questions       list of `Question`
@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..errors import nearest_name
+from .feature_cache import FeatureCache
 from .images import load_row_image, undecoded
 from .masks import Mask
 from .prompts import Question, evaluation_questions, sample_questions
@@ -82,6 +83,7 @@ class Mixture:
             the next item. A row that gives no question is not bad.
         min_decoded_edge: Smallest longer edge, in pixels, at which a large JPEG is decoded, see
             [`~images.reduce_decoding`]. By default, photos are decoded in full.
+        feature_cache: Features of the sources' images. It must be built before the first item is made.
 
     Raises:
         ValueError: If the arguments contradict each other. When items are made: at the first bad row with
@@ -100,6 +102,7 @@ class Mixture:
         merge_instances: bool = True,
         on_bad_row: OnBadRow = "raise",
         min_decoded_edge: int | None = None,
+        feature_cache: FeatureCache | None = None,
     ):
         if not sources:
             raise ValueError("sources: expected at least one, got none.")
@@ -122,7 +125,7 @@ class Mixture:
         self.on_bad_row = on_bad_row
         self.min_decoded_edge = min_decoded_edge
         self.num_drawn, self.num_bad = [0] * len(sources), [0] * len(sources)
-        self.feature_cache = None  # a `FeatureCache`, set later: it is made from the rows and a model
+        self.feature_cache = feature_cache
 
     def draw_source(self, rng: np.random.Generator) -> int:
         """Draw the index of a source by weight."""

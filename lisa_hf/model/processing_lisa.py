@@ -1,8 +1,8 @@
-"""LisaProcessor: the VLM's own processor, whatever it is, beside the mask model's image processor."""
+"""LisaProcessor: the VLM's own processor and the mask model's image processor, as one."""
 
 import os
 import re
-from collections.abc import Collection
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import PIL.Image
@@ -34,13 +34,20 @@ TEXT_INPUT_NAMES = ("input_ids", "attention_mask", *TYPE_ID_NAMES, "labels", "te
 
 
 class TextTooLongError(ValueError):
-    """A conversation is longer than `max_length`, and cutting it would cut a `[SEG]` or the image off."""
+    """Raised if a conversation is longer than `max_length` and cutting it would cut off a `[SEG]` or the image."""
 
 
 def add_tokens(tokenizer, tokens=(SEG_TOKEN,), lstrip: bool = True) -> None:
-    """Adds tokens the way LISA's slow tokenizer treats them: they swallow the spaces around them, so that `[SEG].` is
-    one `[SEG]`, and they are ordinary text for `decode(skip_special_tokens=True)`. Without `lstrip` they leave the
-    spaces before them."""
+    """Add tokens the way LISA's slow tokenizer treats them.
+
+    They swallow the spaces around them, so that `[SEG].` is one `[SEG]`, and are ordinary text for
+    `decode(skip_special_tokens=True)`.
+
+    Args:
+        tokenizer: Tokenizer to add them to.
+        tokens: Tokens to add.
+        lstrip: Whether they swallow the spaces before them.
+    """
     tokenizer.add_tokens([AddedToken(token, lstrip=lstrip, rstrip=True, normalized=False) for token in tokens])
 
 
@@ -140,13 +147,37 @@ def user_message(text: str) -> dict:
     return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
 
 
-class LisaProcessor(ProcessorMixin):
-    """Turns images and texts into the inputs of [`LisaForConditionalGeneration`].
+@dataclass
+class ImageInputs:
+    """What [`LisaProcessor.preprocess_images`] makes of B images, before the texts about them are known.
 
     Args:
-        vlm_processor: the processor of the VLM; its tokenizer must know `[SEG]` (see [`add_tokens`]).
-        mask_image_processor: the image processor of the mask model.
-        chat_template: Jinja template of conversations; by default the VLM processor's own.
+        inputs: Inputs of the model by name: the VLM's vision inputs (one entry per image), `mask_pixel_values`
+            `(B, 3, S, S)`, `original_sizes` and `reshaped_input_sizes` `(B, 2)`.
+        image_texts: What replaces the image token in a text about each image, with a token per image feature; B str.
+        type_id_names: Names of the type ids that the VLM takes per token, see `TYPE_ID_NAMES`.
+        cached_features: `image_embeddings` and `vision_features` from a feature cache, which replace pixels.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    image_texts: list[str]
+    type_id_names: list[str]
+    cached_features: dict = field(default_factory=dict)
+
+
+class LisaProcessor(ProcessorMixin):
+    """Turn images and texts into the inputs of [`LisaForConditionalGeneration`].
+
+        image_inputs = processor.preprocess_images(images)
+        batch = processor.encode_conversations(image_inputs, conversations, image_indices)  # training
+        batch = processor(image_inputs, prompts, image_indices)  # generation
+
+    Both also take the images themselves.
+
+    Args:
+        vlm_processor: Processor of the VLM, whose tokenizer knows `[SEG]` (see [`add_tokens`]).
+        mask_image_processor: Image processor of the mask model.
+        chat_template: Jinja template of conversations. Default: the VLM processor's own.
     """
 
     def __init__(self, vlm_processor=None, mask_image_processor=None, chat_template=None):
@@ -158,15 +189,23 @@ class LisaProcessor(ProcessorMixin):
             keep_llama_legacy(self.tokenizer)
         self.seg_token_id = self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
         if self.seg_token_id is None or self.seg_token_id == self.tokenizer.unk_token_id:
-            raise ValueError(f"The tokenizer does not know {SEG_TOKEN}: call `add_tokens(tokenizer)` first.")
+            raise ValueError(f"expected a tokenizer that knows {SEG_TOKEN}, got one that does not. Do `add_tokens`.")
 
     # ---- loading and saving -----------------------------------------------------------------------------------------
 
     @classmethod
     def from_vlm_mask_model_pretrained(cls, vlm: str, mask_model: str, chat_template: str | None = None):
-        """Builds the processor of a new LISA model from two Hub ids or directories.
+        """Build the processor of a new LISA model.
 
         The tokenizer gets `[SEG]` and, if the chat template has them, `<im_start>` and `<im_end>`.
+
+        Args:
+            vlm: Hub id or directory of the VLM.
+            mask_model: Hub id or directory of the mask model.
+            chat_template: Jinja template of conversations. Default: the VLM's own.
+
+        Raises:
+            ValueError: If an image processor needs torchvision, which is not installed.
         """
         vlm_processor = load_vlm_processor(AutoProcessor, vlm)
         chat_template = chat_template or vlm_processor.chat_template or vlm_processor.tokenizer.chat_template
@@ -185,6 +224,7 @@ class LisaProcessor(ProcessorMixin):
         )
 
     def to_dict(self) -> dict:
+        """Return what `processor_config.json` holds: the VLM processor's content and that of the mask model's."""
         # Both processors share one file at the root: a sub-folder for the VLM's would hide its tokenizer from
         # AutoTokenizer.
         processor_dict = self.vlm_processor.to_dict() | super().to_dict()
@@ -198,17 +238,28 @@ class LisaProcessor(ProcessorMixin):
         return processor_dict
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Save the VLM's processor, then this one, whose `processor_config.json` replaces the VLM's."""
         self.vlm_processor.save_pretrained(save_directory)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Load a saved LISA processor, with the image processor backends that it was saved with.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or directory of a LISA model.
+            kwargs: Arguments of `ProcessorMixin.from_pretrained`.
+
+        Raises:
+            ValueError: If it is not a LISA processor, names classes that are not processors, or needs torchvision and
+                that is not installed.
+        """
         processor_dict, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "vlm_processor_class" not in processor_dict:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds a {processor_dict.get('processor_class', 'processor')}, not a "
-                "LisaProcessor. For a new model from a VLM and a mask model use "
-                "`LisaProcessor.from_vlm_mask_model_pretrained`."
+                f"expected a LisaProcessor in {pretrained_model_name_or_path}, got a "
+                f"{processor_dict.get('processor_class', 'processor')}. For a new model from a VLM and a mask model "
+                "do `LisaProcessor.from_vlm_mask_model_pretrained`."
             )
         vlm_class = _transformers_class(processor_dict["vlm_processor_class"], ProcessorMixin)
         mask_processor = processor_dict["mask_image_processor"]
@@ -218,229 +269,250 @@ class LisaProcessor(ProcessorMixin):
             chat_template=processor_dict.get("chat_template"),
         )
 
-    # ---- images and texts -------------------------------------------------------------------------------------------
+    # ---- images -----------------------------------------------------------------------------------------------------
 
-    def __call__(
-        self, images, text=None, image_indices=None, padding_side: str = "left", return_tensors: str = "pt", **kwargs
-    ) -> BatchFeature:
-        """Prepares B images and N prompts for [`LisaForConditionalGeneration.generate`].
+    def preprocess_images(
+        self,
+        images,
+        original_sizes: list[list[int]] | None = None,
+        do_normalize: bool = True,
+        cached: ImageInputs | None = None,
+        **kwargs,
+    ) -> ImageInputs:
+        """Preprocess B images for the VLM and for the mask model, each image once however many texts are about it.
 
         Args:
-            images: PIL image, or list of B of them (one nested list per conversation is accepted too).
-            text: prompt or list of N prompts, each with the VLM's image token once. Without it, only the images'
-                inputs are returned.
-            image_indices: list of N ints, row to image; by default row n is about image n.
-            padding_side: "left" for generation; "right" for training.
+            images: Image or list of B images, of any kind that [`load_image`] takes; nested lists of one are accepted.
+            original_sizes: (H, W) of each image file, if an image is a reduced copy of it. Default: the images' sizes.
+            do_normalize: Whether to rescale and normalize pixels here. Otherwise they stay uint8 `(B, 3, H, W)`, a
+                quarter of the bytes, for [`normalize_pixels`] on the model's device; a VLM's processor that pads or
+                rearranges normalized pixels still does all of it here.
+            cached: What a feature cache knows of these images. Its features replace the pixels of their encoder, and
+                with the features of both encoders the images are not even decoded.
+            kwargs: Arguments of the VLM's processor.
 
-        Returns:
-            The VLM's vision inputs (one entry per image), its text inputs (N, L), `image_indices` (N,),
-            `mask_pixel_values` (B, 3, S, S), `original_sizes` and `reshaped_input_sizes` (B, 2).
+        Raises:
+            ValueError: If there is no image, or one cannot be read.
         """
-        features, _ = self._encode(images, text, image_indices, padding_side, **kwargs)
-        return BatchFeature(features, tensor_type=return_tensors)
+        if images is None:
+            raise ValueError("expected at least one image, got none. Every text is about an image: pass `images`.")
+        features = {} if cached is None else cached.cached_features
+        if "vision_features" in features and "image_embeddings" in features:
+            return cached
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        images = [load_image(image[0] if isinstance(image, (list, tuple)) else image) for image in images]
+        if "vision_features" in features:
+            inputs, image_texts, type_id_names = dict(cached.inputs), cached.image_texts, cached.type_id_names
+        else:
+            inputs, image_texts, type_id_names = self.preprocess_for_vlm(images, do_normalize, **kwargs)
+        if "image_embeddings" in features:
+            inputs = {**cached.inputs, **inputs}
+        else:
+            inputs |= self.preprocess_for_mask_model(images, original_sizes, do_normalize)
+        return ImageInputs(dict(BatchFeature(inputs, tensor_type="pt")), image_texts, type_id_names, features)
 
-    def encode_images(
-        self, images: list[PIL.Image.Image], do_normalize: bool = True, skip: Collection[str] = (), **kwargs
+    def preprocess_for_vlm(
+        self, images: list[PIL.Image.Image], do_normalize: bool = True, **kwargs
+    ) -> tuple[dict, list[str], list[str]]:
+        """Return the VLM's vision inputs of B RGB images, and `image_texts` and `type_id_names` of [`ImageInputs`]."""
+        if not do_normalize and _normalizes_last(self.vlm_processor.image_processor):
+            kwargs |= {"do_rescale": False, "do_normalize": False}
+        # A text of nothing but the image token shows what the VLM's processor makes of each image: its vision inputs
+        # and the text that replaces the token.
+        probe = self.vlm_processor(
+            images=[[image] for image in images],
+            text=[self.vlm_processor.image_token] * len(images),
+            return_text_replacement_offsets=True,
+            **kwargs,
+        )
+        inputs = {key: value for key, value in probe.items() if key not in TEXT_INPUT_NAMES}
+        image_texts = [replacements[0]["replacement"] for replacements in probe["text_replacement_offsets"]]
+        return inputs, image_texts, [name for name in TYPE_ID_NAMES if name in probe]
+
+    def preprocess_for_mask_model(
+        self,
+        images: list[PIL.Image.Image],
+        original_sizes: list[list[int]] | None = None,
+        do_normalize: bool = True,
     ) -> dict:
-        """The part of a batch that follows from its B images alone.
-
-        Args:
-            do_normalize: False leaves pixels uint8 `(B, 3, H, W)` as the resize gives them,
-                for [`normalize_pixels`] on the model's device: a quarter of the bytes. A VLM's processor that pads or
-                rearranges what it has normalised does all of it here.
-            skip: "pixel_values" or "mask_pixel_values" leaves out what the VLM's or the mask model's processor gives.
-
-        Returns:
-            As [`__call__`] without a text, and two more, for the texts about the images: `image_texts`, list of B str
-            that take the place of the image token, and `type_id_names`, the type ids that the VLM takes of each token.
-        """
-        images = [load_image(image) for image in images]
+        """Return `mask_pixel_values`, `original_sizes` and `reshaped_input_sizes` of B RGB images."""
         raw = {} if do_normalize else {"do_rescale": False, "do_normalize": False}
-        features = {}
-        if "pixel_values" not in skip:
-            # A text of nothing but the placeholder shows what the VLM's processor makes of each image: its vision
-            # inputs and the text that the placeholder becomes. So an image is processed once, whatever is asked of it.
-            probe = self.vlm_processor(
-                images=[[image] for image in images],
-                text=[self.vlm_processor.image_token] * len(images),
-                return_text_replacement_offsets=True,
-                **(raw if raw and _normalizes_last(self.vlm_processor.image_processor) else {}),
-                **kwargs,
-            )
-            features |= {key: value for key, value in probe.items() if key not in TEXT_INPUT_NAMES}
-            features["image_texts"] = [offsets[0]["replacement"] for offsets in probe["text_replacement_offsets"]]
-            features["type_id_names"] = [name for name in TYPE_ID_NAMES if name in probe]
-        if "mask_pixel_values" not in skip:
-            mask_inputs = self.mask_image_processor(images, **raw)
-            features["mask_pixel_values"] = mask_inputs["pixel_values"]
-            features["original_sizes"] = [[image.height, image.width] for image in images]
-            # SAM 2's processor stretches images to its square and therefore reports no sizes.
-            stretched = [[self.mask_image_processor.size["height"], self.mask_image_processor.size["width"]]]
-            features["reshaped_input_sizes"] = mask_inputs.get("reshaped_input_sizes", stretched * len(images))
-        return features
+        mask_inputs = self.mask_image_processor(images, **raw)
+        # SAM 2 and later stretch images to a square, so their processors report no sizes.
+        square = [self.mask_image_processor.size["height"], self.mask_image_processor.size["width"]]
+        return {
+            "mask_pixel_values": mask_inputs["pixel_values"],
+            "original_sizes": original_sizes or [[image.height, image.width] for image in images],
+            "reshaped_input_sizes": mask_inputs.get("reshaped_input_sizes", [square] * len(images)),
+        }
 
     def normalize_pixels(self, batch: dict) -> None:
-        """Rescales and normalises, in place, what [`encode_images`] left as uint8, on the device where it is."""
+        """Rescale and normalize, in place and on their device, the pixels that [`preprocess_images`] left uint8."""
         for name, image_processor in (
             ("pixel_values", self.vlm_processor.image_processor),
             ("mask_pixel_values", self.mask_image_processor),
         ):
             if name in batch and batch[name].dtype == torch.uint8:
-                batch[name] = _normalize(batch[name], image_processor)
-                if name == "mask_pixel_values":  # SAM pads the image with zeros after it is normalised
+                batch[name] = _normalize(batch[name], image_processor)  # [B, 3, S, S]
+                if name == "mask_pixel_values":  # SAM pads the image with zeros after normalizing it
                     pixels, sizes = batch[name], batch["reshaped_input_sizes"].to(batch[name].device)
                     rows, columns = (torch.arange(side, device=pixels.device) for side in pixels.shape[-2:])
                     is_image = (rows[:, None] < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])
-                    pixels *= is_image[:, None]
+                    pixels *= is_image[:, None]  # [B, 1, S, S]
+
+    # ---- texts ------------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, images, text=None, image_indices=None, padding_side: str = "left", return_tensors: str = "pt", **kwargs
+    ) -> BatchFeature:
+        """Prepare B images and N prompts for [`LisaForConditionalGeneration.generate`].
+
+        Args:
+            images: [`ImageInputs`], or images as in [`preprocess_images`].
+            text: Prompt or list of N prompts, each with the VLM's image token once. Without it, only the images'
+                inputs are returned.
+            image_indices: Index of each prompt's image, N ints. Default: prompt n is about image n.
+            padding_side: "left" for generation, "right" for training.
+            return_tensors: Type of the text inputs, as transformers names it.
+            kwargs: Arguments of the VLM's processor.
+
+        Returns:
+            The VLM's vision inputs (one entry per image), its text inputs `(N, L)`, `image_indices` `(N,)`,
+            `mask_pixel_values` `(B, 3, S, S)`, `original_sizes` and `reshaped_input_sizes` `(B, 2)`.
+
+        Raises:
+            ValueError: If images and texts do not match.
+        """
+        image_inputs = images if isinstance(images, ImageInputs) else self.preprocess_images(images, **kwargs)
+        inputs = dict(image_inputs.inputs)
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            inputs |= self._encode_texts(image_inputs, texts, image_indices, padding_side)[0]
+        batch = BatchFeature(inputs, tensor_type=return_tensors)
+        batch.update(image_inputs.cached_features)
+        return batch
 
     def encode_conversations(
         self,
         images,
-        conversations,
-        image_indices=None,
+        conversations: list[list[dict]],
+        image_indices: list[int] | None = None,
         max_length: int | None = None,
         padding_side: str = "right",
     ) -> BatchFeature:
-        """Prepares B images and N finished conversations for training, with labels on the assistant's turns.
+        """Prepare B images and N finished conversations for training, with labels on the assistant's turns.
 
         Args:
-            images: list of B PIL images, or what [`encode_images`] made of them.
-            conversations: list of N lists of messages (`role`, `content`), each with one image.
-            image_indices: list of N ints, row to image.
-            max_length: longest row in tokens, image tokens included; longer rows lose their end.
+            images: [`ImageInputs`], or images as in [`preprocess_images`].
+            conversations: N lists of messages (`role`, `content`), each with one image.
+            image_indices: Index of each conversation's image, N ints. Default: conversation n is about image n.
+            max_length: Length of the longest row in tokens, image tokens included. Longer rows lose their end.
+            padding_side: "right", or "left" without a `max_length`.
 
         Returns:
-            As [`__call__`], plus `labels` (N, L) int64: -100 outside of the assistant's turns, end token included.
+            What [`__call__`] returns, and `labels` `(N, L)` int64: -100 outside the assistant's turns, end token
+            included.
 
         Raises:
-            TextTooLongError: cutting at `max_length` would cut a `[SEG]` of an answer or the image off.
-            ValueError: the chat template changes earlier turns when later ones are added, so that the assistant's
-                turns cannot be found.
+            TextTooLongError: If cutting at `max_length` would cut off a `[SEG]` of an answer or the image.
+            ValueError: If images and texts do not match, or the chat template changes earlier turns when later ones
+                are added, so that the assistant's turns cannot be found.
         """
+        image_inputs = images if isinstance(images, ImageInputs) else self.preprocess_images(images)
         texts, spans = zip(*(self._render_with_spans(messages) for messages in conversations))
-        features, offsets = self._encode(images, list(texts), image_indices, padding_side)
-        labels = [
-            self._labels(ids, row_offsets, row_spans)
-            for ids, row_offsets, row_spans in zip(features["input_ids"], offsets, self._shift(spans, offsets))
+        text_inputs, offsets, replacements = self._encode_texts(image_inputs, list(texts), image_indices, padding_side)
+        text_inputs["labels"] = [
+            _make_labels(*row) for row in zip(text_inputs["input_ids"], offsets, spans, replacements)
         ]
-        features["labels"] = labels
-        if max_length is not None and len(labels[0]) > max_length:
-            self._truncate(features, max_length, padding_side)
-        return BatchFeature(features, tensor_type="pt")
+        if max_length is not None and len(text_inputs["input_ids"][0]) > max_length:
+            self._truncate(text_inputs, max_length, padding_side)
+        batch = BatchFeature(image_inputs.inputs | text_inputs, tensor_type="pt")
+        batch.update(image_inputs.cached_features)
+        return batch
 
-    def _encode(self, images, text, image_indices, padding_side, **kwargs):
-        if isinstance(images, dict):
-            features = dict(images)
-        else:
-            if not isinstance(images, (list, tuple)):
-                images = [images]
-            images = [image[0] if isinstance(image, (list, tuple)) else image for image in images]
-            if not all(isinstance(image, PIL.Image.Image) for image in images):
-                raise ValueError(
-                    "Every row is about an image: expected PIL images, got "
-                    f"{[type(image).__name__ for image in images]}."
-                )
-            features = self.encode_images(images, **kwargs)
-        image_texts, type_id_names = features.pop("image_texts"), features.pop("type_id_names")
-        if text is None:
-            return features, None
+    def _encode_texts(
+        self, image_inputs: ImageInputs, texts: list[str], image_indices: list[int] | None, padding_side: str
+    ) -> tuple[dict[str, list], list, list[dict]]:
+        """Tokenize N texts, each with the tokens of its image in place of the image token.
 
-        text = [text] if isinstance(text, str) else list(text)
-        image_indices = list(range(len(text))) if image_indices is None else [int(index) for index in image_indices]
-        counts = [row.count(self.vlm_processor.image_token) for row in text]
-        if set(counts) - {1} or len(image_indices) != len(text) or max(image_indices) >= len(image_texts):
+        Returns:
+            The text inputs and `image_indices`; character offsets of each row's tokens; and where the image token of
+            each row was (`span`) and what replaced it is (`new_span`).
+        """
+        image_token, num_images = self.vlm_processor.image_token, len(image_inputs.image_texts)
+        image_indices = list(range(len(texts))) if image_indices is None else [int(index) for index in image_indices]
+        counts = [text.count(image_token) for text in texts]
+        if set(counts) - {1} or len(image_indices) != len(texts) or max(image_indices) >= num_images:
             raise ValueError(
-                f"Every text must hold the image token {self.vlm_processor.image_token} once and point to an image; "
-                f"got {counts} image tokens in {len(text)} texts, image_indices {image_indices} and "
-                f"{len(image_texts)} images."
+                f"expected the image token {image_token} once in each text and an image for it, got {counts} image "
+                f"tokens in {len(texts)} texts, image_indices {image_indices} and {num_images} images. Pass one index "
+                "per text."
             )
-        text, replaced = self.vlm_processor.get_text_with_replacements(
-            text, images_replacements=[image_texts[index] for index in image_indices]
+        texts, replacements = self.vlm_processor.get_text_with_replacements(
+            texts, images_replacements=[image_inputs.image_texts[index] for index in image_indices]
         )
         bos = self.tokenizer.bos_token
         encoding = self.tokenizer(
-            text,
-            add_special_tokens=not (bos and text[0].startswith(bos)),
+            texts,
+            add_special_tokens=not (bos and texts[0].startswith(bos)),  # some templates write it themselves
             padding=True,
             padding_side=padding_side,
             return_offsets_mapping=True,
             return_attention_mask=True,
         )
-        features["input_ids"], features["attention_mask"] = encoding["input_ids"], encoding["attention_mask"]
-        for name in type_id_names:
-            features[name] = self.vlm_processor.create_mm_token_type_ids(encoding["input_ids"])
-        features["image_indices"] = image_indices
-        return features, [
-            {"tokens": tokens, "span": row[0]["span"], "new_span": row[0]["new_span"]}
-            for tokens, row in zip(encoding["offset_mapping"], replaced)
-        ]
-
-    # ---- labels -----------------------------------------------------------------------------------------------------
-
-    def _render(self, messages, **kwargs) -> tuple[list[str], list]:
-        return render_jinja_template(
-            conversations=[messages],
-            chat_template=self.chat_template,
-            **kwargs,
-            **self.tokenizer.special_tokens_map,
-        )
+        text_inputs = {name: encoding[name] for name in ("input_ids", "attention_mask")}
+        for name in image_inputs.type_id_names:
+            text_inputs[name] = self.vlm_processor.create_mm_token_type_ids(encoding["input_ids"])
+        text_inputs["image_indices"] = image_indices
+        return text_inputs, encoding["offset_mapping"], [row[0] for row in replacements]
 
     def _render_with_spans(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation and the character spans of the assistant's turns in it.
+        """Return the text of a conversation and the character spans of the assistant's turns in it.
 
-        A template with `{% generation %}` says where they are. Otherwise each turn is what it adds to the text of the
-        turns before it, the generation prompt included.
+        A template with `{% generation %}` gives the spans. Without it, a turn is what it adds to the text of the turns
+        before it and the generation prompt.
         """
+
+        def render(messages, **kwargs):
+            template = {"chat_template": self.chat_template, **self.tokenizer.special_tokens_map}
+            (text,), spans = render_jinja_template(conversations=[messages], **template, **kwargs)
+            return text, spans
+
         if re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template):
-            (text,), (spans,) = self._render(messages, return_assistant_tokens_mask=True)
+            text, (spans,) = render(messages, return_assistant_tokens_mask=True)
             return text, [tuple(span) for span in spans]
-        (text,), _ = self._render(messages)
+        text, _ = render(messages)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            (before,), _ = self._render(messages[:index], add_generation_prompt=True)
-            (after,), _ = self._render(messages[: index + 1])
+            before, _ = render(messages[:index], add_generation_prompt=True)
+            after, _ = render(messages[: index + 1])
             if not (after.startswith(before) and text.startswith(after.rstrip())):
                 raise ValueError(
-                    "This chat template rewrites earlier turns when a turn is added, so the assistant's turns cannot "
-                    "be found in its text. Wrap what the assistant says in `{% generation %}` and `{% endgeneration "
-                    "%}` and pass the template as `chat_template`."
+                    "expected a chat template that keeps earlier turns as they are, got one that rewrites earlier "
+                    "turns when a turn is added, so the assistant's turns cannot be found. Wrap what the assistant "
+                    "says in `{% generation %}` and `{% endgeneration %}` and pass the template as `chat_template`."
                 )
             spans.append((len(before), len(after.rstrip())))
         return text, spans
 
-    @staticmethod
-    def _shift(spans, offsets):
-        """Moves spans behind the image placeholder by what its expansion added."""
-        for row_spans, row in zip(spans, offsets):
-            end, gained = row["span"][1], row["new_span"][1] - row["span"][1]
-            yield [tuple(char + gained if char >= end else char for char in span) for span in row_spans]
-
-    @staticmethod
-    def _labels(input_ids, offsets, spans) -> list[int]:
-        labels = [IGNORE_INDEX] * len(input_ids)
-        for position, (start, end) in enumerate(offsets["tokens"]):
-            if any(start < span_end and end > span_start for span_start, span_end in spans):
-                labels[position] = input_ids[position]
-        return labels
-
-    def _truncate(self, features: dict, max_length: int, padding_side: str) -> None:
-        """Cuts rows at their end, in place, to `max_length` tokens."""
-        keep = slice(0, max_length)
+    def _truncate(self, text_inputs: dict, max_length: int, padding_side: str) -> None:
+        """Cut rows at their end, in place, to `max_length` tokens."""
         if padding_side == "left":
-            raise ValueError('`max_length` cuts the end of rows; it needs padding_side="right".')
+            raise ValueError(
+                'expected padding_side="right" for a `max_length`, which cuts the end of rows, got "left".'
+            )
         image_token_ids = set(self.vlm_processor.image_token_ids)
-        for row, (ids, labels) in enumerate(zip(features["input_ids"], features["labels"])):
+        for row, (ids, labels) in enumerate(zip(text_inputs["input_ids"], text_inputs["labels"])):
             if self.seg_token_id in labels[max_length:] or image_token_ids.intersection(ids[max_length:]):
                 raise TextTooLongError(
-                    f"Row {row} has {sum(features['attention_mask'][row])} tokens and max_length={max_length} would "
-                    f"cut a {SEG_TOKEN} or the image off. Raise max_length or shorten the text: "
+                    f"Row {row} has {sum(text_inputs['attention_mask'][row])} tokens and max_length={max_length} "
+                    f"would cut a {SEG_TOKEN} or the image off. Raise max_length or shorten the text: "
                     f"'...{self.tokenizer.decode(ids[-60:])}'."
                 )
-        for name in ("input_ids", "attention_mask", "labels", *TYPE_ID_NAMES):
-            if name in features:
-                features[name] = [row[keep] for row in features[name]]
+        for name in text_inputs.keys() - {"image_indices"}:
+            text_inputs[name] = [row[:max_length] for row in text_inputs[name]]
 
     # ---- outputs ----------------------------------------------------------------------------------------------------
 
@@ -454,21 +526,22 @@ class LisaProcessor(ProcessorMixin):
         mask_threshold: float = 0.0,
         binarize: bool = True,
     ) -> list[torch.Tensor]:
-        """Masks at the original sizes, row by row.
+        """Upscale masks to the original sizes, row by row.
 
         Args:
-            low_res_masks: `(M, h, w)` logits, as [`LisaForConditionalGeneration.generate`] returns them.
-            original_sizes, reshaped_input_sizes: `(B, 2)`, as this processor returns them.
-            seg_row_indices: `(M,)`, mask to row; by default mask m belongs to row m.
-            image_indices: `(N,)`, row to image; by default row n is about image n.
-            mask_threshold: of the logits.
-            binarize: False returns the logits.
+            low_res_masks: Logits `(M, h, w)` that [`LisaForConditionalGeneration.generate`] returned.
+            original_sizes: (H, W) of the image files, `(B, 2)`.
+            reshaped_input_sizes: (H, W) of the images after the resize for the mask model, `(B, 2)`.
+            seg_row_indices: Row of each mask, `(M,)`. Default: mask m belongs to row m.
+            image_indices: Image of each row, `(N,)`. Default: row n is about image n.
+            mask_threshold: Logit above which a pixel belongs to the mask.
+            binarize: Whether to apply the threshold. Otherwise logits are returned.
 
         Returns:
             List of N tensors `(M_n, H, W)`, bool (or float32 logits).
 
         Raises:
-            ValueError: a mask belongs to a row that `image_indices` does not have.
+            ValueError: If a mask belongs to a row that `image_indices` does not have.
         """
         if image_indices is None:
             image_indices = torch.arange(len(original_sizes))
@@ -476,7 +549,7 @@ class LisaProcessor(ProcessorMixin):
             seg_row_indices = torch.arange(len(low_res_masks))
         if len(seg_row_indices) and seg_row_indices.max() >= len(image_indices):
             raise ValueError(
-                f"A mask belongs to row {seg_row_indices.max()}, but image_indices has {len(image_indices)} rows. "
+                f"expected image_indices of at least {seg_row_indices.max() + 1} rows, got {len(image_indices)} rows. "
                 "Pass one per sequence; with `num_return_sequences=k` that is `image_indices.repeat_interleave(k)`."
             )
         pad_size = self.mask_image_processor.pad_size
@@ -498,11 +571,30 @@ class LisaProcessor(ProcessorMixin):
         return list(self.vlm_processor.model_input_names) + own
 
 
+def _make_labels(
+    input_ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], replacement: dict
+) -> list[int]:
+    """Return the ids of the tokens that overlap one of the spans, and -100 for the others.
+
+    Args:
+        offsets: Characters (start, end) of each token, in the text with the image's tokens.
+        spans: Characters (start, end) of the assistant's turns, in the text with the image token.
+        replacement: Characters of the image token (`span`) and of the image's tokens (`new_span`).
+    """
+    image_end = replacement["span"][1]
+    shift = replacement["new_span"][1] - image_end
+    spans = [[char + shift if char >= image_end else char for char in span] for span in spans]
+    return [
+        token if any(start < span_end and end > span_start for span_start, span_end in spans) else IGNORE_INDEX
+        for token, (start, end) in zip(input_ids, offsets)
+    ]
+
+
 @lru_cache
 def _normalizes_last(image_processor) -> bool:
-    """Whether pixels are rescaled and normalised after everything else, so that it can be done later as well.
+    """Return whether pixels are rescaled and normalized after everything else, so that it can be done later as well.
 
-    Some image processors pad, cut or rearrange the normalised pixels; which, is found by trying.
+    Some image processors pad, cut or rearrange the normalized pixels; trying tells which.
     """
     images = [PIL.Image.linear_gradient("L").convert("RGB").resize(size) for size in ((160, 120), (90, 300))]
     raw = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
@@ -513,7 +605,7 @@ def _normalizes_last(image_processor) -> bool:
 
 
 def _normalize(pixels: torch.Tensor, image_processor) -> torch.Tensor:
-    """`(B, 3, H, W)` uint8 to float32, as the image processor does it."""
+    """Rescale and normalize `(B, 3, H, W)` uint8 to float32, as the image processor does it."""
     pixels = pixels.float()
     if image_processor.do_rescale:
         pixels *= image_processor.rescale_factor

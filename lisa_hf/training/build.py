@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from ..chat_templates import load_chat_template
+from ..data.feature_cache import FeatureCache
 from ..data.mixture import EvaluationDataset, MixtureDataset
 from ..data.streaming import StreamingMixtureDataset
 from ..from_scratch.configuration import tiny_config_and_processor
@@ -138,6 +139,10 @@ def build_datasets(
         "on_bad_row": data_args.on_bad_row,
         "min_decoded_edge": data_args.min_decoded_edge,
     }
+    if data_args.feature_cache is not None:
+        options["feature_cache"] = FeatureCache(
+            data_args.feature_cache, data_args.feature_cache_limit_gb, data_args.min_decoded_edge
+        )
     if data_args.streaming:
         train_dataset = StreamingMixtureDataset(
             train_rows, rank=training_args.process_index, num_ranks=training_args.world_size, **options

@@ -368,7 +368,7 @@ def example_batch(collator: LisaDataCollator, num_images: int, num_questions: in
     item = {
         "image": Image.new("RGB", IMAGE_SIZE[::-1]),
         "original_size": list(IMAGE_SIZE),
-        "features": None,
+        "cached_features": None,
         "image_id": "",
         "source": "",
         "questions": questions,

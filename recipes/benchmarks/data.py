@@ -48,9 +48,10 @@ def measure_stages(rows: datasets.Dataset, mixture: MixtureDataset, collator: Li
     stages = {}
     stages["row"], found = measure(lambda index: rows[index % len(rows)], range(len(items)))
     stages["decode"], _ = measure(partial(load_row_image, min_decoded_edge=mixture.min_decoded_edge), found)
-    encode = partial(processor.encode_images, do_normalize=False)
-    stages["vlm"], _ = measure(lambda image: encode([image], skip=["mask_pixel_values"]), images)
-    stages["mask_model"], _ = measure(lambda image: encode([image], skip=["pixel_values"]), images)
+    stages["vlm"], _ = measure(lambda image: processor.preprocess_for_vlm([image], do_normalize=False), images)
+    stages["mask_model"], _ = measure(
+        lambda image: processor.preprocess_for_mask_model([image], do_normalize=False), images
+    )
     return stages | {"rest": max(0.0, whole + collating - sum(stages.values()))}
 
 

@@ -14,7 +14,7 @@ from fixtures.tiny_models import FAMILIES, image
 from fixtures.tiny_training import collate
 
 from lisa_hf import LisaDataCollator
-from lisa_hf.data.feature_cache import build_feature_cache
+from lisa_hf.data.feature_cache import FeatureCache
 from lisa_hf.data.images import load_row_image, read_file, undecoded
 from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.mixture import EvaluationDataset, MixtureDataset
@@ -47,9 +47,9 @@ def rows() -> Dataset:
 
 def build(tmp_path, rows, model, processor, limit_gb=None, min_decoded_edge=None, **kwargs):
     args = LisaTrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", **kwargs)
-    return build_feature_cache(
-        str(tmp_path / "cache"), model, processor, {"drawn": rows}, args, limit_gb, min_decoded_edge
-    )
+    cache = FeatureCache(tmp_path / "cache", limit_gb, min_decoded_edge)
+    cache.build(model, processor, {"drawn": rows}, args)
+    return cache
 
 
 def make_items(rows, indices, cache=None) -> list[dict]:
@@ -91,7 +91,7 @@ def test_warm_cache_gives_the_step_without_encoders(name, rows, tmp_path):
     plain = collate(processor, make_items(rows, (2, 0)))
     with (
         mock.patch.object(PIL.ImageFile.ImageFile, "load", side_effect=AssertionError("decodes")),
-        mock.patch.object(processor, "encode_images", side_effect=AssertionError("preprocesses")),
+        mock.patch.object(processor, "preprocess_for_vlm", side_effect=AssertionError("preprocesses")),
     ):
         cached = collate(processor, make_items(rows, (2, 0), cache))
     assert {"pixel_values", "mask_pixel_values"} <= plain.keys() and "pixel_values" not in cached
@@ -110,10 +110,12 @@ def test_warm_cache_gives_the_step_without_encoders(name, rows, tmp_path):
 
 def test_mixture_takes_the_same_draws_from_a_cache(rows, tmp_path):
     model, processor = make_model()
-    plain, cached = (MixtureDataset({"drawn": rows}, length=8, on_bad_row="skip") for _ in range(2))
-    cached.feature_cache = build(tmp_path, rows, model, processor)
+    plain, cached = (
+        MixtureDataset({"drawn": rows}, length=8, on_bad_row="skip", feature_cache=cache)
+        for cache in (None, build(tmp_path, rows, model, processor))
+    )
     for item, expected in zip(map(cached.__getitem__, range(8)), map(plain.__getitem__, range(8))):
-        assert expected["features"] is None and item["features"] is not None
+        assert expected["cached_features"] is None and item["cached_features"] is not None
         for key in ("image_id", "original_size", "questions", "num_skipped"):
             assert item[key] == expected[key]
     assert any(plain[index]["num_skipped"] for index in range(8))  # the broken image, drawn again in both
@@ -173,7 +175,7 @@ def test_full_disk_stops_and_leaves_nothing_half_written(rows, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # bytes that a file may have
-        with pytest.raises(ValueError, match="feature_cache: cannot write to .*Make room and start again"):
+        with pytest.raises(ValueError, match="feature_cache: expected room in .*Make room and start again"):
             build(tmp_path, rows, model, processor)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -224,10 +226,13 @@ def test_photos_of_reduced_scale_have_entries_of_their_own(tmp_path):
     collator = LisaDataCollator(processor)
     batches = []
     for edge in (None, 32):
-        mixture = MixtureDataset({"drawn": rows}, length=1, min_decoded_edge=edge)
-        pixels = collator([mixture[0]])["pixel_values"]
-        mixture.feature_cache = build(tmp_path, rows, model, processor, min_decoded_edge=edge)
-        batches.append(collator([mixture[0]]))
+        cache = build(tmp_path, rows, model, processor, min_decoded_edge=edge)
+        plain, cached = (
+            MixtureDataset({"drawn": rows}, length=1, min_decoded_edge=edge, feature_cache=cache)[0]
+            for cache in (None, cache)
+        )
+        pixels = collator([plain])["pixel_values"]
+        batches.append(collator([cached]))
         with torch.no_grad():
             (features,) = model.vlm.base_model.get_image_features(pixels, return_dict=True).pooler_output
         torch.testing.assert_close(batches[-1]["vision_features"][0], features.bfloat16())

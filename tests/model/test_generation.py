@@ -144,7 +144,7 @@ def test_beams_and_several_answers(family, kwargs):
     if copies > 1:
         assert not torch.equal(output.sequences[0], output.sequences[1])
         sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
-        with pytest.raises(ValueError, match="has 3 rows.*repeat_interleave"):
+        with pytest.raises(ValueError, match="got 3 rows.*repeat_interleave"):
             processor.post_process_masks(output.low_res_masks, *sizes, output.seg_row_indices, inputs["image_indices"])
 
 
