@@ -221,6 +221,7 @@ def add_delta(delta: dict[str, LazyTensor], base: dict[str, LazyTensor]) -> dict
     Raises:
         ValueError: The base lacks tensors of the language model, has others, or has other shapes; all are listed.
     """
+    # Rotary frequencies are computed from the configuration; only some bases store them.
     base = {name: tensor for name, tensor in base.items() if not name.endswith("rotary_emb.inv_freq")}
     problems = [f"{name}: only in the base" for name in base if name not in delta]
     total = {}
@@ -244,7 +245,7 @@ def add_delta(delta: dict[str, LazyTensor], base: dict[str, LazyTensor]) -> dict
 def _sum(tensor: LazyTensor, base: LazyTensor) -> LazyTensor:
     def load() -> torch.Tensor:
         total = tensor.load().to(torch.float32, copy=True)
-        total[: base.shape[0]] += base.load().float()
+        total[: base.shape[0]] += base.load().float()  # rows of new tokens come after the base's
         return total
 
     return LazyTensor(tensor.shape, tensor.dtype, load)
@@ -261,6 +262,7 @@ def merge_lora_tensors(tensors: dict[str, LazyTensor], lora_alpha: float) -> dic
     Raises:
         ValueError: A factor lacks its partner or its weight; all are listed.
     """
+    # Split the factors from the weights, and take PEFT's wrappers off the names.
     merged, factors = {}, {}
     for name, tensor in tensors.items():
         name = name.removeprefix("base_model.model.")

@@ -55,12 +55,15 @@ def convert_lisa(
         vision_tower: Directory or Hub id of the CLIP tower; by default the one named in `config.json`.
         chat_template: Name of one of this package's templates, or a Jinja file; by default `llava_v1`.
     """
+    # Read settings and tokenizer.
     original_config = read_original_config(directory)
     if "train_mask_decoder" not in original_config:  # a LLaVA's, from before the training
         original_config |= TRAINING_CONFIG
-    vision_config, image_processor = load_vision_settings(original_config, vision_tower)
+    vision_tower = vision_tower or original_config.get("mm_vision_tower")
+    vision_config, image_processor = load_vision_settings(vision_tower)
     tokenizer = load_original_tokenizer(directory, LISA_TOKENS, Shapes.of(tensors)["model.embed_tokens.weight"][0])
-    tensors = add_vision_tower(tensors, original_config, vision_tower)
+    tensors = add_vision_tower(tensors, vision_tower)
+    # Build the model without weights, then rename the original's tensors to its own.
     config = lisa_config(original_config, tensors, vision_config, tokenizer)
     model = build_without_weights(LisaForConditionalGeneration, config)
     model.generation_config = generation_config(config.vlm_config, config.suppress_tokens)

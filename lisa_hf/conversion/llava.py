@@ -88,7 +88,8 @@ def convert_llava(
     """
     # Read settings and tokenizer.
     original_config = read_original_config(directory)
-    vision_config, image_processor = load_vision_settings(original_config, vision_tower)
+    vision_tower = vision_tower or original_config.get("mm_vision_tower")
+    vision_config, image_processor = load_vision_settings(vision_tower)
     if original_config.get("image_aspect_ratio") == "pad":  # v1.5 pads images to squares with the mean color.
         image_processor = LlavaImageProcessorPil(**image_processor.to_dict() | {"do_pad": True})
     shapes = Shapes.of(tensors)
@@ -99,7 +100,7 @@ def convert_llava(
     config = llava_config(original_config, tensors, vision_config, tokenizer)
     model = build_without_weights(LlavaForConditionalGeneration, config)
     model.generation_config = generation_config(config, suppress_tokens=untrained_tokens(tensors, tokenizer))
-    tensors = add_vision_tower(tensors, original_config, vision_tower)
+    tensors = add_vision_tower(tensors, vision_tower)
     template = chat_template or choose_chat_template(original_config, directory, shapes)
     return ConvertedModel(
         model=model,
@@ -167,7 +168,7 @@ def llava_config(original_config: dict, state_dict: dict, vision_config: CLIPVis
 
     Args:
         original_config: Content of the original's `config.json`.
-        state_dict: Tensors of the original, of which only names and shapes are read.
+        state_dict: Tensors of the original; only their names and shapes are read.
         vision_config: Configuration of the CLIP tower.
         tokenizer: Tokenizer from [`load_original_tokenizer`].
     """
@@ -288,36 +289,30 @@ def llava_processor(config: LlavaConfig, tokenizer, image_processor, chat_templa
 # ---- the CLIP tower -------------------------------------------------------------------------------------------------
 
 
-def load_vision_settings(
-    original_config: dict, vision_tower: str | None
-) -> tuple[CLIPVisionConfig, CLIPImageProcessorPil]:
-    """Load the configuration and image processor of the CLIP tower."""
-    name = _vision_tower_name(original_config, vision_tower)
+def load_vision_settings(vision_tower: str | None) -> tuple[CLIPVisionConfig, CLIPImageProcessorPil]:
+    """Load the configuration and image processor of the CLIP tower, a directory or Hub id.
+
+    Raises:
+        ValueError: It is None, or cannot be loaded.
+    """
+    if vision_tower is None:
+        raise ValueError("Expected mm_vision_tower in config.json, got none. Name the CLIP tower as --vision_tower.")
     try:
-        return CLIPVisionConfig.from_pretrained(name), CLIPImageProcessorPil.from_pretrained(name)
+        return CLIPVisionConfig.from_pretrained(vision_tower), CLIPImageProcessorPil.from_pretrained(vision_tower)
     except OSError as error:
         raise ValueError(
-            f"Expected a CLIP tower, got '{name}', which cannot be loaded ({error}). Name a directory with its "
-            "config.json, preprocessor_config.json and weights as --vision_tower."
+            f"Expected a CLIP tower, got '{vision_tower}', which cannot be loaded ({error}). Name a directory with "
+            "its config.json, preprocessor_config.json and weights as --vision_tower."
         ) from error
 
 
-def add_vision_tower(
-    tensors: dict[str, LazyTensor], original_config: dict, vision_tower: str | None
-) -> dict[str, LazyTensor]:
+def add_vision_tower(tensors: dict[str, LazyTensor], vision_tower: str) -> dict[str, LazyTensor]:
     """Add the CLIP tower's tensors if the original left them out."""
     if any(name.startswith(VISION_PREFIX) for name in tensors):
         return tensors
-    tower = CLIPVisionModel.from_pretrained(_vision_tower_name(original_config, vision_tower))
+    tower = CLIPVisionModel.from_pretrained(vision_tower)
     tower_tensors = {VISION_PREFIX + name: LazyTensor.from_tensor(value) for name, value in tower.state_dict().items()}
     return tensors | tower_tensors
-
-
-def _vision_tower_name(original_config: dict, vision_tower: str | None) -> str:
-    name = vision_tower or original_config.get("mm_vision_tower")
-    if name is None:
-        raise ValueError("Expected mm_vision_tower in config.json, got none. Name the CLIP tower as --vision_tower.")
-    return name
 
 
 # ---- tensors that the original lacks --------------------------------------------------------------------------------
