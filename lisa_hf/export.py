@@ -170,10 +170,9 @@ def gather_trained_model(trainer: LisaTrainer) -> LisaForConditionalGeneration |
 
     Every process must call it.
     """
-    plugin = trainer.accelerator.state.deepspeed_plugin
     model = trainer.accelerator.unwrap_model(trainer.model)
     is_quantized = getattr(model, "is_quantized", False)
-    if not is_quantized and not trainer.is_fsdp_enabled and (plugin is None or plugin.zero_stage != 3):
+    if not is_quantized and not trainer.args.shards_weights:
         return merge_lora(model) if trainer.is_world_process_zero() else None
     # Weights are sharded or quantized, and the whole model may not fit in memory beside them: merge through the disk.
     directory = Path(trainer.args.output_dir, "checkpoint-final")

@@ -68,6 +68,7 @@ class LisaDataCollator:
         self.compact = compact
 
     def __call__(self, items: list[dict]) -> BatchFeature:
+        # 1. Texts and images, without the questions that are too long.
         num_skipped = sum(item.get("num_skipped", 0) for item in items)
         questions = [item["questions"] for item in items]
         try:
@@ -82,14 +83,17 @@ class LisaDataCollator:
             items = [item for item, kept in zip(items, questions) if kept]
             questions = [kept for kept in questions if kept]
             batch = self._encode(items, questions)
+        # 2. Questions about an image in one row.
         if self.packing:
             tokenizer, image_token_id = self.processor.tokenizer, self.processor.vlm_processor.image_token_id
             batch = BatchFeature(pack_rows(batch, image_token_id, tokenizer.pad_token_id))
+        # 3. Masks, in the order of the `[SEG]` tokens.
         runs = [_compact_mask_labels(item, kept) for item, kept in zip(items, questions)]
         if self.compact:
             batch["mask_labels"], batch["ignored_pixels"] = map(list, zip(*runs))
         else:
             batch["mask_labels"] = [draw_mask_labels(*ends, item["original_size"]) for ends, item in zip(runs, items)]
+        # 4. What is not for the model.
         batch["meta"] = BatchMeta(
             sources=[item["source"] for item in items],
             image_ids=[item["image_id"] for item in items],
@@ -124,7 +128,12 @@ class LisaDataCollator:
 
 
 def expand_batch(batch: dict, processor: LisaProcessor) -> dict:
-    """Makes the model's inputs of a compact batch, where its tensors are; another one stays as it is."""
+    """Expand a compact batch on its device: normalize uint8 pixels to float, draw run-length encoded masks.
+
+    Args:
+        batch: A batch of [`LisaDataCollator`]; one that is not compact is returned as it is.
+        processor: The processor of the collator.
+    """
     if "ignored_pixels" not in batch:
         return batch
     batch = {**batch}
