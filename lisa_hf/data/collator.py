@@ -1,4 +1,4 @@
-"""Items of a mixture become the inputs of [`LisaForConditionalGeneration.forward`]."""
+"""Collate the items of a mixture to the inputs of [`LisaForConditionalGeneration.forward`]."""
 
 import logging
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from transformers import BatchFeature
 
 from ..model.packing import pack_rows
-from ..model.processing_lisa import LisaProcessor, TextTooLongError
+from ..model.processing_lisa import ImageInputs, LisaProcessor, TextTooLongError
 from .feature_cache import join_entries
 from .masks import compact_mask_labels, draw_mask_labels
 from .prompts import Question
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class BatchMeta:
-    """What a batch of B images knows about itself beside the model's inputs.
+    """Facts about a batch of B images that are not inputs of the model.
 
     Args:
         sources: Names of the B images' sources.
@@ -33,23 +33,23 @@ class BatchMeta:
 
 
 class LisaDataCollator:
-    """Collates B items, one image and its questions each, to one batch of B images and N rows.
+    """Collate B items, one image and its questions each, to one batch of B images and N rows.
+
+    A batch has what [`LisaProcessor.encode_conversations`] returns and `mask_labels`, a list of B uint8 tensors
+    `(M_b, H_b, W_b)`. A compact batch has int32 tensors `(M_b, R_b)` instead, and a list of B `ignored_pixels`, see
+    [`~masks.compact_mask_labels`]. If each item has cached features, they replace the pixels. Everything that is not
+    an input of the model is under `meta`, a [`BatchMeta`]: take it out before calling the model, as [`LisaTrainer`]
+    does.
 
     Args:
-        processor: of the model.
-        max_length: longest row in tokens, image tokens included. Longer rows lose their end, but never a `[SEG]`.
-        on_bad_row: what to do with a question whose `[SEG]` lies behind `max_length`, see [`~rows.OnBadRow`]. An image
+        processor: Processor of the model.
+        max_length: Length of the longest row in tokens, image tokens included. Longer rows lose their end, but never a
+            `[SEG]`.
+        on_bad_row: What to do with a question whose `[SEG]` lies behind `max_length`, see [`~rows.OnBadRow`]. An image
             without questions left is dropped too. A batch never becomes empty: its last question raises.
-        packing: whether the questions about an image share one row, see [`pack_rows`] and [`resolve_packing`].
-        compact: whether pixels stay uint8 and masks run-length encoded. Loader workers then do less and hand over a
-            fraction of the bytes; [`expand_batch`], which [`LisaTrainer`] calls on its device, makes the rest.
-
-    If each item of a batch has features from a feature cache, they take the place of its pixels, which are not made.
-
-    The batch has what [`LisaProcessor.encode_conversations`] returns and `mask_labels`, a list of B uint8 tensors
-    `(M_b, H_b, W_b)`; a compact one has int32 tensors `(M_b, R_b)` and as many of `ignored_pixels`, see
-    [`~masks.compact_mask_labels`]. Everything that is not an input of the model is under `meta`, a [`BatchMeta`]: take
-    it out before calling the model, as [`LisaTrainer`] does.
+        packing: Whether the questions about an image share one row, see [`pack_rows`] and [`resolve_packing`].
+        compact: Whether pixels stay uint8 and masks run-length encoded. Loader workers then do less and pass on a
+            fraction of the bytes; [`expand_batch`], which [`LisaTrainer`] calls on its device, does the rest.
     """
 
     def __init__(
@@ -71,18 +71,25 @@ class LisaDataCollator:
         # 1. Texts and images, without the questions that are too long.
         num_skipped = sum(item.get("num_skipped", 0) for item in items)
         questions = [item["questions"] for item in items]
+        image_inputs = self._preprocess_images(items)
         try:
-            batch = self._encode(items, questions)
+            batch = self._encode_questions(image_inputs, questions)
         except TextTooLongError:
             if self.on_bad_row == "raise":
                 raise
-            questions = [[q for q in item["questions"] if self._fits(item, q)] for item in items]
+            # Keep the questions that fit, and the images that have one
+            questions = [
+                [question for question in item["questions"] if self._fits(question, image_inputs, index, item)]
+                for index, item in enumerate(items)
+            ]
             num_skipped += sum(len(item["questions"]) - len(kept) for item, kept in zip(items, questions))
             if not any(questions):
                 raise
             items = [item for item, kept in zip(items, questions) if kept]
+            if not all(questions):
+                image_inputs = self._preprocess_images(items)
             questions = [kept for kept in questions if kept]
-            batch = self._encode(items, questions)
+            batch = self._encode_questions(image_inputs, questions)
         # 2. Questions about an image in one row.
         if self.packing:
             tokenizer, image_token_id = self.processor.tokenizer, self.processor.vlm_processor.image_token_id
@@ -101,16 +108,18 @@ class LisaDataCollator:
         )
         return batch
 
-    def _encode(self, items: list[dict], questions: list[list[Question]]) -> BatchFeature:
-        """Encode the images of B items, and some of the questions about each as a row each."""
+    def _preprocess_images(self, items: list[dict]) -> ImageInputs:
         # Features of some images and pixels of others cannot be joined: a batch has features of all images or of none.
         entries = [item["cached_features"] for item in items]
-        image_inputs = self.processor.preprocess_images(
+        return self.processor.preprocess_images(
             [item["image"] for item in items],
             [item["original_size"] for item in items],
             do_normalize=not self.compact,
             cached=None if None in entries else join_entries(entries),
         )
+
+    def _encode_questions(self, image_inputs: ImageInputs, questions: list[list[Question]]) -> BatchFeature:
+        """Encode the questions about each of B images, a row each."""
         return self.processor.encode_conversations(
             image_inputs,
             conversations=[question.messages for kept in questions for question in kept],
@@ -118,9 +127,10 @@ class LisaDataCollator:
             max_length=self.max_length,
         )
 
-    def _fits(self, item: dict, question: Question) -> bool:
+    def _fits(self, question: Question, image_inputs: ImageInputs, index: int, item: dict) -> bool:
+        """Return whether a question about the image of this index fits into `max_length`; log it if it does not."""
         try:
-            self._encode([item], [[question]])
+            self.processor.encode_conversations(image_inputs, [question.messages], [index], self.max_length)
         except TextTooLongError as error:
             logger.warning("Skipped a question about %s of %s: %s", item["image_id"], item["source"], error)
             return False

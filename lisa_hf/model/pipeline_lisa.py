@@ -22,8 +22,9 @@ class Answer:
     """Text of an answer, and one mask per `[SEG]` in it.
 
     Args:
-        masks: `(M, H, W)` bool at the image's size.
-        scores: `(M,)` float, the mask decoder's own estimate of each mask's IoU (LISA does not train it).
+        text: Answer of the language model.
+        masks: Masks at the size of the upright image, `(M, H, W)` bool.
+        scores: The mask decoder's own estimate of each mask's IoU, `(M,)` float. LISA does not train it.
     """
 
     text: str
@@ -42,14 +43,18 @@ def answer_prompts(
     do_sample: bool = False,
     **kwargs,
 ) -> list[Answer]:
-    """Answers N prompts about B images, which are encoded once each.
+    """Answer N prompts about B images, which are encoded once each.
 
     Args:
-        model, processor: a [`LisaForConditionalGeneration`] and its [`LisaProcessor`].
-        prompts: in the chat template's form, ending where the answer begins.
-        image_indices: N ints, prompt to image; by default prompt n is about image n.
-        mask_threshold: of the masks' logits.
-        max_new_tokens, do_sample, kwargs: of [`LisaForConditionalGeneration.generate`].
+        model: A [`LisaForConditionalGeneration`].
+        processor: Its [`LisaProcessor`].
+        images: B images, of any kind that [`load_image`] takes.
+        prompts: N texts of the chat template, which end where the answer begins.
+        image_indices: Index of each prompt's image, N ints. Default: prompt n is about image n.
+        mask_threshold: Logit above which a pixel belongs to a mask.
+        max_new_tokens: Length of the longest answer in tokens.
+        do_sample: Whether to sample the answers instead of decoding them greedily.
+        kwargs: Arguments of [`LisaForConditionalGeneration.generate`].
     """
     inputs = processor(images=images, text=prompts, image_indices=image_indices).to(model.device)
     was_training = model.training
@@ -74,15 +79,16 @@ def answer_prompts(
 
 
 class ReasoningSegmentationPipeline(Pipeline):
-    """Answers questions about images with text and masks.
+    """Answer questions about images with text and masks.
 
-    A call takes an image (PIL image, path or address), or a list of them, and `question`; or dicts with `image` and
-    `question`, of which a list, a generator or a data set is answered `batch_size` at a time. Further arguments:
-    `max_new_tokens` of an answer, `mask_threshold` of the masks' logits, and `generate_kwargs`, a dict of further
-    arguments of [`LisaForConditionalGeneration.generate`].
+    A call takes an image (path, URL, PIL image, ..., see [`load_image`]) or a list of images, and a `question`. It
+    also takes dicts of `image` and `question`: one, or a list, generator or data set, answered `batch_size` at a time.
+    It returns a dict of `text`, `masks` and `scores` per question, see [`Answer`].
 
-    Returns:
-        A dict per question: `text`, `masks` and `scores`, see [`Answer`].
+    Args:
+        max_new_tokens: Length of the longest answer in tokens.
+        mask_threshold: Logit above which a pixel belongs to a mask.
+        generate_kwargs: Dict of further arguments of [`LisaForConditionalGeneration.generate`].
     """
 
     _load_processor = True
@@ -100,8 +106,8 @@ class ReasoningSegmentationPipeline(Pipeline):
     def _sanitize_parameters(self, max_new_tokens=None, mask_threshold=None, generate_kwargs=None, **unknown):
         if unknown:
             raise ValueError(
-                f"Unknown arguments: {', '.join(unknown)}. Expected `max_new_tokens`, `mask_threshold`, or arguments "
-                "of `generate` in the dict `generate_kwargs`."
+                f"expected `max_new_tokens` or `mask_threshold`, got {', '.join(unknown)}. Pass other arguments of "
+                "`generate` in the dict `generate_kwargs`."
             )
         given = {"max_new_tokens": max_new_tokens, "mask_threshold": mask_threshold}
         given = {name: value for name, value in given.items() if value is not None}
@@ -110,12 +116,13 @@ class ReasoningSegmentationPipeline(Pipeline):
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(inputs, dict) or inputs.keys() != {"image", "question"}:
             raise ValueError(
-                "Expected an image and `question=...`, or a dict of 'image' and 'question', found "
-                f"{f'one of {list(inputs)}' if isinstance(inputs, dict) else type(inputs).__name__}."
+                "expected an image and a question, or a dict of 'image' and 'question', got "
+                f"{f'one of {list(inputs)}' if isinstance(inputs, dict) else type(inputs).__name__}. Pass "
+                "`question='...'`."
             )
         messages = [user_message(inputs["question"])]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # The tensors are made in `_forward`, from a whole batch: only the processor knows how images and rows join.
+        # `_forward` makes the tensors, from a whole batch: only the processor knows how images and rows are joined.
         return {"image": load_image(inputs["image"]), "prompt": prompt}
 
     def _forward(self, batch: dict[str, Any], **kwargs) -> dict[str, Any]:

@@ -90,9 +90,9 @@ def test_threshold_is_of_the_logits():
 def test_what_is_wrong_is_said():
     model, processor = FAMILIES["llava-sam"]()
     pipe = pipeline("reasoning-segmentation", model=model, processor=processor)
-    with pytest.raises(ValueError, match="'image' and 'question', found Image"):
+    with pytest.raises(ValueError, match="'image' and 'question', got Image"):
         pipe(image(40, 60))
-    with pytest.raises(ValueError, match="found one of \\['image'\\]"):
+    with pytest.raises(ValueError, match="got one of \\['image'\\]"):
         pipe({"image": image(40, 60)})
-    with pytest.raises(ValueError, match="Unknown arguments: top_p"):
+    with pytest.raises(ValueError, match="expected `max_new_tokens` or `mask_threshold`, got top_p"):
         pipe(image(40, 60), question="?", top_p=0.5)
