@@ -1,4 +1,4 @@
-"""Metrics: parity with the original, ignore regions and empty masks, the interval, several processes."""
+"""Metrics: parity with the original, ignore regions and empty masks, intervals, regrouping, several processes."""
 
 import json
 import math
@@ -9,7 +9,10 @@ import pytest
 import torch
 from fixtures.paths import GOLDEN
 from safetensors.torch import load_file
+from transformers import EvalPrediction
 
+from lisa_hf.evaluation.benchmarks import compute_metrics
+from lisa_hf.evaluation.counts import PADDING
 from lisa_hf.evaluation.metrics import SegmentationMetric, intersection_and_union
 
 
@@ -147,6 +150,44 @@ def test_intervals_resample_images_and_follow_the_seed(tmp_path):
     assert high - low == pytest.approx(2 * 1.96 * ious.std() / 200**0.5, rel=0.2)
     assert interval(repeats=4) == pytest.approx((low, high))  # asking the same again adds no information
     assert interval(repeats=1) == (low, high) != interval(repeats=1, seed=1)
+
+
+def test_compute_metrics_regroups_masks_by_question():
+    # Three images: two questions with 1 and 2 masks; one without; 0, 3 and 1 masks.
+    line = {
+        "masks_due": [[1, 2, PADDING], [0, PADDING, PADDING], [0, 3, 1]],
+        "num_seg_tokens": [[1, 1, PADDING], [2, PADDING, PADDING], [0, 5, 0]],
+        "targets": [[8, 10, 0, PADDING], [PADDING] * 4, [9, 9, 9, 9]],
+        "intersections": [[5, 10, 0, PADDING], [PADDING] * 4, [1, 2, 3, 4]],
+        "unions": [[10, 10, 0, PADDING], [PADDING] * 4, [10, 10, 10, 10]],
+        "generated_intersections": [[10, 10, 0, PADDING], [PADDING] * 4, [0, 0, 0, 0]],
+        "generated_unions": [[10, 10, 5, PADDING], [PADDING] * 4, [1, 1, 1, 1]],
+    }
+    lines = {name: np.array(values) for name, values in line.items()}
+    metrics = compute_metrics(EvalPrediction(predictions=lines, label_ids=lines["masks_due"]))
+    assert metrics["giou"] == pytest.approx((0.5 + 1 + 1 + 0.1 + 0.2 + 0.3 + 0.4) / 7)
+    assert metrics["ciou"] == pytest.approx(25 / 60)
+    assert (metrics["num_masks"], metrics["num_questions"]) == (7, 6)
+    assert metrics["generated_giou"] == pytest.approx(2 / 7)
+    assert metrics["generated_ciou"] == pytest.approx(20 / 29)
+    assert metrics["generated_seg_rate"] == pytest.approx(3 / 4)
+    assert metrics["generated_false_seg_rate"] == pytest.approx(1 / 2)
+    assert "seg_rate" not in metrics
+    assert metrics["n_acc"] == metrics["t_acc"] == 1  # of the only mask without a target, and of all others
+    # The intervals resample images, so they tell which masks belong together.
+    by_question = SegmentationMetric(keep_in_memory=True).compute(
+        intersections=[[5], [10, 0], [], [], [1, 2, 3], [4]],
+        unions=[[10], [10, 0], [], [], [10, 10, 10], [10]],
+        targets=[[8], [10, 0], [], [], [9, 9, 9], [9]],
+        num_seg_tokens=[1, 1, 2, 0, 5, 0],
+        images=[0, 0, 1, 2, 2, 2],
+    )
+    intervals = ("giou_low", "giou_high", "ciou_low", "ciou_high")
+    assert [metrics[name] for name in intervals] == [by_question[name] for name in intervals]
+
+    teacher_forced = {name: lines[name] for name in ("masks_due", "targets", "intersections", "unions")}
+    metrics = compute_metrics(EvalPrediction(predictions=teacher_forced, label_ids=lines["masks_due"]))
+    assert not any(name.startswith("generated") for name in metrics)
 
 
 def compute_share(process_id, num_process, cache_dir, results):

@@ -18,13 +18,9 @@ from fixtures.tiny_training import (
     make_trainer,
     training_logs,
 )
-from transformers import EvalPrediction
 
 from lisa_hf import LisaForConditionalGeneration
-from lisa_hf.evaluation.benchmarks import compute_metrics
-from lisa_hf.evaluation.counts import PADDING
-from lisa_hf.evaluation.metrics import SegmentationMetric, intersection_and_union
-from lisa_hf.evaluation.predict import cut_prompts
+from lisa_hf.evaluation.metrics import intersection_and_union
 from lisa_hf.model.generation_lisa import LisaGenerateOutput
 from lisa_hf.training.arguments import TRAINABLE_PARTS, LisaTrainingArguments
 from lisa_hf.training.trainable import find_parts, prepare_for_training
@@ -334,44 +330,6 @@ def test_evaluation_changes_nothing_about_training(tmp_path):
     assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
 
 
-def test_compute_metrics_regroups_masks_by_question():
-    # Three images: two questions with 1 and 2 masks; one without; 0, 3 and 1 masks.
-    line = {
-        "masks_due": [[1, 2, PADDING], [0, PADDING, PADDING], [0, 3, 1]],
-        "num_seg_tokens": [[1, 1, PADDING], [2, PADDING, PADDING], [0, 5, 0]],
-        "targets": [[8, 10, 0, PADDING], [PADDING] * 4, [9, 9, 9, 9]],
-        "intersections": [[5, 10, 0, PADDING], [PADDING] * 4, [1, 2, 3, 4]],
-        "unions": [[10, 10, 0, PADDING], [PADDING] * 4, [10, 10, 10, 10]],
-        "generated_intersections": [[10, 10, 0, PADDING], [PADDING] * 4, [0, 0, 0, 0]],
-        "generated_unions": [[10, 10, 5, PADDING], [PADDING] * 4, [1, 1, 1, 1]],
-    }
-    lines = {name: np.array(values) for name, values in line.items()}
-    metrics = compute_metrics(EvalPrediction(predictions=lines, label_ids=lines["masks_due"]))
-    assert metrics["giou"] == pytest.approx((0.5 + 1 + 1 + 0.1 + 0.2 + 0.3 + 0.4) / 7)
-    assert metrics["ciou"] == pytest.approx(25 / 60)
-    assert (metrics["num_masks"], metrics["num_questions"]) == (7, 6)
-    assert metrics["generated_giou"] == pytest.approx(2 / 7)
-    assert metrics["generated_ciou"] == pytest.approx(20 / 29)
-    assert metrics["generated_seg_rate"] == pytest.approx(3 / 4)
-    assert metrics["generated_false_seg_rate"] == pytest.approx(1 / 2)
-    assert "seg_rate" not in metrics
-    assert metrics["n_acc"] == metrics["t_acc"] == 1  # of the only mask without a target, and of all others
-    # The intervals resample images, so they tell which masks belong together.
-    by_question = SegmentationMetric(keep_in_memory=True).compute(
-        intersections=[[5], [10, 0], [], [], [1, 2, 3], [4]],
-        unions=[[10], [10, 0], [], [], [10, 10, 10], [10]],
-        targets=[[8], [10, 0], [], [], [9, 9, 9], [9]],
-        num_seg_tokens=[1, 1, 2, 0, 5, 0],
-        images=[0, 0, 1, 2, 2, 2],
-    )
-    intervals = ("giou_low", "giou_high", "ciou_low", "ciou_high")
-    assert [metrics[name] for name in intervals] == [by_question[name] for name in intervals]
-
-    teacher_forced = {name: lines[name] for name in ("masks_due", "targets", "intersections", "unions")}
-    metrics = compute_metrics(EvalPrediction(predictions=teacher_forced, label_ids=lines["masks_due"]))
-    assert not any(name.startswith("generated") for name in metrics)
-
-
 def test_evaluation_equals_counting_item_by_item(tiny, tmp_path):
     model, processor = tiny
     items = Items(7)
@@ -423,32 +381,6 @@ def test_generated_answers_with_too_few_and_too_many_masks(tiny, tmp_path, monke
     assert metrics["eval_generated_false_seg_rate"] == 1.0
 
 
-@pytest.mark.parametrize("chat_template", ["llava_v1", "llava_llama_2", "llava_1_5"])
-def test_cut_prompts_are_the_prompts_of_generation(chat_template):
-    _, processor = build_model(chat_template=chat_template)
-    items = [make_item(index, masks_due) for index, masks_due in enumerate(MASKS_DUE[:3])]
-    two_turns = items[2]["questions"][0].messages
-    two_turns.extend(
-        [
-            {"role": "user", "content": [{"type": "text", "text": "Why is that?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "It is."}]},
-        ]
-    )
-    batch = collate(processor, items)
-    cut = cut_prompts(batch, processor)
-    conversations = [question.messages for item in items for question in item["questions"]]
-    prompts = [
-        processor.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
-        for messages in conversations
-    ]
-    expected = processor(
-        images=[item["image"] for item in items], text=prompts, image_indices=batch["image_indices"].tolist()
-    )
-    assert cut.keys() == {"input_ids", "attention_mask"}
-    for name in cut:
-        assert torch.equal(cut[name], expected[name]), name
-
-
 def test_skipped_rows_are_logged_and_not_accepted_in_evaluation(tiny, tmp_path):
     model, processor = tiny
     items = Items(8)
@@ -460,14 +392,15 @@ def test_skipped_rows_are_logged_and_not_accepted_in_evaluation(tiny, tmp_path):
         trainer.evaluate()
 
 
-def test_several_gpus_in_one_process_are_refused(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "num_gpus", "match"),
+    [
+        ({}, 2, "got 2 GPUs.*one process per GPU.*accelerate launch"),
+        ({"average_tokens_across_devices": False}, 0, "average_tokens_across_devices: expected True"),
+    ],
+)
+def test_settings_that_would_change_the_loss_are_refused(arguments, num_gpus, match, tiny, tmp_path, monkeypatch):
     model, processor = tiny
-    monkeypatch.setattr(LisaTrainingArguments, "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match="got 2 GPUs.*one process per GPU.*accelerate launch"):
-        make_trainer(model, processor, tmp_path, Items())
-
-
-def test_a_loss_averaged_per_process_is_refused(tiny, tmp_path):
-    model, processor = tiny
-    with pytest.raises(ValueError, match="average_tokens_across_devices"):
-        make_trainer(model, processor, tmp_path, Items(), average_tokens_across_devices=False)
+    monkeypatch.setattr(LisaTrainingArguments, "n_gpu", property(lambda self: num_gpus))
+    with pytest.raises(ValueError, match=match):
+        make_trainer(model, processor, tmp_path, Items(), **arguments)
