@@ -75,18 +75,18 @@ class ModelArguments:
         help=f"Parts that are trained in full, among {', '.join(TRAINABLE_PARTS)}.",
     )
     ce_loss_weight: float | None = HfArg(
-        default=None, help="Weight of the text's cross entropy. Default: the model's (1.0, as LISA)."
+        default=None, help="Weight of the text's cross entropy. Default: the model's (1.0, as in LISA)."
     )
     mask_bce_loss_weight: float | None = HfArg(
-        default=None, help="Weight of the masks' cross entropy. Default: the model's (2.0, as LISA)."
+        default=None, help="Weight of the masks' cross entropy. Default: the model's (2.0, as in LISA)."
     )
     mask_dice_loss_weight: float | None = HfArg(
-        default=None, help="Weight of the masks' dice loss. Default: the model's (0.5, as LISA)."
+        default=None, help="Weight of the masks' dice loss. Default: the model's (0.5, as in LISA)."
     )
     mask_loss_points: int | None = HfArg(
         default=None,
         help="Pixels of each mask that its losses sample, mostly uncertain ones (Mask2Former: 12544). Default: the "
-        "model's (0: all pixels, as LISA).",
+        "model's (0: all pixels, as in LISA).",
     )
     attn_implementation: str | None = HfArg(
         default=None, help="Attention of the VLM: sdpa, eager, flash_attention_2 (no packing), flex_attention, ..."
@@ -152,7 +152,7 @@ class DataArguments:
     sources: dict = HfArg(
         default_factory=dict,
         help="Training sources, e.g. {reason_seg: 1, shapes: {weight: 9, split: train}}. A weight is a share of the "
-        "items; without weights: semantic, referring, vqa and reasoning sources 9 : 3 : 3 : 1, as LISA.",
+        "items; without weights: semantic, referring, vqa and reasoning sources 9 : 3 : 3 : 1, as in LISA.",
     )
     eval_sources: dict = HfArg(
         default_factory=dict, help="Evaluation sources, e.g. {reason_seg: {split: validation}}, the default split."

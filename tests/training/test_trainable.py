@@ -1,4 +1,4 @@
-"""What trains beside LoRA, merging it, and adapters on disk."""
+"""What trains, merging LoRA, and adapters on disk."""
 
 import pytest
 import torch
@@ -36,13 +36,8 @@ def outputs(model, processor) -> dict[str, torch.Tensor]:
 
     with torch.no_grad():
         forward = model(**batch, output_logits=True)
-        generated = model.generate(
-            **vision,
-            **cut_prompts(batch, processor),
-            max_new_tokens=6,
-            do_sample=False,
-            prefix_allowed_tokens_fn=answer,
-        )
+        options = {"max_new_tokens": 6, "do_sample": False, "prefix_allowed_tokens_fn": answer}
+        generated = model.generate(**vision, **cut_prompts(batch, processor), **options)
     assert len(generated.low_res_masks) >= 2 * len(batch["input_ids"])
     return {
         "logits": forward.logits[batch["attention_mask"].bool()],
@@ -128,10 +123,10 @@ def test_parts_cover_the_model_without_overlap(tiny):
         for name in owners:
             if any(name.startswith(path + ".") for path in paths):
                 owners[name].append(part)
-    several = {tuple(parts) for parts in owners.values() if len(parts) > 1}
-    assert several == {("embeddings", "language_model")}  # the input embeddings are a layer of the language model
-    nobodys = {name.split(".")[1] for name, parts in owners.items() if not parts}
-    assert nobodys == {"shared_image_embedding", "prompt_encoder"}
+    shared = {tuple(parts) for parts in owners.values() if len(parts) > 1}
+    assert shared == {("embeddings", "language_model")}  # the input embeddings are a layer of the language model
+    without_part = {name.split(".")[1] for name, parts in owners.items() if not parts}
+    assert without_part == {"shared_image_embedding", "prompt_encoder"}
 
 
 @pytest.mark.parametrize("lora_r", [0, 4])
