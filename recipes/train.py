@@ -86,13 +86,8 @@ def main():
 def load_rows(data_args: DataArguments, training_args: LisaTrainingArguments) -> tuple[dict, dict]:
     """Load the rows of the training and evaluation sources by name; one process prepares them for all."""
     with training_args.main_process_first(desc="data preparation"):
-        train_rows = load_sources(
-            data_args.sources,
-            data_args.data_dir,
-            streaming=data_args.streaming,
-            on_bad_row=data_args.on_bad_row,
-            exclude_refer_val=data_args.exclude_refer_val,
-        )
+        options = {"on_bad_row": data_args.on_bad_row, "exclude_refer_val": data_args.exclude_refer_val}
+        train_rows = load_sources(data_args.sources, data_args.data_dir, streaming=data_args.streaming, **options)
         return train_rows, load_sources(data_args.eval_sources, data_args.data_dir, data_args.max_eval_items)
 
 
