@@ -12,12 +12,44 @@ CUSTOM_PIPELINES = {
 }
 
 
+# Mask models whose encoder gives a pyramid of features and whose image processor stretches images to a square.
+FEATURE_PYRAMID_MODELS = ("sam2", "sam3_tracker", "edgetam")
+SUPPORTED_MASK_MODELS = ("sam", "sam_hq", *FEATURE_PYRAMID_MODELS)
+# SAM 2, SAM 3 and EdgeTAM are published as video models, which contain an image model.
+IMAGE_MODEL_TYPES = {"sam2_video": "sam2", "sam3_tracker_video": "sam3_tracker", "edgetam_video": "edgetam"}
+
+
+def image_mask_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the image model for the configuration of a mask model as it is published.
+
+    Args:
+        config: Configuration of an image model, which is returned, or of a video model. The model must be built from
+            the returned one: the decoder reads its options once.
+    """
+    config = getattr(config, "tracker_config", config)  # sam3_video is a detector and a tracker
+    if config.model_type in IMAGE_MODEL_TYPES:
+        parts = {}
+        for name in ("vision_config", "prompt_encoder_config", "mask_decoder_config"):
+            parts[name] = getattr(config, name).to_dict()
+            if name != "vision_config":  # the image model has its own classes for these
+                del parts[name]["model_type"]
+        model_type = IMAGE_MODEL_TYPES[config.model_type]
+        config = AutoConfig.for_model(model_type, **parts, initializer_range=config.initializer_range)
+    if config.model_type in FEATURE_PYRAMID_MODELS:
+        # In evaluation, the decoder would replace an unstable single mask by one of its three others. LISA trains the
+        # single mask only, so this would return untrained masks.
+        config.mask_decoder_config.dynamic_multimask_via_stability = False
+    return config
+
+
 class LisaConfig(PreTrainedConfig):
     """Configuration of [`LisaForConditionalGeneration`].
 
     Args:
         vlm_config: Configuration, or dict with `model_type`, of any image-text-to-text model of transformers.
-        mask_config: Configuration, or dict with `model_type`, of a SAM-family model: `sam`, `sam_hq` or `sam2`.
+        mask_config: Configuration, or dict with `model_type`, of a SAM-family model: `sam`, `sam_hq`, `sam2`,
+            `sam3_tracker` or `edgetam`. That of a video model (`sam2_video`, `sam3_video`, `sam3_tracker_video`,
+            `edgetam_video`) is replaced by the image model's.
         seg_token_id: Id of `[SEG]`. The hidden state that predicts it becomes a mask (LISA, section 3.2).
         ce_loss_weight, mask_bce_loss_weight, mask_dice_loss_weight: Weights of the three losses; the defaults are
             those of LISA's training script.
@@ -45,10 +77,7 @@ class LisaConfig(PreTrainedConfig):
     def __post_init__(self, custom_pipelines: dict | None = None, **kwargs):
         self.custom_pipelines = saved_custom_pipelines(__name__, custom_pipelines)
         super().__post_init__(**kwargs)
-        # In evaluation, SAM 2 replaces an unstable single mask by one of its three others. LISA trains the single mask
-        # only, so this would return untrained masks.
-        if self.mask_config.model_type == "sam2":
-            self.mask_config.mask_decoder_config.dynamic_multimask_via_stability = False
+        self.mask_config = image_mask_config(self.mask_config)
 
     def to_dict(self) -> dict:
         return {**super().to_dict(), "custom_pipelines": CUSTOM_PIPELINES}

@@ -1,8 +1,8 @@
 """One way to call any of transformers' SAM-family models: encode images, decode prompts, bring masks back to size.
 
-Sam, SamHQ and Sam2 differ in what their image encoder returns (a tensor; a tensor and the encoder's intermediate
-states; a pyramid of tensors), in what their decoder takes and in how their processor resizes images. All code that
-depends on these differences is in this file.
+Sam, SamHQ, and the models with a feature pyramid (Sam2, Sam3Tracker, EdgeTam) differ in what their image encoder
+returns (a tensor; a tensor and intermediate states; several tensors), in what their decoder takes and in how their
+processor resizes images. All code that depends on these differences is in this file.
 """
 
 from contextlib import nullcontext
@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .configuration_lisa import FEATURE_PYRAMID_MODELS
 from .upstream_fixes import patched_sam_hq_decoder
 
 
 # Sub-modules of the decoder that get no gradient from a single text-prompted mask: the IoU head, the hypernetworks of
-# the three other masks and, in SAM 2, the object score and two convolutions that belong to image encoding. They stay
-# frozen, because DDP would wait for their gradients.
+# the three other masks and, with a feature pyramid, the object score and two convolutions that belong to image
+# encoding. They stay frozen, because DDP would wait for their gradients.
 UNTRAINED_DECODER_MODULES = (
     "iou_prediction_head",
     "output_hypernetworks_mlps.1",
@@ -27,7 +28,6 @@ UNTRAINED_DECODER_MODULES = (
     "conv_s0",
     "conv_s1",
 )
-SUPPORTED_MASK_MODELS = ("sam", "sam_hq", "sam2")
 # Elements of an attention bias that exist at a time. On CPUs 16 MB: the allocator reuses blocks of up to 32 MB, and
 # requests larger ones from the system each time, page by page. On GPUs enough to keep all cores busy.
 BIAS_SIZE = {"cpu": 2**22, "cuda": 2**27}
@@ -39,8 +39,9 @@ def prompt_size(mask_config) -> int:
 
 
 def padded_side(mask_config) -> int | None:
-    """Return the side, in pixels, of the square that Sam and SamHQ pad images to; None for SAM 2, which stretches."""
-    return None if mask_config.model_type == "sam2" else mask_config.prompt_encoder_config.image_size
+    """Return the side, in pixels, of the square that Sam and SamHQ pad images to; None if images are stretched."""
+    is_stretched = mask_config.model_type in FEATURE_PYRAMID_MODELS
+    return None if is_stretched else mask_config.prompt_encoder_config.image_size
 
 
 def use_chunked_attention(mask_model: nn.Module) -> None:
@@ -49,7 +50,8 @@ def use_chunked_attention(mask_model: nn.Module) -> None:
     transformers makes a bias `(B, heads, H * W, H * W)` of them, and a copy in another memory order: 2 x 1.1 GB per
     image in float32 with ViT-H at 1024 pixels, in each of four layers. The results are the same.
     """
-    if mask_model.config.model_type == "sam2" or mask_model.config.vision_config._attn_implementation != "sdpa":
+    config = mask_model.config
+    if config.model_type in FEATURE_PYRAMID_MODELS or config.vision_config._attn_implementation != "sdpa":
         return
     for layer in mask_model.vision_encoder.layers:
         if layer.window_size == 0 and layer.attn.use_rel_pos:
@@ -93,7 +95,7 @@ def encode_images(mask_model: nn.Module, pixel_values: torch.Tensor):
         pixel_values: Images as the mask model's image processor normalizes them, `(B, 3, S, S)` float.
 
     Returns:
-        Sam: `(B, C, h, w)`; SamHQ: `[(B, C, h, w), [(B, h, w, C'), ...]]`; Sam2: a list of three tensors, fine to
+        Sam: `(B, C, h, w)`; SamHQ: `[(B, C, h, w), [(B, h, w, C'), ...]]`; others: a list of three tensors, fine to
         coarse, the last of which is the embedding. Gradients flow only if the encoder has trainable weights.
     """
     model_type = mask_model.config.model_type
@@ -140,7 +142,7 @@ def decode_prompts(
     if model_type == "sam_hq":
         embeddings, decoder_kwargs["intermediate_embeddings"] = image_embeddings
         decoder_kwargs["hq_token_only"] = False
-    elif model_type == "sam2":
+    elif model_type in FEATURE_PYRAMID_MODELS:
         *decoder_kwargs["high_resolution_features"], embeddings = image_embeddings
 
     # 2. The dense prompt says that there is no mask prompt. The module is called, because under ZeRO-3 only a call

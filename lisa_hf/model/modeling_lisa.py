@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoModelForMaskGeneration,
     BitsAndBytesConfig,
@@ -20,11 +21,10 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .configuration_lisa import LisaConfig
+from .configuration_lisa import SUPPORTED_MASK_MODELS, LisaConfig, image_mask_config
 from .generation_lisa import LisaGenerationMixin, SegTokens
 from .losses import IGNORE_INDEX, check_mask_counts, chunked_cross_entropy, mask_losses, sampled_mask_losses
 from .mask_backbone import (
-    SUPPORTED_MASK_MODELS,
     decode_prompts,
     encode_images,
     padded_side,
@@ -189,7 +189,9 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             quantization_config=_skip_modules(quantization_config),
             device_map=device_map,
         )
-        sam_model = AutoModelForMaskGeneration.from_pretrained(mask_model, dtype=vlm_model.dtype).to(vlm_model.device)
+        sam_model = AutoModelForMaskGeneration.from_pretrained(
+            mask_model, config=image_mask_config(AutoConfig.from_pretrained(mask_model)), dtype=vlm_model.dtype
+        ).to(vlm_model.device)
         use_chunked_attention(sam_model)
         config = LisaConfig(vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id)
         # Built without memory or random numbers, because both halves are replaced right away.
@@ -208,6 +210,13 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             model.quantization_method = quantizer.quantization_config.quant_method
             quantizer.postprocess_model(model)
         return model.eval()
+
+    def train(self, mode: bool = True):
+        """Set training mode, except for a frozen mask encoder: BatchNorm, as in EdgeTAM, would change its outputs."""
+        super().train(mode)
+        encoder = self.mask_model.vision_encoder
+        encoder.train(mode and any(parameter.requires_grad for parameter in encoder.parameters()))
+        return self
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
