@@ -68,26 +68,26 @@ def image_processor_type(image_processor: BaseImageProcessor) -> str:
     return f"{name}Fast" if isinstance(image_processor, TorchvisionBackend) else name
 
 
-def image_processor_class(image_processor_type: str) -> type[BaseImageProcessor]:
-    """Return the class of an image processor type, with the backend that the type names.
+def image_processor_class(name: str) -> type[BaseImageProcessor]:
+    """Return the class of an image processor type in a checkpoint, with the backend that the type names.
 
     A plain name means Pillow where transformers has it: it did so before transformers 5, when most checkpoints were
     published, and in LISA checkpoints that were saved before their types named a backend.
 
     Args:
-        image_processor_type: Value of this key in a checkpoint, such as `"SamImageProcessorPil"`.
+        name: The checkpoint's `image_processor_type`, such as `"SamImageProcessorPil"`.
 
     Raises:
         ValueError: If transformers has no such image processor, or torchvision is needed and not installed.
     """
-    base = str(image_processor_type).removesuffix("Fast").removesuffix("Pil")
-    names_torchvision = str(image_processor_type).endswith("Fast")
-    name = base if names_torchvision or not hasattr(transformers, f"{base}Pil") else f"{base}Pil"
-    # Without torchvision, the plain name gives a placeholder or, with no more than a warning, Pillow's class.
-    if not is_torchvision_available():
-        if names_torchvision or getattr(getattr(transformers, name, None), "is_dummy", False):
-            raise ValueError(_TORCHVISION_IS_MISSING.format(image_processor_type))
-    return _transformers_class(name, BaseImageProcessor)
+    names_torchvision = str(name).endswith("Fast")
+    base = str(name).removesuffix("Fast").removesuffix("Pil")
+    class_name = base if names_torchvision or not hasattr(transformers, f"{base}Pil") else f"{base}Pil"
+    # Without torchvision, a plain name gives a placeholder or, with no more than a warning, Pillow's class.
+    is_placeholder = getattr(getattr(transformers, class_name, None), "is_dummy", False)
+    if (names_torchvision or is_placeholder) and not is_torchvision_available():
+        raise ValueError(_TORCHVISION_IS_MISSING.format(name))
+    return _transformers_class(class_name, BaseImageProcessor)
 
 
 def load_image_processor(path: str | os.PathLike, **kwargs) -> BaseImageProcessor:
@@ -507,9 +507,9 @@ class LisaProcessor(ProcessorMixin):
         for row, (ids, labels) in enumerate(zip(text_inputs["input_ids"], text_inputs["labels"])):
             if self.seg_token_id in labels[max_length:] or image_token_ids.intersection(ids[max_length:]):
                 raise TextTooLongError(
-                    f"Row {row} has {sum(text_inputs['attention_mask'][row])} tokens and max_length={max_length} "
-                    f"would cut a {SEG_TOKEN} or the image off. Raise max_length or shorten the text: "
-                    f"'...{self.tokenizer.decode(ids[-60:])}'."
+                    f"Row {row}: expected at most max_length={max_length} tokens, got "
+                    f"{sum(text_inputs['attention_mask'][row])}, and cutting them would lose a {SEG_TOKEN} or the "
+                    f"image. Raise max_length or shorten the text: '...{self.tokenizer.decode(ids[-60:])}'."
                 )
         for name in text_inputs.keys() - {"image_indices"}:
             text_inputs[name] = [row[:max_length] for row in text_inputs[name]]

@@ -100,7 +100,7 @@ def test_compact_batch_expands_to_the_plain_one(name):
 
 def test_text_too_long_for_its_seg_stops(processor, max_length):
     items = [make_item(0, [1]), with_long_question(make_item(1, [1, 1]), 1)]
-    with pytest.raises(TextTooLongError, match=rf"max_length={max_length} would cut a \[SEG\].*Raise max_length"):
+    with pytest.raises(TextTooLongError, match=rf"max_length={max_length} tokens.*lose a \[SEG\].*Raise max_length"):
         LisaDataCollator(processor, max_length)(items)
     LisaDataCollator(processor, max_length + 200)(items)
 

@@ -100,7 +100,7 @@ def family(request):
     return FAMILIES[request.param]()
 
 
-def labelled_runs(processor, ids: torch.Tensor, labels: torch.Tensor) -> list[str]:
+def labeled_runs(processor, ids: torch.Tensor, labels: torch.Tensor) -> list[str]:
     """Texts of the runs of labels, without spaces: `[SEG]` swallows those beside it."""
     runs, previous = [], -100
     for token, label in zip(ids.tolist(), labels.tolist()):
@@ -128,7 +128,7 @@ def test_labels_are_the_assistants_turns(template):
     batch = processor.encode_conversations([image(20, 30), image(30, 20)], [conversation(*row) for row in turns])
     for row, ids, labels, mask in zip(turns, batch["input_ids"], batch["labels"], batch["attention_mask"]):
         expected = ["".join((answer + end).split()) for answer in row[1::2]]
-        assert labelled_runs(processor, ids, labels) == expected
+        assert labeled_runs(processor, ids, labels) == expected
         assert (ids == processor.tokenizer.convert_tokens_to_ids("<image>")).sum() == NUM_IMAGE_TOKENS
         assert (labels[mask == 0] == -100).all()
     seg_token_id = processor.seg_token_id
@@ -153,7 +153,7 @@ def test_generation_continues_where_training_begins(template, answer):
 
 
 @pytest.mark.parametrize("tag", ["{%- generation -%}", "{%generation%}", "{% generation -%}"])
-def test_generation_tag_is_recognised(vlm_and_mask_directories, tag):
+def test_generation_tag_is_recognized(vlm_and_mask_directories, tag):
     """The template rewrites nothing, but only its tag says that `Answer:` is not the assistant's."""
     chat_template = (
         "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}{{ '<image>' }}"
@@ -162,7 +162,7 @@ def test_generation_tag_is_recognised(vlm_and_mask_directories, tag):
     ).replace("TAG", tag)
     processor = LisaProcessor.from_vlm_mask_model_pretrained(*vlm_and_mask_directories, chat_template=chat_template)
     batch = processor.encode_conversations([image(20, 30)], [conversation("What is it?", "A red circle")])
-    assert labelled_runs(processor, batch["input_ids"][0], batch["labels"][0]) == ["Aredcircle"]
+    assert labeled_runs(processor, batch["input_ids"][0], batch["labels"][0]) == ["Aredcircle"]
 
 
 def test_rewriting_template_is_refused(vlm_and_mask_directories):
@@ -208,7 +208,9 @@ def test_truncation_cuts_tails_but_never_a_seg(llava):
 
     last_seg = (whole["labels"] == processor.seg_token_id).nonzero()[:, 1].max().item()
     processor.encode_conversations(pictures, conversations, max_length=last_seg + 1)
-    with pytest.raises(TextTooLongError, match=rf"Row \d has \d+ tokens and max_length={last_seg} .*\[SEG\].*Raise"):
+    with pytest.raises(
+        TextTooLongError, match=rf"Row \d: expected at most max_length={last_seg} tokens.*\[SEG\].*Raise"
+    ):
         processor.encode_conversations(pictures, conversations, max_length=last_seg)
     with pytest.raises(ValueError, match='padding_side="right"'):
         processor.encode_conversations(pictures, conversations, max_length=last_seg, padding_side="left")
@@ -273,7 +275,7 @@ def test_images_may_differ_in_their_number_of_tokens():
     )
     counts = (batch["input_ids"] == model.config.vlm_config.image_token_id).sum(1).tolist()
     assert counts == [4 * (2 * 2 + 1), 4 * (2 * 1 + 1)]
-    runs = [labelled_runs(processor, *row) for row in zip(batch["input_ids"], batch["labels"])]
+    runs = [labeled_runs(processor, *row) for row in zip(batch["input_ids"], batch["labels"])]
     assert runs == [["No.<end_of_utterance>"]] * 2
 
 
