@@ -1,4 +1,4 @@
-"""One `datasets` builder per source of training data, all with the rows of `lisa_hf.data.rows`."""
+"""One `datasets` builder per source of data. All of them make the rows of `lisa_hf.data.rows`."""
 
 import dataclasses
 import logging
@@ -39,7 +39,7 @@ SOURCES = {
     "grefcoco": GRefCoco,
     "llava_instruct": LlavaInstruct,
     "reason_seg": ReasonSeg,
-    # Data of your own, which a recipe gives a name and a `builder`.
+    # Your own data: a recipe chooses the name, and names one of these as `builder`.
     "coco_instances": CocoInstances,
     "labelme": LabelMe,
     "image_folder": ImageFolder,
@@ -56,27 +56,25 @@ def load_source(
     cache_dir: str | None = None,
     **options,
 ) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
-    """Loads one split of one source, or all of them.
-
-    What is missing from its rows, because it was skipped or left out, goes to the log.
+    """Load one split of a source, or all of them, and log how many records were skipped or excluded.
 
     Args:
-        name: A key of `SOURCES`, or any name if there is a `builder`.
-        data_dir: The directory that holds all data sets in LISA's layout. Drawn sources do without.
-        split: A split of the source; its builder names them. Data of your own have one split, by any name. None: all
-            splits, as a dict by their names.
-        streaming: Make the rows while they are read, instead of preparing them once in the cache of `datasets`.
-        builder: A key of `SOURCES`: what reads data of your own, or a source that is used in two ways.
-        cache_dir: Where prepared rows are kept; default: the cache of `datasets`.
-        options: Fields of the source's `BuilderConfig`.
+        name: Key of `SOURCES`, or any name if there is a `builder`.
+        data_dir: Directory of all data sets, in LISA's layout. Drawn sources do not need it.
+        split: Name of a split, as in the docstring of the builder. Your own data has a single split of any name. None
+            loads all splits.
+        streaming: Whether to make rows as they are read, instead of preparing them once in the cache of `datasets`.
+        builder: Key of `SOURCES` that reads a source with a name of your own.
+        cache_dir: Directory of prepared rows. Defaults to the cache of `datasets`.
+        options: Fields of the builder's config.
 
     Returns:
-        Rows with `lisa_hf.data.rows.FEATURES`; a `Dataset`, or an `IterableDataset` if streaming; with `split=None` a
-        `DatasetDict` or an `IterableDatasetDict` of them.
+        Rows of `lisa_hf.data.rows.FEATURES`: a `Dataset`, or an `IterableDataset` if streaming. With `split=None`, a
+        `DatasetDict` or an `IterableDatasetDict`.
 
     Raises:
-        ValueError: For a source or an option that does not exist, and for bad data.
-        FileNotFoundError: If the data is not there.
+        ValueError: If the source or an option does not exist, or for bad data.
+        FileNotFoundError: If the data does not exist.
     """
     builder = make_builder(name, data_dir, split, builder, cache_dir, **options)
     if streaming:
@@ -85,7 +83,7 @@ def load_source(
         try:
             builder.download_and_prepare()
         except DatasetGenerationError as error:
-            raise ValueError(f"The source {name!r} cannot be prepared: {error.__cause__}") from error
+            raise ValueError(f"source {name!r}: cannot be prepared: {error.__cause__}") from error
         rows = builder.as_dataset(split=split)
     for remark in builder.remarks():
         logger.info("%s: %s.", name, remark)
@@ -100,22 +98,22 @@ def make_builder(
     cache_dir: str | None = None,
     **options,
 ) -> SourceBuilder:
-    """The builder behind [`load_source`], which has the same arguments and raises the same for wrong ones."""
+    """Make the builder of a source. Arguments and errors are those of [`load_source`]."""
     builder_class = _find_builder(name, builder)
     known = _option_types(builder_class)
     for option, value in options.items():
         if option not in known:
-            raise ValueError(f"The source {name!r} has no option {option!r}; its options are {sorted(known)}.")
+            raise ValueError(f"source {name!r}: expected options among {sorted(known)}, got {option!r}.")
         kind = known[option]
         if kind in (bool, int) and not isinstance(value, kind):
-            raise ValueError(f"The option {option!r} of the source {name!r} is {kind.__name__}, got {value!r}.")
+            raise ValueError(f"source {name!r}: expected {option} as {kind.__name__}, got {value!r}.")
     if not builder_class.SOURCE:
         options |= {"config_name": name, "split": split or "train"}
     options |= {"data_dir": data_dir, "cache_dir": cache_dir}
     made = builder_class(**options)
     if options.get("on_bad_row") == "skip":
         strict = builder_class(**options | {"on_bad_row": "raise"})
-        # What was prepared without skipping has nothing to skip.
+        # Rows that were prepared without skipping have nothing to skip: use them.
         return strict if os.path.isdir(strict.cache_dir) else made
     return made
 
@@ -128,15 +126,17 @@ def load_sources(
     on_bad_row: str = "raise",
     exclude_refer_val: bool = False,
 ) -> dict[str, Dataset | IterableDataset]:
-    """Loads the sources of a recipe's `sources` or `eval_sources`, by name; a `weight` among the options is skipped.
+    """Load the `sources` or `eval_sources` of a recipe.
 
     Args:
-        sources: Options of [`load_source`] by the name of the source.
-        data_dir, streaming: As in [`load_source`].
-        max_rows: Keep so many first rows of each source.
-        on_bad_row: What to do about records of which no row can be made, "skip" or "raise".
-        exclude_refer_val: Train without the COCO photos in a val or test split of the refer sources. The log says how
-            many records that leaves out of each source, and which sources have no such photos.
+        sources: Options of [`load_source`] by the name of the source. A `weight` among them is ignored.
+        data_dir: Directory of all data sets, in LISA's layout.
+        max_rows: Number of rows to keep of each source, the first ones. By default, all.
+        streaming: Whether to stream the rows, see [`load_source`].
+        on_bad_row: What to do with bad records, unless the options of a source say so, see
+            [`~lisa_hf.data.rows.OnBadRow`].
+        exclude_refer_val: Whether to exclude the COCO photos in a val or test split of the refer sources. The log says
+            how many records of each source are excluded, and which sources have no COCO photos.
     """
     loaded = {}
     for name, options in complete_options(sources, on_bad_row, exclude_refer_val).items():
@@ -150,7 +150,7 @@ def load_sources(
 def complete_options(
     sources: dict[str, dict], on_bad_row: str = "raise", exclude_refer_val: bool = False
 ) -> dict[str, dict]:
-    """Options of [`load_source`] for each of a recipe's sources: its own, then those of the whole recipe."""
+    """Return the options of [`load_source`] for each source: its own, completed by those of the whole recipe."""
     completed, others = {}, []
     for name, options in sources.items():
         completed[name] = {"on_bad_row": on_bad_row, **options}
@@ -161,7 +161,7 @@ def complete_options(
             others.append(name)
     if exclude_refer_val and others:
         logger.info(
-            "exclude_refer_val leaves these as they are, because they name no COCO photos: %s.", ", ".join(others)
+            "exclude_refer_val does not change these sources, which have no COCO photos: %s.", ", ".join(others)
         )
     return completed
 

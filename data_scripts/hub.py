@@ -1,12 +1,12 @@
-"""Any data set of the Hub, or of Parquet files, by the names of its columns.
+"""Rows from any data set on the Hub, or from Parquet files, by the names of their columns.
 
     sources:
       captions: {builder: hub, path: user/captions, image_column: photo, mask_column: label, phrases_column: caption}
       chat: {builder: hub, path: chat/*.parquet, messages_column: messages}
       converted: {builder: hub, path: parquet/ade20k}
 
-A data set that has the columns of `lisa_hf.data.rows` already, as `recipes/prepare_data.py convert` writes them, is
-taken as it is.
+A data set that already has the columns of `lisa_hf.data.rows`, as `recipes/prepare_data.py convert` writes them, is
+used unchanged.
 """
 
 import dataclasses
@@ -27,17 +27,18 @@ from .source import encode_segmentation, errors_naming, read_image_size
 
 @dataclasses.dataclass
 class HubConfig(OwnDataConfig):
-    """Where the data set is, and which of its columns hold what.
+    """Options of a data set on the Hub.
 
     Args:
-        path: Id on the Hub, a directory as `datasets.load_dataset` takes it, or a pattern of Parquet files.
-        subset: Name of the configuration, if the data set has several.
-        revision: Branch, tag or commit on the Hub. A change of a branch is not noticed once rows are prepared.
-        image_column: Images: files, or paths.
-        mask_column: Masks: images of one channel, 0 where the target is not, or COCO RLE.
-        phrases_column: What the mask shows: a text, or a list of interchangeable ones.
-        messages_column: For conversations instead: lists of `role` and `content`.
-        task, is_sentence: As in `lisa_hf.data.rows.make_row`.
+        path: Id on the Hub, a directory that `datasets.load_dataset` can read, or a pattern of Parquet files.
+        subset: Name of the configuration, if there are several.
+        revision: Branch, tag or commit on the Hub. Once rows are prepared, changes of a branch go unnoticed.
+        image_column: Column of the images, as files or paths.
+        mask_column: Column of the masks, as images of one channel (0 for the background) or as COCO RLE.
+        phrases_column: Column of the phrases that describe the mask, a text or a list of interchangeable texts.
+        messages_column: Column of conversations, lists of `role` and `content`, instead of masks and phrases.
+        task: Task of the rows, see [`~lisa_hf.data.rows.make_row`].
+        is_sentence: Whether the phrases are complete questions.
     """
 
     path: str = ""
@@ -52,13 +53,15 @@ class HubConfig(OwnDataConfig):
 
 
 class Hub(OwnData):
-    """A data set of the Hub or of Parquet files. One row per row, with one target or one conversation."""
+    """A data set on the Hub, or Parquet files. One row per record, with a target or a conversation."""
 
     BUILDER_CONFIG_CLASS = HubConfig
 
     def annotation_files(self, data_dir):
         if not self.config.path:
-            raise ValueError(f"The source {self.source!r} needs the option `path`, a data set's id or files.")
+            raise ValueError(
+                f"source {self.source!r}: expected the option `path`, the data set's id or files, got none."
+            )
         path = self._local_path(data_dir)
         return sorted(
             name for name in glob.glob(path) + glob.glob(f"{path}/**", recursive=True) if os.path.isfile(name)
@@ -68,7 +71,7 @@ class Hub(OwnData):
         return os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(self.config.path)))
 
     def _open(self) -> datasets.IterableDataset:
-        """The data set as a stream, images undecoded."""
+        """Open the data set as a stream with undecoded images."""
         config, path = self.config, self._local_path(self.config.data_dir)
         if path.endswith(".parquet"):
             arguments = {"path": "parquet", "data_files": path}
@@ -82,7 +85,7 @@ class Hub(OwnData):
         for name in names:
             if name not in rows.column_names:
                 raise ValueError(
-                    f"The source {self.source!r} looked for the column {name!r} in {config.path!r}, which has "
+                    f"source {self.source!r}: expected the column {name!r} in {config.path!r}, got "
                     f"{rows.column_names}. Name its columns with image_column, mask_column, phrases_column or "
                     "messages_column."
                 )
@@ -122,7 +125,7 @@ class Hub(OwnData):
             return self._make_row(image, name, config.task, targets=[target], is_sentence=config.is_sentence)
 
     def _make_row(self, image: dict[str, Any], name: str, task: str, **columns: Any) -> dict[str, Any]:
-        # A file's path may be one inside an archive; its content is what counts.
+        # Prefer the content to the path, which may be one inside an archive.
         return make_row(image["bytes"] or image["path"], name, self.source, task, **columns)
 
 

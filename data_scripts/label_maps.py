@@ -1,4 +1,4 @@
-"""Semantic segmentation from label maps, images whose pixels are class numbers: ADE20K, COCO-Stuff, Mapillary Vistas.
+"""Semantic segmentation from label maps, images whose pixels are class indices: ADE20K, COCO-Stuff, Mapillary Vistas.
 
     from data_scripts import load_source
     rows = load_source("ade20k", data_dir="dataset", split="validation")
@@ -26,12 +26,12 @@ IGNORED, UNKNOWN = -1, -2
 
 
 def read_label_map(path: str) -> np.ndarray:
-    """Reads a label map, gray or with a palette, as labels of shape (height, width), dtype uint8."""
+    """Read a grayscale or palette image as labels of shape `(H, W)`, uint8."""
     try:
         with PIL.Image.open(path) as image:
             image.load()
     except Exception as error:  # Pillow has no exception of its own for broken files.
-        raise ValueError(f"The label map cannot be read: {error}. Download it again.") from error
+        raise ValueError(f"expected a label map, got an unreadable file: {error}. Download it again.") from error
     if image.mode not in ("L", "P"):
         raise ValueError(
             f"expected a label map with one channel of 8 bits (mode L or P), got the mode {image.mode}. "
@@ -41,10 +41,10 @@ def read_label_map(path: str) -> np.ndarray:
 
 
 def encode_labels(labels: np.ndarray) -> dict[int, dict[str, Any]]:
-    """Encodes the region of every label, all in one pass over the runs of equal labels.
+    """Encode the region of every label in one pass over the runs of equal labels.
 
     Args:
-        labels: (height, width), any integer dtype.
+        labels: Shape `(H, W)`, any integer dtype.
 
     Returns:
         RLE by label, for the labels that occur, in ascending order.
@@ -67,25 +67,24 @@ def encode_labels(labels: np.ndarray) -> dict[int, dict[str, Any]]:
 class LabelMapBuilder(SourceBuilder):
     """Base of the sources that label every pixel. One row per image that shows a named class, one target per name.
 
-    Classes of one name are one target: the original asks for such a class and answers with the mask of the first of
-    that name, mostly an empty one. `ignore` holds the pixels without a named class: the original trains on them as
-    background.
+    Classes with the same name are one target. The original answers with the mask of the first class of that name,
+    which is usually empty. `ignore` holds the pixels without a named class; the original trains on them as background.
     """
 
     def find_pairs(self, data_dir: str | None) -> dict[str, list[tuple[str, str]]]:
-        """Paths (image, label map) of every split."""
+        """Return the paths (image, label map) of every split."""
         raise NotImplementedError
 
     def find_classes(self, data_dir: str | None) -> str:
-        """Path of the file with the class names."""
+        """Return the path of the file with the class names."""
         raise NotImplementedError
 
     def read_names(self, path: str) -> list[str | None]:
-        """Reads the name of every pixel value from 0; None is ignored, as is the pixel value 255 in any case."""
+        """Read the class name of every pixel value from 0. A name of None is ignored, and so is the value 255."""
         raise NotImplementedError
 
     def pair_with_images(self, data_dir: str | None, label_maps: str, images: str) -> list[tuple[str, str]]:
-        """Paths (image, label map) of the label maps in a directory."""
+        """Return the paths (image, label map) of the label maps in a directory."""
         label_maps, images = self.find(data_dir, label_maps), self.find(data_dir, images)
         stems = sorted(name.removesuffix(".png") for name in os.listdir(label_maps) if name.endswith(".png"))
         return [(os.path.join(images, f"{stem}.jpg"), os.path.join(label_maps, f"{stem}.png")) for stem in stems]
@@ -96,14 +95,14 @@ class LabelMapBuilder(SourceBuilder):
 
     @functools.cached_property
     def names(self) -> list[str | None]:
-        """The name of every pixel value from 0."""
+        """Return the class name of every pixel value from 0."""
         path = self.find_classes(self.config.data_dir)
         with errors_naming(path):
             return self.read_names(path)
 
     def read_records(self, data_dir):
         if not self.names:
-            raise ValueError(f"{self.find_classes(data_dir)!r} names no class. Download it again.")
+            raise ValueError(f"expected class names, got none in {self.find_classes(data_dir)!r}. Download it again.")
         return self.find_pairs(data_dir)
 
     def make_row(self, record):
@@ -128,7 +127,7 @@ class LabelMapBuilder(SourceBuilder):
 class Ade20k(LabelMapBuilder):
     """ADE20K, scene parsing: 150 classes, 20210 images for training, 2000 for validation.
 
-    Splits: train, validation, those of which the label maps are there.
+    Splits: train, validation, as far as their label maps exist.
 
         <data_dir>/ade20k/
             images/training/*.jpg           the directories of ADEChallengeData2016
@@ -159,7 +158,7 @@ class Ade20k(LabelMapBuilder):
 class CocoStuff(LabelMapBuilder, CocoBuilder):
     """COCO-Stuff: things and stuff on the 118287 photos of COCO train2017. Split: train.
 
-    Of 171 classes that occur the 143 without a "-" are asked for, as by the original; "wall-brick" is ignored.
+    As in the original, questions ask for the 143 of 171 classes without a "-"; "wall-brick" is ignored, for example.
 
         <data_dir>/
             cocostuff/train2017/*.png       stuffthingmaps_trainval2017; pixels: 0 to 181 the classes, 255 unlabeled

@@ -46,7 +46,7 @@ class LlavaInstruct(CocoBuilder):
         path = self._find_conversations(data_dir)
         conversations = read_json(path)
         with errors_naming(path):
-            # Conversations about one photo share their id, so that only the position names one.
+            # Conversations about the same photo share an id, so the position identifies them.
             return {"train": list(enumerate(conversations))}
 
     def make_row(self, record):
@@ -55,7 +55,7 @@ class LlavaInstruct(CocoBuilder):
         with errors_naming(f"{self._find_conversations(self.config.data_dir)!r}, record {index}"):
             turns = conversation["conversations"]
             if turns and turns[0]["from"] == "gpt":
-                turns = turns[1:]  # As the original: an answer to nothing.
+                turns = turns[1:]  # an answer without a question, which the original drops too
             name = conversation["image"]
             return make_row(
                 image=join_inside(directory, name),

@@ -1,12 +1,12 @@
-"""Data of your own, named in the recipe: COCO instances, LabelMe files, or images with masks and a list of questions.
+"""Your own data, as named in a recipe: COCO instances, LabelMe files, or images with masks and a list of questions.
 
     sources:
       parts: {builder: coco_instances, annotations: parts/train.json, images: parts/photos, weight: 3}
       rooms: {builder: labelme, annotations: rooms}
       damage: {builder: image_folder, questions: damage/train.jsonl, images: damage/photos, masks: damage/masks}
 
-The key is yours; rows carry it as their source. Paths are relative to `data_dir`, if there is one. Each such source
-has one split: the files of another are given where it is used, as in `eval_sources`.
+You choose the key, which becomes the source of the rows. Paths are relative to `data_dir`, if it is set. Each of these
+sources has a single split. For another split, add a source with other files, for example in `eval_sources`.
 """
 
 import dataclasses
@@ -34,45 +34,54 @@ from .source import (
 
 @dataclasses.dataclass
 class OwnDataConfig(SourceConfig):
-    """What the one split is called."""
+    """Options of your own data.
+
+    Args:
+        split: Name of its only split.
+    """
 
     split: str = "train"
 
 
 class OwnData(SourceBuilder):
-    """Base of the builders whose options say where the files are."""
+    """Base of the builders that find their files by options."""
 
     BUILDER_CONFIG_CLASS = OwnDataConfig
 
     def locate(self, data_dir: str | None, option: str) -> str:
-        """Path that an option names.
+        """Return the path in an option.
 
         Raises:
-            ValueError: If the option is not given.
-            FileNotFoundError: If there is nothing at the path.
+            ValueError: If the option is not set.
+            FileNotFoundError: If the path does not exist.
         """
         path = getattr(self.config, option)
         if not path:
-            raise ValueError(f"The source {self.source!r} needs the option `{option}`, a path.")
+            raise ValueError(f"source {self.source!r}: expected the option `{option}`, a path, got none.")
         path = os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(path)))
         if not os.path.exists(path):
             raise FileNotFoundError(
-                f"The option `{option}` of the source {self.source!r} names {path!r}, which does not exist. "
-                "Give a path that is absolute or relative to `data_dir`."
+                f"source {self.source!r}: expected `{option}` to exist, got {path!r}, which does not. Use a path that "
+                "is absolute or relative to `data_dir`."
             )
         return path
 
 
 @dataclasses.dataclass
 class CocoInstancesConfig(CocoConfig, OwnDataConfig):
-    """Paths of the JSON file and of the directory of the images."""
+    """Options of COCO instances.
+
+    Args:
+        annotations: Path of the JSON file.
+        images: Directory of the images.
+    """
 
     annotations: str = ""
     images: str = ""
 
 
 class CocoInstances(CocoBuilder, OwnData):
-    """Annotations in COCO's form. One row per annotated image, one target per annotation, named by its category.
+    """Annotations in the COCO format. One row per annotated image, one target per annotation, named by its category.
 
     annotations     JSON with images, annotations (polygons or RLE) and categories
     images          the directory of the images
@@ -98,7 +107,12 @@ class CocoInstances(CocoBuilder, OwnData):
 
 @dataclasses.dataclass
 class LabelMeConfig(OwnDataConfig):
-    """Paths of the directories of the JSON files and of the images; by default the images lie beside the JSON."""
+    """Options of LabelMe files.
+
+    Args:
+        annotations: Directory of the JSON files.
+        images: Directory of the images. Defaults to that of the JSON files.
+    """
 
     annotations: str = ""
     images: str = ""
@@ -117,7 +131,7 @@ class LabelMe(OwnData):
         directory = self.locate(data_dir, "annotations")
         paths = sorted(entry.path for entry in os.scandir(directory) if entry.name.endswith(".json"))
         if not paths:
-            raise FileNotFoundError(f"The source {self.source!r} looked for *.json in {directory!r}, got none.")
+            raise FileNotFoundError(f"source {self.source!r}: expected *.json in {directory!r}, got none.")
         return paths
 
     def read_records(self, data_dir):
@@ -127,7 +141,7 @@ class LabelMe(OwnData):
         directory = self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
         annotation = read_json(record)
         with errors_naming(record):
-            # LabelMe writes where the image was on the annotator's machine.
+            # The path is that on the annotator's machine.
             name = annotation["imagePath"].replace("\\", "/").split("/")[-1]
             image = join_inside(directory, name)
             height, width = read_image_size(image)
@@ -141,7 +155,7 @@ class LabelMe(OwnData):
 
 
 def _outline(shape: dict) -> list[float]:
-    """Corners [x0, y0, x1, y1, ...] of a LabelMe shape."""
+    """Return the corners [x0, y0, x1, y1, ...] of a LabelMe shape."""
     points, kind = shape["points"], shape.get("shape_type", "polygon")
     if kind == "rectangle":
         (x0, y0), (x1, y1) = points
@@ -153,7 +167,13 @@ def _outline(shape: dict) -> list[float]:
 
 @dataclasses.dataclass
 class ImageFolderConfig(OwnDataConfig):
-    """Paths of the JSON Lines file and of the directories of the images and of the masks."""
+    """Options of an image folder.
+
+    Args:
+        questions: Path of the JSON Lines file.
+        images: Directory of the images.
+        masks: Directory of the masks.
+    """
 
     questions: str = ""
     images: str = ""
@@ -161,13 +181,13 @@ class ImageFolderConfig(OwnDataConfig):
 
 
 class ImageFolder(OwnData):
-    """Images, masks, and a list of what is asked about them. One row per line of the list, with one target.
+    """Images, masks, and a list of questions about them. One row per line of the list, with one target.
 
     questions   JSON Lines: {"image": "a.jpg", "mask": "a.png", "question": "What could break?"}
                 or {..., "phrase": "the cracked wheel"}; a list of either: they are interchangeable;
                 optional "explanation": why the mask answers the question
     images      the directory of the images
-    masks       the directory of the masks: PNG of one channel, of the image's size, 0 where the target is not
+    masks       the directory of the masks: PNG of one channel, of the image's size, 0 for the background
     """
 
     BUILDER_CONFIG_CLASS = ImageFolderConfig
@@ -204,15 +224,17 @@ class ImageFolder(OwnData):
 
 
 def read_mask(file) -> np.ndarray:
-    """Reads a mask, an image of one channel from a path or a file, as bool of shape (height, width): not 0."""
+    """Read a mask from a path or file of an image with one channel. Returns bool of shape `(H, W)`, whether not 0."""
     try:
         with PIL.Image.open(file) as image:
             image.load()
     except Exception as error:  # Pillow has no exception of its own for broken files.
-        raise ValueError(f"The mask {file!r} cannot be read: {error}. Restore it, or remove the row.") from error
+        raise ValueError(
+            f"expected a mask, got {file!r}, which cannot be read: {error}. Restore it, or remove the row."
+        ) from error
     if len(image.getbands()) > 1:
         raise ValueError(
-            f"expected the mask {file!r} to have one channel, got the mode {image.mode}. Save it as gray, with "
-            "0 where the target is not."
+            f"expected the mask {file!r} to have one channel, got the mode {image.mode}. Save it in grayscale, "
+            "with 0 for the background."
         )
     return np.asarray(image) != 0

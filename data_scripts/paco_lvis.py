@@ -1,9 +1,9 @@
-"""PACO-LVIS: objects and their parts on COCO photos, in the COCO form of its authors.
+"""PACO-LVIS: objects and their parts on COCO photos, in the COCO format of its authors.
 
     from data_scripts import load_source
     rows = load_source("paco_lvis", data_dir="dataset")
 
-Rows keep one target per annotation, where the original takes one instance at random.
+Rows have one target per annotation, where the original draws one instance.
 """
 
 from .coco import CocoBuilder, make_instances_row, read_instances
@@ -11,7 +11,7 @@ from .pascal_part import part_phrases
 
 
 def category_phrases(category: str) -> list[str]:
-    """The names of "mouse_(computer_equipment)" or "mouse_(computer_equipment):wire", without what is in brackets."""
+    """Return the phrases of "mouse_(computer_equipment)" or "mouse_(computer_equipment):wire", without parentheses."""
     names = [name.split("_(")[0] for name in category.strip().split(":")]
     return names if len(names) == 1 else part_phrases(":".join(names))
 
@@ -23,7 +23,8 @@ class PacoLvis(CocoBuilder):
             vlpart/paco/annotations/paco_lvis_v1_train.json     categories "object" and "object:part"
             coco/train2017/*.jpg
 
-    Targets of one category share their phrases: which of them a question means is decided when it is drawn.
+    Targets of one category share their phrases. Whether a question asks for one or for all of them is decided when it
+    is drawn.
     """
 
     SOURCE = "paco_lvis"

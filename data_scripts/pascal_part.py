@@ -1,9 +1,9 @@
-"""PASCAL-Part: parts of the objects in PASCAL VOC 2010, in the COCO form that VLPart made of them.
+"""PASCAL-Part: parts of the objects in PASCAL VOC 2010, in the COCO format of VLPart.
 
     from data_scripts import load_source
     rows = load_source("pascal_part", data_dir="dataset")
 
-Rows keep one target per annotation, where the original takes one instance at random.
+Rows have one target per annotation, where the original draws one instance.
 """
 
 from .coco import make_instances_row, read_instances
@@ -11,7 +11,7 @@ from .source import SourceBuilder
 
 
 def part_phrases(category: str) -> list[str]:
-    """The names of a category "object:part": "object part" and "the part of the object"."""
+    """Return the phrases of a category "object:part": "object part" and "the part of the object"."""
     thing, colon, part = category.strip().partition(":")
     if not (thing and colon and part):
         raise ValueError(f"expected categories like 'dog:head', got {category!r}.")
@@ -22,10 +22,11 @@ class PascalPart(SourceBuilder):
     """PASCAL-Part: 93 kinds of parts. One row per image that has parts, one target per annotation. Split: train.
 
         <data_dir>/vlpart/pascal_part/
-            train.json                      VLPart's, in COCO form with categories "object:part"
+            train.json                      VLPart's, in the COCO format with categories "object:part"
             VOCdevkit/VOC2010/JPEGImages/   the photos of PASCAL VOC 2010
 
-    Targets of one category share their phrases: which of them a question means is decided when it is drawn.
+    Targets of one category share their phrases. Whether a question asks for one or for all of them is decided when it
+    is drawn.
     """
 
     SOURCE = "pascal_part"

@@ -1,4 +1,4 @@
-"""What the builders share: rows of one format, clear errors, and caches that notice when annotations change."""
+"""Base class of the builders, which caches records and rows, and helpers that read files and name them in errors."""
 
 import collections
 import contextlib
@@ -49,17 +49,17 @@ class SourceConfig(datasets.BuilderConfig):
 
 
 class SourceBuilder(datasets.GeneratorBasedBuilder):
-    """Base of the builders: a subclass names its files, reads their records, and makes a row of each.
+    """Base of the builders. A subclass lists its annotation files, reads their records, and makes a row from each.
 
-    A record is what the annotations say of one row, anything that JSON can hold. Records are read once per machine,
-    in the process that comes first, and written beside the cache in shards; whoever makes rows, be it the preparation
-    or a worker of a stream, reads them from there one by one, so that its memory does not grow with the annotations.
+    A record is what the annotations say about one row, in values that JSON can hold. The first process on a machine
+    reads the records and writes them beside the cache, in shards. Rows are made from the shards record by record, both
+    when they are prepared and in the workers of a stream, so memory does not grow with the annotations.
 
-    Its docstring holds the expected tree, with what the authors publish about rows and license.
+    The docstring of a subclass holds the expected directory tree and the numbers that the authors publish.
     """
 
     BUILDER_CONFIG_CLASS = SourceConfig
-    # What the rows call their source; without, it is what the user calls it: `config.name`.
+    # Name of the source in its rows. If empty, it is the user's name for it, `config.name`.
     SOURCE = ""
     DOWNLOAD_PAGE = ""
     LICENSE = ""
@@ -72,12 +72,12 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         **options,
     ):
         if data_dir is not None:
-            # The rows hold paths, and the cache outlives the working directory.
+            # Rows hold paths, and the cache is also used from other working directories.
             data_dir = os.path.abspath(os.path.expanduser(data_dir))
-        # A default that is spelled out must not split the cache.
+        # An explicit default must not give another cache directory.
         defaults = {field.name: field.default for field in dataclasses.fields(self.BUILDER_CONFIG_CLASS)}
         options = {name: value for name, value in options.items() if value != defaults.get(name, dataclasses.MISSING)}
-        # The options say which files decide the rows, which is asked before `datasets` has made its config of them.
+        # `_fingerprint` needs the options before `datasets` makes its config from them.
         self.config = self.BUILDER_CONFIG_CLASS(name=config_name or "default", data_dir=data_dir, **options)
         super().__init__(
             cache_dir=cache_dir,
@@ -87,42 +87,42 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
             **options,
         )
         self.records_dir = f"{self.cache_dir}.records"
-        # Places of the bad records that this process has met, and how many it has read of each shard, by split: a
-        # second epoch of a stream meets the same ones again.
+        # By split: positions of the bad records that this process has met, and the number of records it has read of
+        # each shard. Positions, because a second epoch of a stream meets the same records again.
         self.bad_records = collections.defaultdict(set)
         self.num_read = collections.defaultdict(collections.Counter)
 
     def annotation_files(self, data_dir: str | None) -> list[str]:
-        """Paths of the files that decide the rows: if one of them changes, the rows are made anew.
+        """Return the paths of the files that rows are made from. If one of them changes, the cache is not used.
 
         Raises:
-            FileNotFoundError: If the data is not there.
+            FileNotFoundError: If the data does not exist.
         """
         raise NotImplementedError
 
     def read_records(self, data_dir: str | None) -> dict[str, Sequence]:
-        """Reads the records of every split.
+        """Read the records of every split.
 
         Raises:
-            ValueError: If a file is damaged as a whole; what is wrong with one record is for `make_row` to find.
+            ValueError: If a file is damaged as a whole. Bad records are left to `make_row`.
         """
         raise NotImplementedError
 
     def make_row(self, record: Any) -> dict[str, Any] | None:
-        """Makes the row of a record (`make_row`), or None if there is nothing to ask about.
+        """Make the row of a record, or return None if there is nothing to ask about.
 
         Raises:
-            ValueError: If the record is bad; the message names the file and the record.
+            ValueError: If the record is bad. The message names the file and the record.
         """
         raise NotImplementedError
 
     @property
     def source(self) -> str:
-        """Name of the source in its rows."""
+        """Return the name of the source in its rows."""
         return self.SOURCE or self.config.name
 
     def remarks(self) -> list[str]:
-        """What a user should know of the rows that are missing, once they are prepared or their stream is open."""
+        """Return remarks about skipped and excluded records, once the rows are prepared or their stream is open."""
         remarks = []
         for directory in (self.records_dir, self.cache_dir):
             path = os.path.join(directory, REMARKS)
@@ -131,41 +131,43 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
 
     def download_and_prepare(self, *args, **kwargs):
         super().download_and_prepare(*args, **kwargs)
-        # Those of this preparation; who opens its rows later shall know, too.
+        # Remarks are stored, for whoever opens the prepared rows later.
         counts = {split: len(bad) for split, bad in self.bad_records.items() if bad}
         if counts:
             remarks = [f"skipped {count} bad records of the split {split!r}" for split, count in counts.items()]
             write_json(os.path.join(self.cache_dir, REMARKS), remarks)
 
     def find(self, data_dir: str | None, path: str) -> str:
-        """Path of a file or directory below `data_dir`, of which it must be known that it exists."""
+        """Return the path of a file or directory below `data_dir`, which must exist."""
         if data_dir is None:
-            raise ValueError(f"{type(self).__name__} needs `data_dir`, the directory that holds {path!r}.")
+            raise ValueError(
+                f"{type(self).__name__}: expected `data_dir`, the directory that holds {path!r}, got None."
+            )
         found = os.path.join(data_dir, path)
         if not os.path.exists(found):
             error = FileNotFoundError(
-                f"{type(self).__name__} looked for {found!r}, which does not exist. Check `data_dir`, or get the data "
-                f"from {self.DOWNLOAD_PAGE} and arrange it as data_scripts/README.md says."
+                f"{type(self).__name__}: expected {found!r}, which does not exist. Check `data_dir`, or download the "
+                f"data from {self.DOWNLOAD_PAGE} and arrange it as in data_scripts/README.md."
             )
-            error.add_note(inspect.getdoc(type(self)))  # for a trace; a recipe prints one line
+            error.add_note(inspect.getdoc(type(self)))  # shown in a stack trace only, not in the one line of a recipe
             raise error
         return found
 
     def write_records(self, records: dict[str, Sequence], remarks: Sequence[str] = ()):
-        """Writes the records as shards below `records_dir`, which is there when all of them are.
+        """Write the records as shards into `records_dir`, all or nothing.
 
         Args:
-            records: What was read, by split.
-            remarks: What a user should know of the records that are not among them.
+            records: Records by split.
+            remarks: Remarks about excluded records, for the user.
 
         Raises:
-            ValueError: If there is no record at all.
+            ValueError: If there are no records.
         """
         if not any(records.values()):
             raise ValueError(
-                f"{type(self).__name__} found nothing to make rows of in {self.config.data_dir!r} "
-                f"(splits: {sorted(records)}{''.join(f'; {remark}' for remark in remarks)}). Check that the files are "
-                "complete" + (f", or get them from {self.DOWNLOAD_PAGE}." if self.DOWNLOAD_PAGE else ".")
+                f"{type(self).__name__}: expected records in {self.config.data_dir!r}, got none (splits: "
+                f"{sorted(records)}{''.join(f'; {remark}' for remark in remarks)}). Check that the files are complete"
+                + (f", or download them from {self.DOWNLOAD_PAGE}." if self.DOWNLOAD_PAGE else ".")
             )
         with tempfile.TemporaryDirectory(dir=os.path.dirname(self.records_dir)) as directory:
             directory = os.path.join(directory, "records")
@@ -193,7 +195,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         return generators
 
     def read_shard(self, shard: Any) -> Iterator[Any]:
-        """Reads the records of one of the shards that `_split_generators` names."""
+        """Read the records of one of the shards of `_split_generators`."""
         with open(shard, encoding="utf-8") as file:
             yield from map(json.loads, file)
 
@@ -215,8 +217,8 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                 if row is not None:
                     yield f"{shard}, {index}", row
         if bad:
-            # A reader of some shards may never meet one in a hundred of all records, so it judges those that it has
-            # read. Chance decides how many bad ones are among them: three standard deviations are allowed for it.
+            # A reader of a few shards may never meet 1 % of all records, so it judges the records that it has read,
+            # with three standard deviations of allowance for chance.
             total, is_part = num_read.total(), len(shards) < num_shards
             if not is_part or total >= MIN_RECORDS:
                 allowance = 3 * (MAX_BAD_SHARE * total) ** 0.5 if is_part else 0
@@ -224,7 +226,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
             logger.warning("%s: skipped %d bad records of the split %r so far.", self.source, len(bad), split)
 
     def find_bad_records(self, number: int) -> list[str]:
-        """What is wrong with the first so many bad records; of a source whose records cannot be read, none."""
+        """Return the errors of the first `number` bad records. The list is empty if no records have been read."""
         errors = []
         for shard in sorted(pathlib.Path(self.records_dir).glob("*/*.jsonl")):
             for record in self.read_shard(shard):
@@ -240,8 +242,8 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         num_bad = len(self.bad_records[split])
         if num_bad > MAX_BAD_SHARE * num_records + allowance:
             raise ValueError(
-                f"{self.source}: at least {num_bad} of {num_records} records of the split {split!r} are bad, and no "
-                f"more than {MAX_BAD_SHARE:.0%} may be skipped. Mend or remove them; the last one: {last}"
+                f"{self.source}: expected at most {MAX_BAD_SHARE:.0%} of bad records, got at least {num_bad} of "
+                f"{num_records} in the split {split!r}. Repair or remove them. The last one: {last}"
             )
 
     def _fingerprint(self, data_dir: str | None) -> str:
@@ -264,13 +266,13 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
 
 
 def split_into_shards(items: Sequence) -> list[Sequence]:
-    """Cuts items into at most `NUM_SHARDS` runs, which workers and ranks divide among them."""
+    """Split items into at most `NUM_SHARDS` contiguous shards, which are distributed among workers and ranks."""
     size = -(-len(items) // NUM_SHARDS)
     return [items[start : start + size] for start in range(0, len(items), size)] if size else []
 
 
 def read_text(path: str) -> str:
-    """Reads a text file in UTF-8, or in cp1252 as some annotations were written on Windows."""
+    """Read a text file in UTF-8, or in cp1252, since some annotations were written on Windows."""
     content = pathlib.Path(path).read_bytes()
     try:
         try:
@@ -278,16 +280,16 @@ def read_text(path: str) -> str:
         except UnicodeDecodeError:
             return content.decode("cp1252")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path!r} is not text in UTF-8 or cp1252 ({error}). Save it in UTF-8.") from error
+        raise ValueError(f"expected text in UTF-8 or cp1252, got {path!r} ({error}). Save it in UTF-8.") from error
 
 
 def read_json(path: str) -> Any:
-    """Reads a JSON file in an encoding of `read_text`."""
+    """Read a JSON file in an encoding of `read_text`."""
     text = read_text(path)
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path!r} is not a JSON file ({error}). Download it again.") from error
+        raise ValueError(f"expected a JSON file, got {path!r} ({error}). Download it again.") from error
 
 
 def write_json(path: str, content: Any):
@@ -297,28 +299,28 @@ def write_json(path: str, content: Any):
 
 @contextlib.contextmanager
 def errors_naming(where: str) -> Iterator[None]:
-    """Turns what wrong content raises into a ValueError that says where it is."""
+    """Turn the errors that wrong content causes into a `ValueError` that says where it is."""
     try:
         yield
     except KeyError as error:
-        raise ValueError(f"{where}: the key {error} is missing.") from error
+        raise ValueError(f"{where}: expected the key {error}, which is missing.") from error
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
 def join_inside(directory: str, name: str) -> str:
-    """Path of a file that an annotation names, which must not lie outside of the directory."""
+    """Return the path of a file that an annotation names, which must lie inside the directory."""
     parts = name.replace("\\", "/").split("/")
     if os.path.isabs(name) or ".." in parts or not parts[0]:
         raise ValueError(
-            f"An annotation names the file {name!r}, which leads out of {directory!r}. Expected a relative path "
-            "without '..'; do not use annotations from a source that you do not trust."
+            f"expected a relative path without '..', got the file {name!r}, which is outside of {directory!r}. Do not "
+            "use annotations from a source that you do not trust."
         )
     return os.path.join(directory, name)
 
 
 def read_image_size(path: str) -> tuple[int, int]:
-    """Height and width in pixels of an image as it is shown, turned as its EXIF data say, from its header."""
+    """Read the height and width in pixels of an upright image, by its EXIF orientation, from the file's header."""
     try:
         with PIL.Image.open(path) as image:
             width, height = image.size
@@ -329,10 +331,10 @@ def read_image_size(path: str) -> tuple[int, int]:
 
 
 def encode_segmentation(segmentation: dict | list, height: int, width: int) -> dict[str, Any]:
-    """Turns a COCO segmentation into the compressed RLE of one mask.
+    """Encode a COCO segmentation as compressed RLE.
 
     Args:
-        segmentation: Polygons [[x0, y0, x1, y1, ...], ...] in pixels, of which the mask is the union, or an RLE with
+        segmentation: Polygons [[x0, y0, x1, y1, ...], ...] in pixels, whose union is the mask, or an RLE with
             compressed (str) or uncompressed (list of int) counts.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
@@ -340,7 +342,7 @@ def encode_segmentation(segmentation: dict | list, height: int, width: int) -> d
     if not isinstance(segmentation, list | dict):
         raise ValueError(f"expected polygons (a list) or an RLE (a mapping) as a mask, got {segmentation!r}.")
     if isinstance(segmentation, list):
-        # pycocotools takes four numbers for a box.
+        # pycocotools would read four numbers as a box.
         if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
             lengths = [len(polygon) for polygon in segmentation]
             raise ValueError(f"expected polygons of at least three points (x, y), got {lengths} numbers.")

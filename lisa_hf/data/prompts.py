@@ -1,9 +1,8 @@
-"""LISA's question and answer templates, and how a row becomes conversations.
+"""LISA's question and answer templates, and the conversations that are made of a row.
 
-The texts are protocol data: released LISA checkpoints were trained on exactly these strings, so a missing space or a
-changed case costs accuracy. They mirror LISA's `utils/utils.py` and its data sets (arXiv 2308.00692). The image is a
-content part of its own in the first user turn; the line break that LISA writes after `<image>` belongs to the chat
-template. Nothing here touches pixels: masks stay run-length encoded (`lisa_hf/data/rows.py`).
+The templates mirror LISA's `utils/utils.py` and its data sets (arXiv 2308.00692). Released LISA checkpoints were
+trained on exactly these strings, so a missing space or a different case costs accuracy. The image is a content part of
+its own in the first user message; the line break that LISA writes after `<image>` belongs to the chat template.
 """
 
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ ANSWERS = (
     "Sure, the segmentation result is [SEG].",
     "[SEG].",
 )
-# The leading space is LISA's: it validates with "<image>\n What is ...", unlike in training.
+# LISA validates with a leading space, "<image>\n What is ...", and trains without it.
 EVALUATION_SHORT_QUESTION = " What is {phrase} in this image? Please output segmentation mask."
 EVALUATION_LONG_QUESTION = " {phrase} Please output segmentation mask."
 EVALUATION_ANSWER = "[SEG]."
@@ -47,14 +46,13 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @dataclass
 class Question:
-    """One conversation about one image.
+    """A conversation about one image.
 
     Args:
-        messages (`list[dict]`): Chat messages `{"role", "content"}`; content is a list of parts, `{"type": "image"}`
-            then `{"type": "text", "text": ...}` in the first user turn, one text part in every other turn.
-        masks (`list[Mask]`): One per `[SEG]` of the assistant turns, in their order. Empty for a conversation without
-            masks.
-        is_first_text (`bool`): Whether LISA validates with this question, too; see [`evaluation_questions`].
+        messages: Chat messages `{"role", "content"}`. Content is a list of parts: `{"type": "image"}` and
+            `{"type": "text", "text": ...}` in the first user message, one text part in all others.
+        masks: One mask per `[SEG]` of the assistant messages, in their order.
+        is_first_text: Whether LISA validates with this question too, see [`evaluation_questions`].
     """
 
     messages: list[dict]
@@ -69,23 +67,28 @@ def sample_questions(
     explanatory_probability: float = 0.1,
     merge_instances: bool = True,
 ) -> list[Question]:
-    """Draw the training questions of a row as LISA does: one conversation per question.
+    """Draw the training questions of a row as LISA does, one conversation per question.
 
-    A semantic row draws among its classes, then one of the interchangeable phrases of each. A referring or reasoning
-    row draws among its phrases, so that one object may be asked for in several ways. A row with an explanation answers
-    all of its questions in one way: with the explanation alone and no mask (probability `explanatory_probability`),
-    else with a mask alone or with a mask and the explanation (half each). A VQA row gives its whole conversation.
+    - Semantic rows: draw classes, and for each of them one of its interchangeable phrases.
+    - Referring and reasoning rows: draw phrases, so several questions may be about the same object.
+    - Rows with an explanation: answer all questions alike, with the explanation alone and no mask (probability
+      `explanatory_probability`), with a mask alone, or with a mask and the explanation (half of the remaining
+      probability each).
+    - VQA rows: return the whole conversation.
 
     Args:
-        row (`dict`): A row of `lisa_hf.data.rows.FEATURES`; its image is not looked at.
-        rng (`np.random.Generator`): The only source of randomness.
-        num_questions (`int`): The most questions to draw, without replacement.
-        explanatory_probability (`float`): In [0, 1].
-        merge_instances (`bool`): Whether the mask of a phrase is the union of all targets that carry it. `False`
-            takes one target per question, as LISA.
+        row: Row of `lisa_hf.data.rows.FEATURES`. Its image is not read.
+        rng: Generator of all random draws.
+        num_questions: Largest number of questions, drawn without replacement.
+        explanatory_probability: Probability in [0, 1] of an explanation without a mask.
+        merge_instances: Whether the mask of a phrase is the union of all targets that have it. `False` uses one target
+            per question, as LISA does.
 
     Returns:
-        `list[Question]`: At most `num_questions`; empty if the row has no phrase.
+        At most `num_questions` questions. The list is empty if the row has no phrase.
+
+    Raises:
+        ValueError: If a mask of a question is damaged.
     """
     if row["task"] == "vqa":
         return [_conversation(row["messages"])]
@@ -102,7 +105,7 @@ def sample_questions(
             break
         target, phrases = choices[index]
         if merge_instances:
-            # Two classes may share one of their names ("red object"): its union is asked for once.
+            # Ask only once for a phrase that two classes share, such as "red object": its mask is their union.
             phrases = [phrase for phrase in phrases if phrase not in asked]
         if not phrases:
             continue
@@ -125,18 +128,23 @@ def sample_questions(
 
 
 def evaluation_questions(row: dict, merge_instances: bool = True, all_texts: bool = False) -> list[Question]:
-    """The questions that LISA validates with: one fixed prompt, nothing drawn.
+    """Return the questions that LISA validates with, which use one fixed template.
 
-    A referring row is asked once for every expression of every target, a reasoning row once per target with its first
-    phrase, a semantic row once per class with its first phrase, a VQA row for the answer to its first turn.
+    - Referring rows: every expression of every target.
+    - Reasoning rows: the first phrase of every target.
+    - Semantic rows: the first phrase of every class.
+    - VQA rows: the first question of the conversation.
 
     Args:
-        row (`dict`): A row of `lisa_hf.data.rows.FEATURES`; its image is not looked at.
-        merge_instances (`bool`): As in [`sample_questions`].
-        all_texts (`bool`): Ask with every phrase instead. The questions above are those with `is_first_text`.
+        row: Row of `lisa_hf.data.rows.FEATURES`. Its image is not read.
+        merge_instances: Whether the mask of a phrase is the union of all targets that have it.
+        all_texts: Whether to ask with every phrase. The questions above are then those with `is_first_text`.
 
     Returns:
-        `list[Question]`: Their last message is the expected answer, `"[SEG]."` where a mask is due.
+        Questions whose last message is the expected answer, `"[SEG]."` where a mask is expected.
+
+    Raises:
+        ValueError: If a mask of a question is damaged.
     """
     if row["task"] == "vqa":
         return [_conversation(row["messages"][:2])]
@@ -158,7 +166,7 @@ def evaluation_questions(row: dict, merge_instances: bool = True, all_texts: boo
         if row["is_sentence"]:
             text = EVALUATION_LONG_QUESTION.format(phrase=text)
         else:
-            # LISA lower-cases referring expressions here, and every phrase in training, but not ReasonSeg's texts.
+            # As LISA, which lower-cases every phrase in training and referring expressions here, but not ReasonSeg's.
             text = text if row["task"] == "reasoning" else text.lower()
             text = EVALUATION_SHORT_QUESTION.format(phrase=text)
         question = _question(text, EVALUATION_ANSWER, _mask(row, target, phrase, merge_instances))
@@ -168,7 +176,7 @@ def evaluation_questions(row: dict, merge_instances: bool = True, all_texts: boo
 
 
 def _choices(row: dict, merge_instances: bool) -> list[tuple[dict, list[str]]]:
-    """What a training question can be about: targets, each with the phrases it may be called by in that question."""
+    """Return what training questions can be about: pairs of a target and its possible phrases."""
     if row["task"] == "semantic":
         choices = [(target, target["phrases"]) for target in row["targets"]]
     else:
@@ -179,7 +187,7 @@ def _choices(row: dict, merge_instances: bool) -> list[tuple[dict, list[str]]]:
 
 
 def _mask(row: dict, target: dict, phrase: str, merge_instances: bool) -> Mask:
-    # LISA asks for a class and trains on one of its instances (PACO, PASCAL-Part); the union is what the text says.
+    # In PACO and PASCAL-Part, LISA asks for a class and trains on one of its instances. The text means all of them.
     if not merge_instances:
         return Mask.from_rle(target["rle"])
     masks = [Mask.from_rle(other["rle"]) for other in row["targets"] if phrase in other["phrases"]]
@@ -199,7 +207,7 @@ def _question(text: str, answer: str, *masks: Mask) -> Question:
 
 
 def _conversation(turns: list[dict]) -> Question:
-    """A recorded conversation: the image moves to the front of the first user turn, wherever its placeholder stood."""
+    """Return a recorded conversation, with the image moved from its placeholder to the front of the first message."""
     messages = []
     for turn in turns:
         text = turn["content"]

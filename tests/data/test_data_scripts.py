@@ -119,7 +119,7 @@ def test_short_and_long_questions_are_splits_of_their_own(load, tree):
     for path in (tree / REASON_SEG / "test").glob("*.json"):
         path.write_text("{")
     for split in ("test_short", "test_long"):
-        with pytest.raises(ValueError, match="not a JSON file"):
+        with pytest.raises(ValueError, match="expected a JSON file"):
             list(load("reason_seg", tree, split=split, streaming=True))
 
 
@@ -220,27 +220,31 @@ PASCAL_JSON = PASCAL_PART / "train.json"
 A_JSON, A_JPG = REASON_SEG / "train" / "a_utf8.json", REASON_SEG / "train" / "a_utf8.jpg"
 EXPLANATIONS = REASON_SEG / "explanatory" / "train.json"
 BAD_FILES = [
-    (A_JSON, lambda path: path.write_text("{"), "not a JSON file"),
+    (A_JSON, lambda path: path.write_text("{"), "expected a JSON file"),
     (A_JSON, lambda path: path.write_bytes(b'{"text": "\x81\x8d"}'), "UTF-8 or cp1252"),
-    (A_JSON, lambda path: path.write_text('{"text": []}'), "key 'shapes' is missing"),
+    (A_JSON, lambda path: path.write_text('{"text": []}'), "key 'shapes', which is missing"),
     (A_JSON, lambda path: path.unlink(), "has no annotation"),
     (A_JSON, lambda path: edit_json(path, text=lambda text: []), r"non-empty phrases.*got \[\]"),
     (A_JSON, lambda path: edit_json(path, shapes=lambda shapes: [shapes[0] | {"points": []}]), r"the points \[\]"),
     (A_JPG, lambda path: path.write_bytes(b""), "cannot be read"),
-    (EXPLANATIONS, lambda path: path.write_text('[{"image": "a"}]'), "key 'outputs' is missing"),
-    (PASCAL_JSON, lambda path: path.write_text(path.read_text()[:200]), "not a JSON file"),
-    (PASCAL_JSON, lambda path: path.write_text("{}"), "key 'images' is missing"),
+    (EXPLANATIONS, lambda path: path.write_text('[{"image": "a"}]'), "key 'outputs', which is missing"),
+    (PASCAL_JSON, lambda path: path.write_text(path.read_text()[:200]), "expected a JSON file"),
+    (PASCAL_JSON, lambda path: path.write_text("{}"), "key 'images', which is missing"),
     (PASCAL_JSON, lambda path: edit_json(path, categories=lambda old: [{"id": 1, "name": ""}]), "got ''"),
-    (PASCAL_JSON, lambda path: edit_json(path, categories=lambda old: old[1:]), "image 1: The category 1 has no name"),
+    (
+        PASCAL_JSON,
+        lambda path: edit_json(path, categories=lambda old: old[1:]),
+        "image 1: expected a name of the category 1",
+    ),
     (PASCAL_JSON, lambda path: edit_mask(path, []), "at least three points"),
     (PASCAL_JSON, lambda path: edit_mask(path, [[1, 1, 5, 5]]), r"got \[4\] numbers"),
     (PASCAL_JSON, lambda path: edit_mask(path, {"size": [66, 50], "counts": [0, 3300]}), r"\[50, 66\].*\[66, 50\]"),
     (PASCAL_JSON, lambda path: edit_mask(path, {"size": [50, 66], "counts": [0, 33]}), "3300 pixels.*got 33"),
     (PASCAL_JSON, lambda path: edit_mask(path, {"size": [50, 66], "counts": "0d0"}), "3300 pixels.*got 20"),
-    (PASCAL_JSON, lambda path: edit_file_name(path, "/etc/hostname"), "leads out of"),
-    (PASCAL_JSON, lambda path: edit_file_name(path, "../../secret.jpg"), "leads out of"),
-    (PASCAL_JSON, lambda path: edit_file_name(path, "a\\..\\..\\b.jpg"), "leads out of"),
-    (PASCAL_JSON, lambda path: edit_file_name(path, ""), "leads out of"),
+    (PASCAL_JSON, lambda path: edit_file_name(path, "/etc/hostname"), "is outside of"),
+    (PASCAL_JSON, lambda path: edit_file_name(path, "../../secret.jpg"), "is outside of"),
+    (PASCAL_JSON, lambda path: edit_file_name(path, "a\\..\\..\\b.jpg"), "is outside of"),
+    (PASCAL_JSON, lambda path: edit_file_name(path, ""), "is outside of"),
 ]
 
 

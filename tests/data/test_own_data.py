@@ -117,7 +117,7 @@ def test_coco_instances_leave_out_the_photos_that_are_evaluated_on(load, folder)
     text = "cars: {builder: coco_instances, annotations: coco/train.json, images: photos, exclude_refer_val: true}"
     assert load(text)["image_id"] == ["1"]
     assert load(text, split="validation")["image_id"] == ["0", "1"]
-    with pytest.raises(ValueError, match="`exclude_refer_val` needs `data_dir`"):
+    with pytest.raises(ValueError, match="exclude_refer_val: expected `data_dir`"):
         load(text.replace("coco/", f"{folder}/coco/").replace("photos", f"{folder}/photos"), data_dir=None)
 
 
@@ -206,16 +206,16 @@ def test_a_recipe_mixes_own_data_with_others(folder, tmp_path):
 
 WRONG = [
     ("x: {builder: coco}", "coco_instances.*got 'coco'"),
-    ("x: {builder: coco_instances, images: photos}", "source 'x' needs the option `annotations`"),
-    ("x: {builder: coco_instances, annotations: no.json, images: photos}", "`annotations` of .*data/no.json', which"),
-    ("x: {builder: coco_instances, annotation: a.json}", "no option 'annotation'; its options are .*'annotations'"),
+    ("x: {builder: coco_instances, images: photos}", "source 'x': expected the option `annotations`"),
+    ("x: {builder: coco_instances, annotations: no.json, images: photos}", "`annotations` .*data/no.json', which"),
+    ("x: {builder: coco_instances, annotation: a.json}", "'annotations'.*got 'annotation'"),
     (
         "refcoco: {image_size: 3}",
-        r"no option 'image_size'; its options are \['exclude_refer_val', 'on_bad_row', 'split_by'\]",
+        r"\['exclude_refer_val', 'on_bad_row', 'split_by'\], got 'image_size'",
     ),
-    ("x: {builder: labelme, annotations: photos}", r"source 'x' looked for \*.json in .*photos"),
-    ("x: {builder: hub}", "needs the option `path`"),
-    ("x: {builder: hub, path: '*.parquet'}", r"looked for the column 'mask' in .* which has \['image'\].*mask_column"),
+    ("x: {builder: labelme, annotations: photos}", r"source 'x': expected \*.json in .*photos"),
+    ("x: {builder: hub}", "expected the option `path`"),
+    ("x: {builder: hub, path: '*.parquet'}", r"expected the column 'mask' in .*got \['image'\].*mask_column"),
     ("shapes: {on_bad_row: ignore}", "on_bad_row: expected 'raise' or 'skip', got 'ignore'"),
 ]
 

@@ -60,7 +60,7 @@ def recorded_rows(request, golden, load):
     rows = by_path(load(Path(request.param).name, TREE))
     assert rows.keys() == recorded.keys()
     if request.param == "sem_seg/mapillary":
-        # Mended: the pixels of the second class that is called "car" were left out of its mask.
+        # Mended: the pixels of the second class that is called "car" were excluded of its mask.
         (car,) = recorded["mapillary/training/images/m1.jpg"]["phrases"]["car"]
         assert car["area"] == 0
         label_map = np.asarray(PIL.Image.open(TREE / "mapillary/training/v2.0/labels/m1.png"))
@@ -315,11 +315,11 @@ def hold_out(tree, **image_ids):
 @pytest.mark.parametrize(
     ("name", "kept", "count"),
     [
-        ("cocostuff", ["000000000002"], "left out 2 of 3"),
-        ("paco_lvis", ["2"], "left out 1 of 2"),
-        ("llava_instruct", ["000000000002"], "left out 2 of 3"),
-        ("refcoco", ["2"], "left out 1 of 2"),
-        ("refclef", ["112", "113"], "left out 0 of 2"),
+        ("cocostuff", ["000000000002"], "excluded 2 of 3"),
+        ("paco_lvis", ["2"], "excluded 1 of 2"),
+        ("llava_instruct", ["000000000002"], "excluded 2 of 3"),
+        ("refcoco", ["2"], "excluded 1 of 2"),
+        ("refclef", ["112", "113"], "excluded 0 of 2"),
     ],
 )
 def test_photos_of_refer_val_and_test_splits_can_be_left_out(load, tree, caplog, name, kept, count):
@@ -362,15 +362,15 @@ def test_a_recipe_leaves_them_out_of_all_its_sources(tree, tmp_path, caplog):
         "refcoco": 1,
         "all_talk": 3,
     }
-    assert "leaves these as they are, because they name no COCO photos: ade20k." in caplog.text
-    assert re.findall(r"(\w+): left out (\d) of (\d)", caplog.text) == [("cocostuff", "2", "3"), ("refcoco", "1", "2")]
+    assert "does not change these sources, which have no COCO photos: ade20k." in caplog.text
+    assert re.findall(r"(\w+): excluded (\d) of (\d)", caplog.text) == [("cocostuff", "2", "3"), ("refcoco", "1", "2")]
 
 
 def test_all_refer_sources_hold_photos_out(load, tree):
-    with pytest.raises(ValueError, match="CocoStuff found nothing .*left out 3 of 3 .*refcoco, .*, grefcoco"):
+    with pytest.raises(ValueError, match="CocoStuff: expected records .*excluded 3 of 3 .*refcoco, .*, grefcoco"):
         load("cocostuff", tree, exclude_refer_val=True)
     shutil.rmtree(tree / "refer_seg")
-    with pytest.raises(FileNotFoundError, match=r"`exclude_refer_val` looked for refcoco/refs\(unc\).p or "):
+    with pytest.raises(FileNotFoundError, match=r"exclude_refer_val: expected refcoco/refs\(unc\).p or "):
         load("cocostuff", tree, exclude_refer_val=True)
 
 
@@ -389,7 +389,7 @@ class Payload:
 def test_a_pickle_cannot_run_code(load, tree, protocol):
     path = tree / "refer_seg/refcoco/refs(unc).p"
     write_pickle(path, [Payload(tree / "owned")], protocol)
-    with pytest.raises(ValueError, match="not a pickle of plain dicts.*asks to import") as error:
+    with pytest.raises(ValueError, match="expected a pickle of plain dicts.*asks to import") as error:
         load("refcoco", tree)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert not (tree / "owned").exists()
@@ -417,7 +417,7 @@ def test_pickles_of_python_2_are_read(load, tree):
 def test_missing_data_names_what_was_looked_for_and_where_it_is(load, tmp_path, name):
     with pytest.raises(FileNotFoundError, match=rf"^[^\n]*{tmp_path}/\w+[^\n]*http[^\n]*\n(?s:.*)<data_dir>"):
         load(name, tmp_path)
-    with pytest.raises(ValueError, match="needs `data_dir`"):
+    with pytest.raises(ValueError, match="expected `data_dir`"):
         load_source(name)
 
 
@@ -466,44 +466,44 @@ GREFS = "refer_seg/grefcoco/grefs(unc).json"
 CLEF_INSTANCES = "refer_seg/refclef/instances.json"
 LLAVA = "llava_dataset/llava_instruct_150k.json"
 BAD_FILES = [
-    ("ade20k", ADE_PNG, lambda path: path.write_bytes(b""), "cannot be read"),
-    ("ade20k", ADE_PNG, lambda path: path.write_bytes(png_of((90, 90))[:50]), "cannot be read"),
+    ("ade20k", ADE_PNG, lambda path: path.write_bytes(b""), "got an unreadable file"),
+    ("ade20k", ADE_PNG, lambda path: path.write_bytes(png_of((90, 90))[:50]), "got an unreadable file"),
     ("ade20k", ADE_PNG, lambda path: save_png(path, np.full((40, 60), 151, np.uint8)), r"below 151.* got \[151\]"),
     ("ade20k", ADE_PNG, lambda path: save_png(path, np.ones((40, 60), np.uint16)), "8 bits.*got the mode I"),
     ("ade20k", ADE_PNG, lambda path: save_png(path, np.ones((40, 60, 3), np.uint8)), "8 bits.*got the mode RGB"),
     ("cocostuff", STUFF_PNG, lambda path: save_png(path, np.full((48, 64), 182, np.uint8)), r"182.*got \[182\]"),
     ("mapillary", VISTAS_PNG, lambda path: save_png(path, np.full((45, 70), 9, np.uint8)), r"below 8.*got \[9\]"),
-    ("mapillary", VISTAS_CONFIG, lambda path: path.write_text("{"), "not a JSON file"),
-    ("mapillary", VISTAS_CONFIG, lambda path: path.write_text("{}"), "key 'labels' is missing"),
-    ("mapillary", VISTAS_CONFIG, lambda path: path.write_text('{"labels": [{}]}'), "key 'readable' is missing"),
+    ("mapillary", VISTAS_CONFIG, lambda path: path.write_text("{"), "expected a JSON file"),
+    ("mapillary", VISTAS_CONFIG, lambda path: path.write_text("{}"), "key 'labels', which is missing"),
+    ("mapillary", VISTAS_CONFIG, lambda path: path.write_text('{"labels": [{}]}'), "key 'readable', which is missing"),
     ("mapillary", VISTAS_CONFIG, lambda path: path.write_text('{"labels": [{"readable": null}]}'), "NoneType"),
-    ("paco_lvis", PACO_JSON, lambda path: path.write_text(path.read_text()[:100]), "not a JSON file"),
-    ("paco_lvis", PACO_JSON, lambda path: edit_json(path, categories=lambda old: [{"id": 1}]), "category 1 has no"),
-    ("paco_lvis", PACO_JSON, lambda path: edit_json(path, categories=lambda old: old[1:]), "category 1 has no"),
+    ("paco_lvis", PACO_JSON, lambda path: path.write_text(path.read_text()[:100]), "expected a JSON file"),
+    ("paco_lvis", PACO_JSON, lambda path: edit_json(path, categories=lambda old: [{"id": 1}]), "category 1, got none"),
+    ("paco_lvis", PACO_JSON, lambda path: edit_json(path, categories=lambda old: old[1:]), "category 1, got none"),
     ("paco_lvis", PACO_JSON, lambda path: edit_category(path, name="a:"), "'a:'"),
     ("paco_lvis", PACO_JSON, lambda path: edit_category(path, name="_(a)"), "non-empty phrases"),
     ("paco_lvis", PACO_JSON, lambda path: edit_annotation(path, segmentation=[]), "at least three points"),
     ("paco_lvis", PACO_JSON, lambda path: edit_mask(path, size=[1, 1], counts="1"), r"\[48, 64\].*\[1, 1\]"),
-    ("paco_lvis", PACO_JSON, lambda path: edit_image(path, file_name="../../secret.jpg"), "leads out of"),
-    ("paco_lvis", PACO_JSON, lambda path: edit_json(path, annotations=lambda old: []), "found nothing"),
-    ("refcoco", REFS, lambda path: path.write_bytes(b""), "not a pickle"),
-    ("refcoco", REFS, lambda path: path.write_bytes(path.read_bytes()[:100]), "not a pickle"),
+    ("paco_lvis", PACO_JSON, lambda path: edit_image(path, file_name="../../secret.jpg"), "is outside of"),
+    ("paco_lvis", PACO_JSON, lambda path: edit_json(path, annotations=lambda old: []), "expected records"),
+    ("refcoco", REFS, lambda path: path.write_bytes(b""), "expected a pickle"),
+    ("refcoco", REFS, lambda path: path.write_bytes(path.read_bytes()[:100]), "expected a pickle"),
     ("refcoco", REFS, lambda path: write_pickle(path, 5), "not iterable"),
     ("refcoco", REFS, lambda path: write_pickle(path, [5]), "not subscriptable"),
-    ("refcoco", REFS, lambda path: write_pickle(path, [{"ref_id": 1}]), "key 'image_id' is missing"),
+    ("refcoco", REFS, lambda path: write_pickle(path, [{"ref_id": 1}]), "key 'image_id', which is missing"),
     ("refcoco", REFS, lambda path: edit_refs(path, sentences=[]), r"non-empty phrases of target 0, got \[\]"),
     ("refcoco", REFS, lambda path: edit_refs(path, sentences=[{"sent": " "}]), "non-empty phrases"),
     ("refcoco", REFS, lambda path: edit_refs(path, ann_id=99), "Ref 1 needs the annotation 99, which .*lacks"),
     ("refcoco", REFS, lambda path: edit_refs(path, image_id=99), "Ref 1 needs the image 99, which .*lacks"),
     ("refcoco", INSTANCES, lambda path: path.write_text("[]"), "indices must be integers"),
-    ("refcoco", INSTANCES, lambda path: edit_image(path, file_name="/etc/hostname"), "leads out of"),
+    ("refcoco", INSTANCES, lambda path: edit_image(path, file_name="/etc/hostname"), "is outside of"),
     ("refcoco", INSTANCES, lambda path: edit_annotation(path, segmentation=[[1, 2, 3]]), r"got \[3\] numbers"),
     ("grefcoco", GREFS, lambda path: edit_first(path, ann_id=[-1, 11]), "needs the annotation -1, which"),
     ("refclef", CLEF_INSTANCES, lambda path: edit_image(path, height=48, width=36), r"\[48, 36\].*\[36, 48\]"),
     ("refclef", CLEF_INSTANCES, lambda path: edit_mask(path, size=[36, 48], counts="0d0"), "1728 pixels.*got 20"),
     ("llava_instruct", LLAVA, lambda path: path.write_bytes(b'["\x81\x8d"]'), "UTF-8 or cp1252"),
-    ("llava_instruct", LLAVA, lambda path: path.write_text("[]"), "found nothing"),
-    ("llava_instruct", LLAVA, lambda path: edit_first(path, image="../secret.jpg"), "record 0.*leads out of"),
+    ("llava_instruct", LLAVA, lambda path: path.write_text("[]"), "expected records"),
+    ("llava_instruct", LLAVA, lambda path: edit_first(path, image="../secret.jpg"), "record 0.*is outside of"),
     ("llava_instruct", LLAVA, lambda path: edit_first(path, conversations=[]), "got 0 targets and 0 messages"),
     ("llava_instruct", LLAVA, lambda path: edit_first(path, conversations=[{"from": "tool", "value": ""}]), "'tool'"),
     ("llava_instruct", LLAVA, lambda path: edit_first(path, conversations=[{"from": "human", "value": "?"}]), "pairs"),
@@ -516,7 +516,7 @@ def test_bad_files_give_one_line_that_names_them(load, tree, name, path, damage,
     damage(tree / path)
     with pytest.raises(ValueError, match=message) as error:
         list(load(name, tree, streaming=streaming))
-    where = "" if message == "found nothing" else path
+    where = "" if message == "expected records" else path
     assert str(tree / where) in str(error.value)
     assert "\n" not in str(error.value)
 

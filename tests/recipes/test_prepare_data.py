@@ -109,7 +109,7 @@ def test_check_lists_the_first_bad_records(cli, tmp_path, tree):
     for path in photos:
         path.write_text('{"text": []}')
     status, out, _ = cli("check", "reason_seg", "--data_dir", tree)
-    assert status == 1 and all(f"{path}: the key" in out for path in photos[:10])
+    assert status == 1 and all(f"{path}: expected the key" in out for path in photos[:10])
     assert out.count("  error  ") == min(10, len(photos)) >= 2
 
 
@@ -122,10 +122,10 @@ def test_check_takes_the_settings_of_the_recipe(cli, tmp_path, tree):
     # All photos are of a refer source's val or test split, and then none of these are there.
     recipe.write_text(recipe.read_text() + "exclude_refer_val: true\n")
     status, out, _ = cli("check", "--config", recipe)
-    assert status == 1 and "left out 3 of 3" in out
+    assert status == 1 and "excluded 3 of 3" in out
     shutil.rmtree(tree / "refer_seg")
     status, out, _ = cli("check", "--config", recipe)
-    assert status == 1 and out.count("`exclude_refer_val` looked for refcoco") == 2
+    assert status == 1 and out.count("exclude_refer_val: expected refcoco") == 2
 
 
 def test_check_of_names_looks_at_all_splits(cli):
