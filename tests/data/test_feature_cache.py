@@ -71,7 +71,7 @@ def find_entries(cache) -> list:
 
 def make_model(name: str = "llava-sam", trainable=("seg_projector", "mask_decoder", "embeddings")):
     model, processor = FAMILIES[name]()
-    return prepare_for_training(model, list(trainable), lora_r=0), processor
+    return prepare_for_training(model, list(trainable), lora_r=4), processor
 
 
 def count_encoder_runs(model) -> list[str]:
