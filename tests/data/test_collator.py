@@ -88,7 +88,7 @@ def test_compact_batch_expands_to_the_plain_one(name):
     plain = collate(processor, items)
     compact = collate(processor, items, compact=True)
     assert compact["mask_pixel_values"].dtype == torch.uint8
-    # Idefics3 pads images with zeros after it has normalised them.
+    # Idefics3 pads images with zeros after it has normalized them.
     assert (compact["pixel_values"].dtype == torch.uint8) == (name != "idefics3-sam")
     expanded = expand_batch(compact, processor)
     assert expanded.keys() == plain.keys() and expand_batch(plain, processor) is plain

@@ -524,9 +524,9 @@ def test_output_logits():
     ce_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     torch.testing.assert_close(output.ce_loss, ce_loss)
     del batch["labels"], batch["mask_labels"]
-    unlabelled = model(**batch)
-    assert unlabelled.loss is None and len(unlabelled.low_res_masks) == 5  # also the [SEG] of the user: no labels
-    torch.testing.assert_close(unlabelled.logits, logits)
+    unlabeled = model(**batch)
+    assert unlabeled.loss is None and len(unlabeled.low_res_masks) == 5  # also the [SEG] of the user: no labels
+    torch.testing.assert_close(unlabeled.logits, logits)
 
 
 def test_suppressed_tokens_are_never_predicted():

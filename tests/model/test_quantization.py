@@ -57,31 +57,31 @@ def test_skipped_modules_are_those_that_transformers_is_told(saved, monkeypatch)
 
 
 @pytest.mark.parametrize("bits", CONFIGS)
-def test_quantised_model_keeps_mask_path_and_head(bits, saved):
+def test_quantized_model_keeps_mask_path_and_head(bits, saved):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     directory, model, processor = saved
-    quantised = AutoModel.from_pretrained(directory / "model", quantization_config=CONFIGS[bits])
+    quantized = AutoModel.from_pretrained(directory / "model", quantization_config=CONFIGS[bits])
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    converted = {name for name, module in quantised.named_modules() if isinstance(module, kinds)}
+    converted = {name for name, module in quantized.named_modules() if isinstance(module, kinds)}
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert converted == {name for name in linear if name.startswith("vlm.model.")}
     for name, tensor in model.state_dict().items():
         if name.startswith(("mask_model.", "seg_projector.", "vlm.lm_head.")):
-            torch.testing.assert_close(quantised.state_dict()[name], tensor, rtol=0, atol=0)
+            torch.testing.assert_close(quantized.state_dict()[name], tensor, rtol=0, atol=0)
     text = processor.apply_chat_template(conversation("What is it?"), add_generation_prompt=True)
     inputs = processor(image(40, 60), text)
     with torch.no_grad():
-        expected, found = model(**inputs), quantised(**inputs)
+        expected, found = model(**inputs), quantized(**inputs)
     # Rounding to 4 bits moves tiny layers far; that the path as a whole is intact shows in their likeness.
     similarity = torch.cosine_similarity(found.last_hidden_state.flatten(), expected.last_hidden_state.flatten(), 0)
     assert similarity > 0.9
-    assert quantised.generate(**inputs, max_new_tokens=2).sequences.shape[1] == inputs["input_ids"].shape[1] + 2
+    assert quantized.generate(**inputs, max_new_tokens=2).sequences.shape[1] == inputs["input_ids"].shape[1] + 2
 
 
 @pytest.mark.parametrize(
     ("bits", "start", "use_dora"), [("4bit", "model", True), ("4bit", "halves", False), ("8bit", "halves", False)]
 )
-def test_training_beside_quantised_weights_resumes_and_merges(
+def test_training_beside_quantized_weights_resumes_and_merges(
     bits, start, use_dora, saved, tmp_path, monkeypatch, capsys
 ):
     bitsandbytes = pytest.importorskip("bitsandbytes")

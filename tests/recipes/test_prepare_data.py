@@ -137,11 +137,11 @@ def test_check_of_names_looks_at_all_splits(cli):
 # Preview
 
 
-def has_text(sheet, colour):
-    return (np.asarray(sheet) == colour).all(axis=-1).any()
+def has_text(sheet, color):
+    return (np.asarray(sheet) == color).all(axis=-1).any()
 
 
-def test_a_preview_shows_masks_and_phrases_in_one_colour():
+def test_a_preview_shows_masks_and_phrases_in_one_color():
     mask = np.zeros((60, 80), dtype=np.uint8)
     mask[10:30, 10:30] = 1
     image = io.BytesIO()
@@ -152,8 +152,8 @@ def test_a_preview_shows_masks_and_phrases_in_one_colour():
     sheet = preview_sheet([row], columns=1, side=160)
     assert sheet.size == (12 + 160 + 10 + 160 + 12, 12 + 120 + 4 * 18 + 6 + 12)
     overlay = np.asarray(sheet.crop((182, 12, 342, 132)))
-    for (x, y), colour in {(40, 40): COLORS[0], (120, 80): IGNORE_COLOR, (80, 60): (255, 255, 255)}.items():
-        np.testing.assert_allclose(overlay[y, x], 127.5 + np.array(colour) / 2, atol=1)
+    for (x, y), color in {(40, 40): COLORS[0], (120, 80): IGNORE_COLOR, (80, 60): (255, 255, 255)}.items():
+        np.testing.assert_allclose(overlay[y, x], 127.5 + np.array(color) / 2, atol=1)
     assert (np.asarray(sheet.crop((12, 12, 172, 132))) == 255).all()
     assert has_text(sheet, COLORS[0]) and has_text(sheet, COLORS[1]) and not has_text(sheet, COLORS[2])
 

@@ -36,7 +36,7 @@ UNUSED = "vlm.model.vision_tower.post_layernorm"
 
 @pytest.fixture(scope="module")
 def whole_batch():
-    """Loss parts and gradients of the first eight items in one plain forward pass, normalised by the batch itself."""
+    """Loss parts and gradients of the first eight items in one plain forward pass, normalized by the batch itself."""
     model, processor = build_model()
     model = prepare_for_training(model, TRAINABLE_PARTS, lora_r=0).train()
     output = model(**collate(processor, [Items()[index] for index in range(8)]))
