@@ -57,6 +57,10 @@ def open_image(source: ImageSource) -> PIL.Image.Image:
     """
     if isinstance(source, PIL.Image.Image):
         return source
+    if not (isinstance(source, (str, bytes, os.PathLike)) or callable(getattr(source, "read", None))):
+        raise ValueError(
+            f"expected an image, got {type(source).__name__}. Pass a path, URL, bytes, open file or PIL image."
+        )
     with raise_unreadable():
         if isinstance(source, str) and source.startswith(("http://", "https://")):
             # Some servers refuse Python's own name.

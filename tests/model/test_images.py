@@ -112,8 +112,9 @@ def test_sources(tmp_path):
         server.shutdown()
     with pytest.raises(ValueError, match="^expected an image that can be read, got FileNotFoundError.*nowhere.png"):
         load_image("nowhere.png")
-    with pytest.raises(ValueError, match="^expected an image that can be read, got AttributeError"):
-        load_image(None)
+    for source in (None, CORNERS):
+        with pytest.raises(ValueError, match=f"^expected an image, got {type(source).__name__}. Pass a path"):
+            load_image(source)
 
 
 def test_too_many_pixels_are_refused_in_one_sentence(monkeypatch):
