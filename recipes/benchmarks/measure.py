@@ -160,6 +160,7 @@ class Benchmark:
             counted, gradients = self.count(variant)
             reference = gradients if reference is None else reference
             wall, cpu = map(statistics.median, zip(*seconds[variant]))
+            # Pairs, because the machine's speed changes more over a run than between two steps.
             pairs = list(zip(seconds[variants[0]], seconds[variant]))
             report[variant] = {
                 **counted,
@@ -188,6 +189,7 @@ class Benchmark:
     def run_generation(self, num_questions: int = 16) -> dict:
         """Time one call of `generate` per question about an image, and one call for all, which shares their prefix."""
         rows, length = [0] * num_questions, self.batch["input_ids"].shape[1] - self.size.answer_length
+        # The first row's prompt with other questions: the prefix is shared, the last tokens differ.
         prompts = self.batch["input_ids"][rows, :length].clone()
         generator = torch.Generator().manual_seed(0)
         questions = (num_questions, self.size.question_length)

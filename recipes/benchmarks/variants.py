@@ -79,14 +79,14 @@ def step_loss(model: PeftModel, batch: dict, features: Features) -> torch.Tensor
     lisa = model.get_base_model()
     hidden_states = _hidden_states(lisa, batch, features)  # [N, L, hidden_size]
     targets = batch.get("shift_labels", F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX))
-    is_seg = targets == SEG_TOKEN_ID
+    is_seg = targets == SEG_TOKEN_ID  # [N, L]
     project = lisa.vlm.get_output_embeddings()
     if features.labels_only:
         labeled = targets != IGNORE_INDEX
         loss = F.cross_entropy(project(hidden_states[labeled]).float(), targets[labeled])
-        prompts = lisa.seg_projector(hidden_states[is_seg])
+        prompts = lisa.seg_projector(hidden_states[is_seg])  # [M, C]
     else:
-        logits = project(hidden_states).float()[:, :-1]
+        logits = project(hidden_states).float()[:, :-1]  # [N, L - 1, V], in float32 as in the original
         loss = F.cross_entropy(logits.flatten(0, 1), targets[:, :-1].flatten(), ignore_index=IGNORE_INDEX)
         prompts = lisa.seg_projector(hidden_states)[is_seg]
     return loss + _mask_loss(lisa, batch, prompts, features)
@@ -94,7 +94,7 @@ def step_loss(model: PeftModel, batch: dict, features: Features) -> torch.Tensor
 
 def _hidden_states(lisa: LisaForConditionalGeneration, batch: dict, features: Features) -> torch.Tensor:
     backbone, rows, pixels = lisa.vlm.base_model, batch["image_indices"], batch["pixel_values"]
-    with torch.no_grad():
+    with torch.no_grad():  # the vision tower is frozen
         if features.images_once:
             vision = backbone.get_image_features(pixels, return_dict=True).pooler_output
             vision = [vision[image] for image in rows.tolist()]
@@ -118,6 +118,7 @@ def _mask_loss(
     counts = [len(labels) for labels in batch["mask_labels"]]
     images = list(range(len(counts)))
     bce = dice = 0.0
+    # Groups of images that go through encoder and decoder together.
     for group in [images] if features.mask_batch else [[image] for image in images]:
         embeddings = encode_images(lisa.mask_model, batch["mask_pixel_values"][group])
         group_counts = [counts[image] for image in group]
