@@ -1,4 +1,4 @@
-"""Trains and evaluates a tiny LISA in several ways, on two processes; on three it only evaluates.
+"""Train and evaluate a tiny LISA in several ways, on two processes; on three it only evaluates.
 
     accelerate launch --config_file recipes/accelerate/ddp.yaml \\
         tests/workers/distributed_worker.py RESULTS.pt NUM_STEPS

@@ -1,4 +1,4 @@
-"""Runs `recipes/train.py`, on as many processes as there are, and keeps what the model answers as it was trained.
+"""Run `recipes/train.py`, on as many processes as there are, and keep what the model answers as it was trained.
 
     accelerate launch --config_file recipes/accelerate/ddp.yaml \\
         tests/workers/export_worker.py ANSWERS.safetensors --config ...
@@ -20,7 +20,7 @@ import lisa_hf
 
 
 class RecordingTrainer(lisa_hf.LisaTrainer):
-    """Answers the first evaluation rows after training, before anything is merged or put together."""
+    """Answer the first evaluation rows after training, before anything is merged or put together."""
 
     answers_file = None
 
@@ -37,7 +37,7 @@ class RecordingTrainer(lisa_hf.LisaTrainer):
 
 
 def train(answers_file: Path, *arguments) -> None:
-    """Trains in this process; `answers_file` gets inputs, masks and hidden states."""
+    """Train in this process; `answers_file` gets inputs, masks and hidden states."""
     RecordingTrainer.answers_file = answers_file
     with mock.patch.object(lisa_hf, "LisaTrainer", RecordingTrainer):
         run_here("train.py", *arguments)

@@ -1,4 +1,4 @@
-"""Starts a script in several processes, with the launcher files that users have."""
+"""Start a script in several processes, with the launcher files that users have."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from fixtures.paths import ROOT
 
 
 def start(script, *arguments, launcher: str = "ddp", num_processes: int = 2, options: tuple = ()) -> subprocess.Popen:
-    """Starts `accelerate launch` with `recipes/accelerate/<launcher>.yaml`, in a process group of its own.
+    """Start `accelerate launch` with `recipes/accelerate/<launcher>.yaml`, in a process group of its own.
 
     Args:
         num_processes: of all machines.
@@ -38,7 +38,7 @@ def start(script, *arguments, launcher: str = "ddp", num_processes: int = 2, opt
 
 
 def finish(process: subprocess.Popen, timeout: float = 600) -> str:
-    """Waits for the end of a started process and returns what it printed; nothing of it is left running."""
+    """Wait for the end of a started process and return what it printed; nothing of it is left running."""
     try:
         return process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
@@ -47,7 +47,7 @@ def finish(process: subprocess.Popen, timeout: float = 600) -> str:
 
 
 def launch(script, *arguments, **options) -> str:
-    """Runs a script to its end, which must be a good one, and returns what it printed."""
+    """Run a script to its end, which must be a good one, and return what it printed."""
     process = start(script, *arguments, **options)
     output = finish(process)
     assert process.returncode == 0, output[-5000:]

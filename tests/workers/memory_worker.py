@@ -1,4 +1,4 @@
-"""Trains a tiny LISA for one step under DDP, ZeRO-2 or ZeRO-3, and writes each process's true bytes and estimate.
+"""Train a tiny LISA for one step under DDP, ZeRO-2 or ZeRO-3, and write each process's true bytes and estimate.
 
 accelerate launch --config_file recipes/accelerate/zero2.yaml tests/workers/memory_worker.py RESULTS zero2
 """

@@ -1,4 +1,4 @@
-"""Runs pytest as if torchvision were not installed.
+"""Run pytest as if torchvision were not installed.
 
 python tests/workers/without_torchvision.py tests/model/test_parity.py ...
 """
