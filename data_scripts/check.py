@@ -1,9 +1,9 @@
-"""Checks that sources are complete before a training needs them.
+"""Check that sources are complete before training.
 
     from data_scripts.check import check_source
     print(check_source("refcoco", data_dir="dataset"))
 
-A source is opened as the training opens it. What takes time, preparing its rows, the training need not do again.
+A source is opened as training opens it, so its rows are prepared only once.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 from . import SOURCES, load_source, make_builder
 
 
-# Rows (photos, in LLaVA-Instruct conversations) that the authors publish. A row less is one without anything to ask.
+# Numbers of rows (photos; in LLaVA-Instruct, conversations) by the authors. Rows without anything to ask are omitted.
 PUBLISHED_ROWS = {
     "ade20k": {"train": 20210, "validation": 2000},
     "cocostuff": {"train": 118287},
@@ -33,15 +33,15 @@ PUBLISHED_ROWS = {
 
 @dataclasses.dataclass
 class Report:
-    """What was found of one source.
+    """State of one source.
 
     Args:
-        name: What the source is called.
+        name: Name of the source.
         builder: Key of `SOURCES`.
-        num_rows: Rows by split.
-        num_images: Different image files that the rows name.
-        missing_images: Paths of those that are not there, or are empty.
-        errors: Why the source cannot be opened: one line, or one for each of its first bad records.
+        num_rows: Number of rows by split.
+        num_images: Number of distinct image files in the rows.
+        missing_images: Paths of the image files that do not exist or are empty.
+        errors: Why the source cannot be opened: one line, or one line for each of its first bad records.
     """
 
     name: str
@@ -74,11 +74,13 @@ class Report:
 
 
 def check_source(name: str, data_dir: str | None = None, split: str | None = None, **options: Any) -> Report:
-    """Opens a source and looks for every image that its rows name.
+    """Open a source and check that every image of its rows exists.
 
     Args:
-        name, data_dir, options: As in [`load_source`].
-        split: The split to check; default: all.
+        name: Name of the source, see [`load_source`].
+        data_dir: Directory of all data sets, see [`load_source`].
+        split: Split to check. By default, all.
+        options: Options of the source, see [`load_source`].
     """
     report = Report(name, builder=options.get("builder") or name)
     try:
@@ -95,17 +97,17 @@ def check_source(name: str, data_dir: str | None = None, split: str | None = Non
 
 
 def image_paths(rows: Dataset) -> list[str | None]:
-    """Path of the image file of every row; None for an image that the row itself holds."""
+    """Return the path of the image file of every row, or None for an image that is stored in its row."""
     tables = rows.select_columns("image").with_format("arrow").iter(batch_size=10_000)
     images = [image for table in tables for image in table["image"].to_pylist()]
     return [image["path"] if image and image["bytes"] is None else None for image in images]
 
 
 def _bad_records(name: str, data_dir: str | None, split: str | None, options: dict, number: int = 10) -> list[str]:
-    """What is wrong with the first bad records of a source, of which a training names one at a time."""
+    """Return the errors of the first bad records of a source, where training would report one at a time."""
     try:
         return make_builder(name, data_dir, split, **options).find_bad_records(number)
-    except (OSError, ValueError):  # Its files are not there, or an option is wrong.
+    except (OSError, ValueError):  # files are missing, or an option is wrong
         return []
 
 

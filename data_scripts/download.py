@@ -1,10 +1,10 @@
-"""Downloads the data sets that have direct links, and unpacks them into LISA's directory layout.
+"""Download the data sets that have direct links, and unpack them into LISA's directory layout.
 
     from data_scripts.download import download
     download(["ade20k", "refcoco"], "dataset")
 
-A file is fetched into `<data_dir>/.downloads`, where an interrupted download goes on at the next call, is unpacked
-beside it and moved to its place in one step: what is in its place is complete, and is not fetched again.
+A file is downloaded to `<data_dir>/.downloads`, where the next call resumes an interrupted download. It is unpacked
+there and moved to its place in one step, so whatever is in its place is complete and is not downloaded again.
 """
 
 import dataclasses
@@ -28,19 +28,19 @@ from huggingface_hub.utils import http_stream_backoff
 
 logger = logging.getLogger(__name__)
 
-# Compressed on the way, a file would have neither a known size nor a place to go on from.
+# With compression, the size of a file would be unknown and a download could not be resumed.
 HEADERS = {"Accept-Encoding": "identity"}
 
 
 @dataclasses.dataclass(frozen=True)
 class WebFile:
-    """A file on the web, and where it belongs.
+    """A file on the web and its place in the data directory.
 
     Args:
         url: Direct link.
-        places: Paths below the data directory, by the path in the archive of what belongs there, wherever in the
-            archive that path begins; or one path, for a file that is no archive.
-        checksum: "algorithm:digest" where it is published, with an algorithm of `hashlib`.
+        places: Destinations below the data directory, by the path in the archive, at any depth of it. A single path
+            for a file that is not an archive.
+        checksum: Published checksum as "algorithm:digest", with an algorithm of `hashlib`.
     """
 
     url: str
@@ -52,14 +52,14 @@ class WebFile:
         return self.url.rpartition("/")[2]
 
     def targets(self, data_dir: Path) -> list[Path]:
-        """Paths of all that belongs into the data directory."""
+        """Return the destinations in the data directory."""
         places = [self.places] if isinstance(self.places, str) else self.places.values()
         return [data_dir / place for place in places]
 
 
 @dataclasses.dataclass(frozen=True)
 class RemoteState:
-    """What a server says of a file: its size in bytes, and its ETag or date, if it says so."""
+    """What a server reports about a file: its size in bytes and its ETag or date, if known."""
 
     size: int | None
     validator: str
@@ -153,7 +153,7 @@ WEB_FILES = {
     ],
 }
 
-# What is left to a person.
+# Steps that cannot be automated.
 MANUAL_STEPS = {
     "mapillary": "Sign in, accept the license and download Mapillary Vistas 2.0. Unpack it into {data_dir}/mapillary.",
     "reason_seg": (
@@ -170,16 +170,16 @@ MANUAL_STEPS = {
 
 
 def download(names: Sequence[str], data_dir: str | os.PathLike, num_threads: int = 4):
-    """Fetches and unpacks all files of the named sources that are not yet in their place.
+    """Download and unpack all files of the given sources that are not in their place yet.
 
     Args:
         names: Keys of `WEB_FILES`.
-        data_dir: The directory of all data sets, made if it is not there.
-        num_threads: How many files are fetched and unpacked at once.
+        data_dir: Directory of all data sets, which is created if it does not exist.
+        num_threads: Number of files to download and unpack at once.
 
     Raises:
-        OSError: Before anything is fetched, if the disk is too small or another download is at work; after all other
-            files, if some could not be fetched or unpacked.
+        OSError: If the disk is too small or another download is running, before the first download. If files could not
+            be downloaded or unpacked, after all others.
     """
     data_dir = Path(data_dir).expanduser().absolute()
     files = [file for file in _files_of(names) if not all(map(_is_filled, file.targets(data_dir)))]
@@ -189,7 +189,7 @@ def download(names: Sequence[str], data_dir: str | os.PathLike, num_threads: int
     directory = data_dir / ".downloads"
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        # Its threads are daemons: Ctrl-C ends the process at once, and the next call goes on from there.
+        # Pool threads are daemons, so Ctrl-C ends the process at once, and the next call resumes.
         with FileLock(directory / ".lock", timeout=0), ThreadPool(num_threads) as pool:
             answers = list(zip(files, pool.map(_ask_server, files)))
             errors = [answer for _, answer in answers if isinstance(answer, str)]
@@ -213,13 +213,13 @@ def _is_filled(target: Path) -> bool:
 
 
 def _ask_server(file: WebFile) -> RemoteState | str:
-    """What the server says of a file, or what went wrong."""
-    # A GET of which the body is not read: it says what the download will say, after the same redirections.
+    """Return what the server reports about a file, or an error message."""
+    # GET without reading the body: it follows the same redirects as the download.
     try:
         with http_stream_backoff("GET", file.url, headers=HEADERS, timeout=30, max_retries=2) as response:
             response.raise_for_status()
             headers = response.headers
-    except Exception as error:  # Of any kind that httpx has.
+    except Exception as error:  # of any kind in httpx
         return f"{file.url}: {error}."
     if headers.get("Content-Type", "").startswith("text/html"):
         return f"{file.url}: the server answers with a web page in place of the file."
@@ -228,13 +228,13 @@ def _ask_server(file: WebFile) -> RemoteState | str:
 
 
 def _check_disk(found: list[tuple[WebFile, RemoteState]], directory: Path, num_threads: int):
-    """Says what will be fetched, and raises if the disk cannot hold it."""
+    """Log what will be downloaded, and raise if the disk is too small."""
     for file, state in found:
         logger.info("%10s  %s", _gigabytes(state.size) if state.size else "?", file.url)
     sizes = [state.size or 0 for _, state in found]
     paths = [path for file, state in found for path in _paths(file, state, directory)]
     present = sum(path.stat().st_size for path in paths if path.exists())
-    # Unpacked, an archive is at least as large as packed; it is removed when it is unpacked.
+    # An unpacked archive is at least as large as the packed one, which is removed afterwards.
     needed = sum(sizes) + sum(sorted(sizes)[-num_threads:]) - present
     free = shutil.disk_usage(directory).free
     logger.info("%10s  in all, of which %s are here", _gigabytes(sum(sizes)), _gigabytes(present))
@@ -252,13 +252,13 @@ def _gigabytes(size: int) -> str:
 
 
 def _paths(file: WebFile, state: RemoteState, directory: Path) -> tuple[Path, Path]:
-    """Where the whole file and the part of it are kept: another version of it on the server has other paths."""
+    """Return the paths of the complete and the partial file. They differ for another version on the server."""
     version = hashlib.sha256(f"{file.url}\n{state}".encode()).hexdigest()[:8]
     return directory / f"{version}-{file.name}", directory / f"{version}-{file.name}.part"
 
 
 def _download_one(job: tuple[WebFile, RemoteState, Path, Path]) -> str | None:
-    """Fetches a file and puts it in its place; returns what went wrong, so that the other files go on."""
+    """Download a file and put it in its place. Returns an error message, so that other downloads continue."""
     file, state, directory, data_dir = job
     try:
         whole = fetch(file, state, directory)
@@ -267,7 +267,7 @@ def _download_one(job: tuple[WebFile, RemoteState, Path, Path]) -> str | None:
         else:
             unpack(whole, {name: data_dir / place for name, place in file.places.items()})
         return None
-    except Exception as error:  # Of httpx, zipfile, tarfile, zlib, the operating system ...
+    except Exception as error:  # of httpx, zipfile, tarfile, zlib, the operating system ...
         logger.debug("The full trace:", exc_info=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return f"{file.url}: the disk is full. Make room and start again; what was fetched is kept."
@@ -275,20 +275,20 @@ def _download_one(job: tuple[WebFile, RemoteState, Path, Path]) -> str | None:
 
 
 def fetch(file: WebFile, state: RemoteState, directory: Path) -> Path:
-    """Fetches a file, or the rest of it, and checks its size and checksum.
+    """Download a file, or the rest of it, and check its size and checksum.
 
     Returns:
         Path of the file in the directory.
 
     Raises:
-        OSError: If the server breaks off again and again, or the file is not the expected one.
+        OSError: If the connection fails repeatedly, or the file is not the expected one.
     """
     whole, part = _paths(file, state, directory)
     if whole.exists():
         return whole
     headers = dict(HEADERS)
     if state.validator and not state.validator.startswith("W/"):
-        headers["If-Range"] = state.validator  # Should the file have changed, it is sent from its beginning.
+        headers["If-Range"] = state.validator  # a changed file is sent from its beginning
     with open(part, "ab") as stream:
         if state.size is None or stream.tell() > state.size:
             stream.truncate(0)
@@ -321,15 +321,14 @@ def fetch(file: WebFile, state: RemoteState, directory: Path) -> Path:
 
 
 def unpack(archive: Path, places: dict[str, Path]):
-    """Unpacks a zip or tar archive beside itself, moves what is wanted to its places, and removes the archive.
+    """Unpack a zip or tar archive, move its wanted parts to their places, and remove the archive.
 
     Args:
         archive: Path of the archive.
-        places: Where what is wanted goes, by its path in the archive, wherever in the archive that path begins. What
-            is there already stays as it is.
+        places: Destinations by the path in the archive, at any depth of it. Existing destinations are kept.
 
     Raises:
-        OSError: If the archive is damaged, names a file that leads out of it, or lacks what is wanted.
+        OSError: If the archive is damaged, contains a path that leads out of it, or lacks a wanted part.
     """
     staging = archive.with_name(archive.name + ".unpacked")
     shutil.rmtree(staging, ignore_errors=True)
@@ -366,7 +365,7 @@ def _check_zip(archive: Path):
 def _find(directory: Path, name: str) -> Path:
     wanted = PurePosixPath(name).parts
     found = [path for path in directory.rglob(wanted[-1]) if path.parts[-len(wanted) :] == wanted]
-    # macOS adds its own copies of names to archives.
+    # macOS adds files of the same names to archives.
     found = [path for path in found if "__MACOSX" not in path.parts]
     if not found:
         raise OSError(

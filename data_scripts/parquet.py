@@ -1,4 +1,4 @@
-"""Writes rows to Parquet with their images inside: a folder that opens like a data set of the Hub, and can become one.
+"""Write rows to Parquet with their images inside: a folder that loads like a data set on the Hub, and can become one.
 
 from data_scripts.parquet import write_card, write_parquet
 write_parquet(load_source("refcoco", data_dir="dataset", split="val"), "parquet/refcoco", "val")
@@ -20,7 +20,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.contrib.concurrent import thread_map
 
 
-# As `datasets` chooses for images: a reader holds so many in memory at once.
+# The choice of `datasets` for images: a reader holds this many in memory.
 ROWS_PER_GROUP = 100
 FINGERPRINT = b"lisa_hf_fingerprint"
 
@@ -28,30 +28,30 @@ FINGERPRINT = b"lisa_hf_fingerprint"
 def write_parquet(
     rows: Dataset, directory: str | os.PathLike, split: str, num_threads: int = 4, max_shard_size: str = "500MB"
 ) -> list[Path]:
-    """Writes one split as shards `data/<split>-00000-of-00007.parquet`. Shards that are there, of these rows, stay.
+    """Write one split as shards `data/<split>-00000-of-00007.parquet`, except those that exist for the same rows.
 
-    By these names `load_dataset` finds the splits of the directory, whatever they are called.
+    These names let `load_dataset` find splits of any name.
 
     Args:
-        rows: Rows of `lisa_hf.data.rows.FEATURES`, prepared.
-        directory: Directory of the source, made if it is not there.
+        rows: Prepared rows of `lisa_hf.data.rows.FEATURES`.
+        directory: Directory of the source, which is created if it does not exist.
         split: Name of the split.
-        num_threads: How many shards are written at once.
-        max_shard_size: About how large a shard may become.
+        num_threads: Number of shards to write at once.
+        max_shard_size: Approximate largest size of a shard.
 
     Returns:
-        Paths of the shards, in order; there are no others of this split in the directory.
+        Paths of the shards, in order. Other shards of this split are removed.
 
     Raises:
-        ValueError: Before anything is written, if an image is not there or empty.
+        ValueError: If an image is missing or empty. Nothing is written then.
     """
-    rows = rows.cast_column("image", Image())  # As the files say how to read them, even if the rows were undecoded.
+    rows = rows.cast_column("image", Image())  # also of undecoded rows: the files say how to read them
     data = Path(directory) / "data"
     data.mkdir(parents=True, exist_ok=True)
     sizes = list(_image_sizes(rows))
     num_shards = max(1, -(-sum(sizes) // convert_file_size_to_int(max_shard_size)))
     num_shards = min(num_shards, max(1, len(rows)))
-    # The fingerprint that `datasets` gives to prepared rows changes with the annotations, the sizes with the images.
+    # The fingerprint of prepared rows changes with the annotations, the sizes with the images.
     fingerprint = hashlib.sha256(f"{rows._fingerprint} {num_shards} {sizes}".encode()).hexdigest().encode()
     paths = [data / f"{split}-{index:05d}-of-{num_shards:05d}.parquet" for index in range(num_shards)]
 
@@ -66,11 +66,11 @@ def write_parquet(
 
 
 def write_card(directory: str | os.PathLike, licenses: dict[str, str]):
-    """Writes the README.md by which `load_dataset` knows sources and splits.
+    """Write the README.md that tells `load_dataset` about sources and splits.
 
     Args:
-        directory: The directory of all sources.
-        licenses: What to say of the license of a source, by its name.
+        directory: Directory of all sources.
+        licenses: License of each source, by its name.
     """
     directory = Path(directory)
     configs = []
@@ -86,7 +86,7 @@ def write_card(directory: str | os.PathLike, licenses: dict[str, str]):
 
 
 def _image_sizes(rows: Dataset) -> Iterator[int]:
-    """Bytes of the image of every row."""
+    """Yield the size in bytes of the image of every row."""
     for table in rows.select_columns("image").with_format("arrow").iter(batch_size=1000):
         images = table["image"].combine_chunks()
         lengths = pc.binary_length(images.field("bytes")).to_pylist()

@@ -1,4 +1,4 @@
-"""ReasonSeg: implicit questions about photos, whose answers are masks (LISA, arXiv 2308.00692).
+"""ReasonSeg: implicit questions about photos that are answered with masks (LISA, arXiv 2308.00692).
 
     from data_scripts import load_source
     rows = load_source("reason_seg", data_dir="dataset", split="val")
@@ -23,16 +23,16 @@ TARGET, IGNORE = 1, 255
 
 
 def paint_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarray:
-    """Paints labeled polygons over each other, the largest first, so that smaller ones stay visible.
+    """Paint labeled polygons over each other, the largest first, so that smaller ones stay visible.
 
     Args:
-        shapes: Dicts of `label` ("target", something with "ignore", or the obsolete "flag", which is skipped; in any
-            case) and `points` [[x, y], ...] in pixels; fractions are cut off.
+        shapes: Dicts of `label` and `points`. The label is "target", contains "ignore", or is the obsolete "flag",
+            which is skipped; upper and lower case are equal. Points [[x, y], ...] in pixels are truncated to integers.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
 
     Returns:
-        Labels of shape (height, width), uint8: 1 target, 255 ignored, 0 neither.
+        Labels of shape `(H, W)`, uint8: 1 target, 255 ignored, 0 neither.
     """
     polygons = []
     for shape in shapes:
@@ -46,34 +46,35 @@ def paint_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.
         polygons.append((int(inside.sum()), len(polygons), inside, IGNORE if "ignore" in label else TARGET))
 
     labels = np.zeros((height, width), dtype=np.uint8)
-    # Of equal areas the original paints the later one first.
+    # As the original, which paints the later one of equal areas first.
     for _, _, inside, value in sorted(polygons, key=lambda polygon: polygon[:2], reverse=True):
         labels[inside] = value
     return labels
 
 
 def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Fills a polygon with its outline, by the even-odd rule, as OpenCV up to 4.10 did.
+    """Fill a polygon and its outline by the even-odd rule, as OpenCV up to 4.10 did.
 
-    The published scores on ReasonSeg were measured on such masks. Since OpenCV 4.11 `cv2.fillPoly` leaves out some
-    pixels beside slanted edges, and more of them beside edges that cross the border of the image.
+    The published scores on ReasonSeg were measured on such masks. Since OpenCV 4.11, `cv2.fillPoly` omits some pixels
+    beside slanted edges, and more of them beside edges that cross the border of the image.
 
     Args:
-        points: Corners (x, y), (num_corners, 2) int32.
+        points: Corners (x, y), shape `(num_corners, 2)`, int32.
         height: Height of the mask in pixels.
         width: Width of the mask in pixels.
 
     Returns:
-        Mask of shape (height, width), bool.
+        Mask of shape `(H, W)`, bool.
     """
     outline = np.zeros((height, width), dtype=np.uint8)
     cv2.polylines(outline, [points], isClosed=True, color=1)
 
+    # Collect the edges that are not horizontal: first and last line, position at the first line, step per line.
     edges = []
     for (x0, y0), (x1, y1) in zip(np.roll(points, 1, axis=0).tolist(), points.tolist()):
         if y0 == y1:
             continue
-        # Positions x in 16 bits of fraction, at the heights y0 and y1 of the corners or of where the edge is clipped.
+        # Fixed-point x with 16 fractional bits, at both ends of the edge, which is clipped at the border of the image.
         half = 1 << 15
         first, last = (y0, (x0 << 16) + half), (y1, (x1 << 16) + half)
         if not (0 <= min(x0, x1) and max(x0, x1) < width and 0 <= min(y0, y1) and max(y0, y1) < height):
@@ -88,6 +89,7 @@ def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
     if not edges:
         return outline.astype(bool)
 
+    # Find where each line crosses the edges, from left to right.
     top, bottom, x, step = np.array(edges, dtype=np.int64).T
     rows = np.arange(height)[:, None]
     crossed = (top <= rows) & (rows < bottom)
@@ -95,7 +97,7 @@ def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
     crossings = np.where(crossed, x + step * (rows - top), beyond)
     crossings = np.clip(np.sort(crossings, axis=1) >> 16, -1, width)
     crossings = np.pad(crossings, ((0, 0), (0, crossings.shape[1] % 2)), constant_values=width)
-    # A span goes from an odd crossing to the next even one, both included.
+    # Fill the spans from each odd crossing to the next even one, both inclusive.
     changes = np.zeros((height, width + 2), dtype=np.int16)
     np.add.at(changes, (rows, np.maximum(crossings[:, 0::2], 0)), 1)
     np.add.at(changes, (rows, crossings[:, 1::2] + 1), -1)
@@ -105,8 +107,8 @@ def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
 class ReasonSeg(SourceBuilder):
     """ReasonSeg: 239 images for training, 200 for validation, 779 for test. One row per image, one target per row.
 
-    Splits: train, val, test, those of which the directory is there; val_short, test_short with short phrases for
-    questions, val_long, test_long with whole sentences. `ignore` holds ambiguous pixels.
+    Splits: train, val and test, as far as their directories exist; val_short and test_short with short phrases,
+    val_long and test_long with complete sentences. `ignore` holds ambiguous pixels.
 
         <data_dir>/reason_seg/ReasonSeg/
             train/*.jpg *.json              a JSON beside each image: shapes, text, is_sentence
@@ -123,9 +125,9 @@ class ReasonSeg(SourceBuilder):
         root = self.find(data_dir, "reason_seg/ReasonSeg")
         images = [image for split in SPLITS for image in _list_images(root, split)]
         if not images:
-            raise FileNotFoundError(f"ReasonSeg looked for {SPLITS} with *.jpg in {root!r}, got no image.")
+            raise FileNotFoundError(f"ReasonSeg: expected {SPLITS} with *.jpg in {root!r}, got no image. Download it.")
         explanations = os.path.join(root, "explanatory", "train.json")
-        # The images decide too: the polygons are cut off at their borders.
+        # The sizes of the images matter too: polygons are cut off at their borders.
         return [
             *images,
             *(path for path in map(_annotation_path, images) if os.path.exists(path)),
@@ -175,7 +177,7 @@ class ReasonSeg(SourceBuilder):
 
 
 def _is_sentence(image_path: str) -> bool | None:
-    """Whether the question is a whole sentence; None if that cannot be read, so that no split is a row short."""
+    """Return whether the question is a complete sentence. None if that cannot be read: both splits get the record."""
     try:
         return bool(read_json(_annotation_path(image_path))["is_sentence"])
     except (OSError, KeyError, TypeError, ValueError):

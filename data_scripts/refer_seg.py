@@ -3,9 +3,9 @@
     from data_scripts import load_source
     rows = load_source("refcoco", data_dir="dataset", split="testA")
 
-Mirrors `REFER` and `G_REFER` as the original uses them. A row holds all refs of one image in one split, a target
-each, whose phrases are the ref's expressions as they are in the file. The published scores ask for every expression of
-every ref, also where two refs of an image share one: evaluate with `merge_instances=False`.
+Mirrors `REFER` and `G_REFER` as the original uses them. A row holds all refs of one image in one split, with one
+target per ref, whose phrases are the expressions in the file. For the published scores, every expression of every ref
+is a question, even if two refs of an image share it: evaluate with `merge_instances=False`.
 """
 
 import collections
@@ -23,16 +23,16 @@ from .source import encode_segmentation, errors_naming, join_inside, read_json
 
 
 def splits_of(split: str) -> list[str]:
-    """The splits that hold a ref of this split: "testAB" is a part of testA, of testB and of test."""
+    """Return the splits that contain the refs of a split: "testAB" is part of testA, testB and test."""
     return ["test", *(f"test{part}" for part in split[4:])] if split.startswith("test") else [split]
 
 
 def encode_object(segmentations: list[Any], height: int, width: int) -> dict[str, Any]:
-    """Encodes what one expression means, as the RLE of one mask.
+    """Encode the object or objects of an expression as the RLE of one mask.
 
     Args:
-        segmentations: COCO segmentations, or lists of RLEs as in refCLEF. Without any, or with empty ones, the mask is
-            empty: the expression means nothing in the image (gRefCOCO), or nobody outlined it.
+        segmentations: COCO segmentations, or lists of RLEs as in refCLEF. If there are none, or only empty ones, the
+            mask is empty: the expression has no object in the image (gRefCOCO), or the object was not outlined.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
     """
@@ -43,19 +43,23 @@ def encode_object(segmentations: list[Any], height: int, width: int) -> dict[str
     rles = [encode_segmentation(part, height, width) for part in parts]
     if not rles:
         return encode_mask(np.zeros((height, width), dtype=np.uint8))
-    # The original adds up polygons and RLEs, so that a mask is 2 where they overlap.
+    # The original adds up polygons and RLEs, so its masks are 2 where they overlap.
     return merge_masks([Mask.from_rle(rle) for rle in rles]).to_rle() if len(rles) > 1 else rles[0]
 
 
 @dataclasses.dataclass
 class ReferSegConfig(CocoConfig):
-    """Who split the data: "unc", "umd", "google", "berkeley"; by default as the original takes it."""
+    """Options of the referring data sets.
+
+    Args:
+        split_by: Who split the data: "unc", "umd", "google" or "berkeley". Defaults to the original's choice.
+    """
 
     split_by: str | None = None
 
 
 class ReferSeg(CocoBuilder):
-    """Base of the referring data sets: `SOURCE` names the directory, `REFS` and `IMAGES` lie below `refer_seg`."""
+    """Base of the referring data sets, whose files are in `refer_seg/<SOURCE>` and `refer_seg/<IMAGES>`."""
 
     BUILDER_CONFIG_CLASS = ReferSegConfig
     REFS = "refs({}).p"
@@ -167,8 +171,8 @@ class RefCocoG(ReferSeg):
 class RefClef(ReferSeg):
     """refCLEF: about 130000 expressions for objects and regions in 19997 photos of ImageCLEF.
 
-    Splits: train, val, testA, testB, testC, test (all three). `exclude_refer_val` finds no photo of COCO to leave out.
-    19579.jpg is a GIF, which the original cannot read.
+    Splits: train, val, testA, testB, testC, test (all three). It has no COCO photos for
+    `exclude_refer_val` to exclude. 19579.jpg is a GIF, which the original cannot read.
 
         <data_dir>/refer_seg/
             refclef/refs(unc).p
@@ -184,7 +188,8 @@ class RefClef(ReferSeg):
 class GRefCoco(ReferSeg):
     """gRefCOCO: 278232 expressions for one object, several or none, in 19994 photos.
 
-    Splits: train, val, and testA, testB, test (both) once published. An expression for nothing has an empty mask.
+    Splits: train, val, and testA, testB, test (both) once published. An expression without an object has an
+    empty mask.
 
         <data_dir>/refer_seg/
             grefcoco/grefs(unc).json

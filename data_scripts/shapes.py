@@ -1,14 +1,14 @@
-"""Drawn scenes with all four kinds of task: a data set that needs no download.
+"""Drawn scenes for all four tasks: a data set that needs no download.
 
     from data_scripts import load_source
     rows = load_source("shapes", split="train", num_train_scenes=2000, image_size=128, seed=0)
 
-A scene holds two to five shapes in named colors on a mottled background.
-Scene i is a pure function of (seed, split, i), so a larger set begins with the smaller one. Each scene is one row:
+A scene has two to five shapes in named colors on a mottled background. Scene i is a pure function of (seed, split, i),
+so a larger data set begins with the scenes of a smaller one. Each scene is one row:
 
 - semantic: every shape is a "red circle", a "circle" and a "red object"; a phrase may have several targets.
-- referring: phrases that place a shape beside another one: "circle above the red star".
-- reasoning: a question about what such shapes and colors are in the world, with an explanation.
+- referring: phrases that locate a shape relative to another one: "circle above the red star".
+- reasoning: a question about shapes and colors in the real world, with an explanation.
 - vqa: a conversation about the scene, without masks.
 """
 
@@ -39,7 +39,7 @@ COLORS = {
 
 
 def _polygon(num_corners: int, radii: tuple[float, ...] = (1.0,), turn: float = 0.0) -> np.ndarray:
-    """Corners of a polygon around the origin, (num_corners, 2); their distances repeat `radii`."""
+    """Return the corners of a polygon around the origin, shape `(num_corners, 2)`. Their distances repeat `radii`."""
     angles = np.arange(num_corners) * 2 * np.pi / num_corners - np.pi / 2 + turn
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.resize(radii, num_corners)[:, None]
 
@@ -55,7 +55,7 @@ NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """What the world knows about some shapes or colors (`names`): questions that they answer, and why they do."""
+    """Common knowledge about some shapes or colors (`names`): questions that they answer, and the reason."""
 
     names: tuple[str, ...]
     questions: tuple[str, ...]
@@ -121,7 +121,7 @@ _TEMPLATE_WORDS = "object How many are there There is What colour shape Is Yes N
 
 @dataclasses.dataclass
 class Item:
-    """One drawn shape. Lengths are fractions of the image's side; `mask` (S, S) bool holds its pixels."""
+    """A drawn shape. Lengths are fractions of the image's side; `mask`, shape `(S, S)`, bool, holds its pixels."""
 
     color: str
     shape: str
@@ -141,7 +141,7 @@ class Item:
 
 
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-MARGIN = 0.12  # Places that differ by less than this part of the side decide nothing.
+MARGIN = 0.12  # smallest distance, as a fraction of the side, that decides a relation
 
 WORDS = sorted(
     {
@@ -158,14 +158,14 @@ WORDS = sorted(
 
 
 def draw_items(rng: np.random.Generator) -> list[Item]:
-    """Draws a layout of two to five shapes that do not touch."""
+    """Draw a layout of two to five shapes that do not touch."""
     items = []
     num_items = rng.choice([2, 3, 4, 5], p=[0.2, 0.35, 0.3, 0.15])
     for _ in range(20 * num_items):
         if len(items) == num_items:
             break
         color, shape = str(rng.choice(list(COLORS))), str(rng.choice(list(OUTLINES)))
-        if items and rng.random() < 0.4:  # Without look-alikes a shape or a color alone would answer everything.
+        if items and rng.random() < 0.4:  # without look-alikes, the shape or color alone identifies an item
             twin = items[rng.integers(len(items))]
             color, shape = (color, twin.shape) if rng.random() < 0.6 else (twin.color, shape)
         radius = rng.uniform(0.12, 0.28)
@@ -176,9 +176,9 @@ def draw_items(rng: np.random.Generator) -> list[Item]:
 
 
 def draw_scene(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, list[Item]]:
-    """Draws a picture, (S, S, 3) uint8 RGB, and its items with their masks."""
+    """Draw a picture, shape `(S, S, 3)`, uint8 RGB, and its items with their masks."""
     items = draw_items(rng)
-    # Four samples per pixel and axis; a pixel belongs to the shape that covers most of it, so the masks never overlap.
+    # Draw the outlines with four samples per pixel and axis.
     side = 4 * image_size
     cover = np.zeros((side, side), dtype=np.uint8)
     for number, item in enumerate(items, start=1):
@@ -191,6 +191,7 @@ def draw_scene(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, l
             for number in range(len(items) + 1)
         ]
     )
+    # A pixel belongs to the shape that covers most of it, so masks never overlap.
     owner = shares.argmax(axis=0)
     for number, item in enumerate(items, start=1):
         item.mask = owner == number
@@ -205,7 +206,7 @@ def draw_scene(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, l
 
 
 def _shade(rng: np.random.Generator, color: np.ndarray, strength: float, image_size: int) -> np.ndarray:
-    """A color that gets brighter by 2 x `strength` in some direction across the picture, (S, S, 3) float."""
+    """Return a color that brightens by 2 x `strength` in some direction, shape `(S, S, 3)`, float."""
     angle = rng.uniform(0, 2 * np.pi)
     ramp = np.linspace(-1, 1, image_size)
     light = (np.cos(angle) * ramp[None, :] + np.sin(angle) * ramp[:, None]) * strength
@@ -213,7 +214,7 @@ def _shade(rng: np.random.Generator, color: np.ndarray, strength: float, image_s
 
 
 def referring_phrases(items: list[Item]) -> list[tuple[str, Item]]:
-    """All phrases that place one item, and no other of its kind, beside another one that its name identifies."""
+    """Return all phrases that locate exactly one item of a kind relative to an item with a unique name."""
     names = [item.name for item in items]
     found = []
     for anchor, (relation, direction) in itertools.product(items, RELATIONS.items()):
@@ -229,7 +230,7 @@ def referring_phrases(items: list[Item]) -> list[tuple[str, Item]]:
 
 
 def _relation_holds(item: Item, anchor: Item, direction: tuple[int, int]) -> bool | None:
-    """Whether the item lies in the direction (x, y) of the anchor; None if people might disagree."""
+    """Return whether the item lies in the direction (x, y) of the anchor, or None if people might disagree."""
     dx, dy = item.x - anchor.x, item.y - anchor.y
     along, across = dx * direction[0] + dy * direction[1], abs(dx * direction[1]) + abs(dy * direction[0])
     if along >= MARGIN and along >= 0.6 * across:
@@ -238,7 +239,7 @@ def _relation_holds(item: Item, anchor: Item, direction: tuple[int, int]) -> boo
 
 
 def _list_names(items: list[Item]) -> str:
-    """Names items in a sentence: "the red circle and the blue stars"."""
+    """Return the names of items for a sentence: "the red circle and the blue stars"."""
     names = [item.name for item in items]
     parts = [
         f"the {name}" if names.count(name) == 1 else f"the {item.color} {item.shape}s"
@@ -248,7 +249,7 @@ def _list_names(items: list[Item]) -> str:
 
 
 def draw_conversation(rng: np.random.Generator, items: list[Item]) -> list[dict[str, str]]:
-    """Two turns of questions about counts, colors, shapes and presence."""
+    """Draw two questions about counts, colors, shapes and presence, with their answers."""
     shapes, colors = [item.shape for item in items], [item.color for item in items]
     turns = []
     for shape in (str(rng.choice(shapes)), str(rng.choice(list(OUTLINES)))):
@@ -273,7 +274,7 @@ def draw_conversation(rng: np.random.Generator, items: list[Item]) -> list[dict[
 
 
 def _annotate(rng: np.random.Generator, task: str, items: list[Item]) -> dict | None:
-    """The columns of the scene's row that depend on the task, or None if the scene does not suit it."""
+    """Return the columns of the scene's row that depend on the task, or None if the scene does not suit it."""
     if task == "vqa":
         return {"messages": draw_conversation(rng, items)}
     rles = {id(item): encode_mask(item.mask) for item in items}
@@ -302,11 +303,11 @@ def _annotate(rng: np.random.Generator, task: str, items: list[Item]) -> dict | 
 
 
 def make_scene_row(seed: int, split: str, index: int, image_size: int) -> dict:
-    """The row of scene `index`, a pure function of the arguments."""
+    """Make the row of scene `index`, a pure function of the arguments."""
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     task = str(rng.choice(list(TASK_PROPORTIONS), p=list(TASK_PROPORTIONS.values())))
     columns = None
-    while columns is None:  # Ends: more than half of all scenes suit any task.
+    while columns is None:  # ends soon: more than half of all scenes suit any task
         picture, items = draw_scene(rng, image_size)
         columns = _annotate(rng, task, items) if len(items) > 1 else None
     _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
@@ -315,7 +316,14 @@ def make_scene_row(seed: int, split: str, index: int, image_size: int) -> dict:
 
 @dataclasses.dataclass
 class ShapesConfig(SourceConfig):
-    """Number of scenes per split, side of the square images in pixels, and the seed of everything that is drawn."""
+    """Options of the drawn scenes.
+
+    Args:
+        num_train_scenes: Number of scenes in the split train.
+        num_validation_scenes: Number of scenes in the split validation.
+        image_size: Side of the square images in pixels.
+        seed: Seed of all random draws.
+    """
 
     num_train_scenes: int = 2000
     num_validation_scenes: int = 200
@@ -339,7 +347,7 @@ class Shapes(SourceBuilder):
     SOURCE = "shapes"
 
     def __init__(self, data_dir=None, **kwargs):
-        super().__init__(**kwargs)  # Nothing is read, so the directory must not split the cache.
+        super().__init__(**kwargs)  # no files are read, so the directory must not change the cache
 
     def annotation_files(self, data_dir):
         return []

@@ -1,11 +1,11 @@
-"""Prepares the data sets of a mixture: fetches them, checks them, shows them, converts them to Parquet.
+"""Prepare the data sources of a recipe: download, check, preview, or convert them to Parquet.
 
     python recipes/prepare_data.py download ade20k refcoco --data_dir dataset
     python recipes/prepare_data.py check --config recipes/configs/real_samples.yaml --data_dir ../shared/real_samples
     python recipes/prepare_data.py preview refcoco --data_dir dataset
     python recipes/prepare_data.py convert refcoco reason_seg --data_dir dataset --output_dir parquet
 
-Each takes the names of sources, or the `--config` of a recipe for the sources of its mixture and its evaluation.
+Each command takes the names of sources, or a recipe with `--config` for its training and evaluation sources.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from lisa_hf.training.arguments import parse_data_arguments
 
 
 def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
-    """Names and options of the sources that are named, or of the recipe; sets the recipe's `data_dir`."""
+    """Return the names and options of the given sources, or of those in the recipe, which may also set `data_dir`."""
     if bool(args.sources) == bool(args.config):
         raise ValueError("expected the names of sources, or --config with a recipe that has sources")
     if args.config:
         data_args = parse_data_arguments(args.config)
         args.data_dir = args.data_dir or data_args.data_dir
-        # As the training loads them: it may skip bad records, the evaluation must not.
+        # As training loads them: it may skip bad records, evaluation must not.
         training = complete_options(data_args.sources, data_args.on_bad_row, data_args.exclude_refer_val)
         found = [*training.items(), *data_args.eval_sources.items()]
     else:
@@ -52,7 +52,7 @@ def run_download(args: argparse.Namespace):
     names = list(dict.fromkeys(options.get("builder") or name for name, options in find_sources(args)))
     if args.data_dir is None:
         raise ValueError("--data_dir: expected the directory to download into")
-    # First, since a person may do these meanwhile.
+    # Print manual steps first: they can be done during the download.
     for name in (name for name in names if name in MANUAL_STEPS):
         step = MANUAL_STEPS[name].format(data_dir=Path(args.data_dir).absolute())
         print(f"{name}: a step is left to you. See {SOURCES[name].DOWNLOAD_PAGE}\n  {step}")
@@ -74,7 +74,7 @@ def run_preview(args: argparse.Namespace):
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, options in find_sources(args):
         rows = load_source(name, args.data_dir, **options).cast_column("image", datasets.Image(decode=False))
-        # Spread over all rows: neighbors are often alike.
+        # Choose rows at equal distances, because neighbors are often alike.
         chosen = rows.select(np.linspace(0, len(rows) - 1, min(args.num_rows, len(rows)), dtype=int))
         path = output_dir / f"{name}_{options.get('split', 'train')}.png"
         preview_sheet(chosen).save(path)
@@ -93,7 +93,7 @@ def run_convert(args: argparse.Namespace):
     print(f'load_dataset("{output_dir}", "{name}", split="{split}", streaming=True)')
     if args.push_to_hub:
         api = HfApi()
-        # Private, since few of these licenses let anybody hand the photos on.
+        # Private, because most of these licenses forbid redistributing the photos.
         api.create_repo(repo_id=args.push_to_hub, repo_type="dataset", private=True, exist_ok=True)
         files = "*/data/*.parquet"
         api.upload_folder(
@@ -101,32 +101,34 @@ def run_convert(args: argparse.Namespace):
             repo_type="dataset",
             folder_path=output_dir,
             allow_patterns=[files, "README.md"],
-            delete_patterns=files,  # Of an earlier upload, what the folder does not hold.
+            delete_patterns=files,  # files of an earlier upload that are not in the folder
         )
 
 
 def main():
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("sources", nargs="*", metavar="SOURCE", help=f"among {', '.join(SOURCES)}")
-    common.add_argument("--config", help="recipe (YAML) whose sources are meant")
-    common.add_argument("--data_dir", help="directory of all data sets, in LISA's layout; default: the recipe's")
+    common.add_argument("sources", nargs="*", metavar="SOURCE", help=f"one of {', '.join(SOURCES)}")
+    common.add_argument("--config", help="use the sources of this recipe (YAML)")
+    common.add_argument("--data_dir", help="directory of all data sets in LISA's layout (default: the recipe's)")
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("download", parents=[common], help="fetch what has a direct link, resumable")
-    command.add_argument("--num_threads", type=int, default=4, help="files fetched at once")
+    command = commands.add_parser("download", parents=[common], help="download what has direct links (resumable)")
+    command.add_argument("--num_threads", type=int, default=4, help="number of files to download at once")
     command.set_defaults(run=run_download)
-    command = commands.add_parser("check", parents=[common], help="report what is missing; exit status 1 if anything")
+    command = commands.add_parser(
+        "check", parents=[common], help="report missing files and bad records; status 1 if any"
+    )
     command.set_defaults(run=run_check)
     command = commands.add_parser("preview", parents=[common], help="draw sheets of rows with their phrases and masks")
-    command.add_argument("--output_dir", default="outputs/preview", help="where the sheets go, a PNG per source")
-    command.add_argument("--num_rows", type=int, default=8, help="rows on a sheet")
+    command.add_argument("--output_dir", default="outputs/preview", help="directory of the sheets, one PNG per source")
+    command.add_argument("--num_rows", type=int, default=8, help="number of rows per sheet")
     command.set_defaults(run=run_preview)
-    command = commands.add_parser("convert", parents=[common], help="write Parquet with the images inside, resumable")
-    command.add_argument("--output_dir", required=True, help="where the files go, a directory per source")
-    command.add_argument("--num_threads", type=int, default=4, help="files written at once")
-    command.add_argument("--max_shard_size", default="500MB", help="about how large a file may become")
-    command.add_argument("--push_to_hub", metavar="NAME", help="also upload to this (private) data set of the Hub")
+    command = commands.add_parser("convert", parents=[common], help="write Parquet with the images inside (resumable)")
+    command.add_argument("--output_dir", required=True, help="output directory, with one subdirectory per source")
+    command.add_argument("--num_threads", type=int, default=4, help="number of files to write at once")
+    command.add_argument("--max_shard_size", default="500MB", help="approximate largest size of a file")
+    command.add_argument("--push_to_hub", metavar="NAME", help="also upload to this private data set on the Hub")
     command.set_defaults(run=run_convert)
 
     args = parser.parse_args()

@@ -222,7 +222,7 @@ def test_a_server_that_never_sends_all_is_an_error_and_the_part_is_kept(photos, 
 
 def test_a_wrong_checksum_is_an_error_and_nothing_is_kept(photos, tmp_path):
     photos.contents["photos.zip"] = make_zip({"set/photos/a.jpg": b"forged"})
-    with pytest.raises(OSError, match="expected the md5 .*, but found"):
+    with pytest.raises(OSError, match="expected the md5 .*, got"):
         download(["photos"], tmp_path)
     assert kept(tmp_path) == [] and not (tmp_path / "coco").exists()
 
@@ -319,7 +319,7 @@ def test_a_damaged_archive_is_removed(tmp_path, damage):
 def test_an_archive_without_what_is_wanted_is_kept(tmp_path):
     archive = tmp_path / "1234-x.zip"
     archive.write_bytes(make_zip(PHOTOS))
-    with pytest.raises(OSError, match=r"expected 'train2017' in the archive, but found .*'set'.*1234-x.zip' by hand"):
+    with pytest.raises(OSError, match=r"expected 'train2017' in the archive, got .*'set'.*1234-x.zip' by hand"):
         downloads.unpack(archive, {"train2017": tmp_path / "coco/train2017"})
     assert list(tmp_path.iterdir()) == [archive]
 
