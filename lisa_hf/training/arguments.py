@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ..data.rows import OnBadRow
 from ..errors import nearest_name
 from .parser import ArgumentParser
 
@@ -164,8 +165,8 @@ class DataArguments:
     max_length: int | None = HfArg(
         default=None, help="Maximum tokens of a row, image tokens included. Default: the model's limit."
     )
-    on_bad_row: Literal["skip", "raise"] = HfArg(
-        default="skip", help="Whether to skip and count an unreadable image or mask, or to stop."
+    on_bad_row: OnBadRow = HfArg(
+        default="skip", help="Whether to raise at a bad record, image, mask or question, or to skip and count it."
     )
     min_decoded_edge: int | None = HfArg(
         default=None,
