@@ -7,20 +7,16 @@ from functools import lru_cache
 
 import PIL.Image
 import torch
-import transformers
-from transformers import (
-    AddedToken,
-    AutoImageProcessor,
-    AutoProcessor,
-    BaseImageProcessor,
-    BatchFeature,
-    LlamaTokenizer,
-    ProcessorMixin,
-)
-from transformers.image_processing_backends import TorchvisionBackend
-from transformers.utils import is_torchvision_available
+from transformers import AddedToken, AutoProcessor, BatchFeature, LlamaTokenizer, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .image_processor_backends import (
+    image_processor_class,
+    image_processor_type,
+    load_image_processor,
+    load_vlm_processor,
+    transformers_class,
+)
 from .images import load_image
 from .losses import IGNORE_INDEX
 from .mask_backbone import upscale_masks
@@ -49,97 +45,6 @@ def add_tokens(tokenizer, tokens=(SEG_TOKEN,), lstrip: bool = True) -> None:
         lstrip: Whether they swallow the spaces before them.
     """
     tokenizer.add_tokens([AddedToken(token, lstrip=lstrip, rstrip=True, normalized=False) for token in tokens])
-
-
-# ---- image processors and their backends ----------------------------------------------------------------------------
-#
-# transformers has most image processors twice, with the Pillow and with the torchvision backend, and loads whichever
-# is installed. The two resize differently (SAM: up to 0.0175 standard deviations of a pixel). Weights were trained on
-# one of them, so the backend is part of a checkpoint. The image processor's type names it, in published checkpoints as
-# in ours: `...Fast` is torchvision, `...Pil` is Pillow.
-
-
-_TORCHVISION_IS_MISSING = "expected torchvision for {}, got an environment without it. Do `pip install torchvision`."
-
-
-def image_processor_type(image_processor: BaseImageProcessor) -> str:
-    """Return the type to save for an image processor, which names its backend."""
-    name = type(image_processor).__name__
-    return f"{name}Fast" if isinstance(image_processor, TorchvisionBackend) else name
-
-
-def image_processor_class(name: str) -> type[BaseImageProcessor]:
-    """Return the class of an image processor type in a checkpoint, with the backend that the type names.
-
-    A plain name means Pillow where transformers has it: it did so before transformers 5, when most checkpoints were
-    published, and in LISA checkpoints that were saved before their types named a backend.
-
-    Args:
-        name: The checkpoint's `image_processor_type`, such as `"SamImageProcessorPil"`.
-
-    Raises:
-        ValueError: If transformers has no such image processor, or torchvision is needed and not installed.
-    """
-    names_torchvision = str(name).endswith("Fast")
-    base = str(name).removesuffix("Fast").removesuffix("Pil")
-    class_name = base if names_torchvision or not hasattr(transformers, f"{base}Pil") else f"{base}Pil"
-    # Without torchvision, a plain name gives a placeholder or, with no more than a warning, Pillow's class.
-    is_placeholder = getattr(getattr(transformers, class_name, None), "is_dummy", False)
-    if (names_torchvision or is_placeholder) and not is_torchvision_available():
-        raise ValueError(_TORCHVISION_IS_MISSING.format(name))
-    return _transformers_class(class_name, BaseImageProcessor)
-
-
-def load_image_processor(path: str | os.PathLike, **kwargs) -> BaseImageProcessor:
-    """Load an image processor with the backend that its checkpoint names; Sam's and SamHQ's always with Pillow.
-
-    Args:
-        path: Directory or Hub id, of an image processor or of a processor that has one.
-        kwargs: Arguments of `from_pretrained`.
-
-    Raises:
-        ValueError: If the backend is not installed, see [`image_processor_class`].
-    """
-    config, _ = BaseImageProcessor.get_image_processor_dict(path, **kwargs)
-    # Configurations from before 2023 have no type: transformers knows it from the model's.
-    name = config.get("image_processor_type") or type(AutoImageProcessor.from_pretrained(path, **kwargs)).__name__
-    if name == "SamImageProcessorFast":
-        name = "SamImageProcessorPil"  # what the published weights were trained on, whoever saved them again
-    return image_processor_class(name).from_dict(config)
-
-
-def load_vlm_processor(processor_class: type, path: str | os.PathLike, **kwargs) -> ProcessorMixin:
-    """Load the processor of a VLM, with the image processor backend that its checkpoint names.
-
-    Args:
-        processor_class: Class of the processor, or `AutoProcessor`.
-        path: Directory or Hub id.
-        kwargs: Arguments of `from_pretrained`.
-
-    Raises:
-        ValueError: If torchvision is needed and not installed.
-    """
-    image_processor = load_image_processor(path, **kwargs)
-    try:
-        processor = processor_class.from_pretrained(path, **kwargs)
-    except ImportError as error:
-        if is_torchvision_available():
-            raise
-        # The video processors of Qwen, InternVL and others have no other backend.
-        raise ValueError(_TORCHVISION_IS_MISSING.format(f"the processor of {path}")) from error
-    processor.image_processor = image_processor
-    return processor
-
-
-def _transformers_class(name: str, base: type) -> type:
-    """Return a class of transformers that a checkpoint names. Nothing else is looked up or called for a checkpoint."""
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise ValueError(
-            f"expected the name of a {base.__name__} of transformers in processor_config.json, got '{name}'. Download "
-            "the checkpoint again, from a source that you trust."
-        )
-    return found
 
 
 def user_message(text: str) -> dict:
@@ -261,7 +166,7 @@ class LisaProcessor(ProcessorMixin):
                 f"{processor_dict.get('processor_class', 'processor')}. For a new model from a VLM and a mask model "
                 "do `LisaProcessor.from_vlm_mask_model_pretrained`."
             )
-        vlm_class = _transformers_class(processor_dict["vlm_processor_class"], ProcessorMixin)
+        vlm_class = transformers_class(processor_dict["vlm_processor_class"], ProcessorMixin)
         mask_processor = processor_dict["mask_image_processor"]
         return cls(
             vlm_processor=load_vlm_processor(vlm_class, pretrained_model_name_or_path, **kwargs),

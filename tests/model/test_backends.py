@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor, SamImageProcessor, SamImageProcesso
 from transformers.utils import is_torchvision_available
 
 from lisa_hf import LisaProcessor
-from lisa_hf.model.processing_lisa import image_processor_class
+from lisa_hf.model.image_processor_backends import image_processor_class
 
 
 TESTS = Path(__file__).parents[1]

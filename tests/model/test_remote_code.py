@@ -12,8 +12,9 @@ from lisa_hf import LisaForConditionalGeneration
 
 
 CODE = {
-    *("configuration_lisa.py", "generation_lisa.py", "images.py", "losses.py", "mask_backbone.py", "modeling_lisa.py"),
-    *("pipeline_lisa.py", "processing_lisa.py", "packing.py", "upstream_fixes.py", "vlm_backbone.py"),
+    *("configuration_lisa.py", "generation_lisa.py", "image_processor_backends.py", "images.py", "losses.py"),
+    *("mask_backbone.py", "modeling_lisa.py", "packing.py", "pipeline_lisa.py", "processing_lisa.py"),
+    *("upstream_fixes.py", "vlm_backbone.py"),
 }
 SCRIPT = """
 import os
