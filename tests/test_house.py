@@ -1,6 +1,7 @@
 """The rules of the house: who imports whom, which files a README names, and how words are spelled."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,41 @@ def test_no_module_imports_in_a_circle():
 def test_no_test_is_imported(path):
     for name in imported_modules(path):
         assert not name.startswith("test_"), f"{path} imports {name}"
+
+
+def test_every_file_is_named_in_a_readme():
+    readmes = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in FOLDERS)]
+    words = {
+        word
+        for readme in readmes
+        if readme.is_file()
+        for word in re.findall(r"[\w./]+", readme.read_text(encoding="utf-8"))
+    }
+    names = {part for word in words for part in (word, word.strip("/").rpartition("/")[2])}
+    files = [path for path in SOURCE_FILES if path.name != "__init__.py"]
+    folders = {path.parent for path in SOURCE_FILES}
+    missing = [path for path in sorted({*files, *folders}) if path.name not in names]
+    assert not missing, "no README names " + ", ".join(str(path.relative_to(ROOT)) for path in missing)
+
+
+BRITISH = re.compile(
+    r"colour|behaviour|neighbour|favour\b|honour|flavour|centre\b|centred|licence|catalogue|analys(?:e|ed|es|ing)\b"
+    r"|labell(?:ed|ing)|modell(?:ed|ing)|cancell(?:ed|ing)|travell|grey\b|defence|artefact|programme\b"
+    r"|(?:normal|initial|serial|recogn|optim|quant|material|token|summar|organ|real|general|special|parallel|penal"
+    r"|synchron|visual|memor|minim|maxim|random|regular|util|custom|character|emphas|parametr|final)is(?:e|ed|es|er|ers|ing|ation|able)\b",
+    re.IGNORECASE,
+)
+# The drawn scenes keep theirs: another word would be another vocabulary, and other results of the quick start.
+TEXTS_OF_ROWS = re.compile(r'"colour"|colour(?:ed)? (?:of|like|is the|shape)')
+
+
+def test_spelling_is_american():
+    found = []
+    for path in sorted(ROOT.rglob("*")):
+        relative = path.relative_to(ROOT)
+        hidden = any(part.startswith(".") or part in ("golden", "outputs", "shared") for part in relative.parts)
+        if hidden or path.suffix not in (".py", ".md", ".yaml", ".cfg", ".toml", ".jinja") or path == Path(__file__):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            found += [f"{relative}:{number}: {word[0]}" for word in BRITISH.finditer(TEXTS_OF_ROWS.sub("", line))]
+    assert not found, "\n".join(found)

@@ -226,7 +226,6 @@ class LisaTrainingArguments(TrainingArguments):
     # The collator needs columns that the model's forward does not take.
     remove_unused_columns: bool = HfArg(default=False, help="Keep False: the collator needs all columns.")
     metric_for_best_model: str | None = HfArg(default="giou", help="Metric that selects the best model.")
-    greater_is_better: bool | None = HfArg(default=True, help="Whether a larger metric is better.")
     # The items of a mixture are random draws already.
     train_sampling_strategy: str = HfArg(default="sequential", help="Order in which items are drawn.")
     # Every process uses all weights that train in every step, even without a mask.

@@ -64,7 +64,13 @@ def test_file_gives_every_kind_of_value(parse):
     assert training_args.metric_for_best_model is None
     # what the file leaves out keeps its default
     assert model_args.lora_target_modules == ["q_proj", "v_proj"] and data_args.on_bad_row == "skip"
-    assert training_args.greater_is_better and not training_args.remove_unused_columns
+    assert not training_args.remove_unused_columns
+
+
+@pytest.mark.parametrize(("metric", "greater_is_better"), [("giou", True), ("shapes_ciou", True), ("loss", False)])
+def test_the_metric_decides_which_model_is_best(metric, greater_is_better, tmp_path):
+    args = LisaTrainingArguments(output_dir=str(tmp_path), metric_for_best_model=metric, use_cpu=True)
+    assert args.greater_is_better is greater_is_better
 
 
 @pytest.mark.parametrize("before", [True, False])
