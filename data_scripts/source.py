@@ -217,7 +217,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                 if row is not None:
                     yield f"{shard}, {index}", row
         if bad:
-            # A reader of a few shards may never meet 1 % of all records, so it judges the records that it has read,
+            # A reader of a few shards may never meet 1% of all records, so it judges the records that it has read,
             # with three standard deviations of allowance for chance.
             total, is_part = num_read.total(), len(shards) < num_shards
             if not is_part or total >= MIN_RECORDS:

@@ -1,7 +1,7 @@
 """Prepare the data sources of a recipe: download, check, preview, or convert them to Parquet.
 
     python recipes/prepare_data.py download ade20k refcoco --data_dir dataset
-    python recipes/prepare_data.py check --config recipes/configs/real_samples.yaml --data_dir ../shared/real_samples
+    python recipes/prepare_data.py check --config recipes/configs/lisa_7b.yaml --data_dir dataset
     python recipes/prepare_data.py preview refcoco --data_dir dataset
     python recipes/prepare_data.py convert refcoco reason_seg --data_dir dataset --output_dir parquet
 

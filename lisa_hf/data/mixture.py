@@ -87,7 +87,7 @@ class Mixture:
 
     Raises:
         ValueError: If the arguments contradict each other. When items are made: at the first bad row with
-            `on_bad_row="raise"`, if `MAX_DRAWS` rows in succession could not be used, or if more than 1 % of a source
+            `on_bad_row="raise"`, if `MAX_DRAWS` rows in succession could not be used, or if more than 1% of a source
             is bad. Each loader worker judges a source by the rows that it has drawn itself, after `MIN_DRAWS` rows and
             with an allowance of three standard deviations.
     """

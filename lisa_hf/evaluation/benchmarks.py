@@ -89,7 +89,7 @@ def write_results(output_dir: Path, model: str, results: dict[str, dict]) -> Non
 def markdown_table(results: dict[str, dict]) -> str:
     """Format results of benchmarks by name as a Markdown table: one row per protocol, metrics in percent."""
     precisions = [f"p@{threshold}" for threshold in PRECISION_THRESHOLDS]
-    names = ["benchmark", "protocol", "questions", "gIoU (95 %)", "cIoU (95 %)", *map(str.upper, precisions)]
+    names = ["benchmark", "protocol", "questions", "gIoU (95%)", "cIoU (95%)", *map(str.upper, precisions)]
     table = [[*names, "N-acc", "T-acc", "[SEG]"], ["---"] * 2 + ["---:"] * (len(names) + 1)]
     for benchmark, result in results.items():
         for protocol, metrics in result["protocols"].items():

@@ -103,7 +103,7 @@ Args of `compute`:
 
 Returns a dict, floats unless stated. Metrics without any mask or question are 0, not NaN:
     giou, ciou: See the formulas of the class.
-    giou_low, giou_high, ciou_low, ciou_high: 95 % percentile bootstrap intervals. Images are resampled, not masks,
+    giou_low, giou_high, ciou_low, ciou_high: 95% percentile bootstrap intervals. Images are resampled, not masks,
         since the masks of one image are correlated.
     p@0.5, ..., p@0.9: Precision at these thresholds.
     n_acc, t_acc: Present only if a question is about nothing.

@@ -156,7 +156,7 @@ class DataArguments:
         "items; without weights: semantic, referring, vqa and reasoning sources 9 : 3 : 3 : 1, as in LISA.",
     )
     eval_sources: dict = HfArg(
-        default_factory=dict, help="Evaluation sources, e.g. {reason_seg: {split: validation}}, the default split."
+        default_factory=dict, help="Evaluation sources, e.g. {reason_seg: {split: val}}; the default split is validation."
     )
     num_questions: int = HfArg(default=3, help="Number of questions sampled about each image.")
     explanatory_probability: float = HfArg(
@@ -221,7 +221,7 @@ class DataArguments:
 
 @dataclass
 class LisaTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with LISA's defaults and a few arguments more."""
+    """transformers' `TrainingArguments` and a few more; the recipes set LISA's values."""
 
     # The collator needs columns that the model's forward does not take.
     remove_unused_columns: bool = HfArg(default=False, help="Keep False: the collator needs all columns.")

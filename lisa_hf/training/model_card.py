@@ -103,7 +103,7 @@ def evaluation_results(record: dict, metrics: dict[str, float]) -> list[dict]:
         metrics: Metrics as the trainer logs them.
 
     Returns:
-        Dicts of `source`, `split`, `protocol`, `giou`, `ciou`, `interval` (95 %, of gIoU) and `num_masks`.
+        Dicts of `source`, `split`, `protocol`, `giou`, `ciou`, `interval` (95%, of gIoU) and `num_masks`.
     """
     sources = record["data"]["eval"]
     results = []

@@ -229,7 +229,7 @@ def test_model_card_tells_the_run(runs, command, tmp_path):
     assert found["gIoU (lisa)", "validation"] == pytest.approx(figures["eval_giou"], abs=1e-4)
     assert found["cIoU (generated)", "validation"] == pytest.approx(figures["eval_generated_ciou"], abs=1e-4)
     settings = ("learning_rate | 0.001", "trainable | mask_decoder", "steps | 5", "images per step | 1")
-    for line in ("shapes | train | 100.0 % | 12", *settings):
+    for line in ("shapes | train | 100.0% | 12", *settings):
         assert f"| {line} |" in card.text
     assert "Trained from random weights" in card.text and "Trained on the split" not in card.text
     assert PIL.Image.open(tmp_path / "out" / "predictions.png").width > 1000 and "](predictions.png)" in card.text
@@ -252,7 +252,7 @@ def test_model_card_of_a_run_on_a_test_split_and_of_bases(runs, tmp_path):
     export.save_records(tmp_path / "run", tmp_path, "me/mine", is_adapter=False)
     card = ModelCard.load(tmp_path / "README.md")
     assert "**Trained on the split `val` of reason_seg**" in card.text
-    assert "| reason_seg | val | 25.0 % | streamed |" in card.text
+    assert "| reason_seg | val | 25.0% | streamed |" in card.text
     assert "- sam: apache-2.0" in card.text
     assert "- [somebody/vlm](https://huggingface.co/somebody/vlm): license not recorded here" in card.text
     assert card.data.base_model == ["somebody/vlm"] and card.data.license == "other"
@@ -319,7 +319,7 @@ def test_trainer_pushes_its_card_to_a_private_repository(tiny, runs, tmp_path, m
     assert name == "run" and created["private"]
     assert {"README.md", "run.json", "adapter_model.safetensors"} <= set(files)
     card = ModelCard.load(tmp_path / "run" / "README.md")
-    assert "| shapes | train | 100.0 % | 12 |" in card.text and card.data.to_dict()["library_name"] == "peft"
+    assert "| shapes | train | 100.0% | 12 |" in card.text and card.data.to_dict()["library_name"] == "peft"
 
 
 # ---- sharded weights ------------------------------------------------------------------------------------------------
