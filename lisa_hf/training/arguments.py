@@ -156,7 +156,8 @@ class DataArguments:
         "items; without weights: semantic, referring, vqa and reasoning sources 9 : 3 : 3 : 1, as in LISA.",
     )
     eval_sources: dict = HfArg(
-        default_factory=dict, help="Evaluation sources, e.g. {reason_seg: {split: val}}; the default split is validation."
+        default_factory=dict,
+        help="Evaluation sources, e.g. {reason_seg: {split: val}}. Default split: validation.",
     )
     num_questions: int = HfArg(default=3, help="Number of questions sampled about each image.")
     explanatory_probability: float = HfArg(
