@@ -21,12 +21,18 @@ from .images import load_image
 from .losses import IGNORE_INDEX
 from .mask_backbone import upscale_masks
 from .upstream_fixes import keep_llama_legacy
+from .vlm_text_layout import (
+    TYPE_IDS,
+    TextLayout,
+    call_vlm_processor,
+    find_text_layout,
+    is_vision_input,
+    split_expanded_text,
+)
 
 
 SEG_TOKEN = "[SEG]"
 IMAGE_TOKENS = ("<im_start>", "<im_end>")  # around the image in LISA's templates
-TYPE_ID_NAMES = ("token_type_ids", "mm_token_type_ids")
-TEXT_INPUT_NAMES = ("input_ids", "attention_mask", *TYPE_ID_NAMES, "labels", "text_replacement_offsets")
 
 
 class TextTooLongError(ValueError):
@@ -60,7 +66,7 @@ class ImageInputs:
         inputs: Inputs of the model by name: the VLM's vision inputs (one entry per image), `mask_pixel_values`
             `(B, 3, S, S)`, `original_sizes` and `reshaped_input_sizes` `(B, 2)`.
         image_texts: What replaces the image token in a text about each image, with a token per image feature; B str.
-        type_id_names: Names of the type ids that the VLM takes per token, see `TYPE_ID_NAMES`.
+        type_id_names: Names of the type ids that the VLM takes per token, such as `mm_token_type_ids`.
         cached_features: `image_embeddings` and `vision_features` from a feature cache, which replace pixels.
     """
 
@@ -92,6 +98,11 @@ class LisaProcessor(ProcessorMixin):
         self.tokenizer = vlm_processor.tokenizer
         if isinstance(self.tokenizer, LlamaTokenizer):
             keep_llama_legacy(self.tokenizer)
+        if getattr(vlm_processor, "image_token", None) is None:
+            raise ValueError(
+                "expected a VLM whose texts have an image token, so that an answer can be about an image in a "
+                f"conversation, got {type(vlm_processor).__name__}. Choose another VLM."
+            )
         self.seg_token_id = self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
         if self.seg_token_id is None or self.seg_token_id == self.tokenizer.unk_token_id:
             raise ValueError(f"expected a tokenizer that knows {SEG_TOKEN}, got one that does not. Do `add_tokens`.")
@@ -214,7 +225,7 @@ class LisaProcessor(ProcessorMixin):
             inputs = {**cached.inputs, **inputs}
         else:
             inputs |= self.preprocess_for_mask_model(images, original_sizes, do_normalize)
-        return ImageInputs(dict(BatchFeature(inputs, tensor_type="pt")), image_texts, type_id_names, features)
+        return ImageInputs(inputs, image_texts, type_id_names, features)
 
     def preprocess_for_vlm(
         self, images: list[PIL.Image.Image], do_normalize: bool = True, **kwargs
@@ -222,17 +233,13 @@ class LisaProcessor(ProcessorMixin):
         """Return the VLM's vision inputs of B RGB images, and `image_texts` and `type_id_names` of [`ImageInputs`]."""
         if not do_normalize and _normalizes_last(self.vlm_processor.image_processor):
             kwargs |= {"do_rescale": False, "do_normalize": False}
-        # A text of nothing but the image token shows what the VLM's processor makes of each image: its vision inputs
-        # and the text that replaces the token.
-        probe = self.vlm_processor(
-            images=[[image] for image in images],
-            text=[self.vlm_processor.image_token] * len(images),
-            return_text_replacement_offsets=True,
-            **kwargs,
-        )
-        inputs = {key: value for key, value in probe.items() if key not in TEXT_INPUT_NAMES}
-        image_texts = [replacements[0]["replacement"] for replacements in probe["text_replacement_offsets"]]
-        return inputs, image_texts, [name for name in TYPE_ID_NAMES if name in probe]
+        # A question about each image shows what the VLM's processor makes of it: its vision inputs and the text that
+        # replaces the image token.
+        question, layout = self._example_prompt(), self._text_layout()
+        outputs, texts = call_vlm_processor(self.vlm_processor, images, question, layout.takes_nested_images, **kwargs)
+        inputs = {name: value for name, value in outputs.items() if is_vision_input(name)}
+        image_texts = [split_expanded_text(text, question, self.image_token)[1] for text in texts]
+        return inputs, image_texts, [name for name in outputs if name.endswith(TYPE_IDS)]
 
     def preprocess_for_mask_model(
         self,
@@ -245,25 +252,26 @@ class LisaProcessor(ProcessorMixin):
         mask_inputs = self.mask_image_processor(images, **raw)
         # SAM 2 and later stretch images to a square, so their processors report no sizes.
         square = [self.mask_image_processor.size["height"], self.mask_image_processor.size["width"]]
-        return {
+        inputs = {
             "mask_pixel_values": mask_inputs["pixel_values"],
             "original_sizes": original_sizes or [[image.height, image.width] for image in images],
             "reshaped_input_sizes": mask_inputs.get("reshaped_input_sizes", [square] * len(images)),
         }
+        return dict(BatchFeature(inputs, tensor_type="pt"))
 
     def normalize_pixels(self, batch: dict) -> None:
         """Rescale and normalize, in place and on their device, the pixels that [`preprocess_images`] left uint8."""
-        for name, image_processor in (
-            ("pixel_values", self.vlm_processor.image_processor),
-            ("mask_pixel_values", self.mask_image_processor),
-        ):
-            if name in batch and batch[name].dtype == torch.uint8:
-                batch[name] = _normalize(batch[name], image_processor)  # [B, 3, S, S]
-                if name == "mask_pixel_values":  # SAM pads the image with zeros after normalizing it
-                    pixels, sizes = batch[name], batch["reshaped_input_sizes"].to(batch[name].device)
-                    rows, columns = (torch.arange(side, device=pixels.device) for side in pixels.shape[-2:])
-                    is_image = (rows[:, None] < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])
-                    pixels *= is_image[:, None]  # [B, 1, S, S]
+        for name in [name for name in batch if _holds_uint8_pixels(name, batch[name])]:
+            if name != "mask_pixel_values":
+                batch[name] = _normalize(batch[name], self.vlm_processor.image_processor)  # [B, 3, H, W]
+                continue
+            pixels = _normalize(batch[name], self.mask_image_processor)  # [B, 3, S, S]
+            # SAM pads the image with zeros after normalizing it.
+            sizes = batch["reshaped_input_sizes"].to(pixels.device)
+            rows, columns = (torch.arange(side, device=pixels.device) for side in pixels.shape[-2:])
+            is_image = (rows[:, None] < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])
+            pixels *= is_image[:, None]  # [B, 1, S, S]
+            batch[name] = pixels
 
     # ---- texts ------------------------------------------------------------------------------------------------------
 
@@ -289,12 +297,13 @@ class LisaProcessor(ProcessorMixin):
             ValueError: If images and texts do not match.
         """
         image_inputs = images if isinstance(images, ImageInputs) else self.preprocess_images(images, **kwargs)
-        inputs = dict(image_inputs.inputs)
+        text_inputs = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
-            inputs |= self._encode_texts(image_inputs, texts, image_indices, padding_side)[0]
-        batch = BatchFeature(inputs, tensor_type=return_tensors)
-        batch.update(image_inputs.cached_features)
+            prompt_ends = [len(text) for text in texts]
+            text_inputs, _, _ = self._encode_texts(image_inputs, texts, prompt_ends, image_indices, padding_side)
+        batch = BatchFeature(text_inputs, tensor_type=return_tensors)
+        batch.update(image_inputs.inputs | image_inputs.cached_features)
         return batch
 
     def encode_conversations(
@@ -325,26 +334,50 @@ class LisaProcessor(ProcessorMixin):
         """
         image_inputs = images if isinstance(images, ImageInputs) else self.preprocess_images(images)
         texts, spans = zip(*(self._render_with_spans(messages) for messages in conversations))
-        text_inputs, offsets, replacements = self._encode_texts(image_inputs, list(texts), image_indices, padding_side)
+        prompt_ends = [row_spans[0][0] if row_spans else len(text) for text, row_spans in zip(texts, spans)]
+        text_inputs, offsets, insertions = self._encode_texts(
+            image_inputs, list(texts), prompt_ends, image_indices, padding_side
+        )
         text_inputs["labels"] = [
-            _make_labels(*row) for row in zip(text_inputs["input_ids"], offsets, spans, replacements)
+            _make_labels(*row) for row in zip(text_inputs["input_ids"], offsets, spans, insertions)
         ]
         if max_length is not None and len(text_inputs["input_ids"][0]) > max_length:
             self._truncate(text_inputs, max_length, padding_side)
-        batch = BatchFeature(image_inputs.inputs | text_inputs, tensor_type="pt")
-        batch.update(image_inputs.cached_features)
+        batch = BatchFeature(text_inputs, tensor_type="pt")
+        batch.update(image_inputs.inputs | image_inputs.cached_features)
         return batch
 
+    @property
+    def image_token(self) -> str:
+        """The token that a text has in the place of its image."""
+        # Qianfan-OCR has one token for the image in a text and another for each of its features.
+        token = getattr(self.vlm_processor, "image_placeholder_token", self.vlm_processor.image_token)
+        return str(token)
+
+    def _example_prompt(self) -> str:
+        return self._render([user_message("?")], add_generation_prompt=True)[0]
+
+    def _text_layout(self) -> TextLayout:
+        return find_text_layout(self.vlm_processor, self._example_prompt(), self.image_token)
+
     def _encode_texts(
-        self, image_inputs: ImageInputs, texts: list[str], image_indices: list[int] | None, padding_side: str
-    ) -> tuple[dict[str, list], list, list[dict]]:
+        self,
+        image_inputs: ImageInputs,
+        texts: list[str],
+        prompt_ends: list[int],
+        image_indices: list[int] | None,
+        padding_side: str,
+    ) -> tuple[dict[str, list], list, list[list[tuple[int, int]]]]:
         """Tokenize N texts, each with the tokens of its image in place of the image token.
 
+        Args:
+            prompt_ends: Number of characters of each text before the first answer.
+
         Returns:
-            The text inputs and `image_indices`; character offsets of each row's tokens; and where the image token of
-            each row was (`span`) and what replaced it is (`new_span`).
+            The text inputs and `image_indices`; character offsets of each row's tokens; and what was inserted into
+            each text: positions in the text, each with the number of characters that were inserted before it.
         """
-        image_token, num_images = self.vlm_processor.image_token, len(image_inputs.image_texts)
+        image_token, num_images = self.image_token, len(image_inputs.image_texts)
         image_indices = list(range(len(texts))) if image_indices is None else [int(index) for index in image_indices]
         counts = [text.count(image_token) for text in texts]
         if set(counts) - {1} or len(image_indices) != len(texts) or max(image_indices) >= num_images:
@@ -353,23 +386,51 @@ class LisaProcessor(ProcessorMixin):
                 f"tokens in {len(texts)} texts, image_indices {image_indices} and {num_images} images. Pass one index "
                 "per text."
             )
-        texts, replacements = self.vlm_processor.get_text_with_replacements(
-            texts, images_replacements=[image_inputs.image_texts[index] for index in image_indices]
-        )
+        # 1. What the VLM's processor writes into the texts.
+        layout = self._text_layout()
+        expanded, insertions = [], []
+        for text, prompt_end, index in zip(texts, prompt_ends, image_indices):
+            image_start, image_text = text.index(image_token), image_inputs.image_texts[index]
+            image_end = image_start + len(image_token)
+            before, after, answers = text[:image_start], text[image_end:prompt_end], text[prompt_end:]
+            expanded.append(layout.prefix + before + image_text + after + layout.prompt_suffix + answers)
+            insertions.append(
+                [
+                    (0, len(layout.prefix)),
+                    (image_end, len(image_text) - len(image_token)),
+                    (prompt_end, len(layout.prompt_suffix)),
+                ]
+            )
+        # 2. Tokens.
         bos = self.tokenizer.bos_token
         encoding = self.tokenizer(
-            texts,
-            add_special_tokens=not (bos and texts[0].startswith(bos)),  # some templates write it themselves
+            expanded,
+            add_special_tokens=not (bos and expanded[0].startswith(bos)),  # some templates write it themselves
             padding=True,
             padding_side=padding_side,
             return_offsets_mapping=True,
             return_attention_mask=True,
         )
         text_inputs = {name: encoding[name] for name in ("input_ids", "attention_mask")}
+        # 3. Type ids, as the VLM's processor makes them.
         for name in image_inputs.type_id_names:
-            text_inputs[name] = self.vlm_processor.create_mm_token_type_ids(encoding["input_ids"])
+            if name == TYPE_IDS and layout.type_ids_mark_answers:
+                answer_starts = [_shift(end, row) for end, row in zip(prompt_ends, insertions)]
+                text_inputs[name] = [
+                    [int(start >= answer_start) for start, _ in offsets]
+                    for offsets, answer_start in zip(encoding["offset_mapping"], answer_starts)
+                ]
+            else:
+                create = getattr(self.vlm_processor, f"create_{name}", self.vlm_processor.create_mm_token_type_ids)
+                text_inputs[name] = create(encoding["input_ids"])
         text_inputs["image_indices"] = image_indices
-        return text_inputs, encoding["offset_mapping"], [row[0] for row in replacements]
+        return text_inputs, encoding["offset_mapping"], insertions
+
+    def _render(self, messages: list[dict], **kwargs) -> tuple[str, list]:
+        """Return the text of a conversation and the character spans of its `{% generation %}` blocks."""
+        template = {"chat_template": self.chat_template, **self.tokenizer.special_tokens_map}
+        (text,), spans = render_jinja_template(conversations=[messages], **template, **kwargs)
+        return text, spans
 
     def _render_with_spans(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of a conversation and the character spans of the assistant's turns in it.
@@ -377,22 +438,16 @@ class LisaProcessor(ProcessorMixin):
         A template with `{% generation %}` gives the spans. Without it, a turn is what it adds to the text of the turns
         before it and the generation prompt.
         """
-
-        def render(messages, **kwargs):
-            template = {"chat_template": self.chat_template, **self.tokenizer.special_tokens_map}
-            (text,), spans = render_jinja_template(conversations=[messages], **template, **kwargs)
-            return text, spans
-
         if re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template):
-            text, (spans,) = render(messages, return_assistant_tokens_mask=True)
+            text, (spans,) = self._render(messages, return_assistant_tokens_mask=True)
             return text, [tuple(span) for span in spans]
-        text, _ = render(messages)
+        text, _ = self._render(messages)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, _ = render(messages[:index], add_generation_prompt=True)
-            after, _ = render(messages[: index + 1])
+            before, _ = self._render(messages[:index], add_generation_prompt=True)
+            after, _ = self._render(messages[: index + 1])
             if not (after.startswith(before) and text.startswith(after.rstrip())):
                 raise ValueError(
                     "expected a chat template that keeps earlier turns as they are, got one that rewrites earlier "
@@ -476,23 +531,33 @@ class LisaProcessor(ProcessorMixin):
         return list(self.vlm_processor.model_input_names) + own
 
 
+def _shift(position: int, insertions: list[tuple[int, int]]) -> int:
+    """Return where a character of a text is after insertions, see [`LisaProcessor._encode_texts`]."""
+    return position + sum(length for start, length in insertions if start <= position)
+
+
 def _make_labels(
-    input_ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], replacement: dict
+    input_ids: list[int],
+    offsets: list[tuple[int, int]],
+    spans: list[tuple[int, int]],
+    insertions: list[tuple[int, int]],
 ) -> list[int]:
     """Return the ids of the tokens that overlap one of the spans, and -100 for the others.
 
     Args:
-        offsets: Characters (start, end) of each token, in the text with the image's tokens.
-        spans: Characters (start, end) of the assistant's turns, in the text with the image token.
-        replacement: Characters of the image token (`span`) and of the image's tokens (`new_span`).
+        offsets: Characters (start, end) of each token, in the text after insertions.
+        spans: Characters (start, end) of the assistant's turns, in the text before insertions.
+        insertions: Positions before insertions, each with the number of characters inserted before it.
     """
-    image_end = replacement["span"][1]
-    shift = replacement["new_span"][1] - image_end
-    spans = [[char + shift if char >= image_end else char for char in span] for span in spans]
+    spans = [[_shift(position, insertions) for position in span] for span in spans]
     return [
         token if any(start < span_end and end > span_start for span_start, span_end in spans) else IGNORE_INDEX
         for token, (start, end) in zip(input_ids, offsets)
     ]
+
+
+def _holds_uint8_pixels(name: str, value) -> bool:
+    return "pixel_values" in name and isinstance(value, torch.Tensor) and value.dtype == torch.uint8
 
 
 @lru_cache
@@ -502,11 +567,23 @@ def _normalizes_last(image_processor) -> bool:
     Some image processors pad, cut or rearrange the normalized pixels; trying tells which.
     """
     images = [PIL.Image.linear_gradient("L").convert("RGB").resize(size) for size in ((160, 120), (90, 300))]
-    raw = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-    expected = image_processor(images, return_tensors="pt")["pixel_values"]
-    if raw.dtype != torch.uint8 or raw.dim() != 4:
+    try:
+        raw = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")
+        expected = image_processor(images, return_tensors="pt")
+    except ValueError:  # images of different sizes have different numbers of crops, or not all sizes are allowed
         return False
-    return torch.allclose(_normalize(raw, image_processor), expected, rtol=0, atol=1e-5)
+    names = [name for name in raw if _holds_uint8_pixels(name, raw[name])]
+    others = [name for name in raw if isinstance(raw[name], torch.Tensor) and name not in names]
+    return (
+        len(names) > 0
+        and all(raw[name].dim() == 4 and raw[name].shape == expected[name].shape for name in names)
+        and all(expected[name].dtype == torch.float32 for name in names)
+        and all(
+            torch.allclose(_normalize(raw[name], image_processor), expected[name], rtol=0, atol=1e-5) for name in names
+        )
+        # Another tensor of pixels may have been normalized with numbers of its own.
+        and all(torch.equal(raw[name], expected[name]) for name in others)
+    )
 
 
 def _normalize(pixels: torch.Tensor, image_processor) -> torch.Tensor:

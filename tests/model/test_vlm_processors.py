@@ -1,0 +1,133 @@
+"""LisaProcessor around the processors of many VLM families: the inputs of each row are those of the VLM's own."""
+
+import pytest
+import torch
+from fixtures.tiny_models import conversation, image, make_model, sam_config, sam_image_processor, text_config
+from fixtures.tiny_models import vision_config as tiny_vision_config
+from fixtures.vlm_processors import FAMILIES, build_vlm_processor
+from transformers import AutoConfig
+from transformers.utils import is_torchvision_available
+
+from lisa_hf import LisaConfig, LisaProcessor
+
+
+pytestmark = pytest.mark.skipif(not is_torchvision_available(), reason="their video processors need torchvision")
+
+PICTURES = [image(60, 40, seed=1), image(32, 64, seed=2)]
+CONVERSATIONS = [
+    conversation("What is it?", "It is [SEG]."),
+    conversation("What is the red circle?", "Sure, it is [SEG].", "Sure?", "It is red."),
+    conversation("The circle of a circle and the red circle?", "[SEG] and [SEG]."),
+]
+IMAGE_INDICES = [1, 0, 1]
+
+
+def build_processor(family: str) -> LisaProcessor:
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
+    return LisaProcessor(build_vlm_processor(family), sam_image_processor())
+
+
+def own_inputs(processor: LisaProcessor, text: str, picture) -> dict:
+    """What the VLM's own processor makes of one row."""
+    kwargs = {"text": [text], "return_tensors": "pt", "add_special_tokens": False}
+    try:
+        return processor.vlm_processor(images=[[picture]], **kwargs)
+    except ValueError:  # GOT-OCR 2
+        return processor.vlm_processor(images=[picture], **kwargs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_row_is_what_the_vlms_own_processor_makes(family):
+    """Two images of different sizes, three prompts."""
+    processor = build_processor(family)
+    prompts = [processor.apply_chat_template(row[:1], add_generation_prompt=True) for row in CONVERSATIONS]
+    inputs = processor(PICTURES, prompts, IMAGE_INDICES)
+    for row, (prompt, index) in enumerate(zip(prompts, IMAGE_INDICES)):
+        own = own_inputs(processor, prompt, PICTURES[index])
+        real = inputs["attention_mask"][row].bool()
+        for name in [name for name in own if name == "input_ids" or name.endswith("token_type_ids")]:
+            assert torch.equal(inputs[name][row][real], torch.as_tensor(own[name])[0]), name
+        vision = {name for name in own if not name.endswith("token_type_ids")} - {"input_ids", "attention_mask"}
+        assert vision - {"labels"} <= inputs.keys()
+
+    # Images: each one's numbers, in their order, but for what pads them to the size of the largest.
+    for name in vision - {"labels"}:
+        owns = [own_inputs(processor, prompts[0], picture)[name] for picture in PICTURES]
+        padding = inputs[name].numel() - sum(own.numel() for own in owns)
+        assert padding >= 0, name
+        found, expected = inputs[name].double().sum(), sum(own.double().sum() for own in owns)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        if padding == 0:
+            assert torch.equal(inputs[name].flatten(), torch.cat([own.flatten() for own in owns])), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_sees_what_generation_sees(family):
+    """A row is the prompt and the answers; compact pixels become those of generation."""
+    processor = build_processor(family)
+    image_inputs = processor.preprocess_images(PICTURES, do_normalize=False)
+    batch = processor.encode_conversations(image_inputs, CONVERSATIONS, IMAGE_INDICES)
+    processor.normalize_pixels(batch)
+    prompts = [processor.apply_chat_template(row[:1], add_generation_prompt=True) for row in CONVERSATIONS]
+    inputs = processor(PICTURES, prompts, IMAGE_INDICES, padding_side="right")
+    texts = [("ItisSEG.<end>",), ("Sure,itisSEG.<end>", "Itisred.<end>"), ("SEGandSEG.<end>",)]
+    for row, answers in enumerate(texts):
+        prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        assert torch.equal(batch["input_ids"][row][: len(prompt)], prompt)
+        labels = batch["labels"][row]
+        assert (labels[: len(prompt)] == -100).all() and labels[len(prompt)] != -100
+        learned = processor.tokenizer.decode(labels[labels != -100])
+        assert "".join(learned.split()) == "".join(answers).replace("SEG", "[SEG]")
+    for name in inputs.keys() - {"input_ids", "attention_mask"}:
+        if not name.endswith("token_type_ids"):
+            assert batch[name].dtype == inputs[name].dtype, name
+            torch.testing.assert_close(batch[name], inputs[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_another_tensor_of_pixels_is_normalized_too():
+    """Step 3.7 sees an image and tiles of it. Tiles of 0 to 255 would train without an error."""
+    processor = build_processor("step3p7")
+    compact = processor.preprocess_images(PICTURES, do_normalize=False).inputs
+    processor.normalize_pixels(compact)
+    assert compact["pixel_values_local"].numel() and compact["pixel_values_local"].abs().max() < 5
+    assert compact["pixel_values_local"].dtype == torch.float32
+
+
+def test_type_ids_of_paligemma_hide_the_answers_future():
+    """Its type ids are 0 on the prompt, which sees all of itself, and 1 on answers, which see what is before them."""
+    vlm_processor = build_vlm_processor("paligemma")
+    processor, tokenizer = LisaProcessor(vlm_processor, sam_image_processor()), vlm_processor.tokenizer
+    vlm_config = AutoConfig.for_model(
+        "paligemma",
+        image_token_index=vlm_processor.image_token_id,
+        hidden_size=32,
+        projection_dim=32,
+        vision_config={**tiny_vision_config("siglip_vision_model"), "projection_dim": 32, "vision_use_head": False},
+        text_config=text_config(tokenizer, model_type="gemma", head_dim=16),
+    )
+    model = make_model(
+        LisaConfig(
+            vlm_config=vlm_config,
+            mask_config=AutoConfig.for_model(**sam_config()),
+            seg_token_id=processor.seg_token_id,
+        )
+    )
+    messages = conversation("What is it?", "It is red [SEG].")
+    batch = processor.encode_conversations(PICTURES[:1], [messages])
+    answer = (batch["labels"][0] != -100).nonzero().flatten()
+    types = batch["token_type_ids"][0]
+    assert not types[: answer[0]].any() and types[answer[0] :].all()
+    # The prompt is as PaliGemma writes it: the token of the beginning after the image, a line break at the end.
+    prompt = tokenizer.decode(batch["input_ids"][0][: answer[0]])
+    assert "<image><s>" in prompt and prompt.endswith("<start>assistant\n\n")
+
+    def states(position: int) -> torch.Tensor:
+        """States before another token at a position minus those before the batch's."""
+        changed = {**batch, "input_ids": batch["input_ids"].clone()}
+        changed["input_ids"][0, position] = 5
+        with torch.no_grad():
+            return (model(**changed).last_hidden_state - model(**batch).last_hidden_state)[0, :position].abs().max()
+
+    assert states(answer[-1]) == 0
+    assert states(answer[0] - 1) > 1e-3  # within the prompt, the future is seen
