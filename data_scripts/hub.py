@@ -14,15 +14,21 @@ import glob
 import io
 import os
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import datasets
+from datasets.utils.file_utils import xopen
 
 from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import FEATURES, make_row
 
 from .own_data import OwnData, OwnDataConfig, read_mask
-from .source import encode_segmentation, errors_naming, read_image_size
+from .source import encode_segmentation, errors_naming, is_inside, read_image_size
+
+
+# What a path inside of an archive may begin with: zip://photos/a.jpg::photos.zip
+ARCHIVES = ("zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4://")
+URLS = ("http://", "https://", "hf://")
 
 
 @dataclasses.dataclass
@@ -39,6 +45,8 @@ class HubConfig(OwnDataConfig):
         messages_column: Column of conversations, lists of `role` and `content`, instead of masks and phrases.
         task: Task of the rows, see [`~lisa_hf.data.rows.make_row`].
         is_sentence: Whether the phrases are complete questions.
+        allow_urls: Whether to read images and masks that rows name by a URL of any server. Without it, rows may name
+            files in `data_dir` and of the data set itself.
     """
 
     path: str = ""
@@ -50,6 +58,7 @@ class HubConfig(OwnDataConfig):
     messages_column: str | None = None
     task: Literal["semantic", "referring", "reasoning"] = "referring"
     is_sentence: bool = False
+    allow_urls: bool = False
 
 
 class Hub(OwnData):
@@ -110,17 +119,19 @@ class Hub(OwnData):
     def make_row(self, record):
         name, row = record
         config = self.config
-        if FEATURES.keys() <= row.keys():
-            return row
         with errors_naming(f"{config.path!r}, row {name} (shard-row)"):
-            image = row[config.image_column]
+            if FEATURES.keys() <= row.keys():
+                return row | {"image": row["image"] and self._find_file(row["image"])}
+            image = self._find_file(row[config.image_column])
             if config.messages_column:
                 return self._make_row(image, name, task="vqa", messages=row[config.messages_column])
             phrases, mask = row[config.phrases_column], row[config.mask_column]
             if "counts" in mask:
-                rle = encode_segmentation(mask, *read_image_size(_file(image)))
+                with _open_file(image) as file:
+                    rle = encode_segmentation(mask, *read_image_size(file))
             else:
-                rle = encode_mask(read_mask(_file(mask)))
+                with _open_file(self._find_file(mask)) as file:
+                    rle = encode_mask(read_mask(file))
             target = {"phrases": [phrases] if isinstance(phrases, str) else phrases, "rle": rle}
             return self._make_row(image, name, config.task, targets=[target], is_sentence=config.is_sentence)
 
@@ -128,6 +139,41 @@ class Hub(OwnData):
         # Prefer the content to the path, which may be one inside an archive.
         return make_row(image["bytes"] or image["path"], name, self.source, task, **columns)
 
+    def _find_file(self, image: dict[str, Any]) -> dict[str, Any]:
+        """Return an image whose path, if it has no content, is one that the author of the rows may name.
 
-def _file(image: dict[str, Any]) -> str | io.BytesIO:
-    return io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]
+        Rows come from others, and so do the paths in them: they must not read this machine's files or ask its servers.
+        """
+        path = image["path"]
+        if image["bytes"] or path is None:
+            return image
+        *archived, location = path.split("::")
+        is_remote = "://" in location
+        if ".." in path.replace("\\", "/").split("/") or not all(part.startswith(ARCHIVES) for part in archived):
+            found = None
+        elif is_remote:
+            # Files of the data set itself: hf://datasets/user/name@revision/photos/a.jpg
+            own = tuple(f"hf://datasets/{self.config.path}{end}" for end in "@/")
+            found = location if location.startswith(URLS if self.config.allow_urls else own) else None
+        else:
+            candidates = [os.path.join(root, location) for root in self._roots()]  # of an absolute path: itself
+            inside = [path for path, root in zip(candidates, self._roots()) if is_inside(path, root)]
+            found = next(filter(os.path.exists, inside), inside[0] if inside else None)
+        if found is None:
+            raise ValueError(
+                f"expected an image in the row, or a file in {' or '.join(self._roots()) or 'the data set'}, got "
+                f"{path!r}. "
+                + ("Set `allow_urls: true` if you trust all URLs in these rows." if is_remote else "Move it there.")
+            )
+        return {"bytes": None, "path": "::".join([*archived, found])}
+
+    def _roots(self) -> list[str]:
+        """Return the directories whose files rows may name: `data_dir`, and that of the data set."""
+        path = self._local_path(self.config.data_dir)
+        # Without `dirname`, which `datasets` replaces in modules of builders: its own drops the last directory.
+        own = path if os.path.isdir(path) else path.partition("*")[0].rpartition(os.sep)[0]
+        return list(dict.fromkeys([*filter(None, [self.config.data_dir]), *([own] if os.path.isdir(own) else [])]))
+
+
+def _open_file(image: dict[str, Any]) -> IO[bytes]:
+    return io.BytesIO(image["bytes"]) if image["bytes"] else xopen(image["path"], "rb")

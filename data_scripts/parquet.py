@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Image
 from datasets.table import embed_table_storage
+from datasets.utils.file_utils import xgetsize
 from datasets.utils.py_utils import convert_file_size_to_int
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.contrib.concurrent import thread_map
@@ -91,7 +92,9 @@ def _image_sizes(rows: Dataset) -> Iterator[int]:
         images = table["image"].combine_chunks()
         lengths = pc.binary_length(images.field("bytes")).to_pylist()
         for length, path in zip(lengths, images.field("path").to_pylist()):
-            size = length if length is not None else os.path.getsize(path) if path and os.path.isfile(path) else 0
+            size = length
+            if length is None:
+                size = xgetsize(path) if path and ("://" in path or os.path.isfile(path)) else 0
             if size == 0:
                 raise ValueError(
                     f"expected an image in every row, but {path!r} is empty or not there. Restore it, or remove its "

@@ -319,6 +319,12 @@ def join_inside(directory: str, name: str) -> str:
     return os.path.join(directory, name)
 
 
+def is_inside(path: str, directory: str) -> bool:
+    """Return whether a path is inside a directory. Links are not followed: they are the user's own."""
+    directory = os.path.abspath(directory)
+    return os.path.commonpath([os.path.abspath(path), directory]) == directory
+
+
 def read_image_size(path: str) -> tuple[int, int]:
     """Read the height and width in pixels of an upright image, by its EXIF orientation, from the file's header."""
     try:

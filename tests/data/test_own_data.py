@@ -171,7 +171,7 @@ def test_parquet_of_rows_is_taken_as_it_is(load, folder, tmp_path):
     expected = load_source("refcoco", str(TREE), cache_dir=str(tmp_path / "cache"))
     expected.to_parquet(folder / "rows.parquet")
     arguments = {"path": str(folder / "rows.parquet"), "cache_dir": str(tmp_path / "cache")}
-    rows = load_source("mine", builder="hub", **arguments)
+    rows = load_source("mine", str(TREE), builder="hub", **arguments)
     undecoded = datasets.Image(decode=False)
     columns = [name for name in FEATURES if name != "image"]
     assert list(rows.select_columns(columns)) == list(expected.select_columns(columns))
