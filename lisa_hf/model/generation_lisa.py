@@ -9,7 +9,7 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
-from .mask_backbone import encode_images
+from .mask_backbone import count_images, encode_images
 from .packing import packing_unsupported_reason
 from .vlm_backbone import encode_vlm_images, split_vision_inputs
 
@@ -117,18 +117,21 @@ class LisaGenerationMixin:
             )
         if image_indices is None:
             image_indices = torch.arange(len(input_ids), device=input_ids.device)
+        num_images = count_images(mask_pixel_values, image_embeddings)
         vision_inputs, generate_kwargs = split_vision_inputs(
-            self.vlm, {"pixel_values": pixel_values, **kwargs}, image_indices
+            self.vlm, {"pixel_values": pixel_values, **kwargs}, image_indices, num_images
         )
         if self.config.suppress_tokens:
             generate_kwargs.setdefault("suppress_tokens", self.config.suppress_tokens)
 
         # 1. Prompts: the prefix that rows share once, as a KV cache, or whole rows with the features of their images.
         prompts = self._prefill_shared_prefix(
-            input_ids, attention_mask, image_indices, vision_inputs, vision_features, generate_kwargs
+            input_ids, attention_mask, image_indices, num_images, vision_inputs, vision_features, generate_kwargs
         )
         if prompts is None:
-            features = encode_vlm_images(self.vlm, input_ids, image_indices, vision_inputs, vision_features)
+            features = encode_vlm_images(
+                self.vlm, input_ids, image_indices, num_images, vision_inputs, vision_features
+            )
             prompts = {"input_ids": input_ids, "attention_mask": attention_mask, "mm_encoder_outputs": features}
 
         # 2. Answers of the VLM, and the state that predicted each of their tokens.
@@ -180,7 +183,7 @@ class LisaGenerationMixin:
             handle.remove()
 
     def _prefill_shared_prefix(
-        self, input_ids, attention_mask, image_indices, vision_inputs, vision_features, generate_kwargs
+        self, input_ids, attention_mask, image_indices, num_images, vision_inputs, vision_features, generate_kwargs
     ) -> dict | None:
         """Run the prefix that rows about an image share through the language model once.
 
@@ -220,7 +223,9 @@ class LisaGenerationMixin:
 
         # Fill the cache with one prefix per image and copy it to the image's rows.
         prefix = left_aligned[first_rows, :num_common]  # [B', P]
-        features = encode_vlm_images(self.vlm, prefix, image_indices[first_rows], vision_inputs, vision_features)
+        features = encode_vlm_images(
+            self.vlm, prefix, image_indices[first_rows], num_images, vision_inputs, vision_features
+        )
         cache = self.vlm.base_model(input_ids=prefix, mm_encoder_outputs=features, use_cache=True).past_key_values
         cache.batch_select_indices(row_to_prefix)
 

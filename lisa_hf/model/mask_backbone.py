@@ -116,6 +116,14 @@ def encode_images(mask_model: nn.Module, pixel_values: torch.Tensor):
         ]
 
 
+def count_images(pixel_values: torch.Tensor | None, image_embeddings) -> int:
+    """Return the number of images in the mask model's input, or in embeddings in any form of [`encode_images`]."""
+    first = pixel_values if image_embeddings is None else image_embeddings
+    while not isinstance(first, torch.Tensor):
+        first = first[0]
+    return len(first)
+
+
 def select_images(image_embeddings, indices: torch.Tensor, dtype: torch.dtype):
     """Return rows `indices` `(M,)` of image embeddings in any form of [`encode_images`], as `dtype`."""
     if isinstance(image_embeddings, torch.Tensor):

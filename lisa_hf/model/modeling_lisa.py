@@ -25,6 +25,7 @@ from .configuration_lisa import SUPPORTED_MASK_MODELS, LisaConfig, image_mask_co
 from .generation_lisa import LisaGenerationMixin, SegTokens
 from .losses import IGNORE_INDEX, check_mask_counts, chunked_cross_entropy, mask_losses, sampled_mask_losses
 from .mask_backbone import (
+    count_images,
     decode_prompts,
     encode_images,
     padded_side,
@@ -321,13 +322,13 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         True
         ```
         """
-        num_images = len(original_sizes) if original_sizes is not None else len(pixel_values)
+        num_images = count_images(mask_pixel_values, image_embeddings)
         image_indices = self._image_indices(image_indices, input_ids, num_images)
 
         # 1. Language model. Each image is encoded once, whatever the number of rows about it.
         vlm_inputs = {"pixel_values": pixel_values, **kwargs}
         hidden_states = self._hidden_states(
-            input_ids, attention_mask, segment_ids, image_indices, vision_features, vlm_inputs
+            input_ids, attention_mask, segment_ids, image_indices, num_images, vision_features, vlm_inputs
         )  # [N, L, hidden_size]
 
         # 2. [SEG] positions and prompts. With labels, only [SEG] in answers count; without, all in the text.
@@ -385,10 +386,10 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         return torch.arange(num_images, device=input_ids.device)
 
     def _hidden_states(
-        self, input_ids, attention_mask, segment_ids, image_indices, vision_features, vlm_inputs: dict
+        self, input_ids, attention_mask, segment_ids, image_indices, num_images, vision_features, vlm_inputs: dict
     ) -> torch.Tensor:
         """Return the language model's last hidden states, `(N, L, hidden_size)`, after its final norm."""
-        vision_inputs, text_inputs = split_vision_inputs(self.vlm, vlm_inputs, image_indices)
+        vision_inputs, text_inputs = split_vision_inputs(self.vlm, vlm_inputs, image_indices, num_images)
         if segment_ids is None:
             text_inputs["attention_mask"] = attention_mask
         elif reason := packing_unsupported_reason(self.config):
@@ -396,10 +397,11 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         else:
             packed = packed_inputs(self.vlm, input_ids, attention_mask, segment_ids, text_inputs)
             text_inputs = {**packed, **text_inputs}
+        features = encode_vlm_images(self.vlm, input_ids, image_indices, num_images, vision_inputs, vision_features)
         # The base model alone: `last_hidden_state` spares the hidden states of all other layers and all logits.
         return self.vlm.base_model(
             input_ids=input_ids,
-            mm_encoder_outputs=encode_vlm_images(self.vlm, input_ids, image_indices, vision_inputs, vision_features),
+            mm_encoder_outputs=features,
             use_cache=False,
             **text_inputs,
         ).last_hidden_state

@@ -5,24 +5,41 @@ import inspect
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
 
-def split_vision_inputs(vlm: nn.Module, kwargs: dict, image_indices: torch.Tensor) -> tuple[dict, dict]:
+# Fields of an image encoder's output that no language model reads beside its features. They would only take memory.
+INTERNAL_FIELDS = ("last_hidden_state", "hidden_states", "attentions")
+
+
+def image_encoder(vlm: nn.Module) -> nn.Module:
+    """Return the module of a VLM that has `get_image_features`: usually its base model, else the first one inside."""
+    return next(module for module in (vlm.base_model, *vlm.modules()) if hasattr(module, "get_image_features"))
+
+
+def split_vision_inputs(
+    vlm: nn.Module, kwargs: dict, image_indices: torch.Tensor, num_images: int
+) -> tuple[dict, dict]:
     """Separate the VLM's vision inputs, one entry per image, from its text inputs, one per row.
 
     Args:
         kwargs: Inputs of the VLM. Those that its `get_image_features` takes are vision inputs.
         image_indices: The image of each row, `(N,)` int64.
+        num_images: The number of images, B.
 
     Returns:
         Vision inputs and text inputs, both without values of None.
     """
-    names = set(inspect.signature(vlm.base_model.get_image_features).parameters)
+    names = set(inspect.signature(image_encoder(vlm).get_image_features).parameters)
+    accepted = {name for model in (vlm, vlm.base_model) for name in inspect.signature(model.forward).parameters}
     given = {key: value for key, value in kwargs.items() if value is not None}
     vision = {key: value for key, value in given.items() if key in names}
     text = {key: value for key, value in given.items() if key not in names}
-    if "image_grid_thw" in vision:  # M-RoPE computes the positions of a row from the grid of its image
-        text["image_grid_thw"] = vision["image_grid_thw"][image_indices]  # [N, 3]
+    for name, value in vision.items():
+        # Sizes and grids, which are integers, also go to the rows: M-RoPE computes a row's positions from its image's.
+        is_size = isinstance(value, torch.Tensor) and not value.is_floating_point() and "pixel" not in name
+        if is_size and name in accepted and len(value) == num_images:
+            text[name] = value[image_indices]
     return vision, text
 
 
@@ -30,6 +47,7 @@ def encode_vlm_images(
     vlm: nn.Module,
     input_ids: torch.Tensor,
     image_indices: torch.Tensor,
+    num_images: int,
     vision_inputs: dict,
     vision_features: list[torch.Tensor] | None = None,
 ) -> dict:
@@ -38,6 +56,7 @@ def encode_vlm_images(
     Args:
         input_ids: Token ids, `(N, L)`. A row has as many image tokens as its image has features.
         image_indices: The image of each row, `(N,)` int64.
+        num_images: The number of images, B.
         vision_inputs: Arguments of the VLM's `get_image_features`, for B images.
         vision_features: Output of `get_image_features` that replaces `vision_inputs`, one tensor per image:
             `(tokens, hidden_size)` for a VLM that gives a list of them, else `(crops, tokens, hidden_size)`.
@@ -50,36 +69,67 @@ def encode_vlm_images(
     """
     # 1. One set of features per image.
     if vision_features is not None:
-        num_images = len(vision_features)
         features = [features.to(vlm.dtype) for features in vision_features]
         is_list = features[0].dim() == 2
         output = BaseModelOutputWithPooling(pooler_output=features if is_list else torch.cat(features))
     else:
-        num_images = len(vision_inputs.get("image_grid_thw", vision_inputs["pixel_values"]))
-        output = vlm.base_model.get_image_features(**vision_inputs, return_dict=True)
+        output = image_encoder(vlm).get_image_features(**vision_inputs, return_dict=True)
 
     # 2. The number of image tokens of each image, read from any of its rows.
     row_lengths = (input_ids == vlm.config.image_token_id).sum(1)  # [N]
     image_lengths = row_lengths.new_zeros(num_images).scatter_(0, image_indices, row_lengths).tolist()
 
-    # 3. Features of each row's image: a list has one (tokens, width) per image, a tensor (crops, tokens, width) with
-    # any number of crops per image. A tensor must stay one, because beam search repeats its rows.
-    def per_row(features):
-        is_list = isinstance(features, (list, tuple))
-        features = torch.cat(list(features)) if is_list else features
-        num_features = features.shape[:-1].numel()
-        if num_features != sum(image_lengths):
-            raise ValueError(
-                f"expected as many image tokens as vision features, got {image_lengths} tokens in the rows about "
-                f"{num_images} images and {num_features} features. Give each row the image tokens of its one image, "
-                "and each image at least one row."
-            )
-        # Tokens of an image to rows of the tensor: its tokens in a list, its crops otherwise.
-        pieces = features.split([length * len(features) // num_features for length in image_lengths])
-        rows = [pieces[index] for index in image_indices.tolist()]
-        return rows if is_list else torch.cat(rows)
+    # 3. The output for each row's image.
+    return {"image": map_token_fields(output, lambda field: _repeat_for_rows(field, image_lengths, image_indices))}
 
-    rows = BaseModelOutputWithPooling(pooler_output=per_row(output.pooler_output))
-    if getattr(output, "deepstack_features", None) is not None:  # Qwen3-VL adds features inside the language model
-        rows.deepstack_features = [per_row(features) for features in output.deepstack_features]
-    return {"image": rows}
+
+def map_token_fields(output: ModelOutput, function) -> ModelOutput:
+    """Return a copy of an image encoder's output in which `function` has replaced what has an entry per image token.
+
+    These are the features, which the language model finds in `pooler_output` or, without one, in `last_hidden_state`,
+    and `deepstack_features`, which enter its layers: one set per layer, or pairs of a layer's number and a set. All
+    other fields stay, except for `INTERNAL_FIELDS`.
+    """
+    # Some models set fields that their output's class does not declare.
+    fields = {name: value for name, value in vars(output).items() if value is not None}
+    deepstack = fields.get("deepstack_features")
+    features = "pooler_output" if "pooler_output" in fields or deepstack is not None else "last_hidden_state"
+
+    copied = type(output)()
+    for name, value in fields.items():
+        if name == features:
+            setattr(copied, name, function(value))
+        elif name == "deepstack_features":
+            pairs = [isinstance(entry, tuple) and isinstance(entry[0], int) for entry in value]
+            values = [(entry[0], function(entry[1])) if pair else function(entry) for entry, pair in zip(value, pairs)]
+            setattr(copied, name, values)
+        elif name not in INTERNAL_FIELDS:
+            setattr(copied, name, value)
+    return copied
+
+
+def _repeat_for_rows(features, image_lengths: list[int], image_indices: torch.Tensor):
+    """Return the features of each row's image.
+
+    Args:
+        features: Features of all images: a list of tensors `(tokens, hidden_size)`, one per image or per crop, or a
+            tensor `(crops, tokens, hidden_size)` with any number of crops per image.
+        image_lengths: The number of image tokens of each image.
+        image_indices: The image of each row, `(N,)` int64.
+
+    Returns:
+        A list of N tensors, or a tensor: beam search repeats the rows of a tensor, so it must stay one.
+    """
+    is_list = isinstance(features, (list, tuple))
+    features = torch.cat(list(features)) if is_list else features
+    num_features = features.shape[:-1].numel()
+    if num_features != sum(image_lengths):
+        raise ValueError(
+            f"expected as many image tokens as vision features, got {image_lengths} tokens in the rows about "
+            f"{len(image_lengths)} images and {num_features} features. Give each row the image tokens of its one "
+            "image, and each image at least one row."
+        )
+    # Tokens of an image to rows of the tensor: its tokens in a list, its crops otherwise.
+    pieces = features.split([length * len(features) // num_features for length in image_lengths])
+    rows = [pieces[index] for index in image_indices.tolist()]
+    return rows if is_list else torch.cat(rows)
