@@ -1,6 +1,5 @@
 """LisaGenerationMixin: the VLM generates answers, whose `[SEG]` tokens are decoded to masks."""
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from .mask_backbone import count_images, encode_images
 from .packing import packing_unsupported_reason
-from .vlm_backbone import encode_vlm_images, split_vision_inputs
+from .vlm_backbone import encode_vlm_images, record_states, split_vision_inputs
 
 
 # Arguments of the VLM's `generate` that do not multiply or reorder the rows of its cache.
@@ -119,7 +118,7 @@ class LisaGenerationMixin:
             image_indices = torch.arange(len(input_ids), device=input_ids.device)
         num_images = count_images(mask_pixel_values, image_embeddings)
         vision_inputs, generate_kwargs = split_vision_inputs(
-            self.vlm, {"pixel_values": pixel_values, **kwargs}, image_indices, num_images
+            self.vlm, {"pixel_values": pixel_values, **kwargs}, input_ids, image_indices, num_images
         )
         if self.config.suppress_tokens:
             generate_kwargs.setdefault("suppress_tokens", self.config.suppress_tokens)
@@ -135,9 +134,11 @@ class LisaGenerationMixin:
             prompts = {"input_ids": input_ids, "attention_mask": attention_mask, "mm_encoder_outputs": features}
 
         # 2. Answers of the VLM, and the state that predicted each of their tokens.
-        with self._record_predicting_states() as states:
+        with record_states(self.vlm) as states:
             output = self.vlm.generate(**prompts, return_dict_in_generate=True, **generate_kwargs)
-        states = torch.stack(states, dim=1)  # [rows, steps, hidden_size], one row per answer or beam
+        states = torch.stack(
+            [step[:, -1] for step in states], dim=1
+        )  # [rows, steps, hidden_size], one row per answer or beam
         answers = output.sequences[:, input_ids.shape[1] :]  # [N * copies, steps]
         copies = len(answers) // len(input_ids)  # num_return_sequences
 
@@ -167,20 +168,6 @@ class LisaGenerationMixin:
             iou_scores=iou_scores,
             seg_embeddings=seg_embeddings[: len(low_res_masks)],
         )
-
-    @contextmanager
-    def _record_predicting_states(self):
-        """Collect what enters the vocabulary projection: per generated token, the states `(N, hidden_size)`."""
-        states = []
-
-        def record(_, inputs):
-            states.append(inputs[0][:, -1])
-
-        handle = self.vlm.get_output_embeddings().register_forward_pre_hook(record)
-        try:
-            yield states
-        finally:
-            handle.remove()
 
     def _prefill_shared_prefix(
         self, input_ids, attention_mask, image_indices, num_images, vision_inputs, vision_features, generate_kwargs

@@ -38,7 +38,7 @@ from .mask_backbone import (
 from .packing import packed_inputs, packing_unsupported_reason
 from .pipeline_lisa import ReasoningSegmentationPipeline  # noqa: F401  so that it is saved with this file
 from .upstream_fixes import UpstreamFixesMixin, drop_absent_no_split_modules
-from .vlm_backbone import encode_vlm_images, split_vision_inputs
+from .vlm_backbone import encode_vlm_images, record_states, split_vision_inputs, vocabulary_projection
 
 
 # Pixels of mask labels up to which an image's masks exist at full size all at once: about 100 MB with what the losses
@@ -67,7 +67,7 @@ class LisaOutput(ModelOutput):
         pred_masks: Mask logits at the original sizes, B tensors `(M_b, H_b, W_b)`; None without `output_masks`.
         low_res_masks: Mask logits of the decoder, image by image, in the order of the `[SEG]` tokens, `(M, h, w)`.
         iou_scores: The decoder's own estimate of each mask's IoU, which LISA does not train, `(M,)`.
-        last_hidden_state: States of the language model after its final norm, `(N, L, hidden_size)`.
+        last_hidden_state: States that enter the VLM's vocabulary projection, `(N, L, hidden_size)`.
         seg_embeddings: Prompts of the mask decoder, `(M, C)`.
     """
 
@@ -226,7 +226,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         self.vlm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.vlm.get_output_embeddings()
+        return vocabulary_projection(self.vlm)
 
     def set_output_embeddings(self, value: nn.Module):
         self.vlm.set_output_embeddings(value)
@@ -325,39 +325,46 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         num_images = count_images(mask_pixel_values, image_embeddings)
         image_indices = self._image_indices(image_indices, input_ids, num_images)
 
-        # 1. Language model. Each image is encoded once, whatever the number of rows about it.
-        vlm_inputs = {"pixel_values": pixel_values, **kwargs}
-        hidden_states = self._hidden_states(
-            input_ids, attention_mask, segment_ids, image_indices, num_images, vision_features, vlm_inputs
-        )  # [N, L, hidden_size]
-
-        # 2. [SEG] positions and prompts. With labels, only [SEG] in answers count; without, all in the text.
+        # 1. What each position predicts. With labels, only [SEG] in answers count; without, all in the text.
         has_labels = labels is not None or shift_labels is not None
         targets = shift_labels
         if targets is None:
             targets = F.pad((labels if has_labels else input_ids)[:, 1:], (0, 1), value=IGNORE_INDEX)  # [N, L]
+        supervised = targets != IGNORE_INDEX  # [N, L]
+
+        # 2. Language model. Each image is encoded once, whatever the number of rows about it. Unless all logits are
+        # asked for, only supervised positions go through the vocabulary projection.
+        needs_all_logits = not has_labels or output_logits
+        hidden_states, logits = self._run_vlm(
+            *(input_ids, attention_mask, segment_ids, image_indices, num_images, vision_features),
+            vlm_inputs={"pixel_values": pixel_values, **kwargs},
+            kept=None if needs_all_logits else supervised,
+        )  # [N, L, hidden_size], [N, L, V] or [T, V]
+
+        # 3. [SEG] positions and prompts.
         seg_tokens = self._find_seg_tokens(targets, image_indices)
         masks_per_image = torch.bincount(seg_tokens.images, minlength=num_images).tolist()  # M_1..M_B, M in all
         if mask_labels is not None:
             check_mask_counts(mask_labels, masks_per_image, image_indices)
         seg_embeddings = self._seg_embeddings(hidden_states, seg_tokens)  # [max(M, 1), C]
 
-        # 3. Mask decoder. Each image is encoded once, and all masks are decoded in one call.
+        # 4. Mask decoder. Each image is encoded once, and all masks are decoded in one call.
         if image_embeddings is None:
             image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
         low_res_masks, iou_scores, zero_loss = self._decode(seg_embeddings, seg_tokens, image_embeddings)
         image_masks = low_res_masks.split(masks_per_image)  # B tensors [M_b, h, w]
 
-        # 4. Losses.
+        # 5. Losses.
         losses = {}
         if has_labels:
-            losses["ce_loss"] = self._ce_loss(hidden_states, targets, num_items_in_batch)
+            answers = logits[supervised] if needs_all_logits else logits  # [T, V]
+            losses["ce_loss"] = self._ce_loss(answers, targets[supervised], num_items_in_batch)
         if mask_labels is not None:
             losses["mask_bce_loss"], losses["mask_dice_loss"] = self._mask_losses(
                 image_masks, mask_labels, reshaped_input_sizes, original_sizes, num_masks_in_batch, zero_loss
             )
 
-        # 5. Masks at full size. Training has no use for them.
+        # 6. Masks at full size. Training has no use for them.
         pred_masks = None
         if output_masks or (output_masks is None and not self.training):
             sizes = zip(reshaped_input_sizes.tolist(), original_sizes.tolist())
@@ -367,7 +374,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         return LisaOutput(
             loss=sum(losses.values()) if losses else None,
             **losses,
-            logits=self._logits(hidden_states) if not has_labels or output_logits else None,
+            logits=logits if needs_all_logits else None,
             pred_masks=pred_masks,
             low_res_masks=low_res_masks,
             iou_scores=iou_scores,
@@ -385,11 +392,20 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             )
         return torch.arange(num_images, device=input_ids.device)
 
-    def _hidden_states(
-        self, input_ids, attention_mask, segment_ids, image_indices, num_images, vision_features, vlm_inputs: dict
-    ) -> torch.Tensor:
-        """Return the language model's last hidden states, `(N, L, hidden_size)`, after its final norm."""
-        vision_inputs, text_inputs = split_vision_inputs(self.vlm, vlm_inputs, image_indices, num_images)
+    def _run_vlm(
+        self, input_ids, attention_mask, segment_ids, image_indices, num_images, vision_features, vlm_inputs, kept
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the VLM, with its own logits.
+
+        Args:
+            vlm_inputs: Its vision and text inputs beside those that [`forward`] names.
+            kept: Positions whose logits are computed, `(N, L)` bool; None means all.
+
+        Returns:
+            The states that predict tokens, `(N, L, hidden_size)`, and their logits, `(T, V)` of the kept positions or
+            `(N, L, V)`.
+        """
+        vision_inputs, text_inputs = split_vision_inputs(self.vlm, vlm_inputs, input_ids, image_indices, num_images)
         if segment_ids is None:
             text_inputs["attention_mask"] = attention_mask
         elif reason := packing_unsupported_reason(self.config):
@@ -398,13 +414,11 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             packed = packed_inputs(self.vlm, input_ids, attention_mask, segment_ids, text_inputs)
             text_inputs = {**packed, **text_inputs}
         features = encode_vlm_images(self.vlm, input_ids, image_indices, num_images, vision_inputs, vision_features)
-        # The base model alone: `last_hidden_state` spares the hidden states of all other layers and all logits.
-        return self.vlm.base_model(
-            input_ids=input_ids,
-            mm_encoder_outputs=features,
-            use_cache=False,
-            **text_inputs,
-        ).last_hidden_state
+        with record_states(self.vlm, kept) as states:
+            logits = self.vlm(input_ids=input_ids, mm_encoder_outputs=features, use_cache=False, **text_inputs).logits
+        if self.config.suppress_tokens:
+            logits[..., self.config.suppress_tokens] = torch.finfo(logits.dtype).min
+        return states[-1], logits if kept is None else logits[0]
 
     def _find_seg_tokens(self, targets: torch.Tensor, image_indices: torch.Tensor) -> SegTokens:
         """Find the M positions whose next token, in `targets` `(N, L)`, is `[SEG]`: image by image, row by row."""
@@ -448,19 +462,10 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         zero_loss = 0.0 * low_res_masks[num_masks:].float().sum()
         return low_res_masks[:num_masks], iou_scores[:num_masks], zero_loss
 
-    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        logits = self.vlm.get_output_embeddings()(hidden_states)
-        if self.config.suppress_tokens:
-            logits[..., self.config.suppress_tokens] = torch.finfo(logits.dtype).min
-        return logits
-
-    def _ce_loss(self, hidden_states, targets, num_items_in_batch) -> torch.Tensor:
-        """Compute the weighted cross-entropy of the next token."""
-        # Only supervised positions go through the vocabulary projection.
-        supervised = targets != IGNORE_INDEX  # [N, L]
-        logits = self._logits(hidden_states[supervised])  # [T, V]
-        total = chunked_cross_entropy(logits, targets[supervised])
-        num_items = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+    def _ce_loss(self, logits, targets, num_items_in_batch) -> torch.Tensor:
+        """Compute the weighted cross-entropy of T supervised positions from logits `(T, V)` and targets `(T,)`."""
+        total = chunked_cross_entropy(logits, targets)
+        num_items = len(targets) if num_items_in_batch is None else num_items_in_batch
         return self.config.ce_loss_weight * total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
 
     def _mask_losses(

@@ -1,8 +1,12 @@
 """One way to call any of transformers' VLMs: an image is encoded once, and each row about it receives its features."""
 
+import dataclasses
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
@@ -17,13 +21,46 @@ def image_encoder(vlm: nn.Module) -> nn.Module:
     return next(module for module in (vlm.base_model, *vlm.modules()) if hasattr(module, "get_image_features"))
 
 
+def vocabulary_projection(vlm: nn.Module) -> nn.Module:
+    """Return the module of a VLM that projects states to the vocabulary: its own, or that of a model inside."""
+    heads = (module.get_output_embeddings() for module in vlm.modules() if hasattr(module, "get_output_embeddings"))
+    return next((head for head in heads if head is not None), None)
+
+
+@contextmanager
+def record_states(vlm: nn.Module, kept: torch.Tensor | None = None) -> Iterator[list[torch.Tensor]]:
+    """Record what enters a VLM's vocabulary projection, whether in its forward or in its `generate`.
+
+    These are the states that predict tokens: whatever the VLM does to its last layer's output is done, and its scale,
+    cap or padding of the logits comes after.
+
+    Args:
+        kept: Positions that are projected, `(N, L)` bool, so that the VLM's logits are `(1, T, V)`; by default all.
+
+    Yields:
+        A list that grows by the states of each call, `(N, L, hidden_size)`.
+    """
+    states = []
+
+    def record(_, inputs):
+        states.append(inputs[0])
+        return None if kept is None else (inputs[0][kept][None], *inputs[1:])
+
+    handle = vocabulary_projection(vlm).register_forward_pre_hook(record)
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
 def split_vision_inputs(
-    vlm: nn.Module, kwargs: dict, image_indices: torch.Tensor, num_images: int
+    vlm: nn.Module, kwargs: dict, input_ids: torch.Tensor, image_indices: torch.Tensor, num_images: int
 ) -> tuple[dict, dict]:
-    """Separate the VLM's vision inputs, one entry per image, from its text inputs, one per row.
+    """Separate the VLM's vision inputs, one entry per image or crop, from its text inputs, one per row.
 
     Args:
         kwargs: Inputs of the VLM. Those that its `get_image_features` takes are vision inputs.
+        input_ids: Token ids, `(N, L)`.
         image_indices: The image of each row, `(N,)` int64.
         num_images: The number of images, B.
 
@@ -38,9 +75,23 @@ def split_vision_inputs(
     for name, value in vision.items():
         # Sizes and grids, which are integers, also go to the rows: M-RoPE computes a row's positions from its image's.
         is_size = isinstance(value, torch.Tensor) and not value.is_floating_point() and "pixel" not in name
-        if is_size and name in accepted and len(value) == num_images:
+        if not (is_size and value.dim() and name in accepted):
+            continue
+        if len(value) == num_images:
             text[name] = value[image_indices]
+            continue
+        num_crops = _crops_per_image(vlm, input_ids, image_indices, num_images)
+        if sum(num_crops) == len(value):
+            crops = value.split(num_crops)
+            text[name] = torch.cat([crops[index] for index in image_indices.tolist()])
     return vision, text
+
+
+def _crops_per_image(vlm: nn.Module, input_ids, image_indices, num_images: int) -> list[int]:
+    """Return the number of crops of each image: each crop has its own run of image tokens in a row."""
+    is_image = (input_ids == vlm.config.image_token_id).long()  # [N, L]
+    num_runs = (F.pad(is_image, (1, 0)).diff(dim=1) == 1).sum(1)  # [N]
+    return num_runs.new_zeros(num_images).scatter_(0, image_indices, num_runs).tolist()
 
 
 def encode_vlm_images(
@@ -95,7 +146,7 @@ def map_token_fields(output: ModelOutput, function) -> ModelOutput:
     deepstack = fields.get("deepstack_features")
     features = "pooler_output" if "pooler_output" in fields or deepstack is not None else "last_hidden_state"
 
-    copied = type(output)()
+    copied = type(output)(**dict.fromkeys(field.name for field in dataclasses.fields(output)))
     for name, value in fields.items():
         if name == features:
             setattr(copied, name, function(value))
