@@ -1,0 +1,117 @@
+"""LISA computes what each VLM computes alone: states, logits and answers, whatever its encoder's output looks like."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fixtures.tiny_models import SIDE, VLM_CONFIGS, vlm_sam
+
+from lisa_hf.model.vlm_backbone import record_states
+
+
+IMAGE_INDICES = [1, 0, 1]
+ANSWERS = [[30, 50, 31], [32, 33, 50, 34], [35, 50, 36, 37, 38]]
+
+
+def vision_inputs(model_type: str) -> tuple[list[dict], dict, list[list[int]]]:
+    """Return the vision inputs of each of two images alone, those of both, and the runs of image tokens of each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    if model_type == "minicpmv4_7":
+        sizes = [torch.tensor([[8, 8]]), torch.tensor([[4, 12], [8, 8], [8, 8]])]  # in patches of 4 x 4 pixels
+        singles = [{"pixel_values": random(1, 3, 4, 4 * int(s.prod(1).sum())), "target_sizes": s} for s in sizes]
+        pixels = torch.cat([single["pixel_values"] for single in singles], dim=3)
+        return singles, {"pixel_values": pixels, "target_sizes": torch.cat(sizes)}, [[4], [3, 4, 4]]
+    if model_type == "granite4_vision":
+        both = {"pixel_values": random(2, 3, 3, 32, 32), "image_sizes": torch.tensor([[32, 32], [24, 56]])}
+        return [{name: value[i : i + 1] for name, value in both.items()} for i in range(2)], both, [[36], [52]]
+    tokens, crops = (16, [1, 1]) if model_type == "paligemma" else (4, [1, 3])
+    singles = [{"pixel_values": random(count, 3, 32, 32)} for count in crops]
+    pixels = torch.cat([single["pixel_values"] for single in singles])
+    return singles, {"pixel_values": pixels}, [[tokens * count] for count in crops]
+
+
+def make_rows(model_type: str, model, runs: list[list[int]]) -> list[dict[str, list[int]]]:
+    """Return three rows about two images, with as many text tokens before the answer as in the row before and two."""
+    accepted = inspect.signature(model.vlm.forward).parameters
+    rows = []
+    for number, (index, answer) in enumerate(zip(IMAGE_INDICES, ANSWERS)):
+        image_tokens = [token for length in runs[index] for token in [*[120] * length, 8]]
+        prompt = [1, 5, 100, *image_tokens, 101, 7, *range(10, 13 + 2 * number)]
+        ids = prompt + answer
+        row = {"input_ids": ids, "labels": [-100] * len(prompt) + answer}
+        if "mm_token_type_ids" in accepted:
+            row["mm_token_type_ids"] = [int(token == 120) for token in ids]
+        elif "token_type_ids" in accepted:  # PaliGemma: 1 is the answer
+            row["token_type_ids"] = [0] * len(prompt) + [1] * len(answer)
+        rows.append(row | {"attention_mask": [1] * len(ids)})
+    return rows
+
+
+def pad(rows: list[dict[str, list[int]]], left: bool = False) -> dict[str, torch.Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values, fill):
+        padding = [fill] * (longest - len(values))
+        return padding + values if left else values + padding
+
+    return {
+        name: torch.tensor([padded(row[name], -100 if name == "labels" else 0) for row in rows]) for name in rows[0]
+    }
+
+
+def mask_inputs() -> dict:
+    sizes = torch.tensor([[SIDE, SIDE]] * 2)
+    pixels = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    return {"mask_pixel_values": pixels, "original_sizes": sizes, "reshaped_input_sizes": sizes}
+
+
+@pytest.mark.parametrize("model_type", VLM_CONFIGS)
+def test_states_logits_and_answers_are_the_vlms_own(model_type):
+    model = vlm_sam(model_type)
+    singles, both, runs = vision_inputs(model_type)
+    rows = make_rows(model_type, model, runs)
+    inputs = {**both, **mask_inputs(), "image_indices": torch.tensor(IMAGE_INDICES)}
+    with torch.no_grad():
+        output = model(**pad(rows), **inputs, output_logits=True)
+        total = num_labels = 0
+        for number, (row, index) in enumerate(zip(rows, IMAGE_INDICES)):
+            single = {name: torch.tensor([value]) for name, value in row.items() if name != "labels"}
+            with record_states(model.vlm) as states:
+                own = model.vlm(**single, **singles[index]).logits[0]
+            length = len(row["input_ids"])
+            atol = 2e-5 * states[0].abs().max().item()
+            torch.testing.assert_close(output.last_hidden_state[number, :length], states[0][0], rtol=0, atol=atol)
+            torch.testing.assert_close(output.logits[number, :length], own, rtol=0, atol=1e-4)
+            total += F.cross_entropy(own[:-1], torch.tensor(row["labels"][1:]), reduction="sum")
+            num_labels += len(ANSWERS[number])
+        # The loss is that of the VLM's own logits, also where only supervised positions are projected.
+        torch.testing.assert_close(output.ce_loss, total / num_labels)
+        torch.testing.assert_close(model(**pad(rows), **inputs).ce_loss, total / num_labels)
+
+        prompts = [
+            {name: value[: len(row["labels"]) - len(answer)] for name, value in row.items() if name != "labels"}
+            for row, answer in zip(rows, ANSWERS)
+        ]
+        batch = pad(prompts, left=True)
+        found = model.generate(**batch, **inputs, max_new_tokens=4, do_sample=False).sequences
+        for number, (row, index) in enumerate(zip(prompts, IMAGE_INDICES)):
+            single = {name: torch.tensor([value]) for name, value in row.items()}
+            own = model.vlm.generate(**single, **singles[index], max_new_tokens=4, do_sample=False)
+            answer = own[0, len(row["input_ids"]) :].tolist()
+            assert found[number, batch["input_ids"].shape[1] :].tolist()[: len(answer)] == answer
+
+
+def test_caps_and_scales_of_logits_reach_the_loss():
+    model = vlm_sam("paligemma")
+    _, both, runs = vision_inputs("paligemma")
+    inputs = {**pad(make_rows("paligemma", model, runs)), **both, **mask_inputs()}
+    inputs["image_indices"] = torch.tensor(IMAGE_INDICES)
+    capped = model(**inputs, output_logits=True)
+    bare = model.vlm.lm_head(capped.last_hidden_state)
+    assert bare.abs().max() > 2.0
+    torch.testing.assert_close(capped.logits, 2.0 * torch.tanh(bare / 2.0))
