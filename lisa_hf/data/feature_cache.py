@@ -34,7 +34,7 @@ from transformers import TrainingArguments
 from ..files import atomic_file
 from ..model.mask_backbone import encode_images
 from ..model.processing_lisa import ImageInputs, LisaProcessor
-from ..model.vlm_backbone import image_encoder, split_vision_inputs
+from ..model.vlm_backbone import image_encoder, vision_inputs_of
 from .images import load_row_image, read_file, undecoded
 
 
@@ -217,9 +217,7 @@ class FeatureCache:
             for index in range(num_images):
                 tensors[index] |= dict(_flatten(EMBEDDINGS, embeddings, index))
         if VISION_FEATURES in self.feature_names:
-            vision_inputs, _ = split_vision_inputs(
-                model.vlm, inputs, torch.arange(num_images, device=model.device), num_images
-            )
+            vision_inputs = vision_inputs_of(model.vlm, inputs)
             output = image_encoder(model.vlm).get_image_features(**vision_inputs, return_dict=True).pooler_output
             if isinstance(output, torch.Tensor):  # [crops, tokens, C] of all images
                 # An image has as many crops as its image tokens have features.

@@ -53,6 +53,12 @@ def record_states(vlm: nn.Module, kept: torch.Tensor | None = None) -> Iterator[
         handle.remove()
 
 
+def vision_inputs_of(vlm: nn.Module, kwargs: dict) -> dict:
+    """Return those inputs of a VLM that its `get_image_features` takes, without values of None."""
+    names = inspect.signature(image_encoder(vlm).get_image_features).parameters
+    return {name: value for name, value in kwargs.items() if name in names and value is not None}
+
+
 def split_vision_inputs(
     vlm: nn.Module, kwargs: dict, input_ids: torch.Tensor, image_indices: torch.Tensor, num_images: int
 ) -> tuple[dict, dict]:
@@ -67,11 +73,9 @@ def split_vision_inputs(
     Returns:
         Vision inputs and text inputs, both without values of None.
     """
-    names = set(inspect.signature(image_encoder(vlm).get_image_features).parameters)
     accepted = {name for model in (vlm, vlm.base_model) for name in inspect.signature(model.forward).parameters}
-    given = {key: value for key, value in kwargs.items() if value is not None}
-    vision = {key: value for key, value in given.items() if key in names}
-    text = {key: value for key, value in given.items() if key not in names}
+    vision = vision_inputs_of(vlm, kwargs)
+    text = {name: value for name, value in kwargs.items() if name not in vision and value is not None}
     for name, value in vision.items():
         # Sizes and grids, which are integers, also go to the rows: M-RoPE computes a row's positions from its image's.
         is_size = isinstance(value, torch.Tensor) and not value.is_floating_point() and "pixel" not in name
