@@ -5,7 +5,6 @@ a SAM-family mask decoder. This file and what it imports travel to the Hub as re
 """
 
 import copy
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +37,13 @@ from .mask_backbone import (
 from .packing import packed_inputs, packing_unsupported_reason
 from .pipeline_lisa import ReasoningSegmentationPipeline  # noqa: F401  so that it is saved with this file
 from .upstream_fixes import UpstreamFixesMixin, drop_absent_no_split_modules
-from .vlm_backbone import encode_vlm_images, record_states, split_vision_inputs, vocabulary_projection
+from .vlm_backbone import (
+    encode_vlm_images,
+    record_states,
+    split_vision_inputs,
+    unsupported_reason,
+    vocabulary_projection,
+)
 
 
 # Pixels of mask labels up to which an image's masks exist at full size all at once: about 100 MB with what the losses
@@ -124,15 +129,15 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
                 f"'{config.mask_config.model_type}'. Choose another mask model."
             )
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+        if reason := unsupported_reason(self.vlm):
+            raise ValueError(
+                "expected a VLM that answers token by token about images that are encoded once for all their "
+                f"questions, got {type(self.vlm).__name__}: {reason}. Choose another VLM, for example LLaVA, "
+                "Gemma 3 or Qwen3-VL."
+            )
         self.mask_model = AutoModelForMaskGeneration.from_config(config.mask_config)
         use_chunked_attention(self.mask_model)
         self.seg_projector = LisaSegProjector(config)
-        if "mm_encoder_outputs" not in inspect.signature(self.vlm.forward).parameters:
-            raise ValueError(
-                "expected a VLM that takes precomputed vision features (`mm_encoder_outputs`), so that an image is "
-                f"encoded once for all its questions, got {type(self.vlm).__name__}. Choose another VLM, for example "
-                "LLaVA, Idefics3, Gemma 3 or Qwen2.5-VL."
-            )
         # The same objects, so that resizing the VLM's vocabulary changes this configuration too.
         config.vlm_config = self.vlm.config
         config.mask_config = self.mask_model.config

@@ -8,12 +8,29 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 
 # Fields of an image encoder's output that no language model reads beside its features. They would only take memory.
 INTERNAL_FIELDS = ("last_hidden_state", "hidden_states", "attentions")
+
+
+def unsupported_reason(vlm: nn.Module) -> str | None:
+    """Return why a VLM cannot be called with features of images that are encoded once, or None if it can."""
+    forward = inspect.signature(vlm.forward).parameters
+    if "mm_encoder_outputs" not in forward:
+        return "its forward takes no precomputed features (`mm_encoder_outputs`)"
+    if not isinstance(vlm, GenerationMixin):
+        return "it does not answer token by token"
+    if not any(hasattr(module, "get_image_features") for module in vlm.modules()):
+        return "it encodes no images (`get_image_features`), only videos"
+    if any(name.endswith("input_ids") for name in inspect.signature(image_encoder(vlm).get_image_features).parameters):
+        return "its features of an image depend on the question"
+    if forward.get("pixel_values") and forward["pixel_values"].default is inspect.Parameter.empty:
+        return "its `generate` always encodes pixels itself"
+    return None
 
 
 def image_encoder(vlm: nn.Module) -> nn.Module:

@@ -5,9 +5,11 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures.tiny_models import SIDE, VLM_CONFIGS, vlm_sam
+from fixtures.tiny_models import LAYERS, SIDE, VLM_CONFIGS, llava_config, sam_config, text_config, vlm_sam
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from lisa_hf.model.vlm_backbone import record_states
+from lisa_hf import LisaConfig, LisaForConditionalGeneration
+from lisa_hf.model.vlm_backbone import record_states, unsupported_reason
 
 
 IMAGE_INDICES = [1, 0, 1]
@@ -115,3 +117,40 @@ def test_caps_and_scales_of_logits_reach_the_loss():
     bare = model.vlm.lm_head(capped.last_hidden_state)
     assert bare.abs().max() > 2.0
     torch.testing.assert_close(capped.logits, 2.0 * torch.tanh(bare / 2.0))
+
+
+BLIP = {
+    "vision_config": {**LAYERS, "hidden_size": 32, "intermediate_size": 32, "image_size": 32, "patch_size": 8},
+    "qformer_config": {**LAYERS, "hidden_size": 32, "intermediate_size": 32, "encoder_hidden_size": 32},
+    "text_config": text_config(model_type="llama", vocab_size=128),
+}
+
+
+@pytest.mark.parametrize(
+    "vlm_config, reason",
+    [
+        ({"model_type": "git", **LAYERS, "vocab_size": 128, "hidden_size": 32}, "takes no precomputed features"),
+        ({"model_type": "instructblip", **BLIP}, "depend on the question"),
+        ({"model_type": "instructblipvideo", **BLIP}, "only videos"),
+        ({"model_type": "blip-2", **BLIP}, "always encodes pixels itself"),
+    ],
+)
+def test_vlms_that_cannot_work_are_refused(vlm_config, reason):
+    config = LisaConfig(
+        vlm_config=AutoConfig.for_model(**vlm_config),
+        mask_config=AutoConfig.for_model(**sam_config()),
+        seg_token_id=50,
+    )
+    with pytest.raises(ValueError, match=f"expected a VLM that answers token by token .*{reason}"):
+        LisaForConditionalGeneration(config)
+
+
+def test_a_vlm_that_does_not_answer_token_by_token_is_refused():
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**llava_config()))
+    assert unsupported_reason(model) is None
+
+    class Diffusion(torch.nn.Module):
+        def forward(self, input_ids, mm_encoder_outputs=None):
+            raise NotImplementedError
+
+    assert unsupported_reason(Diffusion()) == "it does not answer token by token"
