@@ -11,32 +11,48 @@ from ..model.modeling_lisa import LisaForConditionalGeneration
 from .arguments import TRAINABLE_PARTS, LisaTrainingArguments
 
 
-REST = "prompt encoder"  # the mask model's, which never trains
+REST = "never trained"  # the mask model's prompt encoder, and what a VLM has for other things than images
+# How the names of such modules begin: towers and embeddings of audio and video, and models that make images.
+_NOT_FOR_IMAGES = ("audio", "embed_audio", "video", "generation_", "vqmodel")
 
 
 def find_parts(model: LisaForConditionalGeneration) -> dict[str, list[str]]:
     """Return the module paths of each part that `trainable` can name.
 
     The VLM's modules have other names in each family: transformers knows its image encoder and language model, and the
-    projector is what remains.
+    projector is what remains, or the image encoder's last layer in Qwen and others. A VLM may lack a part: Gemma 4
+    Unified projects patches of pixels, Emu3 and Chameleon turn images into tokens, through which no gradient flows.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     backbone = model.vlm.base_model
-    language_model, vision_tower = backbone.get_decoder(), backbone.get_encoder(modality="image")
+    language_model, vision_tower = backbone.get_decoder(), _find_vision_tower(model)
     projector = [
         paths[id(child)]
-        for child in backbone.children()
-        if child is not language_model and child is not vision_tower and any(True for _ in child.parameters())
+        for name, child in backbone.named_children()
+        if language_model is not backbone  # Chameleon: all children are layers of the language model
+        and child is not language_model
+        and child is not vision_tower
+        and not name.startswith(_NOT_FOR_IMAGES)
+        and any(True for _ in child.parameters())
     ]
+    if not projector and vision_tower is not None:
+        projector = [paths[id(child)] for name, child in vision_tower.named_children() if "merger" in name]
     return {
         "seg_projector": ["seg_projector"],
         "mask_decoder": ["mask_model.mask_decoder"],
         "embeddings": [paths[id(model.get_input_embeddings())], paths[id(model.get_output_embeddings())]],
-        "vision_tower": [paths[id(vision_tower)]],
+        "vision_tower": [] if vision_tower is None else [paths[id(vision_tower)]],
         "multi_modal_projector": projector,
         "mask_encoder": ["mask_model.vision_encoder"],
         "language_model": [paths[id(language_model)]],
     }
+
+
+def _find_vision_tower(model: LisaForConditionalGeneration) -> nn.Module | None:
+    """Return the VLM's image encoder, if it has one: otherwise transformers gives the backbone itself."""
+    backbone = model.vlm.base_model
+    encoder = backbone.get_encoder(modality="image")
+    return None if encoder is backbone else encoder
 
 
 def prepare_for_training(
@@ -63,8 +79,18 @@ def prepare_for_training(
 
     Returns:
         The model itself, or a `PeftModel` around it that saves the adapter and the parts trained in full.
+
+    Raises:
+        ValueError: If the model lacks one of the parts, or the layers that `lora_target_modules` names.
     """
     parts = find_parts(model)
+    missing = [part for part in trainable if not parts[part]]
+    if missing:
+        raise ValueError(
+            f"trainable: expected parts of {type(model.vlm).__name__}, which are "
+            f"{', '.join(part for part, paths in parts.items() if paths)}, got {', '.join(missing)}. Remove what it "
+            "does not have."
+        )
     untrained = _untrained_decoder_modules(model) + _untrained_vision_modules(model)
     model.requires_grad_(False)
     if lora_r == 0:
@@ -80,21 +106,26 @@ def prepare_for_training(
         (language_model,) = parts["language_model"]
         names = "|".join(map(re.escape, lora_target_modules))
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        paths = [path for part in trainable for path in parts[part]]
+        # A projector inside a vision tower that trains is saved with it.
+        paths = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
         config = LoraConfig(
             r=lora_r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
             use_dora=use_dora,
             target_modules=rf"{re.escape(language_model)}\..*\.({names})",
-            modules_to_save=[path for part in trainable for path in _trained_modules(model, parts[part], untrained)],
+            modules_to_save=_trained_modules(model, paths, untrained),
             ensure_weight_tying=tied and "embeddings" in trainable,
         )
         try:
             model = get_peft_model(model, config)
         except ValueError as error:
+            modules = model.get_submodule(language_model).named_modules()
+            layers = dict.fromkeys(name.split(".")[-1] for name, layer in modules if isinstance(layer, nn.Linear))
             raise ValueError(
-                f"lora_target_modules: expected layers of the language model, got {', '.join(lora_target_modules)}: "
-                f"{error}"
+                f"lora_target_modules: expected layers of the language model, which are {', '.join(layers)}, got "
+                f"{', '.join(lora_target_modules)}: {error}"
             ) from error
     # A weight that trains without ever getting a gradient is an error under DDP.
     for module in untrained:
@@ -125,20 +156,23 @@ def _untrained_decoder_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _untrained_vision_modules(model: LisaForConditionalGeneration) -> list[nn.Module]:
-    """Return the modules behind the last layer that LLaVA takes from its CLIP or SigLIP: they get no gradient."""
+    """Return the modules of the image encoder that get no gradient, since the VLM takes states from before them."""
+    vision_tower = _find_vision_tower(model)
+    children = {} if vision_tower is None else dict(vision_tower.named_children())
+    # CLIP's and SigLIP's states of all patches are taken, never SigLIP's attention pooling of them.
+    untrained = [children["head"]] if "head" in children else []
     feature_layers = getattr(model.config.vlm_config, "vision_feature_layer", None)
-    vision_tower = model.vlm.base_model.get_encoder(modality="image")
-    if feature_layers is None or not hasattr(vision_tower, "encoder"):
-        return []
-    layers = vision_tower.encoder.layers
+    if feature_layers is None or "encoder" not in children:
+        return untrained
+    # VLMs like LLaVA take the states of one layer, or of some.
+    layers = next(child for child in children["encoder"].children() if isinstance(child, nn.ModuleList))
     feature_layers = [feature_layers] if isinstance(feature_layers, int) else feature_layers
     # Index 0 of the hidden states is the input of the first layer.
     num_used = max(layer if layer >= 0 else len(layers) + 1 + layer for layer in feature_layers)
-    untrained = list(layers[num_used:])
-    # CLIP's last hidden state is the one before its last norm, SigLIP's the one after it.
-    if untrained or vision_tower.config.model_type == "clip_vision_model":
-        untrained.append(vision_tower.post_layernorm)
-    return untrained + [child for name, child in vision_tower.named_children() if name == "head"]
+    unused_layers = list(layers[num_used:])
+    # Even the last layer's states are those before CLIP's and SigLIP's last norm, but behind InternVL's.
+    names = ("post_layernorm", "layernorm") if unused_layers else ("post_layernorm",)
+    return untrained + unused_layers + [children[name] for name in names if name in children]
 
 
 def merge_lora(model: LisaForConditionalGeneration | PeftModel) -> LisaForConditionalGeneration:
@@ -149,7 +183,7 @@ def merge_lora(model: LisaForConditionalGeneration | PeftModel) -> LisaForCondit
 def parameter_parts(model: LisaForConditionalGeneration | PeftModel) -> dict[str, list[str]]:
     """Return the parts of each parameter by its name: `["lora"]`, or those of [`find_parts`] that contain it.
 
-    The input embeddings belong to two parts, and the mask model's prompt encoder to none.
+    The input embeddings belong to two parts, and what never trains, such as the mask model's prompt encoder, to none.
     """
     parts = find_parts(model.get_base_model() if isinstance(model, PeftModel) else model)
     parts_of = {}

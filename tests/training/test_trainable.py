@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from fixtures.tiny_models import SIDE, llava_config, make_model, qwen2_5_vl_sam, sam_config, text_config, vision_config
 from fixtures.tiny_training import Items, build_model, collate, copy_state
 from peft import PeftModel
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
+from lisa_hf import LisaConfig, LisaForConditionalGeneration
 from lisa_hf.evaluation.predict import cut_prompts
 from lisa_hf.training.arguments import TRAINABLE_PARTS, LisaTrainingArguments
 from lisa_hf.training.trainable import find_parts, merge_lora, prepare_for_training, trainable_summary
@@ -145,7 +147,7 @@ def test_heads_without_a_loss_are_frozen(lora_r, tiny):
 def test_errors(tiny):
     with pytest.raises(ValueError, match="expected no language_model with LoRA, got it with lora_r 4.*lora_r 0"):
         prepare_for_training(tiny[0], ["language_model"], lora_r=4)
-    with pytest.raises(ValueError, match="expected layers of the language model, got query"):
+    with pytest.raises(ValueError, match="expected layers of the language model, which are q_proj, .*, got query"):
         prepare_for_training(tiny[0], ["seg_projector"], lora_r=4, lora_target_modules=["query"])
 
 
@@ -160,6 +162,137 @@ def test_a_vision_tower_trains_as_far_as_it_is_used(lora_r):
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad and "vision_tower" in name}
     assert any("layers.0." in name for name in trained) and any("patch_embedding" in name for name in trained)
     assert not any("layers.1." in name or "post_layernorm" in name for name in trained)
+
+
+def vlm_config(vlm: dict) -> LisaConfig:
+    """The configuration of a LISA of this VLM; `[SEG]` is 50."""
+    mask_config = AutoConfig.for_model(**sam_config())
+    return LisaConfig(vlm_config=AutoConfig.for_model(**vlm), mask_config=mask_config, seg_token_id=50)
+
+
+SIGLIP = vision_config("siglip_vision_model")
+TEXT = {"vocab_size": 128, "pad_token_id": 0}
+# Name: a VLM of 128 tokens, of which 120 is the image's; image tokens; what is not used of its vision tower.
+VISION_TOWERS = {
+    "llava-siglip": (
+        {
+            **llava_config(vision=SIGLIP, text=TEXT),
+            "image_token_index": 120,
+            "vision_feature_select_strategy": "full",
+        },
+        *(16, ("head.", "post_layernorm.")),
+    ),
+    "internvl": (
+        {
+            "model_type": "internvl",
+            "image_token_id": 120,
+            "vision_config": vision_config("internvl_vision", image_size=[32, 32], patch_size=[8, 8]),
+            "text_config": text_config(model_type="llama", **TEXT),
+        },
+        *(4, ()),
+    ),
+    "internvl before its last layer": (
+        {
+            "model_type": "internvl",
+            "image_token_id": 120,
+            "vision_feature_layer": -2,
+            "vision_config": vision_config(
+                "internvl_vision", image_size=[32, 32], patch_size=[8, 8], use_mean_pooling=False
+            ),
+            "text_config": text_config(model_type="llama", **TEXT),
+        },
+        *(4, ("encoder.layer.1.", "layernorm.")),
+    ),
+    "gemma3": (
+        {
+            "model_type": "gemma3",
+            "image_token_index": 120,
+            "mm_tokens_per_image": 4,
+            "vision_config": SIGLIP,
+            "text_config": text_config(model_type="gemma3_text", head_dim=16, query_pre_attn_scalar=16, **TEXT),
+        },
+        *(4, ("head.",)),
+    ),
+}
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.parametrize("name", VISION_TOWERS)
+def test_what_a_vision_tower_has_beyond_its_features_is_frozen(name, lora_r):
+    """Whatever trains has a gradient, and no more is frozen than what has none."""
+    vlm, num_tokens, unused = VISION_TOWERS[name]
+    model = prepare_for_training(
+        make_model(vlm_config(vlm)), ["seg_projector", "vision_tower", "multi_modal_projector"], lora_r
+    ).train()
+    ids = torch.tensor([[1, *[120] * num_tokens, 7, 9, 50, 2]])
+    size = torch.tensor([[SIDE, SIDE]])
+    model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=torch.where(torch.arange(ids.shape[1]) > num_tokens + 2, ids, -100),
+        token_type_ids=(ids == 120).long() if vlm["model_type"] == "gemma3" else None,
+        pixel_values=torch.randn(1, 3, 32, 32),
+        image_indices=torch.tensor([0]),
+        mask_pixel_values=torch.randn(1, 3, SIDE, SIDE),
+        original_sizes=size,
+        reshaped_input_sizes=size,
+        mask_labels=[torch.ones(1, SIDE, SIDE)],
+    ).loss.backward()
+    assert [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None] == []
+    tower = {
+        path.split("vision_tower.")[1].replace("modules_to_save.default.", ""): weight.requires_grad
+        for path, weight in model.named_parameters()
+        if "vision_tower." in path and ".original_module." not in path
+    }
+    frozen = {path for path, trains in tower.items() if not trains}
+    assert frozen == {path for path in tower if path.startswith(unused)}
+    assert all(any(path.startswith(module) for path in tower) for module in unused)
+
+
+LAYERS = {"num_hidden_layers": 1}
+VISION_LAYERS = {"vision_config": {"depth": 1}, "text_config": LAYERS}
+# VLM: its configuration, its vision tower, and its projector.
+PARTS_OF_VLMS = {
+    "qwen2_vl": (VISION_LAYERS, ["visual"], ["visual.merger"]),
+    "qwen3_vl": (VISION_LAYERS, ["visual"], ["visual.merger", "visual.deepstack_merger_list"]),
+    "emu3": ({"text_config": LAYERS, "vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}}, [], []),
+    "chameleon": ({**LAYERS, "vocabulary_map": {"<image>": 5}}, [], []),
+    "gemma4_unified": ({"text_config": LAYERS, "vision_config": {}}, [], ["embed_vision"]),
+    "janus": ({"text_config": LAYERS, "vision_config": LAYERS}, ["vision_model"], ["aligner"]),
+    "qwen2_5_omni_thinker": (
+        {**VISION_LAYERS, "audio_config": {"encoder_layers": 1}},
+        *(["visual"], ["visual.merger"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", PARTS_OF_VLMS)
+def test_parts_of_vlms(model_type):
+    """None is the language model by mistake, nor hears sound or makes images. What a VLM lacks is refused."""
+    fields, vision_tower, projector = PARTS_OF_VLMS[model_type]
+    with torch.device("meta"):
+        model = LisaForConditionalGeneration(vlm_config({"model_type": model_type, **fields}))
+    parts = find_parts(model)
+    assert [path.removeprefix("vlm.model.") for path in parts["vision_tower"]] == vision_tower
+    assert [path.removeprefix("vlm.model.") for path in parts["multi_modal_projector"]] == projector
+    for part, paths in (("vision_tower", vision_tower), ("multi_modal_projector", projector)):
+        if paths:
+            prepare_for_training(model, [part], lora_r=0)
+            trained = {path for path, weight in model.named_parameters() if weight.requires_grad}
+            assert trained and all(path.startswith(tuple(parts[part])) for path in trained)
+        else:
+            with pytest.raises(ValueError, match=f"trainable: expected parts of .*, got {part}. Remove what it"):
+                prepare_for_training(model, [part], lora_r=0)
+
+
+def test_a_projector_inside_the_vision_tower_trains_with_it():
+    model = qwen2_5_vl_sam()
+    model = prepare_for_training(model, ["vision_tower", "multi_modal_projector"], lora_r=4)
+    assert all(
+        weight.requires_grad
+        for path, weight in model.named_parameters()
+        if ".visual." in path and ".original_module." not in path
+    )
 
 
 def test_everything_trains_in_full():
