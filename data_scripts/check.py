@@ -42,6 +42,7 @@ class Report:
         num_images: Number of distinct image files in the rows.
         missing_images: Paths of the image files that do not exist or are empty.
         errors: Why the source cannot be opened: one line, or one line for each of its first bad records.
+        remarks: What was decided or left out while its rows were made.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Report:
     num_images: int = 0
     missing_images: list[str] = dataclasses.field(default_factory=list)
     errors: list[str] = dataclasses.field(default_factory=list)
+    remarks: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def is_ready(self) -> bool:
@@ -60,6 +62,7 @@ class Report:
         published = PUBLISHED_ROWS.get(self.builder, {})
         lines = [("source", inspect.getdoc(builder).splitlines()[0])]
         lines += [("error", error) for error in self.errors]
+        lines += [("note", remark) for remark in self.remarks]
         for split, found in self.num_rows.items():
             expected = f", {published[split]} published" if split in published else ""
             lines.append((split, f"{found} rows{expected}"))
@@ -89,6 +92,7 @@ def check_source(name: str, data_dir: str | None = None, split: str | None = Non
         report.errors = _bad_records(name, data_dir, split, options) or [str(error).splitlines()[0]]
         return report
     splits = loaded if isinstance(loaded, DatasetDict) else {split: loaded}
+    report.remarks = make_builder(name, data_dir, split, **options).remarks()
     report.num_rows = {split: len(rows) for split, rows in splits.items()}
     paths = sorted({path for rows in splits.values() for path in image_paths(rows) if path})
     report.num_images = len(paths)

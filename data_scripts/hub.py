@@ -11,19 +11,18 @@ used unchanged.
 
 import dataclasses
 import glob
-import io
 import os
 from collections.abc import Iterator
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import datasets
-from datasets.utils.file_utils import xopen
 
 from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import FEATURES, make_row
 
-from .own_data import OwnData, OwnDataConfig, read_mask
-from .source import encode_segmentation, errors_naming, is_inside, read_image_size
+from .orientation import read_orientation
+from .own_data import OwnData, OwnDataConfig, open_file, read_mask
+from .source import encode_segmentation, errors_naming, is_inside
 
 
 # What a path inside of an archive may begin with: zip://photos/a.jpg::photos.zip
@@ -127,17 +126,18 @@ class Hub(OwnData):
                 return self._make_row(image, name, task="vqa", messages=row[config.messages_column])
             phrases, mask = row[config.phrases_column], row[config.mask_column]
             if "counts" in mask:
-                with _open_file(image) as file:
-                    rle = encode_segmentation(mask, *read_image_size(file))
+                with open_file(image) as file:
+                    _, size = self.find_space(*read_orientation(file), mask["size"])
+                rle = encode_segmentation(mask, *size)
             else:
-                with _open_file(self._find_file(mask)) as file:
+                with open_file(self._find_file(mask)) as file:
                     rle = encode_mask(read_mask(file))
             target = {"phrases": [phrases] if isinstance(phrases, str) else phrases, "rle": rle}
             return self._make_row(image, name, config.task, targets=[target], is_sentence=config.is_sentence)
 
     def _make_row(self, image: dict[str, Any], name: str, task: str, **columns: Any) -> dict[str, Any]:
         # Prefer the content to the path, which may be one inside an archive.
-        return make_row(image["bytes"] or image["path"], name, self.source, task, **columns)
+        return self.turn_upright(make_row(image["bytes"] or image["path"], name, self.source, task, **columns))
 
     def _find_file(self, image: dict[str, Any]) -> dict[str, Any]:
         """Return an image whose path, if it has no content, is one that the author of the rows may name.
@@ -173,7 +173,3 @@ class Hub(OwnData):
         # Without `dirname`, which `datasets` replaces in modules of builders: its own drops the last directory.
         own = path if os.path.isdir(path) else path.partition("*")[0].rpartition(os.sep)[0]
         return list(dict.fromkeys([*filter(None, [self.config.data_dir]), *([own] if os.path.isdir(own) else [])]))
-
-
-def _open_file(image: dict[str, Any]) -> IO[bytes]:
-    return io.BytesIO(image["bytes"]) if image["bytes"] else xopen(image["path"], "rb")

@@ -10,26 +10,36 @@ sources has a single split. For another split, add a source with other files, fo
 """
 
 import dataclasses
+import functools
+import io
+import itertools
 import json
 import os
+from collections.abc import Sequence
+from typing import IO, Any, get_args
 
 import numpy as np
 import PIL.Image
+from datasets.utils.file_utils import xopen
 
 from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder, CocoConfig, make_instances_row, read_instances
+from .orientation import Size, Space, count_spaces, decide_space, fitting_spaces, read_orientation, turn_mask
 from .source import (
     SourceBuilder,
     SourceConfig,
     encode_segmentation,
     errors_naming,
     join_inside,
-    read_image_size,
     read_json,
     read_text,
+    write_json,
 )
+
+
+ORIENTATION = "orientation.json"
 
 
 @dataclasses.dataclass
@@ -38,15 +48,91 @@ class OwnDataConfig(SourceConfig):
 
     Args:
         split: Name of its only split.
+        orientation: Whether annotations of photos with an EXIF orientation are in the pixels as stored ("stored") or
+            as viewers turn them ("display"). By default, and where only one fits, the sizes decide.
     """
 
     split: str = "train"
+    orientation: Space | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.orientation not in (None, *get_args(Space)):
+            raise ValueError(f"orientation: expected 'stored' or 'display', got {self.orientation!r}.")
 
 
 class OwnData(SourceBuilder):
-    """Base of the builders that find their files by options."""
+    """Base of the builders that find their files by options, and turn masks with their photos."""
 
     BUILDER_CONFIG_CLASS = OwnDataConfig
+
+    def annotated_size(self, record: Any) -> tuple[str, Size | None]:
+        """Return the path of a record's image, and the height and width of its annotation, or None if it says none.
+
+        Raises:
+            Exception: Of any kind, if the record is bad.
+        """
+        raise NotImplementedError
+
+    def write_records(self, records, remarks=()):
+        def find_images():
+            for record in itertools.chain.from_iterable(records.values()):
+                try:
+                    yield self.annotated_size(record)
+                except Exception:  # a bad record, which `make_row` reports
+                    continue
+
+        space, found = decide_space(count_spaces(find_images()), self.config.orientation)
+        super().write_records(records, [*remarks, *found])
+        write_json(os.path.join(self.records_dir, ORIENTATION), space)
+
+    @functools.cached_property
+    def space(self) -> Space | None:
+        """Return the space of annotations that fit both, or None if nothing says so."""
+        path = os.path.join(self.records_dir, ORIENTATION)
+        return self.config.orientation or (read_json(path) if os.path.exists(path) else None)
+
+    def find_space(self, orientation: int, sizes: dict[Space, Size], size: Sequence[int] | None) -> tuple[int, Size]:
+        """Return the EXIF orientation by which a mask must be turned, 1 for none, and the size of the annotation.
+
+        Args:
+            orientation: EXIF orientation of the image, from [`read_orientation`].
+            sizes: Height and width of the image by space, from [`read_orientation`].
+            size: Height and width that the annotation says. None if it says none.
+
+        Raises:
+            ValueError: If the annotation fits the photo as stored and as displayed, and nothing says which it is.
+        """
+        spaces = fitting_spaces(size, sizes)
+        if not spaces:
+            raise ValueError(
+                f"expected an annotation of the image's size {sizes['display']} (height, width), got {tuple(size)}. "
+                "Restore the image that was annotated, or remove the annotation."
+            )
+        space = spaces[0] if len(spaces) == 1 else self.space
+        if orientation > 1 and space is None:
+            raise ValueError(
+                f"expected to know how the photo was turned when it was annotated, got the EXIF orientation "
+                f"{orientation} and an annotation that fits it as stored and as displayed. Set `orientation: display` "
+                "if your tool turns photos as viewers do, else `orientation: stored`, and look at a preview."
+            )
+        return (orientation if space == "stored" else 1), sizes[space or "stored"]
+
+    def turn_upright(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Turn the masks of a row as viewers turn its photo. Every later reader sees both upright."""
+        masks = [target["rle"] for target in row["targets"]]
+        if not masks:
+            return row
+        try:
+            with open_file(row["image"]) as image:
+                orientation, sizes = read_orientation(image)
+        except (OSError, ValueError):
+            orientation = 1
+        if orientation == 1:
+            return row  # a missing or broken image, or one of another size, is found where it is decoded
+        turn, _ = self.find_space(orientation, sizes, masks[0]["size"])
+        targets = [target | {"rle": turn_mask(target["rle"], turn)} for target in row["targets"]]
+        return row | {"targets": targets, "ignore": row["ignore"] and turn_mask(row["ignore"], turn)}
 
     def locate(self, data_dir: str | None, option: str) -> str:
         """Return the path in an option.
@@ -102,7 +188,14 @@ class CocoInstances(CocoBuilder, OwnData):
     def make_row(self, record):
         path = self.locate(self.config.data_dir, "annotations")
         directory = self.locate(self.config.data_dir, "images")
-        return make_instances_row(record, path, directory, self.source, phrases_of=lambda name: [name])
+        row = make_instances_row(record, path, directory, self.source, phrases_of=lambda name: [name])
+        with errors_naming(f"{path!r}, image {record['image']['id']}"):
+            return self.turn_upright(row)
+
+    def annotated_size(self, record):
+        image = record["image"]
+        path = join_inside(self.locate(self.config.data_dir, "images"), image["file_name"])
+        return path, (image["height"], image["width"])
 
 
 @dataclasses.dataclass
@@ -144,14 +237,26 @@ class LabelMe(OwnData):
             # The path is that on the annotator's machine.
             name = annotation["imagePath"].replace("\\", "/").split("/")[-1]
             image = join_inside(directory, name)
-            height, width = read_image_size(image)
+            _, (height, width) = self.find_space(*read_orientation(image), _declared_size(annotation))
             targets = [
                 {"phrases": [shape["label"]], "rle": encode_segmentation([_outline(shape)], height, width)}
                 for shape in annotation["shapes"]
             ]
             if not targets:
                 return None
-            return make_row(image, os.path.splitext(name)[0], self.source, "semantic", targets)
+            return self.turn_upright(make_row(image, os.path.splitext(name)[0], self.source, "semantic", targets))
+
+    def annotated_size(self, record):
+        annotation = read_json(record)
+        directory = self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
+        name = annotation["imagePath"].replace("\\", "/").split("/")[-1]
+        return join_inside(directory, name), _declared_size(annotation)
+
+
+def _declared_size(annotation: dict) -> Size | None:
+    """Return the height and width that a LabelMe file says, or None if it does not."""
+    size = annotation.get("imageHeight"), annotation.get("imageWidth")
+    return size if all(size) else None
 
 
 def _outline(shape: dict) -> list[float]:
@@ -209,10 +314,11 @@ class ImageFolder(OwnData):
             phrases = record["question" if is_sentence else "phrase"]
             image = join_inside(self.locate(data_dir, "images"), record["image"])
             mask = read_mask(join_inside(self.locate(data_dir, "masks"), record["mask"]))
-            size = read_image_size(image)
-            if mask.shape != size:
+            _, sizes = read_orientation(image)
+            if mask.shape not in sizes.values():
+                size = sizes["display"]
                 raise ValueError(f"expected a mask of the image's size {size} (height, width), got {mask.shape}.")
-            return make_row(
+            row = make_row(
                 image=image,
                 image_id=record["image"],
                 source=self.source,
@@ -221,6 +327,18 @@ class ImageFolder(OwnData):
                 is_sentence=is_sentence,
                 explanation=record.get("explanation"),
             )
+            return self.turn_upright(row)
+
+    def annotated_size(self, record):
+        line = json.loads(record[1])
+        data_dir = self.config.data_dir
+        with PIL.Image.open(join_inside(self.locate(data_dir, "masks"), line["mask"])) as mask:
+            return join_inside(self.locate(data_dir, "images"), line["image"]), (mask.height, mask.width)
+
+
+def open_file(image: dict[str, Any]) -> IO[bytes]:
+    """Open the file of an undecoded image, also of an archive or a server."""
+    return io.BytesIO(image["bytes"]) if image["bytes"] else xopen(image["path"], "rb")
 
 
 def read_mask(file) -> np.ndarray:

@@ -15,13 +15,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-import PIL.Image
 from filelock import FileLock
 from pycocotools import mask as coco_mask
 
 from lisa_hf.data import masks, rows
 from lisa_hf.data.masks import Mask
 from lisa_hf.data.rows import FEATURES, OnBadRow, check_on_bad_row
+
+from .orientation import read_orientation
 
 
 logger = logging.getLogger(__name__)
@@ -249,7 +250,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
     def _fingerprint(self, data_dir: str | None) -> str:
         digest = hashlib.sha256(type(self).__name__.encode())
         builders = [base for base in type(self).__mro__ if issubclass(base, SourceBuilder)]
-        for module in dict.fromkeys([*map(inspect.getmodule, builders), masks, rows]):
+        for module in dict.fromkeys([*map(inspect.getmodule, [*builders, read_orientation]), masks, rows]):
             digest.update(inspect.getsource(module).encode())
         for path in self.annotation_files(data_dir):
             status = os.stat(path)
@@ -327,13 +328,7 @@ def is_inside(path: str, directory: str) -> bool:
 
 def read_image_size(path: str) -> tuple[int, int]:
     """Read the height and width in pixels of an upright image, by its EXIF orientation, from the file's header."""
-    try:
-        with PIL.Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) >= 5
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"The image {path!r} cannot be read: {error}. Download it again, or remove it.") from error
-    return (width, height) if turned else (height, width)
+    return read_orientation(path)[1]["display"]
 
 
 def encode_segmentation(segmentation: dict | list, height: int, width: int) -> dict[str, Any]:

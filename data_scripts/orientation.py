@@ -1,0 +1,97 @@
+"""Photos with an EXIF orientation: whether their annotations are in the pixels as stored, or as displayed.
+
+Phones store what the sensor saw, and how viewers must turn it. So does `lisa_hf.model.images`; some annotation tools
+draw on the turned photo and some on the stored pixels. The size of an annotation tells, unless both sizes are equal.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, Literal
+
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+
+from lisa_hf.data.masks import decode_mask, encode_mask
+from lisa_hf.model.images import raise_unreadable
+
+
+Space = Literal["stored", "display"]
+Size = tuple[int, int]
+
+# By EXIF orientation: how the stored pixels (H, W) become those that are displayed.
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda stored: np.rot90(stored, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: np.rot90(stored, 2).T,
+    8: np.rot90,
+}
+
+
+def read_orientation(file: str | IO[bytes]) -> tuple[int, dict[Space, Size]]:
+    """Read the EXIF orientation of an image from its header, and its height and width as stored and as displayed."""
+    try:
+        with raise_unreadable(), PIL.Image.open(file) as image:
+            width, height = image.size
+            orientation = image.getexif().get(PIL.ExifTags.Base.Orientation)
+    except ValueError as error:
+        raise ValueError(f"The image {file!r} cannot be read: {error}. Download it again, or remove it.") from error
+    orientation = orientation if orientation in TURNS else 1
+    stored = (height, width)
+    return orientation, {"stored": stored, "display": stored[::-1] if orientation >= 5 else stored}
+
+
+def turn_mask(rle: dict[str, Any], orientation: int) -> dict[str, Any]:
+    """Turn a mask of the stored pixels as viewers turn the photo."""
+    return encode_mask(TURNS[orientation](decode_mask(rle))) if orientation in TURNS else rle
+
+
+def fitting_spaces(size: Size | None, sizes: dict[Space, Size]) -> tuple[Space, ...]:
+    """Return the spaces in which an image has the size of its annotation; both if that is unknown."""
+    return tuple(space for space, found in sizes.items() if size is None or tuple(size) == found)
+
+
+def count_spaces(images: Iterable[tuple[str, Size | None]]) -> Counter[tuple[Space, ...]]:
+    """Count the spaces that fit the annotations of photos with an EXIF orientation.
+
+    Args:
+        images: Paths of images and the sizes of their annotations. Images that cannot be read do not count.
+    """
+
+    def find(image: tuple[str, Size | None]) -> tuple[Space, ...] | None:
+        path, size = image
+        try:
+            orientation, sizes = read_orientation(path)
+        except ValueError:
+            return None
+        return fitting_spaces(size, sizes) if orientation > 1 else None
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return Counter(spaces for spaces in pool.map(find, images) if spaces)
+
+
+def decide_space(counts: Counter[tuple[Space, ...]], option: Space | None) -> tuple[Space | None, list[str]]:
+    """Decide in which space the annotations are that fit both.
+
+    Args:
+        counts: Result of [`count_spaces`].
+        option: What the user says.
+
+    Returns:
+        The space of the others if they agree, `option` before that, or None; and remarks for the user.
+    """
+    stored, displayed, both = counts["stored",], counts["display",], counts["stored", "display"]
+    agreed = None if bool(stored) == bool(displayed) else "stored" if stored else "display"
+    space = option or agreed
+    if not counts.total():
+        return space, []
+    remark = f"{counts.total()} photos have an EXIF orientation: "
+    remark += f"by their sizes, {stored} are annotated as stored and {displayed} as displayed"
+    if both:
+        by = "the option `orientation`" if option else "the others"
+        remark += f"; {both} fit both, " + (f"taken as {space!r} by {by}" if space else "which is not decided")
+    return space, [remark]
