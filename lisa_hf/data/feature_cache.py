@@ -27,6 +27,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Subset
 from tqdm import tqdm
 from transformers import TrainingArguments
@@ -34,16 +35,17 @@ from transformers import TrainingArguments
 from ..files import atomic_file
 from ..model.mask_backbone import encode_images
 from ..model.processing_lisa import ImageInputs, LisaProcessor
-from ..model.vlm_backbone import image_encoder, vision_inputs_of
+from ..model.vlm_backbone import encode_images_apart, image_encoder, sizes_per_image, vision_inputs_of
 from .images import load_row_image, read_file, undecoded
 
 
 logger = logging.getLogger(__name__)
 
 EMBEDDINGS, VISION_FEATURES = "image_embeddings", "vision_features"  # arguments of the model's forward
-# What the model and its texts need to know of an image whose pixels are replaced by features.
-KNOWN_INPUTS = ("original_sizes", "reshaped_input_sizes", "image_grid_thw")
-FORMAT = b"2"  # of an entry; another one has another directory
+# What the model needs to know of an image whose pixels are replaced by features, beside the VLM's sizes and grids.
+KNOWN_INPUTS = ("original_sizes", "reshaped_input_sizes")
+VLM_SIZES = "vlm_sizes"
+FORMAT = b"3"  # of an entry; another one has another directory
 
 
 class FeatureCache:
@@ -79,7 +81,8 @@ class FeatureCache:
     def load(self, file: bytes) -> dict[str, Any] | None:
         """Return the entry of an image file, or None if there is none or it is damaged.
 
-        An entry has features and `KNOWN_INPUTS` (tensors of one image), `image_text` and `type_id_names`.
+        An entry has features, `KNOWN_INPUTS` and the VLM's sizes (tensors of one image), `image_text` and
+        `type_id_names`. Its `vision_features` are nested fields with names of tensors.
         """
         try:
             with safe_open(self.path(file), framework="pt") as entry:
@@ -145,7 +148,9 @@ class FeatureCache:
                 "feature_cache out."
             )
         self.feature_names = list(encoders)
-        self.directory = self.root / _fingerprint(encoders, [processor.to_dict(), self.min_decoded_edge])
+        self.directory = self.root / _fingerprint(
+            encoders, [processor.to_dict(), self.min_decoded_edge, _vision_settings(model.config.vlm_config)]
+        )
         model.to(args.device)
         was_training = model.training
         model.eval()
@@ -216,19 +221,19 @@ class FeatureCache:
             embeddings = encode_images(model.mask_model, inputs["mask_pixel_values"].to(model.mask_model.dtype))
             for index in range(num_images):
                 tensors[index] |= dict(_flatten(EMBEDDINGS, embeddings, index))
-        if VISION_FEATURES in self.feature_names:
-            vision_inputs = vision_inputs_of(model.vlm, inputs)
-            output = image_encoder(model.vlm).get_image_features(**vision_inputs, return_dict=True).pooler_output
-            if isinstance(output, torch.Tensor):  # [crops, tokens, C] of all images
-                # An image has as many crops as its image tokens have features.
-                ids = processor.tokenizer(image_inputs.image_texts, add_special_tokens=False)["input_ids"]
-                num_tokens = [row.count(model.vlm.config.image_token_id) for row in ids]
-                output = output.split([number * len(output) // sum(num_tokens) for number in num_tokens])
-            for index, features in enumerate(output):
-                tensors[index][VISION_FEATURES] = features
         texts = [
             {"image_text": text, "type_id_names": image_inputs.type_id_names} for text in image_inputs.image_texts
         ]
+        if VISION_FEATURES in self.feature_names:
+            ids = processor.tokenizer(image_inputs.image_texts, add_special_tokens=False)["input_ids"]
+            ids = pad_sequence(list(map(torch.tensor, ids)), batch_first=True, padding_value=-1).to(model.device)
+            vision_inputs = vision_inputs_of(model.vlm, inputs)
+            indices = torch.arange(num_images, device=model.device)
+            for name, sizes in sizes_per_image(model.vlm, vision_inputs, ids, indices, num_images).items():
+                for entry, size in zip(tensors, sizes, strict=True):
+                    entry[f"{VLM_SIZES}.{name}"] = size
+            for entry, text, fields in zip(tensors, texts, encode_images_apart(model.vlm, ids, vision_inputs)):
+                text[VISION_FEATURES] = _name_tensors(fields, entry)
         # Copies, because safetensors saves no tensors that share memory.
         return [
             {
@@ -283,9 +288,13 @@ def join_entries(entries: list[dict[str, Any]]) -> ImageInputs:
     if any(name.startswith(EMBEDDINGS) for name in entries[0]):
         features[EMBEDDINGS] = _stack(entries, EMBEDDINGS)
     if VISION_FEATURES in entries[0]:
-        features[VISION_FEATURES] = [entry[VISION_FEATURES] for entry in entries]
+        features[VISION_FEATURES] = [_find_tensors(entry[VISION_FEATURES], entry) for entry in entries]
+    inputs = {name: torch.stack([entry[name] for entry in entries]) for name in KNOWN_INPUTS}
+    for name in entries[0]:
+        if name.startswith(f"{VLM_SIZES}."):
+            inputs[name.removeprefix(f"{VLM_SIZES}.")] = torch.cat([entry[name] for entry in entries])
     return ImageInputs(
-        inputs={name: torch.stack([entry[name] for entry in entries]) for name in KNOWN_INPUTS if name in entries[0]},
+        inputs=inputs,
         image_texts=[entry["image_text"] for entry in entries],
         type_id_names=entries[0]["type_id_names"],
         cached_features=features,
@@ -294,17 +303,31 @@ def join_entries(entries: list[dict[str, Any]]) -> ImageInputs:
 
 def _frozen_encoders(model: nn.Module) -> dict[str, list[nn.Module]]:
     """Return the modules of each frozen encoder, by the feature that they compute."""
-    backbone = model.vlm.base_model
+    backbone = image_encoder(model.vlm)
     language_model = backbone.get_decoder()
-    encoders = {EMBEDDINGS: [model.mask_model.vision_encoder]}
-    # Qwen3-VL's features also enter the language model's layers, which an entry does not hold.
-    if model.config.vlm_config.model_type != "qwen3_vl":
-        encoders[VISION_FEATURES] = [child for child in backbone.children() if child is not language_model]
+    vision = [child for child in backbone.children() if language_model not in set(child.modules())]
+    # Parameters of the backbone itself, such as LLaVA-NeXT's `image_newline`, are in the features too.
+    vision.append(nn.ParameterList(backbone.parameters(recurse=False)))
+    encoders = {EMBEDDINGS: [model.mask_model.vision_encoder], VISION_FEATURES: vision}
     return {
         name: modules
         for name, modules in encoders.items()
         if not any(parameter.requires_grad for module in modules for parameter in module.parameters())
     }
+
+
+def _vision_settings(config) -> dict:
+    """Return what a VLM's configuration says beside its language model, such as `vision_feature_layer`."""
+
+    def without_places(fields: dict) -> dict:
+        # Where a configuration was loaded from, and by what, changes no feature.
+        return {
+            name: without_places(value) if isinstance(value, dict) else value
+            for name, value in fields.items()
+            if name not in ("text_config", "_name_or_path", "transformers_version", "dtype")
+        }
+
+    return without_places(config.to_dict())
 
 
 def _fingerprint(encoders: dict[str, list[nn.Module]], preprocessing: list) -> str:
@@ -318,6 +341,28 @@ def _fingerprint(encoders: dict[str, list[nn.Module]], preprocessing: list) -> s
                 digest.update(f"{key} {tensor.dtype}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def _name_tensors(fields, entry: dict[str, torch.Tensor]):
+    """Put the tensors of nested fields into an entry and return the fields with names in their places."""
+    if isinstance(fields, torch.Tensor):
+        name = f"{VISION_FEATURES}.{len(entry)}"
+        entry[name] = fields
+        return name
+    if isinstance(fields, dict):
+        return {key: _name_tensors(value, entry) for key, value in fields.items()}
+    if isinstance(fields, (list, tuple)):
+        return [_name_tensors(value, entry) for value in fields]
+    return fields
+
+
+def _find_tensors(fields, entry: dict[str, Any]):
+    """Undo [`_name_tensors`]."""
+    if isinstance(fields, str):
+        return entry[fields]
+    if isinstance(fields, dict):
+        return {key: _find_tensors(value, entry) for key, value in fields.items()}
+    return [_find_tensors(value, entry) for value in fields] if isinstance(fields, list) else fields
 
 
 def _flatten(name: str, embeddings, index: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -62,7 +62,7 @@ class LisaGenerationMixin:
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_indices: torch.Tensor | None = None,
-        vision_features: list[torch.Tensor] | None = None,
+        vision_features: list[torch.Tensor | dict] | None = None,
         mask_pixel_values: torch.Tensor | None = None,
         image_embeddings: torch.Tensor | list | None = None,
         original_sizes: torch.Tensor | None = None,

@@ -257,7 +257,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_indices: torch.Tensor | None = None,
-        vision_features: list[torch.Tensor] | None = None,
+        vision_features: list[torch.Tensor | dict] | None = None,
         mask_pixel_values: torch.Tensor | None = None,
         image_embeddings: torch.Tensor | list | None = None,
         labels: torch.Tensor | None = None,
@@ -280,8 +280,9 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             pixel_values: The VLM's vision input, one entry per *image*, as its own processor makes it. Its other
                 vision inputs (`image_grid_thw`, ...) and its text inputs (`token_type_ids`, ...) go into `kwargs`.
             image_indices: The image of each row, `(N,)` int64; by default row n is about image n.
-            vision_features: Output of the VLM's `get_image_features` that replaces its vision inputs: B tensors
-                `(tokens_b, hidden_size)`, or `(crops_b, tokens, hidden_size)` if it gives all images in one tensor.
+            vision_features: Outputs of the VLM's `get_image_features` that replace its vision inputs, B in all: dicts
+                of fields, see [`encode_images_apart`], or tensors `(tokens_b, hidden_size)`, or
+                `(crops_b, tokens, hidden_size)` if it gives all images in one tensor.
             mask_pixel_values: The mask model's input, `(B, 3, S, S)` float.
             image_embeddings: Output of [`encode_images`] that replaces `mask_pixel_values`.
             labels: Token ids in the answers, -100 elsewhere, `(N, L)` int64.

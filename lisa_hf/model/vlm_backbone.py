@@ -90,29 +90,41 @@ def split_vision_inputs(
     Returns:
         Vision inputs and text inputs, both without values of None.
     """
-    accepted = {name for model in (vlm, vlm.base_model) for name in inspect.signature(model.forward).parameters}
     vision = vision_inputs_of(vlm, kwargs)
     text = {name: value for name, value in kwargs.items() if name not in vision and value is not None}
-    for name, value in vision.items():
-        # Sizes and grids, which are integers, also go to the rows: M-RoPE computes a row's positions from its image's.
-        is_size = isinstance(value, torch.Tensor) and not value.is_floating_point() and "pixel" not in name
-        if not (is_size and value.dim() and name in accepted):
-            continue
-        if len(value) == num_images:
-            text[name] = value[image_indices]
-            continue
-        num_crops = _crops_per_image(vlm, input_ids, image_indices, num_images)
-        if sum(num_crops) == len(value):
-            crops = value.split(num_crops)
-            text[name] = torch.cat([crops[index] for index in image_indices.tolist()])
+    for name, per_image in sizes_per_image(vlm, vision, input_ids, image_indices, num_images).items():
+        text[name] = torch.cat([per_image[index] for index in image_indices.tolist()])
     return vision, text
 
 
-def _crops_per_image(vlm: nn.Module, input_ids, image_indices, num_images: int) -> list[int]:
-    """Return the number of crops of each image: each crop has its own run of image tokens in a row."""
-    is_image = (input_ids == vlm.config.image_token_id).long()  # [N, L]
-    num_runs = (F.pad(is_image, (1, 0)).diff(dim=1) == 1).sum(1)  # [N]
-    return num_runs.new_zeros(num_images).scatter_(0, image_indices, num_runs).tolist()
+def sizes_per_image(
+    vlm: nn.Module, vision_inputs: dict, input_ids: torch.Tensor, image_indices: torch.Tensor, num_images: int
+) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Return the sizes and grids that a VLM's rows need of their images, from which M-RoPE computes positions.
+
+    Args:
+        vision_inputs: Arguments of `get_image_features`. Sizes are those integers that `forward` takes as well.
+        input_ids, image_indices, num_images: See [`split_vision_inputs`].
+
+    Returns:
+        Of each input, B tensors: the entries of each image, one or one per crop.
+    """
+    accepted = {name for model in (vlm, vlm.base_model) for name in inspect.signature(model.forward).parameters}
+    sizes = {}
+    for name, value in vision_inputs.items():
+        is_size = isinstance(value, torch.Tensor) and value.dim() > 0 and not value.is_floating_point()
+        if not is_size or name not in accepted or "pixel" in name:
+            continue
+        if len(value) == num_images:
+            sizes[name] = value.split(1)
+            continue
+        # Each crop has its own run of image tokens in a row.
+        is_image = (input_ids == vlm.config.image_token_id).long()  # [N, L]
+        num_runs = (F.pad(is_image, (1, 0)).diff(dim=1) == 1).sum(1)  # [N]
+        num_crops = num_runs.new_zeros(num_images).scatter_(0, image_indices, num_runs).tolist()
+        if sum(num_crops) == len(value):
+            sizes[name] = value.split(num_crops)
+    return sizes
 
 
 def encode_vlm_images(
@@ -121,7 +133,7 @@ def encode_vlm_images(
     image_indices: torch.Tensor,
     num_images: int,
     vision_inputs: dict,
-    vision_features: list[torch.Tensor] | None = None,
+    vision_features: list[torch.Tensor | dict] | None = None,
 ) -> dict:
     """Run the VLM's vision tower once per image and repeat the features for each row about the image.
 
@@ -130,8 +142,9 @@ def encode_vlm_images(
         image_indices: The image of each row, `(N,)` int64.
         num_images: The number of images, B.
         vision_inputs: Arguments of the VLM's `get_image_features`, for B images.
-        vision_features: Output of `get_image_features` that replaces `vision_inputs`, one tensor per image:
-            `(tokens, hidden_size)` for a VLM that gives a list of them, else `(crops, tokens, hidden_size)`.
+        vision_features: Outputs of `get_image_features` that replace `vision_inputs`, one per image: a dict of its
+            fields, or only its features, `(tokens, hidden_size)` for a VLM that gives a list of them, else
+            `(crops, tokens, hidden_size)`.
 
     Returns:
         The `mm_encoder_outputs` argument of transformers' VLMs.
@@ -141,9 +154,7 @@ def encode_vlm_images(
     """
     # 1. One set of features per image.
     if vision_features is not None:
-        features = [features.to(vlm.dtype) for features in vision_features]
-        is_list = features[0].dim() == 2
-        output = BaseModelOutputWithPooling(pooler_output=features if is_list else torch.cat(features))
+        output = _join_outputs(vision_features, vlm.dtype)
     else:
         output = image_encoder(vlm).get_image_features(**vision_inputs, return_dict=True)
 
@@ -152,7 +163,71 @@ def encode_vlm_images(
     image_lengths = row_lengths.new_zeros(num_images).scatter_(0, image_indices, row_lengths).tolist()
 
     # 3. The output for each row's image.
-    return {"image": map_token_fields(output, lambda field: _repeat_for_rows(field, image_lengths, image_indices))}
+    rows = image_indices.tolist()
+    return {"image": map_token_fields(output, lambda features: _select_images(features, image_lengths, rows))}
+
+
+def encode_images_apart(vlm: nn.Module, input_ids: torch.Tensor, vision_inputs: dict) -> list[torch.Tensor | dict]:
+    """Run the VLM's vision tower once per image and return its output of each image alone.
+
+    Args:
+        input_ids: Token ids of B rows, each about the next image, `(B, L)`.
+        vision_inputs: Arguments of the VLM's `get_image_features`, for B images.
+
+    Returns:
+        B outputs, as `vision_features` of [`encode_vlm_images`].
+    """
+    output = image_encoder(vlm).get_image_features(**vision_inputs, return_dict=True)
+    lengths = (input_ids == vlm.config.image_token_id).sum(1).tolist()
+    per_image = [
+        map_token_fields(output, lambda features, image=image: _select_images(features, lengths, [image]))
+        for image in range(len(lengths))
+    ]
+    outputs = [{name: value for name, value in vars(fields).items() if value is not None} for fields in per_image]
+
+    def features_alone(fields: dict):
+        """Return the features if there is nothing else and their dimensions tell whether the VLM gives a list."""
+        features = fields.get("pooler_output")
+        is_list = isinstance(features, list)
+        features = features[0] if is_list else features
+        return features if len(fields) == 1 and features is not None and (features.dim() == 2) == is_list else fields
+
+    return list(map(features_alone, outputs))
+
+
+def _join_outputs(outputs: list[torch.Tensor | dict], dtype: torch.dtype) -> BaseModelOutputWithPooling:
+    """Return the output of `get_image_features` for B images from that of each, see [`encode_vlm_images`]."""
+
+    def join(values: list):
+        if isinstance(values[0], torch.Tensor):
+            return torch.cat(values).to(dtype)
+        return [part.to(dtype) for value in values for part in value]
+
+    # Features of two dimensions alone are those of a VLM that gives a list of them.
+    outputs = [
+        {"pooler_output": [fields] if fields.dim() == 2 else fields} if isinstance(fields, torch.Tensor) else fields
+        for fields in outputs
+    ]
+    joined = BaseModelOutputWithPooling()
+    for name, first in outputs[0].items():
+        values = [fields[name] for fields in outputs]
+        if name in ("pooler_output", "last_hidden_state"):
+            setattr(joined, name, join(values))
+        elif name == "deepstack_features":  # per layer, of each image
+            layers = [
+                (layer[0][0], join([features for _, features in layer])) if _is_pair(layer[0]) else join(layer)
+                for layer in zip(*values)
+            ]
+            setattr(joined, name, layers)
+        else:  # what is the same for all images, such as Ovis2's features of the tokens around one
+            is_float = isinstance(first, torch.Tensor) and first.is_floating_point()
+            setattr(joined, name, first.to(dtype) if is_float else first)
+    return joined
+
+
+def _is_pair(entry) -> bool:
+    """Return whether an entry of `deepstack_features` is the number of a layer and its features."""
+    return isinstance(entry, (list, tuple)) and isinstance(entry[0], int)
 
 
 def map_token_fields(output: ModelOutput, function) -> ModelOutput:
@@ -172,22 +247,21 @@ def map_token_fields(output: ModelOutput, function) -> ModelOutput:
         if name == features:
             setattr(copied, name, function(value))
         elif name == "deepstack_features":
-            pairs = [isinstance(entry, tuple) and isinstance(entry[0], int) for entry in value]
-            values = [(entry[0], function(entry[1])) if pair else function(entry) for entry, pair in zip(value, pairs)]
+            values = [(entry[0], function(entry[1])) if _is_pair(entry) else function(entry) for entry in value]
             setattr(copied, name, values)
         elif name not in INTERNAL_FIELDS:
             setattr(copied, name, value)
     return copied
 
 
-def _repeat_for_rows(features, image_lengths: list[int], image_indices: torch.Tensor):
-    """Return the features of each row's image.
+def _select_images(features, image_lengths: list[int], images: list[int]):
+    """Return the features of some images, one after the other; an image may be among them more than once.
 
     Args:
         features: Features of all images: a list of tensors `(tokens, hidden_size)`, one per image or per crop, or a
             tensor `(crops, tokens, hidden_size)` with any number of crops per image.
         image_lengths: The number of image tokens of each image.
-        image_indices: The image of each row, `(N,)` int64.
+        images: Indices of N images.
 
     Returns:
         A list of N tensors, or a tensor: beam search repeats the rows of a tensor, so it must stay one.
@@ -203,5 +277,5 @@ def _repeat_for_rows(features, image_lengths: list[int], image_indices: torch.Te
         )
     # Tokens of an image to rows of the tensor: its tokens in a list, its crops otherwise.
     pieces = features.split([length * len(features) // num_features for length in image_lengths])
-    rows = [pieces[index] for index in image_indices.tolist()]
+    rows = [pieces[image] for image in images]
     return rows if is_list else torch.cat(rows)

@@ -10,10 +10,12 @@ import PIL.ImageFile
 import pytest
 import torch
 from datasets import Dataset
-from fixtures.tiny_models import FAMILIES, image
+from fixtures.tiny_models import FAMILIES, image, qwen3_vl_sam, sam_image_processor
 from fixtures.tiny_training import collate
+from fixtures.vlm_processors import build_vlm_processor
+from transformers.utils import is_torchvision_available
 
-from lisa_hf import LisaDataCollator
+from lisa_hf import LisaDataCollator, LisaProcessor
 from lisa_hf.data.feature_cache import FeatureCache
 from lisa_hf.data.images import load_row_image, read_file, undecoded
 from lisa_hf.data.masks import encode_mask
@@ -23,6 +25,7 @@ from lisa_hf.training.arguments import LisaTrainingArguments
 from lisa_hf.training.trainable import prepare_for_training
 
 
+needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="Qwen3-VL's processor needs it")
 SIZES = [(40, 60), (64, 32), (50, 50)]
 
 
@@ -106,6 +109,29 @@ def test_warm_cache_gives_the_step_without_encoders(name, rows, tmp_path):
     for masks, expected_masks in zip(output.pred_masks, expected.pred_masks, strict=True):
         assert masks.dtype == expected_masks.dtype
         torch.testing.assert_close(masks, expected_masks, rtol=0, atol=0.05 * expected_masks.abs().max().item())
+
+
+@needs_torchvision
+def test_cache_holds_features_that_enter_layers(rows, tmp_path):
+    """Qwen3-VL's: beside its features, those of deeper layers, and each image's grid for the positions of its rows."""
+    processor = LisaProcessor(
+        vlm_processor=build_vlm_processor("qwen3_vl"), mask_image_processor=sam_image_processor()
+    )
+    model = prepare_for_training(qwen3_vl_sam(processor.tokenizer), ["seg_projector", "mask_decoder"], lora_r=4)
+    cache = build(tmp_path, rows, model, processor)
+    plain = collate(processor, make_items(rows, (2, 0)))
+    cached = collate(processor, make_items(rows, (2, 0), cache))
+    assert "pixel_values" not in cached and "mask_pixel_values" not in cached
+    assert torch.equal(cached["image_grid_thw"], plain["image_grid_thw"])
+    expected = model(**plain)
+    runs = count_encoder_runs(model)
+    output = model(**cached)
+    assert not runs
+    torch.testing.assert_close(output.loss, expected.loss, rtol=0.02, atol=0)
+    for fields in cached["vision_features"]:
+        fields["deepstack_features"] = [[torch.zeros_like(layer)] for (layer,) in fields["deepstack_features"]]
+    without = model(**cached).last_hidden_state
+    assert (without - output.last_hidden_state).abs().max() > 0.1
 
 
 def test_mixture_takes_the_same_draws_from_a_cache(rows, tmp_path):
@@ -213,7 +239,23 @@ def test_other_weights_or_preprocessing_have_another_directory(rows, tmp_path):
         next(model.mask_model.vision_encoder.parameters()).view(-1)[0] += 1e-3
     second = build(tmp_path, rows, model, processor).directory
     processor.mask_image_processor.image_mean = [0.5, 0.5, 0.5]
-    assert len({first, second, build(tmp_path, rows, model, processor).directory}) == 3
+    third = build(tmp_path, rows, model, processor).directory
+    model.get_base_model().config.vlm_config.vision_feature_layer = -2
+    assert len({first, second, third, build(tmp_path, rows, model, processor).directory}) == 4
+
+
+def test_parameters_of_the_backbone_itself_count(rows, tmp_path):
+    """LLaVA-NeXT's `image_newline` is in the features of an image, though in none of the modules that make them."""
+    model, processor = make_model()
+    backbone = model.get_base_model().vlm.model
+    backbone.image_newline = torch.nn.Parameter(torch.zeros(32), requires_grad=False)
+    first = build(tmp_path, rows, model, processor)
+    assert first.is_complete
+    with torch.no_grad():
+        backbone.image_newline.add_(1)
+    assert build(tmp_path, rows, model, processor).directory != first.directory
+    backbone.image_newline.requires_grad_(True)
+    assert build(tmp_path, rows, model, processor).feature_names == ["image_embeddings"]
 
 
 def test_photos_of_reduced_scale_have_entries_of_their_own(tmp_path):

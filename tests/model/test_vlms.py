@@ -9,7 +9,13 @@ from fixtures.tiny_models import LAYERS, SIDE, VLM_CONFIGS, llava_config, sam_co
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from lisa_hf import LisaConfig, LisaForConditionalGeneration
-from lisa_hf.model.vlm_backbone import record_states, unsupported_reason
+from lisa_hf.model.vlm_backbone import (
+    encode_images_apart,
+    record_states,
+    sizes_per_image,
+    unsupported_reason,
+    vision_inputs_of,
+)
 
 
 IMAGE_INDICES = [1, 0, 1]
@@ -106,6 +112,24 @@ def test_states_logits_and_answers_are_the_vlms_own(model_type):
             own = model.vlm.generate(**single, **singles[index], max_new_tokens=4, do_sample=False)
             answer = own[0, len(row["input_ids"]) :].tolist()
             assert found[number, batch["input_ids"].shape[1] :].tolist()[: len(answer)] == answer
+
+
+@pytest.mark.parametrize("model_type", VLM_CONFIGS)
+def test_features_of_each_image_replace_its_pixels(model_type):
+    """As a feature cache keeps them: the whole output of the encoder, one image after the other."""
+    model = vlm_sam(model_type)
+    _, both, runs = vision_inputs(model_type)
+    rows = make_rows(model_type, model, runs)
+    inputs = {**pad(rows), **mask_inputs(), "image_indices": torch.tensor(IMAGE_INDICES)}
+    with torch.no_grad():
+        expected = model(**inputs, **both).last_hidden_state
+        ids = pad([rows[1], rows[0]])["input_ids"]  # a row about each image
+        features = encode_images_apart(model.vlm, ids, vision_inputs_of(model.vlm, both))
+        assert len(features) == 2
+        sizes = sizes_per_image(model.vlm, both, ids, torch.arange(2), num_images=2)
+        sizes = {name: torch.cat(values) for name, values in sizes.items()}
+        found = model(**inputs, **sizes, vision_features=features).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def test_caps_and_scales_of_logits_reach_the_loss():
