@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fixtures.published import PUBLISHED_VLMS, write_published_processor
 from fixtures.tiny_models import conversation, image, make_model, sam_config, sam_image_processor, text_config
 from fixtures.tiny_models import vision_config as tiny_vision_config
 from fixtures.vlm_processors import FAMILIES, build_vlm_processor
@@ -20,6 +21,7 @@ CONVERSATIONS = [
     conversation("The circle of a circle and the red circle?", "[SEG] and [SEG]."),
 ]
 IMAGE_INDICES = [1, 0, 1]
+TEXT_INPUTS = {"input_ids", "attention_mask", "labels"}
 
 
 def build_processor(family: str) -> LisaProcessor:
@@ -40,7 +42,20 @@ def own_inputs(processor: LisaProcessor, text: str, picture) -> dict:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_row_is_what_the_vlms_own_processor_makes(family):
     """Two images of different sizes, three prompts."""
-    processor = build_processor(family)
+    assert_rows_are_the_vlms_own(build_processor(family))
+
+
+@pytest.mark.parametrize("name", PUBLISHED_VLMS)
+def test_each_row_is_what_a_published_vlms_processor_makes(name, tmp_path):
+    if "SmolVLM2" in name:
+        pytest.importorskip("num2words")
+    write_published_processor(name, tmp_path / "vlm")
+    sam_image_processor().save_pretrained(tmp_path / "sam")
+    processor = LisaProcessor.from_vlm_mask_model_pretrained(tmp_path / "vlm", tmp_path / "sam")
+    assert_rows_are_the_vlms_own(processor)
+
+
+def assert_rows_are_the_vlms_own(processor: LisaProcessor) -> None:
     prompts = [processor.apply_chat_template(row[:1], add_generation_prompt=True) for row in CONVERSATIONS]
     inputs = processor(PICTURES, prompts, IMAGE_INDICES)
     for row, (prompt, index) in enumerate(zip(prompts, IMAGE_INDICES)):
@@ -48,16 +63,16 @@ def test_each_row_is_what_the_vlms_own_processor_makes(family):
         real = inputs["attention_mask"][row].bool()
         for name in [name for name in own if name == "input_ids" or name.endswith("token_type_ids")]:
             assert torch.equal(inputs[name][row][real], torch.as_tensor(own[name])[0]), name
-        vision = {name for name in own if not name.endswith("token_type_ids")} - {"input_ids", "attention_mask"}
-        assert vision - {"labels"} <= inputs.keys()
+        vision = {name for name in own if not name.endswith("token_type_ids")} - TEXT_INPUTS
+        assert vision <= inputs.keys()
 
     # Images: each one's numbers, in their order, but for what pads them to the size of the largest.
-    for name in vision - {"labels"}:
+    for name in vision:
         owns = [own_inputs(processor, prompts[0], picture)[name] for picture in PICTURES]
         padding = inputs[name].numel() - sum(own.numel() for own in owns)
         assert padding >= 0, name
         found, expected = inputs[name].double().sum(), sum(own.double().sum() for own in owns)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, msg=name)
         if padding == 0:
             assert torch.equal(inputs[name].flatten(), torch.cat([own.flatten() for own in owns])), name
 
