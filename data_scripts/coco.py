@@ -14,7 +14,8 @@ from typing import Any
 
 from lisa_hf.data.rows import make_row
 
-from .source import SourceBuilder, SourceConfig, encode_segmentation, errors_naming, join_inside, read_json
+from .segmentation import encode_segmentation
+from .source import SourceBuilder, SourceConfig, errors_naming, join_inside, read_json
 
 
 COCO_REFS = ("refcoco/refs(unc).p", "refcoco+/refs(unc).p", "refcocog/refs(umd).p", "grefcoco/grefs(unc).json")

@@ -22,7 +22,8 @@ from lisa_hf.data.rows import FEATURES, make_row
 
 from .orientation import read_orientation
 from .own_data import OwnData, OwnDataConfig, open_file, read_mask
-from .source import encode_segmentation, errors_naming, is_inside
+from .segmentation import encode_segmentation
+from .source import errors_naming, is_inside
 
 
 # What a path inside of an archive may begin with: zip://photos/a.jpg::photos.zip

@@ -27,10 +27,10 @@ from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder, CocoConfig, make_instances_row, read_instances
 from .orientation import Size, Space, count_spaces, decide_space, fitting_spaces, read_orientation, turn_mask
+from .segmentation import encode_segmentation
 from .source import (
     SourceBuilder,
     SourceConfig,
-    encode_segmentation,
     errors_naming,
     join_inside,
     read_json,

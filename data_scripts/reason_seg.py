@@ -15,11 +15,15 @@ import numpy as np
 from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import make_row
 
+from .segmentation import check_points
 from .source import SourceBuilder, errors_naming, read_image_size, read_json
 
 
 SPLITS = ("train", "val", "test")
 TARGET, IGNORE = 1, 255
+# Bounds of what one annotation may ask for: lines times edges of a polygon, and pixels of all its polygons.
+MAX_CROSSINGS = 20_000_000
+MAX_PAINTED = 4_000_000_000
 
 
 def paint_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarray:
@@ -34,6 +38,11 @@ def paint_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.
     Returns:
         Labels of shape `(H, W)`, uint8: 1 target, 255 ignored, 0 neither.
     """
+    if len(shapes) * height * width > MAX_PAINTED:
+        raise ValueError(
+            f"expected at most {MAX_PAINTED // (height * width)} shapes in an image of {width} x {height} pixels, got "
+            f"{len(shapes)}. Repair the annotation."
+        )
     polygons = []
     for shape in shapes:
         label = shape["label"].lower()
@@ -42,6 +51,12 @@ def paint_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.
         points = np.array(shape["points"], dtype=np.float64)
         if points.ndim != 2 or points.shape[1] != 2:
             raise ValueError(f"expected polygons of points [x, y], got the points {shape['points']!r}.")
+        check_points(points, height, width)
+        if len(points) * height > MAX_CROSSINGS:
+            raise ValueError(
+                f"expected polygons of at most {MAX_CROSSINGS // height} points in an image of {height} lines, got "
+                f"one of {len(points)}. Repair the polygon."
+            )
         inside = fill_polygon(points.astype(np.int32), height, width)
         polygons.append((int(inside.sum()), len(polygons), inside, IGNORE if "ignore" in label else TARGET))
 

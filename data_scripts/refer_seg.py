@@ -19,7 +19,8 @@ from lisa_hf.data.masks import Mask, encode_mask, merge_masks
 from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder, CocoConfig, read_refs
-from .source import encode_segmentation, errors_naming, join_inside, read_json
+from .segmentation import encode_segmentation
+from .source import errors_naming, join_inside, read_json
 
 
 def splits_of(split: str) -> list[str]:

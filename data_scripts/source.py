@@ -14,14 +14,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
-import numpy as np
 from filelock import FileLock
-from pycocotools import mask as coco_mask
 
 from lisa_hf.data import masks, rows
-from lisa_hf.data.masks import Mask
 from lisa_hf.data.rows import FEATURES, OnBadRow, check_on_bad_row
 
+from . import segmentation
 from .orientation import read_orientation
 
 
@@ -250,7 +248,9 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
     def _fingerprint(self, data_dir: str | None) -> str:
         digest = hashlib.sha256(type(self).__name__.encode())
         builders = [base for base in type(self).__mro__ if issubclass(base, SourceBuilder)]
-        for module in dict.fromkeys([*map(inspect.getmodule, [*builders, read_orientation]), masks, rows]):
+        for module in dict.fromkeys(
+            [*map(inspect.getmodule, [*builders, read_orientation]), masks, rows, segmentation]
+        ):
             digest.update(inspect.getsource(module).encode())
         for path in self.annotation_files(data_dir):
             status = os.stat(path)
@@ -305,7 +305,7 @@ def errors_naming(where: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise ValueError(f"{where}: expected the key {error}, which is missing.") from error
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
@@ -329,43 +329,3 @@ def is_inside(path: str, directory: str) -> bool:
 def read_image_size(path: str) -> tuple[int, int]:
     """Read the height and width in pixels of an upright image, by its EXIF orientation, from the file's header."""
     return read_orientation(path)[1]["display"]
-
-
-def encode_segmentation(segmentation: dict | list, height: int, width: int) -> dict[str, Any]:
-    """Encode a COCO segmentation as compressed RLE.
-
-    Args:
-        segmentation: Polygons [[x0, y0, x1, y1, ...], ...] in pixels, whose union is the mask, or an RLE with
-            compressed (str) or uncompressed (list of int) counts.
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-    """
-    if not isinstance(segmentation, list | dict):
-        raise ValueError(f"expected polygons (a list) or an RLE (a mapping) as a mask, got {segmentation!r}.")
-    if isinstance(segmentation, list):
-        # pycocotools would read four numbers as a box.
-        if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-            lengths = [len(polygon) for polygon in segmentation]
-            raise ValueError(f"expected polygons of at least three points (x, y), got {lengths} numbers.")
-        for polygon in segmentation:
-            points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-            if (
-                not np.isfinite(points).all()
-                or (points.max(axis=0) < 0).any()
-                or (points.min(axis=0) > (width, height)).any()
-            ):
-                raise ValueError(
-                    f"expected polygons in an image of {width} x {height} pixels, got one from "
-                    f"{points.min(axis=0).tolist()} to {points.max(axis=0).tolist()}. It belongs to another image."
-                )
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-        return {"size": [height, width], "counts": rle["counts"]}
-    if list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"expected a mask of {[height, width]}, got one of {list(segmentation['size'])}.")
-    counts = segmentation["counts"]
-    if isinstance(counts, list):
-        rle = coco_mask.frPyObjects(segmentation, height, width)
-    else:
-        rle = {"size": [height, width], "counts": counts.encode()}
-    Mask.from_rle(rle)  # raises if the counts describe a mask of another size
-    return {"size": [height, width], "counts": rle["counts"]}

@@ -24,6 +24,8 @@ from ..model.losses import MASK_IGNORE_INDEX
 
 
 RLE_FEATURES = {"size": List(Value("int32")), "counts": Value("binary")}
+# A larger photo is a decompression bomb to Pillow, and run ends are int32.
+MAX_PIXELS = 178_956_970
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +51,16 @@ class Mask:
             ValueError: If the RLE is damaged.
         """
         height, width = rle_size(rle)
+        if min(height, width) < 1 or height * width > MAX_PIXELS:
+            raise ValueError(
+                f"expected a mask of at least one and at most {MAX_PIXELS // 10**6} million pixels, got a size of "
+                f"{height} x {width}. Restore the annotation."
+            )
         runs = _decompress(rle["counts"])
         # pycocotools does not check this, and fills the pixels that the counts do not cover with uninitialized memory.
-        if runs.min(initial=0) < 0 or runs.sum() != height * width:
+        # Each run is checked too, since the sum of huge ones may overflow to the right number.
+        is_too_long = runs.min(initial=0) < 0 or runs.max(initial=0) > height * width
+        if is_too_long or runs.sum() != height * width:
             raise ValueError(
                 f"expected RLE counts of {height * width} pixels for a mask of {height} x {width}, got {runs.sum()}. "
                 "The `size` belongs to another image, or the counts are damaged. Restore the annotation."

@@ -1,0 +1,203 @@
+"""Segmentations as annotation tools write them, encoded as RLE: polygons, RLEs, pixel lists.
+
+Annotations are not trusted: pycocotools crashes the process or fills the memory on coordinates and sizes that are far
+off, so everything that reaches it is checked and bounded here first.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from lisa_hf.data.masks import MAX_PIXELS, Mask, encode_mask, merge_masks
+
+
+# pycocotools walks along an outline in steps of a fifth of a pixel, with 16 bytes each. The outline of all of a mask's
+# polygons may be 4 million pixels long, 100 times around a photo of 100 megapixels.
+STEPS_PER_PIXEL = 5
+MAX_STEPS = 20_000_000
+# Unions are made of this many RLEs at once, so that the time for many polygons does not grow with their square.
+MERGED_AT_ONCE = 32
+
+
+class NothingToDrawError(ValueError):
+    """A segmentation has no polygon of at least three points."""
+
+
+def encode_segmentation(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Encode a segmentation as compressed RLE.
+
+    Args:
+        segmentation: One of:
+            - Polygons [[x0, y0, x1, y1, ...], ...] or [[[x0, y0], ...], ...] in pixels, whose union is the mask.
+              Those of fewer than three points are omitted.
+            - One polygon, [x0, y0, x1, y1, ...] or [[x0, y0], ...].
+            - An RLE with compressed (str or bytes) or uncompressed (list of int) counts.
+            - RLEs, whose union is the mask.
+            - The pixels, rows of the image's size that hold booleans, or 0 and 1.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+
+    Raises:
+        NothingToDrawError: If no polygon has three points.
+        ValueError: If the segmentation is damaged, or belongs to an image of another size.
+    """
+    height, width = check_size(height, width)
+    if isinstance(segmentation, np.ndarray):
+        segmentation = segmentation.tolist()
+    if isinstance(segmentation, dict):
+        return encode_rle(segmentation, height, width)
+    if not isinstance(segmentation, list | tuple):
+        raise ValueError(f"expected polygons (a list) or an RLE (a mapping) as a mask, got {segmentation!r}.")
+    if segmentation and all(isinstance(part, dict) and "counts" in part for part in segmentation):
+        masks = [Mask.from_rle(encode_rle(part, height, width)) for part in segmentation]
+        return merge_masks(masks).to_rle()
+    if _holds_pixels(segmentation, height, width):
+        return encode_mask(np.array(segmentation, dtype=bool))
+    return encode_polygons([_flatten(polygon) for polygon in _split_polygons(segmentation)], height, width)
+
+
+def encode_visible(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
+    """Encode a segmentation as compressed RLE, or return None if it covers no pixel."""
+    try:
+        rle = encode_segmentation(segmentation, height, width)
+    except NothingToDrawError:
+        return None
+    # The RLE of an empty mask has one run, of 0.
+    return rle if len(Mask.from_rle(rle).run_ends) > 1 else None
+
+
+def encode_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """Encode an RLE, whose counts are compressed or not, as compressed RLE of an image of this size."""
+    if list(rle["size"]) != [height, width]:
+        raise ValueError(f"expected a mask of {[height, width]}, got one of {list(rle['size'])}.")
+    counts = rle["counts"]
+    if isinstance(counts, np.ndarray):
+        counts = counts.tolist()
+    if isinstance(counts, str | bytes):
+        rle = {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
+        Mask.from_rle(rle)  # raises if the counts describe a mask of another size
+        return rle
+    if not isinstance(counts, list | tuple) or not all(
+        isinstance(count, int | float) and 0 <= count <= height * width and count == int(count) for count in counts
+    ):
+        raise ValueError(
+            f"expected RLE counts of compressed text or whole numbers from 0 to {height * width}, got other values. "
+            "Restore the annotation."
+        )
+    if sum(counts) != height * width:
+        raise ValueError(
+            f"expected RLE counts of {height * width} pixels for a mask of {height} x {width}, got {sum(counts)}. "
+            "Restore the annotation."
+        )
+    return Mask((height, width), np.cumsum(counts).astype(np.int32)).to_rle()
+
+
+def encode_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> dict[str, Any]:
+    """Encode the union of polygons [x0, y0, x1, y1, ...] as compressed RLE."""
+    lengths = [len(polygon) for polygon in polygons]
+    if any(length % 2 for length in lengths):
+        raise ValueError(f"expected polygons of at least three points (x, y), got {lengths} numbers.")
+    arrays = [
+        check_points(np.array(polygon, dtype=np.float64).reshape(-1, 2), height, width)
+        for polygon in polygons
+        if len(polygon) >= 6
+    ]
+    if not arrays:
+        raise NothingToDrawError(f"expected polygons of at least three points (x, y), got {lengths} numbers.")
+    steps = sum(_count_steps(points) for points in arrays)
+    if steps > MAX_STEPS:
+        raise ValueError(
+            f"expected polygons whose outlines are at most {MAX_STEPS // STEPS_PER_PIXEL} pixels long, got "
+            f"{steps // STEPS_PER_PIXEL}. Repair the polygons, or store the mask as RLE."
+        )
+    rles = coco_mask.frPyObjects([points.ravel().tolist() for points in arrays], height, width)
+    while len(rles) > 1:
+        rles = [coco_mask.merge(rles[i : i + MERGED_AT_ONCE]) for i in range(0, len(rles), MERGED_AT_ONCE)]
+    return {"size": [height, width], "counts": rles[0]["counts"]}
+
+
+def check_points(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return the points (x, y) of a polygon, shape `(N, 2)`, if they fit an image of this size.
+
+    An outline may leave the image by as much as the image's longer side. It is cut off at the border.
+
+    Raises:
+        ValueError: If the polygon is not in the image, or a point is far outside of it.
+    """
+    longer = max(height, width)
+    with np.errstate(invalid="ignore"):
+        fits = (
+            np.isfinite(points).all()
+            and not (points.max(axis=0) < 0).any()
+            and not (points.min(axis=0) > (width, height)).any()
+            and (points >= -longer).all()
+            and (points <= (width + longer, height + longer)).all()
+        )
+    if not fits:
+        raise ValueError(
+            f"expected polygons in an image of {width} x {height} pixels, got one from "
+            f"{points.min(axis=0).tolist()} to {points.max(axis=0).tolist()}. It belongs to another image."
+        )
+    return points
+
+
+def check_size(height: Any, width: Any) -> tuple[int, int]:
+    """Return the height and width of an image as integers.
+
+    Raises:
+        ValueError: If they are not whole numbers from 1 to `MAX_PIXELS` in total.
+    """
+    sides = [float(height), float(width)]
+    if not all(side >= 1 and side.is_integer() for side in sides) or sides[0] * sides[1] > MAX_PIXELS:
+        raise ValueError(
+            f"expected an image size of whole numbers and at most {MAX_PIXELS // 10**6} megapixels, got a height of "
+            f"{height!r} and a width of {width!r}. Correct the size."
+        )
+    return int(sides[0]), int(sides[1])
+
+
+def _count_steps(points: np.ndarray) -> int:
+    edges = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1)
+    return int((STEPS_PER_PIXEL * edges + 2).sum())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _holds_pixels(segmentation: Sequence, height: int, width: int) -> bool:
+    """Return whether a list holds the rows of a mask, instead of polygons."""
+    return len(segmentation) == height and all(
+        isinstance(row, list | tuple) and len(row) == width and all(value in (0, 1) for value in row)
+        for row in segmentation
+    )
+
+
+def _split_polygons(segmentation: Sequence) -> list[Sequence]:
+    """Return the polygons of a list of polygons, or of a list that is one polygon: of numbers or of points."""
+    if segmentation and all(_is_number(value) for value in segmentation):
+        return [segmentation]
+    is_polygon = len(segmentation) >= 3 and all(
+        (isinstance(point, list | tuple) and len(point) == 2 and all(map(_is_number, point)))
+        or (isinstance(point, dict) and {"x", "y"} <= point.keys())
+        for point in segmentation
+    )
+    return [segmentation] if is_polygon else list(segmentation)
+
+
+def _flatten(polygon: Any) -> list[float]:
+    """Return a polygon as [x0, y0, x1, y1, ...], from numbers, points [x, y] or points of the keys x and y."""
+    if isinstance(polygon, np.ndarray):
+        polygon = polygon.tolist()
+    if not isinstance(polygon, list | tuple):
+        raise ValueError(f"expected a polygon as a list of numbers or points, got {polygon!r}.")
+    points = [[point["x"], point["y"]] if isinstance(point, dict) else point for point in polygon]
+    if all(isinstance(point, list | tuple) for point in points):
+        if any(len(point) != 2 for point in points):
+            raise ValueError(f"expected points (x, y), got points of {[len(point) for point in points]} numbers.")
+        points = [value for point in points for value in point]
+    if not all(_is_number(value) for value in points):
+        raise ValueError(f"expected a polygon of numbers, got {points!r:.100}.")
+    return points
