@@ -19,8 +19,8 @@ from filelock import FileLock
 from lisa_hf.data import masks, rows
 from lisa_hf.data.rows import FEATURES, OnBadRow, check_on_bad_row
 
-from . import segmentation
 from .orientation import read_orientation
+from .segmentation import check_size
 
 
 logger = logging.getLogger(__name__)
@@ -248,9 +248,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
     def _fingerprint(self, data_dir: str | None) -> str:
         digest = hashlib.sha256(type(self).__name__.encode())
         builders = [base for base in type(self).__mro__ if issubclass(base, SourceBuilder)]
-        for module in dict.fromkeys(
-            [*map(inspect.getmodule, [*builders, read_orientation]), masks, rows, segmentation]
-        ):
+        for module in dict.fromkeys([*map(inspect.getmodule, [*builders, read_orientation, check_size]), masks, rows]):
             digest.update(inspect.getsource(module).encode())
         for path in self.annotation_files(data_dir):
             status = os.stat(path)
