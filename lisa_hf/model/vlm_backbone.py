@@ -183,7 +183,12 @@ def encode_images_apart(vlm: nn.Module, input_ids: torch.Tensor, vision_inputs: 
         map_token_fields(output, lambda features, image=image: _select_images(features, lengths, [image]))
         for image in range(len(lengths))
     ]
-    outputs = [{name: value for name, value in vars(fields).items() if value is not None} for fields in per_image]
+    # Fields of the VLM's own output, None or not, are what its forward asks for.
+    common = vars(BaseModelOutputWithPooling())
+    outputs = [
+        {name: value for name, value in vars(fields).items() if value is not None or name not in common}
+        for fields in per_image
+    ]
 
     def features_alone(fields: dict):
         """Return the features if there is nothing else and their dimensions tell whether the VLM gives a list."""
@@ -211,7 +216,9 @@ def _join_outputs(outputs: list[torch.Tensor | dict], dtype: torch.dtype) -> Bas
     joined = BaseModelOutputWithPooling()
     for name, first in outputs[0].items():
         values = [fields[name] for fields in outputs]
-        if name in ("pooler_output", "last_hidden_state"):
+        if first is None:
+            setattr(joined, name, None)
+        elif name in ("pooler_output", "last_hidden_state"):
             setattr(joined, name, join(values))
         elif name == "deepstack_features":  # per layer, of each image
             layers = [
@@ -238,13 +245,15 @@ def map_token_fields(output: ModelOutput, function) -> ModelOutput:
     other fields stay, except for `INTERNAL_FIELDS`.
     """
     # Some models set fields that their output's class does not declare.
-    fields = {name: value for name, value in vars(output).items() if value is not None}
-    deepstack = fields.get("deepstack_features")
-    features = "pooler_output" if "pooler_output" in fields or deepstack is not None else "last_hidden_state"
+    fields = vars(output)
+    is_pooled = any(fields.get(name) is not None for name in ("pooler_output", "deepstack_features"))
+    features = "pooler_output" if is_pooled else "last_hidden_state"
 
     copied = type(output)(**dict.fromkeys(field.name for field in dataclasses.fields(output)))
     for name, value in fields.items():
-        if name == features:
+        if value is None:
+            setattr(copied, name, None)
+        elif name == features:
             setattr(copied, name, function(value))
         elif name == "deepstack_features":
             values = [(entry[0], function(entry[1])) if _is_pair(entry) else function(entry) for entry in value]

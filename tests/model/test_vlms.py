@@ -37,6 +37,10 @@ def vision_inputs(model_type: str) -> tuple[list[dict], dict, list[list[int]]]:
     if model_type == "granite4_vision":
         both = {"pixel_values": random(2, 3, 3, 32, 32), "image_sizes": torch.tensor([[32, 32], [24, 56]])}
         return [{name: value[i : i + 1] for name, value in both.items()} for i in range(2)], both, [[36], [52]]
+    if model_type == "granite_docling":
+        real = torch.tensor([[True, False], [True, True]])
+        both = {"pixel_values": random(2, 2, 3, 32, 32), "pixel_attention_mask": real}
+        return [{name: value[i : i + 1] for name, value in both.items()} for i in range(2)], both, [[16], [32]]
     tokens, crops = (16, [1, 1]) if model_type == "paligemma" else (4, [1, 3])
     singles = [{"pixel_values": random(count, 3, 32, 32)} for count in crops]
     pixels = torch.cat([single["pixel_values"] for single in singles])
