@@ -331,14 +331,14 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         num_images = count_images(mask_pixel_values, image_embeddings)
         image_indices = self._image_indices(image_indices, input_ids, num_images)
 
-        # 1. What each position predicts. With labels, only [SEG] in answers count; without, all in the text.
+        # What each position predicts. With labels, only [SEG] in answers count; without, all in the text.
         has_labels = labels is not None or shift_labels is not None
         targets = shift_labels
         if targets is None:
             targets = F.pad((labels if has_labels else input_ids)[:, 1:], (0, 1), value=IGNORE_INDEX)  # [N, L]
         supervised = targets != IGNORE_INDEX  # [N, L]
 
-        # 2. Language model. Each image is encoded once, whatever the number of rows about it. Unless all logits are
+        # 1. Language model. Each image is encoded once, whatever the number of rows about it. Unless all logits are
         # asked for, only supervised positions go through the vocabulary projection.
         needs_all_logits = not has_labels or output_logits
         hidden_states, logits = self._run_vlm(
@@ -347,20 +347,20 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             kept=None if needs_all_logits else supervised,
         )  # [N, L, hidden_size], [N, L, V] or [T, V]
 
-        # 3. [SEG] positions and prompts.
+        # 2. [SEG] positions and prompts.
         seg_tokens = self._find_seg_tokens(targets, image_indices)
         masks_per_image = torch.bincount(seg_tokens.images, minlength=num_images).tolist()  # M_1..M_B, M in all
         if mask_labels is not None:
             check_mask_counts(mask_labels, masks_per_image, image_indices)
         seg_embeddings = self._seg_embeddings(hidden_states, seg_tokens)  # [max(M, 1), C]
 
-        # 4. Mask decoder. Each image is encoded once, and all masks are decoded in one call.
+        # 3. Mask decoder. Each image is encoded once, and all masks are decoded in one call.
         if image_embeddings is None:
             image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
         low_res_masks, iou_scores, zero_loss = self._decode(seg_embeddings, seg_tokens, image_embeddings)
         image_masks = low_res_masks.split(masks_per_image)  # B tensors [M_b, h, w]
 
-        # 5. Losses.
+        # 4. Losses.
         losses = {}
         if has_labels:
             answers = logits[supervised] if needs_all_logits else logits  # [T, V]
@@ -370,7 +370,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
                 image_masks, mask_labels, reshaped_input_sizes, original_sizes, num_masks_in_batch, zero_loss
             )
 
-        # 6. Masks at full size. Training has no use for them.
+        # 5. Masks at full size. Training has no use for them.
         pred_masks = None
         if output_masks or (output_masks is None and not self.training):
             sizes = zip(reshaped_input_sizes.tolist(), original_sizes.tolist())
