@@ -47,14 +47,18 @@ def read_refs(path: str) -> list[dict[str, Any]]:
         ) from error
 
 
-def read_instances(path: str) -> list[dict[str, Any]]:
+def read_instances(path: str, encoding: str | None = "cp1252") -> list[dict[str, Any]]:
     """Read annotations in the COCO format.
+
+    Args:
+        path: Path of the file.
+        encoding: See [`~text.read_text`].
 
     Returns:
         One record per annotated image: `image` as in the file, and `objects`, tuples of an annotation's category id,
         category name (None if it has none) and segmentation.
     """
-    content = read_json(path)
+    content = read_json(path, encoding)
     with errors_naming(path):
         images = {image["id"]: image for image in content["images"]}
         names = {category["id"]: category.get("name") for category in content["categories"]}

@@ -34,9 +34,9 @@ from .source import (
     errors_naming,
     join_inside,
     read_json,
-    read_text,
     write_json,
 )
+from .text import read_text
 
 
 ORIENTATION = "orientation.json"
@@ -50,10 +50,12 @@ class OwnDataConfig(SourceConfig):
         split: Name of its only split.
         orientation: Whether annotations of photos with an EXIF orientation are in the pixels as stored ("stored") or
             as viewers turn them ("display"). By default, and where only one fits, the sizes decide.
+        encoding: Encoding of annotation files that are not in Unicode, as Python calls it. By default, it is detected.
     """
 
     split: str = "train"
     orientation: Space | None = None
+    encoding: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -183,7 +185,8 @@ class CocoInstances(CocoBuilder, OwnData):
         return record["image"].get("file_name", "")
 
     def read_records(self, data_dir):
-        return {self.config.split: read_instances(self.locate(data_dir, "annotations"))}
+        path = self.locate(data_dir, "annotations")
+        return {self.config.split: read_instances(path, self.config.encoding)}
 
     def make_row(self, record):
         path = self.locate(self.config.data_dir, "annotations")
@@ -232,7 +235,7 @@ class LabelMe(OwnData):
 
     def make_row(self, record):
         directory = self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
-        annotation = read_json(record)
+        annotation = read_json(record, self.config.encoding)
         with errors_naming(record):
             # The path is that on the annotator's machine.
             name = annotation["imagePath"].replace("\\", "/").split("/")[-1]
@@ -247,7 +250,7 @@ class LabelMe(OwnData):
             return self.turn_upright(make_row(image, os.path.splitext(name)[0], self.source, "semantic", targets))
 
     def annotated_size(self, record):
-        annotation = read_json(record)
+        annotation = read_json(record, self.config.encoding)
         directory = self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
         name = annotation["imagePath"].replace("\\", "/").split("/")[-1]
         return join_inside(directory, name), _declared_size(annotation)
@@ -302,7 +305,7 @@ class ImageFolder(OwnData):
         return [self.locate(data_dir, "questions")]
 
     def read_records(self, data_dir):
-        lines = read_text(self.locate(data_dir, "questions")).splitlines()
+        lines = read_text(self.locate(data_dir, "questions"), self.config.encoding).split("\n")
         return {self.config.split: [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]}
 
     def make_row(self, record):

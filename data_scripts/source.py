@@ -21,6 +21,7 @@ from lisa_hf.data.rows import FEATURES, OnBadRow, check_on_bad_row
 
 from .orientation import read_orientation
 from .segmentation import check_size
+from .text import read_text
 
 
 logger = logging.getLogger(__name__)
@@ -270,23 +271,16 @@ def split_into_shards(items: Sequence) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)] if size else []
 
 
-def read_text(path: str) -> str:
-    """Read a text file in UTF-8, or in cp1252, since some annotations were written on Windows."""
-    content = pathlib.Path(path).read_bytes()
-    try:
-        try:
-            return content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return content.decode("cp1252")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected text in UTF-8 or cp1252, got {path!r} ({error}). Save it in UTF-8.") from error
+def read_json(path: str, encoding: str | None = "cp1252") -> Any:
+    """Read a JSON file.
 
-
-def read_json(path: str) -> Any:
-    """Read a JSON file in an encoding of `read_text`."""
-    text = read_text(path)
+    Args:
+        path: Path of the file.
+        encoding: See [`read_text`]. Some published annotations were written on Windows, in cp1252.
+    """
+    content = read_text(path, encoding)
     try:
-        return json.loads(text)
+        return json.loads(content)
     except ValueError as error:
         raise ValueError(f"expected a JSON file, got {path!r} ({error}). Download it again.") from error
 
