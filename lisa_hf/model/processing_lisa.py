@@ -355,7 +355,7 @@ class LisaProcessor(ProcessorMixin):
         return str(token)
 
     def _example_prompt(self) -> str:
-        return self._render([user_message("?")], add_generation_prompt=True)[0]
+        return _render_question(self.vlm_processor, self.chat_template)
 
     def _text_layout(self) -> TextLayout:
         return find_text_layout(self.vlm_processor, self._example_prompt(), self.image_token)
@@ -426,12 +426,6 @@ class LisaProcessor(ProcessorMixin):
         text_inputs["image_indices"] = image_indices
         return text_inputs, encoding["offset_mapping"], insertions
 
-    def _render(self, messages: list[dict], **kwargs) -> tuple[str, list]:
-        """Return the text of a conversation and the character spans of its `{% generation %}` blocks."""
-        template = {"chat_template": self.chat_template, **self.tokenizer.special_tokens_map}
-        (text,), spans = render_jinja_template(conversations=[messages], **template, **kwargs)
-        return text, spans
-
     def _render_with_spans(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of a conversation and the character spans of the assistant's turns in it.
 
@@ -439,15 +433,15 @@ class LisaProcessor(ProcessorMixin):
         before it and the generation prompt.
         """
         if re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template):
-            text, (spans,) = self._render(messages, return_assistant_tokens_mask=True)
+            text, (spans,) = _render(self.tokenizer, self.chat_template, messages, return_assistant_tokens_mask=True)
             return text, [tuple(span) for span in spans]
-        text, _ = self._render(messages)
+        text, _ = _render(self.tokenizer, self.chat_template, messages)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, _ = self._render(messages[:index], add_generation_prompt=True)
-            after, _ = self._render(messages[: index + 1])
+            before, _ = _render(self.tokenizer, self.chat_template, messages[:index], add_generation_prompt=True)
+            after, _ = _render(self.tokenizer, self.chat_template, messages[: index + 1])
             if not (after.startswith(before) and text.startswith(after.rstrip())):
                 raise ValueError(
                     "expected a chat template that keeps earlier turns as they are, got one that rewrites earlier "
@@ -529,6 +523,19 @@ class LisaProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         own = ["image_indices", "mask_pixel_values", "original_sizes", "reshaped_input_sizes"]
         return list(self.vlm_processor.model_input_names) + own
+
+
+def _render(tokenizer, chat_template: str, messages: list[dict], **kwargs) -> tuple[str, list]:
+    """Return the text of a conversation and the character spans of its `{% generation %}` blocks."""
+    template = {"chat_template": chat_template, **tokenizer.special_tokens_map}
+    (text,), spans = render_jinja_template(conversations=[messages], **template, **kwargs)
+    return text, spans
+
+
+@lru_cache
+def _render_question(vlm_processor: ProcessorMixin, chat_template: str) -> str:
+    """Return the prompt of a question, once for all batches."""
+    return _render(vlm_processor.tokenizer, chat_template, [user_message("?")], add_generation_prompt=True)[0]
 
 
 def _shift(position: int, insertions: list[tuple[int, int]]) -> int:
