@@ -12,6 +12,12 @@ import os
 from typing import Any
 
 from datasets import Dataset, DatasetDict
+from tqdm.contrib.concurrent import thread_map
+
+from lisa_hf.data.images import load_row_image, read_file, undecoded
+from lisa_hf.data.masks import Mask
+from lisa_hf.data.rows import describe_row
+from lisa_hf.model.images import open_image
 
 from . import SOURCES, load_source, make_builder
 
@@ -41,6 +47,7 @@ class Report:
         num_rows: Number of rows by split.
         num_images: Number of distinct image files in the rows.
         missing_images: Paths of the image files that do not exist or are empty.
+        bad_images: What is wrong with other images, or with masks on them.
         errors: Why the source cannot be opened: one line, or one line for each of its first bad records.
         remarks: What was decided or left out while its rows were made.
     """
@@ -50,12 +57,13 @@ class Report:
     num_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     num_images: int = 0
     missing_images: list[str] = dataclasses.field(default_factory=list)
+    bad_images: list[str] = dataclasses.field(default_factory=list)
     errors: list[str] = dataclasses.field(default_factory=list)
     remarks: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def is_ready(self) -> bool:
-        return not self.errors and not self.missing_images
+        return not self.errors and not self.missing_images and not self.bad_images
 
     def __str__(self) -> str:
         builder = SOURCES[self.builder]
@@ -70,6 +78,9 @@ class Report:
             lines.append(("images", f"{self.num_images - len(self.missing_images)} of {self.num_images} found"))
         if self.missing_images:
             lines.append(("missing", _list_some(self.missing_images)))
+        lines += [("bad", message) for message in self.bad_images[:10]]
+        if len(self.bad_images) > 10:
+            lines.append(("bad", f"and {len(self.bad_images) - 10} more"))
         if builder.DOWNLOAD_PAGE:
             lines += [("page", builder.DOWNLOAD_PAGE), ("license", builder.LICENSE)]
         title = f"{self.name}: {'ready' if self.is_ready else 'NOT READY'}"
@@ -77,7 +88,7 @@ class Report:
 
 
 def check_source(name: str, data_dir: str | None = None, split: str | None = None, **options: Any) -> Report:
-    """Open a source and check that every image of its rows exists.
+    """Open a source and check that every row can be trained on: its image decodes, and its masks have that size.
 
     Args:
         name: Name of the source, see [`load_source`].
@@ -97,7 +108,33 @@ def check_source(name: str, data_dir: str | None = None, split: str | None = Non
     paths = sorted({path for rows in splits.values() for path in image_paths(rows) if path})
     report.num_images = len(paths)
     report.missing_images = [path for path in paths if not os.path.isfile(path) or os.path.getsize(path) == 0]
+    missing, num_deep = set(report.missing_images), 0
+    for found_split, rows in splits.items():
+        rows = undecoded(rows)
+
+        def inspect_row(index: int) -> tuple[str | None, bool]:
+            return _inspect_row(rows[index], missing)
+
+        found = thread_map(inspect_row, range(len(rows)), desc=f"{name} {found_split}", unit="image", leave=False)
+        report.bad_images += [error for error, _ in found if error]
+        num_deep += sum(is_deep for _, is_deep in found)
+    if num_deep:
+        report.remarks.append(f"{num_deep} images have more than 8 bits, and are brought to 8 bits as viewers do")
     return report
+
+
+def _inspect_row(row: dict[str, Any], missing: set[str]) -> tuple[str | None, bool]:
+    """Return what is wrong with the image and masks of a row, or None, and whether the image has more than 8 bits."""
+    if row["image"] and row["image"]["path"] in missing:
+        return None, False
+    try:
+        load_row_image(row)
+        for rle in [target["rle"] for target in row["targets"]] + ([row["ignore"]] if row["ignore"] else []):
+            Mask.from_rle(rle)
+        mode = open_image(read_file(row)).mode
+    except ValueError as error:
+        return f"{describe_row(row)}: {error}".splitlines()[0], False
+    return None, mode in ("I", "F") or mode.startswith("I;16")
 
 
 def image_paths(rows: Dataset) -> list[str | None]:

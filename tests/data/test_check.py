@@ -1,0 +1,56 @@
+"""`check` finds what training would trip over: it decodes every image and compares it with its masks."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from data_scripts.check import check_source
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Check three photos with masks, the last of which is given as the content of a file."""
+
+    def check(content: bytes | None = None, **options):
+        lines = []
+        for index in range(3):
+            PIL.Image.new("RGB", (60, 40)).save(tmp_path / f"{index}.png")
+            PIL.Image.new("L", (60, 40), 1).save(tmp_path / f"m{index}.png")
+            lines.append(json.dumps({"image": f"{index}.png", "mask": f"m{index}.png", "phrase": "it"}))
+        if content is not None:
+            (tmp_path / "2.png").write_bytes(content)
+        (tmp_path / "q.jsonl").write_text("\n".join(lines))
+        options = {"builder": "image_folder", "questions": "q.jsonl", "images": ".", "masks": "."} | options
+        return check_source("mine", str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"), **options)
+
+    return check
+
+
+def test_whole_images_are_ready(check):
+    report = check()
+    assert report.is_ready and not report.bad_images and not report.remarks
+
+
+def test_a_cut_off_image_is_found(check, tmp_path):
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(tmp_path / "x.jpg")
+    content = (tmp_path / "x.jpg").read_bytes()
+    report = check(content[: len(content) // 2])
+    assert not report.is_ready and len(report.bad_images) == 1 and "2.png" in report.bad_images[0]
+    assert "mine: NOT READY" in str(report) and "truncated" in str(report)
+
+
+def test_bit_depth_is_said(check, tmp_path):
+    PIL.Image.fromarray(np.zeros((40, 60), np.uint16)).save(tmp_path / "x.png")
+    report = check((tmp_path / "x.png").read_bytes())
+    assert report.is_ready and "1 images have more than 8 bits" in str(report)
+
+
+def test_images_that_changed_since_are_found(check, tmp_path):
+    assert check().is_ready
+    PIL.Image.new("RGB", (40, 60)).save(tmp_path / "x.png")
+    (tmp_path / "2.png").write_bytes((tmp_path / "x.png").read_bytes())
+    options = {"builder": "image_folder", "questions": "q.jsonl", "images": ".", "masks": "."}
+    report = check_source("mine", str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"), **options)
+    assert not report.is_ready and "expected masks of the image's size [60, 40]" in report.bad_images[0]
