@@ -14,7 +14,7 @@ from typing import Any
 
 from lisa_hf.data.rows import make_row
 
-from .segmentation import encode_segmentation
+from .segmentation import encode_visible
 from .source import SourceBuilder, SourceConfig, errors_naming, join_inside, read_json
 
 
@@ -47,39 +47,91 @@ def read_refs(path: str) -> list[dict[str, Any]]:
         ) from error
 
 
-def read_instances(path: str, encoding: str | None = "cp1252") -> list[dict[str, Any]]:
+def id_key(number: Any) -> str:
+    """Return the same key for an id that one tool writes as a number and another as text."""
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if isinstance(number, bool) or not isinstance(number, int | str):
+        raise ValueError(f"expected ids that are numbers or text, got {number!r}.")
+    return str(number).strip()
+
+
+def index_by_id(entries: list[dict[str, Any]], what: str, key: str) -> dict[str, dict[str, Any]]:
+    """Return entries by the key of their id, of which those with the same id must be equal in `key`.
+
+    Raises:
+        ValueError: If an id is used twice, as when files were merged without numbering them anew.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        first = found.setdefault(id_key(entry["id"]), entry)
+        if first.get(key) != entry.get(key):
+            raise ValueError(
+                f"expected {what} with ids of their own, got the duplicate id {entry['id']!r} of {first.get(key)!r} "
+                f"and {entry.get(key)!r}. Number them anew where the files were merged."
+            )
+    return found
+
+
+def read_instances(path: str, remarks: list[str], encoding: str | None = "cp1252") -> list[dict[str, Any]]:
     """Read annotations in the COCO format.
 
+    Ids that are text on one side and numbers on the other are matched. Images that are listed under several ids with
+    one file are one record.
+
     Args:
-        path: Path of the file.
+        path: Path of the JSON file.
+        remarks: Remarks for the user, to which this function appends.
         encoding: See [`~text.read_text`].
 
     Returns:
         One record per annotated image: `image` as in the file, and `objects`, tuples of an annotation's category id,
         category name (None if it has none) and segmentation.
+
+    Raises:
+        ValueError: If different images or categories share an id.
     """
     content = read_json(path, encoding)
     with errors_naming(path):
-        images = {image["id"]: image for image in content["images"]}
-        names = {category["id"]: category.get("name") for category in content["categories"]}
-        objects = {image_id: [] for image_id in images}
+        images = index_by_id(content["images"], "images", "file_name")
+        categories = index_by_id(content["categories"], "categories", "name")
+        first_of_file: dict[str, str] = {}
+        for key, image in images.items():
+            first_of_file.setdefault(str(image.get("file_name", key)), key)
+        objects, num_joined, num_text = {key: [] for key in images}, 0, 0
         for annotation in content["annotations"]:
-            category = annotation["category_id"]
+            category, key = id_key(annotation["category_id"]), id_key(annotation["image_id"])
             # An unknown image gives a bad record, without its name and size.
-            objects.setdefault(annotation["image_id"], []).append(
-                (category, names.get(category), annotation.get("segmentation"))
+            image = images.get(key, {"id": annotation["image_id"]})
+            named = categories.get(category, {"id": annotation["category_id"]})
+            is_text = [isinstance(value, str) for value in (annotation["image_id"], annotation["category_id"])]
+            num_text += is_text != [isinstance(entry["id"], str) for entry in (image, named)]
+            first = first_of_file.get(str(image.get("file_name")), key)
+            if first != key and _size_of(images[first]) == _size_of(image):
+                key, num_joined = first, num_joined + 1
+            objects.setdefault(key, []).append(
+                (annotation["category_id"], named.get("name"), annotation.get("segmentation"))
             )
-        return [
-            {"image": images.get(image_id, {"id": image_id}), "objects": found}
-            for image_id, found in objects.items()
-            if found
-        ]
+        if num_text:
+            remarks.append(f"matched {num_text} annotations by ids that are strings on one side, numbers on the other")
+        if num_joined:
+            remarks.append(f"joined {num_joined} annotations of images that are listed more than once")
+        return [{"image": images.get(key, {"id": key}), "objects": found} for key, found in objects.items() if found]
+
+
+def _size_of(image: dict[str, Any]) -> tuple:
+    return image.get("height"), image.get("width")
 
 
 def make_instances_row(
-    record: dict[str, Any], path: str, directory: str, source: str, phrases_of: Callable[[str], list[str]]
-) -> dict[str, Any]:
-    """Make the row of a record of [`read_instances`], with one target per annotation.
+    record: dict[str, Any],
+    path: str,
+    directory: str,
+    source: str,
+    phrases_of: Callable[[str], list[str]],
+    pass_over: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Make the row of a record of [`read_instances`], with one target per annotation. None if no annotation is left.
 
     Args:
         record: Record of one image.
@@ -87,6 +139,7 @@ def make_instances_row(
         directory: Directory of the images.
         source: Name of the source.
         phrases_of: Function from the name of a category to its phrases.
+        pass_over: [`SourceBuilder.pass_over`], for annotations without a pixel.
     """
     image = record["image"]
     with errors_naming(f"{path!r}, image {image['id']}"):
@@ -94,8 +147,13 @@ def make_instances_row(
         for category, name, segmentation in record["objects"]:
             if name is None:
                 raise ValueError(f"expected a name of the category {category}, got none. Add it to `categories`.")
-            rle = encode_segmentation(segmentation, image["height"], image["width"])
+            rle = encode_visible(segmentation, image["height"], image["width"]) if segmentation else None
+            if rle is None:
+                pass_over("annotations without a pixel" if segmentation else "annotations without an outline")
+                continue
             targets.append({"phrases": phrases_of(name), "rle": rle})
+        if not targets:
+            return None
         return make_row(
             image=join_inside(directory, image["file_name"]),
             image_id=str(image["id"]),

@@ -9,6 +9,7 @@ You choose the key, which becomes the source of the rows. Paths are relative to 
 sources has a single split. For another split, add a source with other files, for example in `eval_sources`.
 """
 
+import base64
 import dataclasses
 import functools
 import io
@@ -27,7 +28,7 @@ from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder, CocoConfig, make_instances_row, read_instances
 from .orientation import Size, Space, count_spaces, decide_space, fitting_spaces, read_orientation, turn_mask
-from .segmentation import encode_segmentation
+from .segmentation import encode_visible
 from .source import (
     SourceBuilder,
     SourceConfig,
@@ -40,6 +41,8 @@ from .text import read_text
 
 
 ORIENTATION = "orientation.json"
+# Corners of the polygon that is drawn for a circle.
+CIRCLE_POINTS = 180
 
 
 @dataclasses.dataclass
@@ -186,12 +189,14 @@ class CocoInstances(CocoBuilder, OwnData):
 
     def read_records(self, data_dir):
         path = self.locate(data_dir, "annotations")
-        return {self.config.split: read_instances(path, self.config.encoding)}
+        return {self.config.split: read_instances(path, self.read_remarks, self.config.encoding)}
 
     def make_row(self, record):
         path = self.locate(self.config.data_dir, "annotations")
         directory = self.locate(self.config.data_dir, "images")
-        row = make_instances_row(record, path, directory, self.source, phrases_of=lambda name: [name])
+        row = make_instances_row(record, path, directory, self.source, lambda name: [name], self.pass_over)
+        if row is None:
+            return None
         with errors_naming(f"{path!r}, image {record['image']['id']}"):
             return self.turn_upright(row)
 
@@ -215,10 +220,12 @@ class LabelMeConfig(OwnDataConfig):
 
 
 class LabelMe(OwnData):
-    """Files of the annotation tool LabelMe. One row per file, one target per polygon or rectangle, named by its label.
+    """Files of the annotation tool LabelMe. One row per file, one target per shape with an area, named by its label.
 
     annotations     directory of *.json, one per image
     images          the directory of the images; default: that of the JSON files
+
+    Polygons, rectangles, rotated boxes, circles and masks are drawn. Points and lines are passed over and counted.
     """
 
     BUILDER_CONFIG_CLASS = LabelMeConfig
@@ -241,10 +248,13 @@ class LabelMe(OwnData):
             name = annotation["imagePath"].replace("\\", "/").split("/")[-1]
             image = join_inside(directory, name)
             _, (height, width) = self.find_space(*read_orientation(image), _declared_size(annotation))
-            targets = [
-                {"phrases": [shape["label"]], "rle": encode_segmentation([_outline(shape)], height, width)}
-                for shape in annotation["shapes"]
-            ]
+            targets = []
+            for shape in annotation["shapes"]:
+                rle = _encode_shape(shape, height, width)
+                if rle is None:
+                    self.pass_over(f"shapes of the kind {shape.get('shape_type') or 'polygon'!r} without an area")
+                else:
+                    targets.append({"phrases": [shape["label"]], "rle": rle})
             if not targets:
                 return None
             return self.turn_upright(make_row(image, os.path.splitext(name)[0], self.source, "semantic", targets))
@@ -262,15 +272,37 @@ def _declared_size(annotation: dict) -> Size | None:
     return size if all(size) else None
 
 
-def _outline(shape: dict) -> list[float]:
-    """Return the corners [x0, y0, x1, y1, ...] of a LabelMe shape."""
-    points, kind = shape["points"], shape.get("shape_type", "polygon")
-    if kind == "rectangle":
+def _encode_shape(shape: dict, height: int, width: int) -> dict[str, Any] | None:
+    """Encode a shape of LabelMe or X-AnyLabeling as RLE, or return None if it covers no pixel, as points and lines."""
+    points, kind = shape["points"], shape.get("shape_type") or "polygon"
+    if kind == "mask":
+        return _encode_patch(shape["mask"], points[0], height, width)
+    if kind == "rectangle" and len(points) == 2:
         (x0, y0), (x1, y1) = points
-        points = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-    elif kind != "polygon":
-        raise ValueError(f"expected shapes that are polygons or rectangles, got a {kind}. Redraw or remove it.")
-    return [float(value) for x, y in points for value in (x, y)]
+        points = [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
+    elif kind == "circle":
+        center, rim = np.array(points, dtype=np.float64)
+        angles = np.linspace(0, 2 * np.pi, CIRCLE_POINTS, endpoint=False)
+        circle = center + np.hypot(*(rim - center)) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        points = circle.tolist()
+    elif kind not in ("polygon", "rectangle", "rotation", "quadrilateral"):
+        return None
+    return encode_visible([[value for x, y in points for value in (x, y)]], height, width)
+
+
+def _encode_patch(content: str, corner: Sequence[float], height: int, width: int) -> dict[str, Any] | None:
+    """Encode a mask that LabelMe stores as a PNG of the box around it, at the box's upper left corner."""
+    patch = read_mask(io.BytesIO(base64.b64decode(content, validate=True)))
+    left, top = (round(value) for value in corner)
+    bottom, right = top + patch.shape[0], left + patch.shape[1]
+    if top < 0 or left < 0 or bottom > height or right > width:
+        raise ValueError(
+            f"expected a mask inside an image of {width} x {height} pixels, got one from {[left, top]} to "
+            f"{[right, bottom]}. It belongs to another image."
+        )
+    mask = np.zeros((height, width), dtype=bool)
+    mask[top:bottom, left:right] = patch
+    return encode_mask(mask) if mask.any() else None
 
 
 @dataclasses.dataclass

@@ -42,9 +42,9 @@ class PacoLvis(CocoBuilder):
         return record["image"].get("file_name", "")
 
     def read_records(self, data_dir):
-        return {"train": read_instances(self._find_annotations(data_dir))}
+        return {"train": read_instances(self._find_annotations(data_dir), self.read_remarks)}
 
     def make_row(self, record):
         path = self._find_annotations(self.config.data_dir)
         directory = self.find(self.config.data_dir, "coco")
-        return make_instances_row(record, path, directory, self.source, category_phrases)
+        return make_instances_row(record, path, directory, self.source, category_phrases, self.pass_over)

@@ -44,8 +44,9 @@ class PascalPart(SourceBuilder):
         return self.find(data_dir, "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages")
 
     def read_records(self, data_dir):
-        return {"train": read_instances(self._find_annotations(data_dir))}
+        return {"train": read_instances(self._find_annotations(data_dir), self.read_remarks)}
 
     def make_row(self, record):
         path = self._find_annotations(self.config.data_dir)
-        return make_instances_row(record, path, self._find_photos(self.config.data_dir), self.source, part_phrases)
+        directory = self._find_photos(self.config.data_dir)
+        return make_instances_row(record, path, directory, self.source, part_phrases, self.pass_over)

@@ -18,7 +18,7 @@ import numpy as np
 from lisa_hf.data.masks import Mask, encode_mask, merge_masks
 from lisa_hf.data.rows import make_row
 
-from .coco import CocoBuilder, CocoConfig, read_refs
+from .coco import CocoBuilder, CocoConfig, id_key, index_by_id, read_refs
 from .segmentation import encode_segmentation
 from .source import errors_naming, join_inside, read_json
 
@@ -26,6 +26,18 @@ from .source import errors_naming, join_inside, read_json
 def splits_of(split: str) -> list[str]:
     """Return the splits that contain the refs of a split: "testAB" is part of testA, testB and test."""
     return ["test", *(f"test{part}" for part in split[4:])] if split.startswith("test") else [split]
+
+
+def _choose_segmentation(annotations: list[dict[str, Any]], image_id: str) -> Any:
+    """Return the segmentation of the annotations that share an id, of which one is in the image."""
+    if len(annotations) > 1:
+        annotations = [found for found in annotations if id_key(found["image_id"]) == image_id] or annotations
+    if any(other["segmentation"] != annotations[0]["segmentation"] for other in annotations):
+        raise ValueError(
+            f"expected one annotation with the id {annotations[0]['id']!r} in the image {image_id}, got a duplicate "
+            "id of different masks. Number the annotations anew where the files were merged."
+        )
+    return annotations[0]["segmentation"]
 
 
 def encode_object(segmentations: list[Any], height: int, width: int) -> dict[str, Any]:
@@ -84,19 +96,24 @@ class ReferSeg(CocoBuilder):
         refs_path, instances_path = self._find_annotations(data_dir)
         refs, instances = read_refs(refs_path), read_json(instances_path)
         with errors_naming(instances_path):
-            images = {image["id"]: image for image in instances["images"]}
-            segmentations = {annotation["id"]: annotation["segmentation"] for annotation in instances["annotations"]}
+            images = index_by_id(instances["images"], "images", "file_name")
+            annotated = collections.defaultdict(list)
+            for annotation in instances["annotations"]:
+                annotated[id_key(annotation["id"])].append(annotation)
         splits = collections.defaultdict(dict)
         with errors_naming(refs_path):
             for ref in refs:
-                image_id = ref["image_id"]
+                image_id = id_key(ref["image_id"])
                 annotations = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
-                annotations = [] if annotations == [-1] else annotations
-                missing = [f"annotation {number}" for number in annotations if number not in segmentations]
+                annotations = [] if annotations == [-1] else [id_key(number) for number in annotations]
+                missing = [f"annotation {number}" for number in annotations if number not in annotated]
                 referred = {
                     "ref_id": ref["ref_id"],
                     "phrases": [sentence["sent"] for sentence in ref.get("sentences", [])],
-                    "segmentations": [segmentations.get(number) for number in annotations],
+                    "segmentations": [
+                        _choose_segmentation(annotated[number], image_id) if number in annotated else None
+                        for number in annotations
+                    ],
                     "missing": ", ".join(missing if image_id in images else [f"image {image_id}", *missing]),
                 }
                 for split in splits_of(ref["split"]):

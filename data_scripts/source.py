@@ -91,6 +91,11 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         # each shard. Positions, because a second epoch of a stream meets the same records again.
         self.bad_records = collections.defaultdict(set)
         self.num_read = collections.defaultdict(collections.Counter)
+        # Remarks of `read_records` for the user.
+        self.read_remarks: list[str] = []
+        # What `make_row` has passed over in its record; and by split, reason and position, how many.
+        self._passed_over: collections.Counter[str] = collections.Counter()
+        self.passed_over = collections.defaultdict(lambda: collections.defaultdict(dict))
 
     def annotation_files(self, data_dir: str | None) -> list[str]:
         """Return the paths of the files that rows are made from. If one of them changes, the cache is not used.
@@ -116,6 +121,14 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         """
         raise NotImplementedError
 
+    def pass_over(self, what: str):
+        """Count an annotation of the record of `make_row` that is no bad one, but has no mask to ask for.
+
+        Args:
+            what: What such annotations are, in the plural.
+        """
+        self._passed_over[what] += 1
+
     @property
     def source(self) -> str:
         """Return the name of the source in its rows."""
@@ -133,8 +146,11 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         super().download_and_prepare(*args, **kwargs)
         # Remarks are stored, for whoever opens the prepared rows later.
         counts = {split: len(bad) for split, bad in self.bad_records.items() if bad}
-        if counts:
-            remarks = [f"skipped {count} bad records of the split {split!r}" for split, count in counts.items()]
+        remarks = [f"skipped {count} bad records of the split {split!r}" for split, count in counts.items()]
+        for split, reasons in self.passed_over.items():
+            for what, found in sorted(reasons.items()):
+                remarks.append(f"passed over {sum(found.values())} {what} in the split {split!r}")
+        if remarks:
             write_json(os.path.join(self.cache_dir, REMARKS), remarks)
 
     def find(self, data_dir: str | None, path: str) -> str:
@@ -185,7 +201,8 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         os.makedirs(os.path.dirname(self.records_dir), exist_ok=True)
         with FileLock(f"{self.records_dir}.lock"):
             if not os.path.isdir(self.records_dir):
-                self.write_records(self.read_records(self.config.data_dir))
+                records = self.read_records(self.config.data_dir)
+                self.write_records(records, self.read_remarks)
         splits = read_json(os.path.join(self.records_dir, "num_records.json"))
         generators = []
         for split, num_records in splits.items():
@@ -204,6 +221,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         for shard in shards:
             for index, record in enumerate(self.read_shard(shard)):
                 num_read[shard] = max(num_read[shard], index + 1)
+                self._passed_over.clear()
                 try:
                     row = self.make_row(record)
                 except ValueError as error:
@@ -214,6 +232,8 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                     if num_records is not None:
                         self._check_bad_share(split, num_records, error)
                     continue
+                for what, count in self._passed_over.items():
+                    self.passed_over[split][what][shard, index] = count
                 if row is not None:
                     yield f"{shard}, {index}", row
         if bad:
