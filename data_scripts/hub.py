@@ -21,8 +21,8 @@ from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import FEATURES, make_row
 
 from .orientation import read_orientation
-from .own_data import OwnData, OwnDataConfig, open_file, read_mask
-from .segmentation import encode_segmentation
+from .own_data import OwnData, OwnDataConfig, open_file
+from .segmentation import encode_visible, read_mask
 from .source import errors_naming, is_inside
 
 
@@ -126,15 +126,23 @@ class Hub(OwnData):
             if config.messages_column:
                 return self._make_row(image, name, task="vqa", messages=row[config.messages_column])
             phrases, mask = row[config.phrases_column], row[config.mask_column]
-            if "counts" in mask:
+            ignore = None
+            if isinstance(mask, list) or "counts" in mask:
                 with open_file(image) as file:
-                    _, size = self.find_space(*read_orientation(file), mask["size"])
-                rle = encode_segmentation(mask, *size)
+                    declared = None if isinstance(mask, list) else mask["size"]
+                    _, size = self.find_space(*read_orientation(file), declared)
+                rle = encode_visible(mask, *size)
+                if rle is None:
+                    self.pass_over("masks without a pixel")
+                    return None
             else:
                 with open_file(self._find_file(mask)) as file:
-                    rle = encode_mask(read_mask(file))
+                    pixels, void = read_mask(file)
+                rle, ignore = encode_mask(pixels), None if void is None else encode_mask(void)
             target = {"phrases": [phrases] if isinstance(phrases, str) else phrases, "rle": rle}
-            return self._make_row(image, name, config.task, targets=[target], is_sentence=config.is_sentence)
+            return self._make_row(
+                image, name, config.task, targets=[target], ignore=ignore, is_sentence=config.is_sentence
+            )
 
     def _make_row(self, image: dict[str, Any], name: str, task: str, **columns: Any) -> dict[str, Any]:
         # Prefer the content to the path, which may be one inside an archive.

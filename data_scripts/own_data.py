@@ -28,7 +28,7 @@ from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder, CocoConfig, make_instances_row, read_instances
 from .orientation import Size, Space, count_spaces, decide_space, fitting_spaces, read_orientation, turn_mask
-from .segmentation import encode_visible
+from .segmentation import encode_visible, load_mask, read_mask
 from .source import (
     SourceBuilder,
     SourceConfig,
@@ -292,7 +292,7 @@ def _encode_shape(shape: dict, height: int, width: int) -> dict[str, Any] | None
 
 def _encode_patch(content: str, corner: Sequence[float], height: int, width: int) -> dict[str, Any] | None:
     """Encode a mask that LabelMe stores as a PNG of the box around it, at the box's upper left corner."""
-    patch = read_mask(io.BytesIO(base64.b64decode(content, validate=True)))
+    patch = load_mask(io.BytesIO(base64.b64decode(content, validate=True)))[0] != 0
     left, top = (round(value) for value in corner)
     bottom, right = top + patch.shape[0], left + patch.shape[1]
     if top < 0 or left < 0 or bottom > height or right > width:
@@ -327,7 +327,8 @@ class ImageFolder(OwnData):
                 or {..., "phrase": "the cracked wheel"}; a list of either: they are interchangeable;
                 optional "explanation": why the mask answers the question
     images      the directory of the images
-    masks       the directory of the masks: PNG of one channel, of the image's size, 0 for the background
+    masks       the directory of the masks: images of the photo's size with 0 for the background and one other value;
+                255 beside a smaller value is ignored
     """
 
     BUILDER_CONFIG_CLASS = ImageFolderConfig
@@ -348,7 +349,7 @@ class ImageFolder(OwnData):
             is_sentence = "question" in record
             phrases = record["question" if is_sentence else "phrase"]
             image = join_inside(self.locate(data_dir, "images"), record["image"])
-            mask = read_mask(join_inside(self.locate(data_dir, "masks"), record["mask"]))
+            mask, ignore = read_mask(join_inside(self.locate(data_dir, "masks"), record["mask"]))
             _, sizes = read_orientation(image)
             if mask.shape not in sizes.values():
                 size = sizes["display"]
@@ -359,6 +360,7 @@ class ImageFolder(OwnData):
                 source=self.source,
                 task="reasoning" if is_sentence else "referring",
                 targets=[{"phrases": [phrases] if isinstance(phrases, str) else phrases, "rle": encode_mask(mask)}],
+                ignore=None if ignore is None else encode_mask(ignore),
                 is_sentence=is_sentence,
                 explanation=record.get("explanation"),
             )
@@ -374,20 +376,3 @@ class ImageFolder(OwnData):
 def open_file(image: dict[str, Any]) -> IO[bytes]:
     """Open the file of an undecoded image, also of an archive or a server."""
     return io.BytesIO(image["bytes"]) if image["bytes"] else xopen(image["path"], "rb")
-
-
-def read_mask(file) -> np.ndarray:
-    """Read a mask from a path or file of an image with one channel. Returns bool of shape `(H, W)`, whether not 0."""
-    try:
-        with PIL.Image.open(file) as image:
-            image.load()
-    except Exception as error:  # Pillow has no exception of its own for broken files.
-        raise ValueError(
-            f"expected a mask, got {file!r}, which cannot be read: {error}. Restore it, or remove the row."
-        ) from error
-    if len(image.getbands()) > 1:
-        raise ValueError(
-            f"expected the mask {file!r} to have one channel, got the mode {image.mode}. Save it in grayscale, "
-            "with 0 for the background."
-        )
-    return np.asarray(image) != 0

@@ -5,9 +5,11 @@ off, so everything that reaches it is checked and bounded here first.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 from pycocotools import mask as coco_mask
 
 from lisa_hf.data.masks import MAX_PIXELS, Mask, encode_mask, merge_masks
@@ -19,6 +21,9 @@ STEPS_PER_PIXEL = 5
 MAX_STEPS = 20_000_000
 # Unions are made of this many RLEs at once, so that the time for many polygons does not grow with their square.
 MERGED_AT_ONCE = 32
+# In a mask image, 255 beside a value up to this one is void, as in PASCAL VOC. Beside a larger one, nobody can tell.
+MAX_CLASS = 63
+LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
 
 
 class NothingToDrawError(ValueError):
@@ -116,6 +121,81 @@ def encode_polygons(polygons: Sequence[Sequence[float]], height: int, width: int
     while len(rles) > 1:
         rles = [coco_mask.merge(rles[i : i + MERGED_AT_ONCE]) for i in range(0, len(rles), MERGED_AT_ONCE)]
     return {"size": [height, width], "counts": rles[0]["counts"]}
+
+
+def read_mask(file: str | IO[bytes]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read a mask image, turned by its EXIF orientation, with 0 for the background and one other value.
+
+    Args:
+        file: Path or file of the image. Lossy images are cut at half of the brightness if nearly all of their pixels
+            are black or white.
+
+    Returns:
+        The mask, shape `(H, W)`, bool, and the ignored pixels alike: those of 255 beside a class. None if there are
+        none.
+
+    Raises:
+        ValueError: If it cannot be read, is empty or full, or has several values, so that nobody can tell the object.
+    """
+    pixels, is_lossy = load_mask(file)
+    if is_lossy:
+        is_clear = ((pixels < 64) | (pixels >= 192)).mean() > 0.9
+        if pixels.dtype != np.uint8 or not is_clear:
+            raise ValueError(
+                f"expected a mask, got the lossy image {file!r}, whose pixels are not black or white. Save it as PNG."
+            )
+        pixels = pixels >= 128
+    values = np.unique(pixels)
+    others = values[values != 0].tolist()
+    if not others or len(others) == len(values) == 1:
+        raise ValueError(
+            f"expected a mask with an object and a background of 0, got {file!r}, in which every pixel is "
+            f"{values.tolist()[0]!r}. Draw the mask, or remove the row."
+        )
+    if len(others) == 1:
+        return pixels != 0, None
+    if len(others) == 2 and others[0] <= MAX_CLASS and others[1] == 255 and pixels.dtype == np.uint8:
+        return pixels == others[0], pixels == 255
+    raise ValueError(
+        f"expected a mask with 0 for the background and one other value, got {file!r} with {len(others)} others, "
+        f"{others[:5]}{' and so on' if len(others) > 5 else ''}. Save the object that is asked for as a mask of its "
+        "own, or threshold a soft mask."
+    )
+
+
+def load_mask(file: str | IO[bytes]) -> tuple[np.ndarray, bool]:
+    """Load the values of a mask image, shape `(H, W)`, as viewers turn them, and whether its format is lossy."""
+    try:
+        with PIL.Image.open(file) as image:
+            is_lossy = image.format in LOSSY_FORMATS
+            image = PIL.ImageOps.exif_transpose(image)
+            image.load()
+    except Exception as error:  # Pillow has no exception of its own for broken files.
+        raise ValueError(
+            f"expected a mask, got {file!r}, which cannot be read: {error}. Restore it, or remove the row."
+        ) from error
+    pixels = np.asarray(image)
+    if image.mode in ("RGB", "RGBA", "LA"):
+        # Many tools save gray masks in color.
+        colors, alpha = (pixels, None) if image.mode == "RGB" else (pixels[..., :-1], pixels[..., -1])
+        is_opaque = alpha is None or (alpha == 255).all()
+        if is_opaque and (colors == colors[..., :1]).all():
+            pixels = colors[..., 0]
+    if pixels.ndim != 2 or not np.isfinite(pixels).all():
+        raise ValueError(
+            f"expected the mask {file!r} to have one channel, got the mode {image.mode} with colors or transparency. "
+            "Save it in grayscale, with 0 for the background."
+        )
+    if image.mode == "P":
+        used = np.unique(pixels).tolist()
+        palette = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+        black = [index for index in used if index < len(palette) and not palette[index].any()]
+        if 0 in used and black and 0 not in black:
+            raise ValueError(
+                f"expected the palette of the mask {file!r} to show the background, 0, in black, got black for "
+                f"{black}. Save it in grayscale, with 0 for the background."
+            )
+    return pixels, is_lossy
 
 
 def check_points(points: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -93,9 +93,9 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         self.num_read = collections.defaultdict(collections.Counter)
         # Remarks of `read_records` for the user.
         self.read_remarks: list[str] = []
-        # What `make_row` has passed over in its record; and by split, reason and position, how many.
+        # What `make_row` has passed over in its record; and by split and reason, how many at each position.
         self._passed_over: collections.Counter[str] = collections.Counter()
-        self.passed_over = collections.defaultdict(lambda: collections.defaultdict(dict))
+        self.passed_over = collections.defaultdict(dict)
 
     def annotation_files(self, data_dir: str | None) -> list[str]:
         """Return the paths of the files that rows are made from. If one of them changes, the cache is not used.
@@ -147,9 +147,8 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         # Remarks are stored, for whoever opens the prepared rows later.
         counts = {split: len(bad) for split, bad in self.bad_records.items() if bad}
         remarks = [f"skipped {count} bad records of the split {split!r}" for split, count in counts.items()]
-        for split, reasons in self.passed_over.items():
-            for what, found in sorted(reasons.items()):
-                remarks.append(f"passed over {sum(found.values())} {what} in the split {split!r}")
+        for (split, what), found in sorted(self.passed_over.items()):
+            remarks.append(f"passed over {sum(found.values())} {what} in the split {split!r}")
         if remarks:
             write_json(os.path.join(self.cache_dir, REMARKS), remarks)
 
@@ -233,7 +232,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                         self._check_bad_share(split, num_records, error)
                     continue
                 for what, count in self._passed_over.items():
-                    self.passed_over[split][what][shard, index] = count
+                    self.passed_over[split, what][shard, index] = count
                 if row is not None:
                     yield f"{shard}, {index}", row
         if bad:
