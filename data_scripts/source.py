@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 NUM_SHARDS = 16
 MAX_BAD_SHARE = 0.01
+# A small source may have this many bad records, as long as they are at most a fifth: 20 photos are a data set too.
+FEW_BAD_RECORDS = 3
 MIN_RECORDS = 100
 REMARKS = "remarks.json"
 
@@ -38,7 +40,8 @@ class SourceConfig(datasets.BuilderConfig):
 
     Args:
         on_bad_row: What to do with a record that gives no valid row, see [`~lisa_hf.data.rows.OnBadRow`]. More than
-            `MAX_BAD_SHARE` of bad records raise in any case, and so does a file that cannot be read.
+            `MAX_BAD_SHARE` of bad records, and more than a few, raise in any case, and so does a file that cannot be
+            read.
     """
 
     on_bad_row: OnBadRow = "raise"
@@ -259,10 +262,11 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
 
     def _check_bad_share(self, split: str, num_records: int, last: object, allowance: float = 0):
         num_bad = len(self.bad_records[split])
-        if num_bad > MAX_BAD_SHARE * num_records + allowance:
+        floor = min(FEW_BAD_RECORDS, num_records // 5)
+        if num_bad > max(MAX_BAD_SHARE * num_records + allowance, floor):
             raise ValueError(
-                f"{self.source}: expected at most {MAX_BAD_SHARE:.0%} of bad records, got at least {num_bad} of "
-                f"{num_records} in the split {split!r}. Repair or remove them. The last one: {last}"
+                f"{self.source}: expected at most {MAX_BAD_SHARE:.0%} of bad records, or {FEW_BAD_RECORDS}, got at "
+                f"least {num_bad} of {num_records} in the split {split!r}. Repair or remove them. The last one: {last}"
             )
 
     def _fingerprint(self, data_dir: str | None) -> str:

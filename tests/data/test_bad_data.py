@@ -12,6 +12,7 @@ import re
 import shutil
 import zlib
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -311,9 +312,10 @@ def test_a_file_that_is_bad_as_a_whole_always_raises(damaged, name, path, damage
 def test_more_bad_records_than_one_in_a_hundred_always_raise(damaged, streaming):
     tree = damaged("reason_seg", R_JSON, remove)
     assert use("reason_seg", tree, "skip", streaming) in (NUM_RECORDS - 1, (NUM_RECORDS - 1, 1))
-    second = tree / REASON / f"{NUM_RECORDS - 1:012d}.json"
-    second.unlink()
-    message = f"at most 1% of bad records, got at least 2 of 120 in the split 'train'.*{second}"
+    for index in range(NUM_RECORDS - 3, NUM_RECORDS):
+        last = tree / REASON / f"{index:012d}.json"
+        last.unlink()
+    message = f"at most 1% of bad records, or 3, got at least 4 of 120 in the split 'train'.*{last}"
     with pytest.raises(ValueError, match=message):
         use("reason_seg", tree, "skip", streaming)
 
@@ -334,6 +336,22 @@ class Numbers(SourceBuilder):
             raise ValueError(f"{number} is bad")
         target = {"phrases": [str(number)], "rle": {"size": [1, 1], "counts": b"01"}}
         return make_row("", str(number), "numbers", "semantic", [target])
+
+
+@pytest.mark.parametrize(
+    ("num_records", "num_bad", "fits"), [(20, 1, True), (20, 3, True), (20, 4, False), (4, 1, False)]
+)
+def test_a_few_bad_records_leave_a_small_source(tmp_path, monkeypatch, num_records, num_bad, fits):
+    monkeypatch.setattr(Numbers, "read_records", lambda self, data_dir: {"train": range(num_records)})
+    monkeypatch.setattr(Numbers, "period", num_records // num_bad + (num_records % num_bad > 0))
+    builder = Numbers(str(tmp_path), on_bad_row="skip", cache_dir=str(tmp_path))
+    if fits:
+        builder.download_and_prepare()
+        assert len(builder.as_dataset("train")) == num_records - num_bad
+    else:
+        with pytest.raises(datasets.exceptions.DatasetGenerationError) as error:
+            builder.download_and_prepare()
+        assert "at most 1% of bad records, or 3" in str(error.value.__cause__)
 
 
 @pytest.mark.parametrize("num_readers", [1, 16])
