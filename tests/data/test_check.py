@@ -17,7 +17,9 @@ def check(tmp_path):
         lines = []
         for index in range(3):
             PIL.Image.new("RGB", (60, 40)).save(tmp_path / f"{index}.png")
-            PIL.Image.new("L", (60, 40), 1).save(tmp_path / f"m{index}.png")
+            mask = PIL.Image.new("L", (60, 40))
+            mask.paste(1, (10, 10, 30, 30))
+            mask.save(tmp_path / f"m{index}.png")
             lines.append(json.dumps({"image": f"{index}.png", "mask": f"m{index}.png", "phrase": "it"}))
         if content is not None:
             (tmp_path / "2.png").write_bytes(content)

@@ -89,7 +89,9 @@ def test_sources_read_the_encoding_of_their_option(tmp_path):
 
 def test_json_lines_end_at_line_feeds_only(tmp_path):
     PIL.Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
-    PIL.Image.new("L", (8, 6), 1).save(tmp_path / "m.png")
+    mask = PIL.Image.new("L", (8, 6))
+    mask.paste(1, (2, 2, 6, 5))
+    mask.save(tmp_path / "m.png")
     question = "What is\u2028broken\x85here?"
     line = json.dumps({"image": "a.png", "mask": "m.png", "question": question}, ensure_ascii=False)
     (tmp_path / "q.jsonl").write_bytes(f"{line}\r\n{line}\r\n".encode("utf-8-sig"))
