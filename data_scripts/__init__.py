@@ -60,7 +60,7 @@ def load_source(
 
     Args:
         name: Key of `SOURCES`, or any name if there is a `builder`.
-        data_dir: Directory of all data sets, in LISA's layout. Drawn sources do not need it.
+        data_dir: Directory of all datasets, in LISA's layout. Drawn sources do not need it.
         split: Name of a split, as in the docstring of the builder. Your own data has a single split of any name. None
             loads all splits.
         streaming: Whether to make rows as they are read, instead of preparing them once in the cache of `datasets`.
@@ -130,7 +130,7 @@ def load_sources(
 
     Args:
         sources: Options of [`load_source`] by the name of the source. A `weight` among them is ignored.
-        data_dir: Directory of all data sets, in LISA's layout.
+        data_dir: Directory of all datasets, in LISA's layout.
         max_rows: Number of rows to keep of each source, the first ones. By default, all.
         streaming: Whether to stream the rows, see [`load_source`].
         on_bad_row: What to do with bad records, unless the options of a source say so, see

@@ -92,7 +92,7 @@ def check_source(name: str, data_dir: str | None = None, split: str | None = Non
 
     Args:
         name: Name of the source, see [`load_source`].
-        data_dir: Directory of all data sets, see [`load_source`].
+        data_dir: Directory of all datasets, see [`load_source`].
         split: Split to check. By default, all.
         options: Options of the source, see [`load_source`].
     """

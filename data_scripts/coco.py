@@ -29,7 +29,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_refs(path: str) -> list[dict[str, Any]]:
-    """Read the refs of a referring data set from a pickle (`refs(*).p`) or a JSON file.
+    """Read the refs of a referring dataset from a pickle (`refs(*).p`) or a JSON file.
 
     Returns:
         Dicts of `image_id`, `ann_id` (int; in gRefCOCO a list of int, [-1] for none), `split`, and `sentences`, whose

@@ -1,4 +1,4 @@
-"""Download the data sets that have direct links, and unpack them into LISA's directory layout.
+"""Download the datasets that have direct links, and unpack them into LISA's directory layout.
 
     from data_scripts.download import download
     download(["ade20k", "refcoco"], "dataset")
@@ -174,7 +174,7 @@ def download(names: Sequence[str], data_dir: str | os.PathLike, num_threads: int
 
     Args:
         names: Keys of `WEB_FILES`.
-        data_dir: Directory of all data sets, which is created if it does not exist.
+        data_dir: Directory of all datasets, which is created if it does not exist.
         num_threads: Number of files to download and unpack at once.
 
     Raises:

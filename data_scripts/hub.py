@@ -1,11 +1,11 @@
-"""Rows from any data set on the Hub, or from Parquet files, by the names of their columns.
+"""Rows from any dataset on the Hub, or from Parquet files, by the names of their columns.
 
     sources:
       captions: {builder: hub, path: user/captions, image_column: photo, mask_column: label, phrases_column: caption}
       chat: {builder: hub, path: chat/*.parquet, messages_column: messages}
       converted: {builder: hub, path: parquet/ade20k}
 
-A data set that already has the columns of `lisa_hf.data.rows`, as `recipes/prepare_data.py convert` writes them, is
+A dataset that already has the columns of `lisa_hf.data.rows`, as `recipes/prepare_data.py convert` writes them, is
 used unchanged.
 """
 
@@ -33,7 +33,7 @@ URLS = ("http://", "https://", "hf://")
 
 @dataclasses.dataclass
 class HubConfig(OwnDataConfig):
-    """Options of a data set on the Hub.
+    """Options of a dataset on the Hub.
 
     Args:
         path: Id on the Hub, a directory that `datasets.load_dataset` can read, or a pattern of Parquet files.
@@ -46,7 +46,7 @@ class HubConfig(OwnDataConfig):
         task: Task of the rows, see [`~lisa_hf.data.rows.make_row`].
         is_sentence: Whether the phrases are complete questions.
         allow_urls: Whether to read images and masks that rows name by a URL of any server. Without it, rows may name
-            files in `data_dir` and of the data set itself.
+            files in `data_dir` and of the dataset itself.
     """
 
     path: str = ""
@@ -62,14 +62,14 @@ class HubConfig(OwnDataConfig):
 
 
 class Hub(OwnData):
-    """A data set on the Hub, or Parquet files. One row per record, with a target or a conversation."""
+    """A dataset on the Hub, or Parquet files. One row per record, with a target or a conversation."""
 
     BUILDER_CONFIG_CLASS = HubConfig
 
     def annotation_files(self, data_dir):
         if not self.config.path:
             raise ValueError(
-                f"source {self.source!r}: expected the option `path`, the data set's id or files, got none."
+                f"source {self.source!r}: expected the option `path`, the dataset's id or files, got none."
             )
         path = self._local_path(data_dir)
         return sorted(
@@ -80,7 +80,7 @@ class Hub(OwnData):
         return os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(self.config.path)))
 
     def _open(self) -> datasets.IterableDataset:
-        """Open the data set as a stream with undecoded images."""
+        """Open the dataset as a stream with undecoded images."""
         config, path = self.config, self._local_path(self.config.data_dir)
         if path.endswith(".parquet"):
             arguments = {"path": "parquet", "data_files": path}
@@ -161,7 +161,7 @@ class Hub(OwnData):
         if ".." in path.replace("\\", "/").split("/") or not all(part.startswith(ARCHIVES) for part in archived):
             found = None
         elif is_remote:
-            # Files of the data set itself: hf://datasets/user/name@revision/photos/a.jpg
+            # Files of the dataset itself: hf://datasets/user/name@revision/photos/a.jpg
             own = tuple(f"hf://datasets/{self.config.path}{end}" for end in "@/")
             found = location if location.startswith(URLS if self.config.allow_urls else own) else None
         else:
@@ -170,14 +170,14 @@ class Hub(OwnData):
             found = next(filter(os.path.exists, inside), inside[0] if inside else None)
         if found is None:
             raise ValueError(
-                f"expected an image in the row, or a file in {' or '.join(self._roots()) or 'the data set'}, got "
+                f"expected an image in the row, or a file in {' or '.join(self._roots()) or 'the dataset'}, got "
                 f"{path!r}. "
                 + ("Set `allow_urls: true` if you trust all URLs in these rows." if is_remote else "Move it there.")
             )
         return {"bytes": None, "path": "::".join([*archived, found])}
 
     def _roots(self) -> list[str]:
-        """Return the directories whose files rows may name: `data_dir`, and that of the data set."""
+        """Return the directories whose files rows may name: `data_dir`, and that of the dataset."""
         path = self._local_path(self.config.data_dir)
         # Without `dirname`, which `datasets` replaces in modules of builders: its own drops the last directory.
         own = path if os.path.isdir(path) else path.partition("*")[0].rpartition(os.sep)[0]

@@ -3,7 +3,7 @@
     from data_scripts import load_source
     rows = load_source("ade20k", data_dir="dataset", split="validation")
 
-Mirrors the semantic data sets of the original. The class names of ADE20K and COCO-Stuff beside this file are LISA's
+Mirrors the semantic datasets of the original. The class names of ADE20K and COCO-Stuff beside this file are LISA's
 (github.com/dvlab-research/LISA, Apache-2.0): released checkpoints were trained on exactly these.
 """
 

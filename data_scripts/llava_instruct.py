@@ -3,7 +3,7 @@
     from data_scripts import load_source
     rows = load_source("llava_instruct", data_dir="dataset")
 
-Mirrors the VQA data set of the original.
+Mirrors the VQA dataset of the original.
 """
 
 import os

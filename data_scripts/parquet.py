@@ -1,4 +1,4 @@
-"""Write rows to Parquet with their images inside: a folder that loads like a data set on the Hub, and can become one.
+"""Write rows to Parquet with their images inside: a folder that loads like a dataset on the Hub, and can become one.
 
 from data_scripts.parquet import write_card, write_parquet
 write_parquet(load_source("refcoco", data_dir="dataset", split="val"), "parquet/refcoco", "val")

@@ -3,7 +3,7 @@
     from data_scripts import load_source
     rows = load_source("reason_seg", data_dir="dataset", split="val")
 
-Mirrors `get_mask_from_json` and the ReasonSeg data sets of the original.
+Mirrors `get_mask_from_json` and the ReasonSeg datasets of the original.
 """
 
 import os

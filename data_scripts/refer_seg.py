@@ -62,7 +62,7 @@ def encode_object(segmentations: list[Any], height: int, width: int) -> dict[str
 
 @dataclasses.dataclass
 class ReferSegConfig(CocoConfig):
-    """Options of the referring data sets.
+    """Options of the referring datasets.
 
     Args:
         split_by: Who split the data: "unc", "umd", "google" or "berkeley". Defaults to the original's choice.
@@ -72,7 +72,7 @@ class ReferSegConfig(CocoConfig):
 
 
 class ReferSeg(CocoBuilder):
-    """Base of the referring data sets, whose files are in `refer_seg/<SOURCE>` and `refer_seg/<IMAGES>`."""
+    """Base of the referring datasets, whose files are in `refer_seg/<SOURCE>` and `refer_seg/<IMAGES>`."""
 
     BUILDER_CONFIG_CLASS = ReferSegConfig
     REFS = "refs({}).p"

@@ -1,10 +1,10 @@
-"""Drawn scenes for all four tasks: a data set that needs no download.
+"""Drawn scenes for all four tasks: a dataset that needs no download.
 
     from data_scripts import load_source
     rows = load_source("shapes", split="train", num_train_scenes=2000, image_size=128, seed=0)
 
 A scene has two to five shapes in named colors on a mottled background. Scene i is a pure function of (seed, split, i),
-so a larger data set begins with the scenes of a smaller one. Each scene is one row:
+so a larger dataset begins with the scenes of a smaller one. Each scene is one row:
 
 - semantic: every shape is a "red circle", a "circle" and a "red object"; a phrase may have several targets.
 - referring: phrases that locate a shape relative to another one: "circle above the red star".

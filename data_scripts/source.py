@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 NUM_SHARDS = 16
 MAX_BAD_SHARE = 0.01
-# A small source may have this many bad records, as long as they are at most a fifth: 20 photos are a data set too.
+# A small source may have this many bad records, as long as they are at most a fifth: 20 photos are a dataset too.
 FEW_BAD_RECORDS = 3
 MIN_RECORDS = 100
 REMARKS = "remarks.json"

@@ -99,7 +99,7 @@ def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrai
 def load_datasets(
     benchmarks: list[str], data_args: DataArguments, all_texts: bool
 ) -> tuple[dict[str, dict], dict[str, EvaluationDataset]]:
-    """Return the sources to evaluate on, with their options, and their data sets, both by name."""
+    """Return the sources to evaluate on, with their options, and their datasets, both by name."""
     sources = {}
     for name in benchmarks:
         if name not in BENCHMARKS:

@@ -109,7 +109,7 @@ def main():
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("sources", nargs="*", metavar="SOURCE", help=f"one of {', '.join(SOURCES)}")
     common.add_argument("--config", help="use the sources of this recipe (YAML)")
-    common.add_argument("--data_dir", help="directory of all data sets in LISA's layout (default: the recipe's)")
+    common.add_argument("--data_dir", help="directory of all datasets in LISA's layout (default: the recipe's)")
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -128,7 +128,7 @@ def main():
     command.add_argument("--output_dir", required=True, help="output directory, with one subdirectory per source")
     command.add_argument("--num_threads", type=int, default=4, help="number of files to write at once")
     command.add_argument("--max_shard_size", default="500MB", help="approximate largest size of a file")
-    command.add_argument("--push_to_hub", metavar="NAME", help="also upload to this private data set on the Hub")
+    command.add_argument("--push_to_hub", metavar="NAME", help="also upload to this private dataset on the Hub")
     command.set_defaults(run=run_convert)
 
     args = parser.parse_args()

@@ -18,7 +18,7 @@ def tiny():
 
 @pytest.fixture
 def golden():
-    """What was recorded from the original's data sets on the golden tree."""
+    """What was recorded from the original's datasets on the golden tree."""
     return json.loads((GOLDEN / "datasets.json").read_text())
 
 

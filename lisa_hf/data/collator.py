@@ -24,7 +24,7 @@ class BatchMeta:
     Args:
         sources: Names of the B images' sources.
         image_ids: Ids of the B images, unique within their source.
-        num_skipped: Number of rows that could not be used, here or in the data set.
+        num_skipped: Number of rows that could not be used, here or in the dataset.
     """
 
     sources: list[str]

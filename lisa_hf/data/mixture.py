@@ -1,4 +1,4 @@
-"""Data sets of training and evaluation items, made from the rows of one or several sources.
+"""Datasets of training and evaluation items, made from the rows of one or several sources.
 
 Both are map-style. Item k is a pure function of the rows, the arguments and k, so Trainer's own samplers can shard,
 shuffle and resume, and the number of loader workers makes no difference. An item is one image with its questions:
@@ -176,7 +176,7 @@ class MixtureDataset(Mixture, torch.utils.data.Dataset):
     """Map-style mixture: draws a source by weight for each item, one of its rows uniformly, and questions about it.
 
     Since items are random draws already, they are read in sequence: item k is what step k sees on any machine. Rows
-    stay in the Arrow files of their data sets, so the memory of a loader worker does not grow with their number.
+    stay in the Arrow files of their datasets, so the memory of a loader worker does not grow with their number.
 
     Args:
         sources: Prepared rows by the name of their source.

@@ -1,6 +1,6 @@
 """LISA's question and answer templates, and the conversations that are made of a row.
 
-The templates mirror LISA's `utils/utils.py` and its data sets (arXiv 2308.00692). Released LISA checkpoints were
+The templates mirror LISA's `utils/utils.py` and its datasets (arXiv 2308.00692). Released LISA checkpoints were
 trained on exactly these strings, so a missing space or a different case costs accuracy. The image is a content part of
 its own in the first user message; the line break that LISA writes after `<image>` belongs to the chat template.
 """

@@ -1,4 +1,4 @@
-"""The row format that all data sets share, and what to do with a row that cannot be used.
+"""The row format that all datasets share, and what to do with a row that cannot be used.
 
 A row is one image with everything that is annotated on it. Its masks stay compressed COCO run-length encodings (RLE),
 see [`~masks.Mask`].
@@ -56,7 +56,7 @@ def make_row(
     Args:
         image: Path of the image file, or the bytes of an encoded image.
         image_id: Name of the image, unique within its source.
-        source: Name of the data set, as `data_scripts.load_source` knows it.
+        source: Name of the dataset, as `data_scripts.load_source` knows it.
         task: One of `TASKS`. A "vqa" row has `messages`, every other row has `targets`.
         targets: Dicts of `phrases` (list of str, at least one) and `rle`, all of one size.
         ignore: RLE of the pixels that count neither as target nor as background, of the targets' size.

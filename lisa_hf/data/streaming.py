@@ -28,11 +28,11 @@ class StreamingMixtureDataset(Mixture, torch.utils.data.IterableDataset):
     exactly one reader: by whole shards if there are enough, else row by row, where each reader reads the entire source
     to keep its share. When a source ends, its next pass begins, so the smallest source ends nothing.
 
-    This data set is the only place that splits the rows. An accelerate dispatcher or `IterableDatasetShard` around it
+    This dataset is the only place that splits the rows. An accelerate dispatcher or `IterableDatasetShard` around it
     would split them a second time and lose most of them; [`LisaTrainer`] prevents that.
 
     Resuming is exact at any item. Trainer makes the skipped batches again and needs no state. With the state of this
-    data set, the rows are read again without their images, and no items are made.
+    dataset, the rows are read again without their images, and no items are made.
 
     Args:
         sources: Streamed rows by the name of their source.

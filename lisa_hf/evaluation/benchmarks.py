@@ -37,15 +37,15 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def evaluate_benchmark(trainer: Trainer, dataset: EvaluationDataset) -> tuple[dict[str, dict], dict]:
-    """Evaluate the model of a [`LisaTrainer`] on one data set; every process must call it.
+    """Evaluate the model of a [`LisaTrainer`] on one dataset; every process must call it.
 
     Args:
         trainer: The trainer; with `args.eval_generate` the model also answers by itself.
-        dataset: The data set; with `all_texts` for the protocols that ask all texts.
+        dataset: The dataset; with `all_texts` for the protocols that ask all texts.
 
     Returns:
         The results, the same on every process: `{"num_items": int, "protocols": {name: metrics}}`, under the key "".
-        If the data set has reasoning questions that are phrases and others that are sentences, "_short" and "_long"
+        If the dataset has reasoning questions that are phrases and others that are sentences, "_short" and "_long"
         hold their results. And the questions to draw, best to worst by the model's own answers,
         `{(image, question): title}`; none if it gave none.
     """

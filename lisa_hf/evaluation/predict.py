@@ -87,7 +87,7 @@ def draw_predictions(
     max_new_tokens: int = 256,
     titles: dict[tuple[int, int], str] | None = None,
 ) -> PIL.Image.Image:
-    """Draw generated answers to questions of a data set on a contact sheet.
+    """Draw generated answers to questions of a dataset on a contact sheet.
 
     Args:
         model: A LISA.

@@ -1,4 +1,4 @@
-"""Pictures of masks: an overlay on one image, and contact sheets of predictions and of data sets."""
+"""Pictures of masks: an overlay on one image, and contact sheets of predictions and of datasets."""
 
 import textwrap
 from collections.abc import Sequence

@@ -26,7 +26,7 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
     - 16-bit and floating-point gray is brought to 8 bits by its range: 0..65535 for 16 bits. Files with 32 bits do not
       say what theirs is. They get the first of 0..1 (floats only), 0..255 and 0..65535 that holds all of their values,
       or else the one from their smallest to their largest value.
-    - Alpha is dropped, as PIL, OpenCV and the tools that data sets were annotated with do: transparent pixels show
+    - Alpha is dropped, as PIL, OpenCV and the tools that datasets were annotated with do: transparent pixels show
       their stored color.
     - Palettes, CMYK and 1-bit pictures are converted as PIL converts them.
 

@@ -82,7 +82,7 @@ class ReasoningSegmentationPipeline(Pipeline):
     """Answer questions about images with text and masks.
 
     A call takes an image (path, URL, PIL image, ..., see [`load_image`]) or a list of images, and a `question`. It
-    also takes dicts of `image` and `question`: one, or a list, generator or data set, answered `batch_size` at a time.
+    also takes dicts of `image` and `question`: one, or a list, generator or dataset, answered `batch_size` at a time.
     It returns a dict of `text`, `masks` and `scores` per question, see [`Answer`].
 
     Args:

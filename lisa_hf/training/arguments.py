@@ -149,7 +149,7 @@ class DataArguments:
     builder, and each value of `eval_sources` one with `split` and the options of the builder.
     """
 
-    data_dir: str | None = HfArg(default=None, help="Directory of the data sets.")
+    data_dir: str | None = HfArg(default=None, help="Directory of the datasets.")
     sources: dict = HfArg(
         default_factory=dict,
         help="Training sources, e.g. {reason_seg: 1, shapes: {weight: 9, split: train}}. A weight is a share of the "

@@ -1,4 +1,4 @@
-"""Build a config, a processor, a model and data sets from the recipes' arguments.
+"""Build a config, a processor, a model and datasets from the recipes' arguments.
 
 This is the only place where models are built. A training run calls the functions in this order:
 
@@ -128,7 +128,7 @@ def build_datasets(
     data_args: DataArguments,
     training_args: LisaTrainingArguments,
 ) -> tuple[MixtureDataset | StreamingMixtureDataset, dict[str, EvaluationDataset]]:
-    """Build the mixture to train on and, for each evaluation source, the data set to evaluate on."""
+    """Build the mixture to train on and, for each evaluation source, the dataset to evaluate on."""
     if not train_rows:
         raise ValueError("sources: expected at least one training source, got none")
     options = {

@@ -1,4 +1,4 @@
-"""Rows of others that name files: only those of the data set and of `data_dir` are read."""
+"""Rows of others that name files: only those of the dataset and of `data_dir` are read."""
 
 import functools
 import http.server

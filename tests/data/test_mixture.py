@@ -1,4 +1,4 @@
-"""The mixture of data sets: item k is a function of seed and k, weights hold, and bad rows are skipped or named."""
+"""The mixture of datasets: item k is a function of seed and k, weights hold, and bad rows are skipped or named."""
 
 import io
 import itertools

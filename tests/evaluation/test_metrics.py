@@ -140,7 +140,7 @@ def test_intervals_resample_images_and_follow_the_seed(tmp_path):
         ]
         result = SegmentationMetric(cache_dir=str(tmp_path)).compute(**as_columns(questions), bootstrap=500, seed=seed)
         assert result["giou_low"] < result["giou"] < result["giou_high"]
-        # All unions are equal, so the two figures are too, and they see the same resamples.
+        # All unions are equal, so the two metrics are too, and they see the same resamples.
         assert [result[f"ciou{end}"] for end in ("", "_low", "_high")] == pytest.approx(
             [result[f"giou{end}"] for end in ("", "_low", "_high")]
         )

@@ -226,6 +226,6 @@ def test_evaluation_recipe(tmp_path):
     run_here("eval.py", converted_directory(), *arguments, "--eval_generate", "false")
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["benchmarks"]["recorded"]
     assert results["num_items"] == 3 and results["protocols"].keys() == {"lisa"}
-    figures = results["protocols"]["lisa"]
-    assert figures["giou"] == pytest.approx(meta["giou"], rel=TOLERANCE)
-    assert figures["ciou"] == pytest.approx(meta["ciou"], rel=TOLERANCE)
+    metrics = results["protocols"]["lisa"]
+    assert metrics["giou"] == pytest.approx(meta["giou"], rel=TOLERANCE)
+    assert metrics["ciou"] == pytest.approx(meta["ciou"], rel=TOLERANCE)

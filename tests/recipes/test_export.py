@@ -224,10 +224,10 @@ def test_adapter_without_a_record_of_its_base(runs, tmp_path):
 def test_model_card_tells_the_run(runs, command, tmp_path):
     command(runs("from_nothing") / "run")
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    figures = json.loads((runs("from_nothing") / "run" / "eval_results.json").read_text())
+    metrics = json.loads((runs("from_nothing") / "run" / "eval_results.json").read_text())
     found = {(result.metric_name, result.dataset_split): result.metric_value for result in card.data.eval_results}
-    assert found["gIoU (lisa)", "validation"] == pytest.approx(figures["eval_giou"], abs=1e-4)
-    assert found["cIoU (generated)", "validation"] == pytest.approx(figures["eval_generated_ciou"], abs=1e-4)
+    assert found["gIoU (lisa)", "validation"] == pytest.approx(metrics["eval_giou"], abs=1e-4)
+    assert found["cIoU (generated)", "validation"] == pytest.approx(metrics["eval_generated_ciou"], abs=1e-4)
     settings = ("learning_rate | 0.001", "trainable | mask_decoder", "steps | 5", "images per step | 1")
     for line in ("shapes | train | 100.0% | 12", *settings):
         assert f"| {line} |" in card.text
@@ -256,13 +256,13 @@ def test_model_card_of_a_run_on_a_test_split_and_of_bases(runs, tmp_path):
     assert "- sam: apache-2.0" in card.text
     assert "- [somebody/vlm](https://huggingface.co/somebody/vlm): license not recorded here" in card.text
     assert card.data.base_model == ["somebody/vlm"] and card.data.license == "other"
-    assert "Not evaluated." in card.text  # checkpoint-5 has no figures of its own
+    assert "Not evaluated." in card.text  # checkpoint-5 has no metrics of its own
 
 
 def test_model_card_shows_an_evaluation_on_benchmarks(runs, command, tmp_path):
     evaluation = tmp_path / "evaluation"
-    figures = {f"{name}{end}": 0.5 for name in ("giou", "ciou") for end in ("", "_low", "_high")}
-    result = {"builder": "reason_seg", "split": "val", "protocols": {"lisa": figures | {"num_questions": 7}}}
+    metrics = {f"{name}{end}": 0.5 for name in ("giou", "ciou") for end in ("", "_low", "_high")}
+    result = {"builder": "reason_seg", "split": "val", "protocols": {"lisa": metrics | {"num_questions": 7}}}
     assert "evaluation: expected the evaluation.json" in command(
         runs("full") / "run", "--evaluation", evaluation, fails=True
     )
