@@ -14,8 +14,8 @@ import torch
 from lisa_hf.errors import report_user_errors
 from lisa_hf.evaluation.predict import answer_questions
 from lisa_hf.evaluation.visualization import overlay_masks
+from lisa_hf.model.conversation_text import user_message
 from lisa_hf.model.images import load_image
-from lisa_hf.model.processing_lisa import user_message
 from lisa_hf.training.build import load_lisa
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..model.processing_lisa import user_message
+from ..model.conversation_text import user_message
 from .masks import Mask, merge_masks
 
 

@@ -13,8 +13,8 @@ import torch
 from PIL.Image import Image
 from transformers import Pipeline
 
+from .conversation_text import user_message
 from .images import load_image
-from .processing_lisa import user_message
 
 
 @dataclass

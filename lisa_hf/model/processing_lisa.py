@@ -1,15 +1,14 @@
 """LisaProcessor: the VLM's own processor and the mask model's image processor, as one."""
 
 import os
-import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import PIL.Image
 import torch
 from transformers import AddedToken, AutoProcessor, BatchFeature, LlamaTokenizer, ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from .conversation_text import make_labels, render_question, render_with_spans, shift, user_message
 from .image_processor_backends import (
     image_processor_class,
     image_processor_type,
@@ -18,7 +17,6 @@ from .image_processor_backends import (
     transformers_class,
 )
 from .images import load_image
-from .losses import IGNORE_INDEX
 from .mask_backbone import upscale_masks
 from .upstream_fixes import keep_llama_legacy
 from .vlm_text_layout import (
@@ -51,11 +49,6 @@ def add_tokens(tokenizer, tokens=(SEG_TOKEN,), lstrip: bool = True) -> None:
         lstrip: Whether they swallow the spaces before them.
     """
     tokenizer.add_tokens([AddedToken(token, lstrip=lstrip, rstrip=True, normalized=False) for token in tokens])
-
-
-def user_message(text: str) -> dict:
-    """Return the chat message that asks about an image."""
-    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
 
 
 @dataclass
@@ -333,13 +326,15 @@ class LisaProcessor(ProcessorMixin):
                 are added, so that the assistant's turns cannot be found.
         """
         image_inputs = images if isinstance(images, ImageInputs) else self.preprocess_images(images)
-        texts, spans = zip(*(self._render_with_spans(messages) for messages in conversations))
+        texts, spans = zip(
+            *(render_with_spans(self.tokenizer, self.chat_template, messages) for messages in conversations)
+        )
         prompt_ends = [row_spans[0][0] if row_spans else len(text) for text, row_spans in zip(texts, spans)]
         text_inputs, offsets, insertions = self._encode_texts(
             image_inputs, list(texts), prompt_ends, image_indices, padding_side
         )
         text_inputs["labels"] = [
-            _make_labels(*row) for row in zip(text_inputs["input_ids"], offsets, spans, insertions)
+            make_labels(*row) for row in zip(text_inputs["input_ids"], offsets, spans, insertions)
         ]
         if max_length is not None and len(text_inputs["input_ids"][0]) > max_length:
             self._truncate(text_inputs, max_length, padding_side)
@@ -355,7 +350,7 @@ class LisaProcessor(ProcessorMixin):
         return str(token)
 
     def _example_prompt(self) -> str:
-        return _render_question(self.vlm_processor, self.chat_template)
+        return render_question(self.vlm_processor, self.chat_template)
 
     def _text_layout(self) -> TextLayout:
         return find_text_layout(self.vlm_processor, self._example_prompt(), self.image_token)
@@ -415,7 +410,7 @@ class LisaProcessor(ProcessorMixin):
         # 3. Type ids, as the VLM's processor makes them.
         for name in image_inputs.type_id_names:
             if name == TYPE_IDS and layout.type_ids_mark_answers:
-                answer_starts = [_shift(end, row) for end, row in zip(prompt_ends, insertions)]
+                answer_starts = [shift(end, row) for end, row in zip(prompt_ends, insertions)]
                 text_inputs[name] = [
                     [int(start >= answer_start) for start, _ in offsets]
                     for offsets, answer_start in zip(encoding["offset_mapping"], answer_starts)
@@ -425,31 +420,6 @@ class LisaProcessor(ProcessorMixin):
                 text_inputs[name] = create(encoding["input_ids"])
         text_inputs["image_indices"] = image_indices
         return text_inputs, encoding["offset_mapping"], insertions
-
-    def _render_with_spans(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text of a conversation and the character spans of the assistant's turns in it.
-
-        A template with `{% generation %}` gives the spans. Without it, a turn is what it adds to the text of the turns
-        before it and the generation prompt.
-        """
-        if re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template):
-            text, (spans,) = _render(self.tokenizer, self.chat_template, messages, return_assistant_tokens_mask=True)
-            return text, [tuple(span) for span in spans]
-        text, _ = _render(self.tokenizer, self.chat_template, messages)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, _ = _render(self.tokenizer, self.chat_template, messages[:index], add_generation_prompt=True)
-            after, _ = _render(self.tokenizer, self.chat_template, messages[: index + 1])
-            if not (after.startswith(before) and text.startswith(after.rstrip())):
-                raise ValueError(
-                    "expected a chat template that keeps earlier turns as they are, got one that rewrites earlier "
-                    "turns when a turn is added, so the assistant's turns cannot be found. Wrap what the assistant "
-                    "says in `{% generation %}` and `{% endgeneration %}` and pass the template as `chat_template`."
-                )
-            spans.append((len(before), len(after.rstrip())))
-        return text, spans
 
     def _truncate(self, text_inputs: dict, max_length: int, padding_side: str) -> None:
         """Cut rows at their end, in place, to `max_length` tokens."""
@@ -523,44 +493,6 @@ class LisaProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         own = ["image_indices", "mask_pixel_values", "original_sizes", "reshaped_input_sizes"]
         return list(self.vlm_processor.model_input_names) + own
-
-
-def _render(tokenizer, chat_template: str, messages: list[dict], **kwargs) -> tuple[str, list]:
-    """Return the text of a conversation and the character spans of its `{% generation %}` blocks."""
-    template = {"chat_template": chat_template, **tokenizer.special_tokens_map}
-    (text,), spans = render_jinja_template(conversations=[messages], **template, **kwargs)
-    return text, spans
-
-
-@lru_cache
-def _render_question(vlm_processor: ProcessorMixin, chat_template: str) -> str:
-    """Return the prompt of a question, once for all batches."""
-    return _render(vlm_processor.tokenizer, chat_template, [user_message("?")], add_generation_prompt=True)[0]
-
-
-def _shift(position: int, insertions: list[tuple[int, int]]) -> int:
-    """Return where a character of a text is after insertions, see [`LisaProcessor._encode_texts`]."""
-    return position + sum(length for start, length in insertions if start <= position)
-
-
-def _make_labels(
-    input_ids: list[int],
-    offsets: list[tuple[int, int]],
-    spans: list[tuple[int, int]],
-    insertions: list[tuple[int, int]],
-) -> list[int]:
-    """Return the ids of the tokens that overlap one of the spans, and -100 for the others.
-
-    Args:
-        offsets: Characters (start, end) of each token, in the text after insertions.
-        spans: Characters (start, end) of the assistant's turns, in the text before insertions.
-        insertions: Positions before insertions, each with the number of characters inserted before it.
-    """
-    spans = [[_shift(position, insertions) for position in span] for span in spans]
-    return [
-        token if any(start < span_end and end > span_start for span_start, span_end in spans) else IGNORE_INDEX
-        for token, (start, end) in zip(input_ids, offsets)
-    ]
 
 
 def _holds_uint8_pixels(name: str, value) -> bool:

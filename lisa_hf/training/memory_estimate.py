@@ -29,10 +29,11 @@ from ..data.collator import LisaDataCollator
 from ..data.masks import Mask, encode_mask
 from ..data.prompts import Question
 from ..model.configuration_lisa import LisaConfig
+from ..model.conversation_text import user_message
 from ..model.losses import IGNORE_INDEX
 from ..model.modeling_lisa import UNQUANTIZED_MODULES, LisaForConditionalGeneration
 from ..model.packing import resolve_packing
-from ..model.processing_lisa import LisaProcessor, user_message
+from ..model.processing_lisa import LisaProcessor
 from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
 from .build import build_model
 from .trainable import prepare_for_training

@@ -5,8 +5,8 @@ import torch
 from fixtures.tiny_models import FAMILIES, ForceTokens, conversation, image, llava_sam
 
 from lisa_hf.evaluation.predict import answer_questions
+from lisa_hf.model.conversation_text import user_message
 from lisa_hf.model.mask_backbone import encode_images
-from lisa_hf.model.processing_lisa import user_message
 
 
 SIZES = [(40, 60), (64, 32)]

@@ -8,7 +8,7 @@ from fixtures.tiny_models import FAMILIES, image
 from transformers import pipeline
 
 from lisa_hf.evaluation.predict import answer_questions
-from lisa_hf.model.processing_lisa import user_message
+from lisa_hf.model.conversation_text import user_message
 
 
 SIZES = [(40, 60), (64, 64), (50, 24)]  # (height, width)

@@ -12,7 +12,8 @@ from lisa_hf import LisaForConditionalGeneration
 
 
 CODE = {
-    *("configuration_lisa.py", "generation_lisa.py", "image_processor_backends.py", "images.py", "losses.py"),
+    *("configuration_lisa.py", "conversation_text.py", "generation_lisa.py", "image_processor_backends.py"),
+    *("images.py", "losses.py"),
     *("mask_backbone.py", "modeling_lisa.py", "packing.py", "pipeline_lisa.py", "processing_lisa.py"),
     *("upstream_fixes.py", "vlm_backbone.py", "vlm_text_layout.py"),
 }
