@@ -51,6 +51,8 @@ class LisaConfig(PreTrainedConfig):
             `sam3_tracker` or `edgetam`. That of a video model (`sam2_video`, `sam3_video`, `sam3_tracker_video`,
             `edgetam_video`) is replaced by the image model's.
         seg_token_id: Id of `[SEG]`. The hidden state that predicts it becomes a mask (LISA, section 3.2).
+        answer_end_token_id: Id of the token that ends answers in the chat template. Generation stops there too, beside
+            the ids of the VLM's generation config, which may know another end (Qwen3.5) or none.
         ce_loss_weight, mask_bce_loss_weight, mask_dice_loss_weight: Weights of the three losses; the defaults are
             those of LISA's training script.
         mask_loss_points: Number of pixels of each mask on which the mask losses are trained, see
@@ -68,6 +70,7 @@ class LisaConfig(PreTrainedConfig):
     vlm_config: dict | PreTrainedConfig | None = None
     mask_config: dict | PreTrainedConfig | None = None
     seg_token_id: int | None = None
+    answer_end_token_id: int | None = None
     ce_loss_weight: float = 1.0
     mask_bce_loss_weight: float = 2.0
     mask_dice_loss_weight: float = 0.5

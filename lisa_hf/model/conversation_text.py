@@ -1,12 +1,30 @@
-"""Turn a conversation into text, find the answers in it, and label their tokens."""
+"""Turn conversations into text: what generation sees before each answer, the answer, and the token that ends it.
 
+A chat template may write a turn differently once others follow: some drop earlier thoughts, some show a thought in the
+last turn only. So the text before an answer is always the template's prompt for the turns before it, from which
+generation starts, and never what the template makes of the finished conversation.
+"""
+
+import datetime
 import re
-from functools import lru_cache
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .losses import IGNORE_INDEX
+
+
+# Private-use characters, which no text needs. One stands for an answer, to see what a template writes around it.
+ANSWER_MARK = "\U0010f000"
+# At the other, a text is cut before it is tokenized, so that a user's `[SEG]` becomes the tokens of its letters.
+CUT_MARK = "\U0010f001"
+# What chat templates call the variable that says whether the model may think before it answers.
+THINKING_VARIABLES = ("enable_thinking", "thinking")
+# The day that templates write as today: with the real one, a model would never again see a text it was trained on.
+TODAY = datetime.date(2025, 1, 1)
 
 
 def user_message(text: str) -> dict:
@@ -14,65 +32,273 @@ def user_message(text: str) -> dict:
     return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
 
 
-def render(tokenizer, chat_template: str, messages: list[dict], **kwargs) -> tuple[str, list]:
-    """Return the text of a conversation and the character spans of its `{% generation %}` blocks."""
-    template = {"chat_template": chat_template, **tokenizer.special_tokens_map}
-    (text,), spans = render_jinja_template(conversations=[messages], **template, **kwargs)
-    return text, spans
+# ---- special tokens in texts ----------------------------------------------------------------------------------------
 
 
-@lru_cache
-def render_question(vlm_processor: ProcessorMixin, chat_template: str) -> str:
-    """Return the prompt of a question, once for all batches."""
-    return render(vlm_processor.tokenizer, chat_template, [user_message("?")], add_generation_prompt=True)[0]
+def token_pattern(tokens: Iterable[str]) -> re.Pattern:
+    """Return a pattern that matches, with no width, where one of the tokens begins."""
+    # A token of one character cannot be cut; such a padding token ("!") is ordinary text as well.
+    tokens = [token for token in tokens if len(token) > 1]
+    first = "".join(sorted({re.escape(token[0]) for token in tokens}))
+    return re.compile(f"(?=[{first}])(?={'|'.join(map(re.escape, tokens))})" if tokens else "(?!)")
 
 
-def render_with_spans(tokenizer, chat_template: str, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of a conversation and the character spans of the assistant's turns in it.
-
-    A template with `{% generation %}` gives the spans. Without it, a turn is what it adds to the text of the turns
-    before it and the generation prompt.
-    """
-    if re.search(r"\{%-?\s*generation\s*-?%\}", chat_template):
-        text, (spans,) = render(tokenizer, chat_template, messages, return_assistant_tokens_mask=True)
-        return text, [tuple(span) for span in spans]
-    text, _ = render(tokenizer, chat_template, messages)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, _ = render(tokenizer, chat_template, messages[:index], add_generation_prompt=True)
-        after, _ = render(tokenizer, chat_template, messages[: index + 1])
-        if not (after.startswith(before) and text.startswith(after.rstrip())):
-            raise ValueError(
-                "expected a chat template that keeps earlier turns as they are, got one that rewrites earlier "
-                "turns when a turn is added, so the assistant's turns cannot be found. Wrap what the assistant "
-                "says in `{% generation %}` and `{% endgeneration %}` and pass the template as `chat_template`."
-            )
-        spans.append((len(before), len(after.rstrip())))
-    return text, spans
+def escape_tokens(text: str, pattern: re.Pattern) -> str:
+    """Mark where to cut a text so that none of the tokens of a [`token_pattern`] is found in it, see [`tokenize`]."""
+    cuts = [match.start() + 1 for match in pattern.finditer(text)]
+    return CUT_MARK.join(text[start:end] for start, end in zip([0, *cuts], [*cuts, None]))
 
 
-def shift(position: int, insertions: list[tuple[int, int]]) -> int:
-    """Return where a character of a text is after insertions, see [`make_labels`]."""
-    return position + sum(length for start, length in insertions if start <= position)
+# ---- text -----------------------------------------------------------------------------------------------------------
 
 
-def make_labels(
-    input_ids: list[int],
-    offsets: list[tuple[int, int]],
-    spans: list[tuple[int, int]],
-    insertions: list[tuple[int, int]],
-) -> list[int]:
-    """Return the ids of the tokens that overlap one of the spans, and -100 for the others.
+@dataclass
+class Row:
+    """A text of the language model.
 
     Args:
-        offsets: Characters (start, end) of each token, in the text after insertions.
-        spans: Characters (start, end) of the assistant's turns, in the text before insertions.
-        insertions: Positions before insertions, each with the number of characters inserted before it.
+        text: A prompt, or prompts and answers in turn.
+        answers: Characters (start, end) of the answers, each with the token that ends it.
     """
-    spans = [[shift(position, insertions) for position in span] for span in spans]
-    return [
-        token if any(start < span_end and end > span_start for span_start, span_end in spans) else IGNORE_INDEX
-        for token, (start, end) in zip(input_ids, offsets)
-    ]
+
+    text: str
+    answers: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def prompt_end(self) -> int:
+        """The number of characters before the first answer."""
+        return self.answers[0][0] if self.answers else len(self.text)
+
+    def split(self) -> list["Row"]:
+        """Return a row per answer, each with all that is before it."""
+        return [Row(self.text[:end], [(start, end)]) for start, end in self.answers] or [self]
+
+    def cut(self) -> "Row":
+        """Return a row whose text is cut before its only answer."""
+        ((start, end),) = self.answers
+        return Row(self.text[:start] + CUT_MARK + self.text[start:], [(start + 1, end + 1)])
+
+
+class ChatTemplate:
+    """A chat template, together with the tokenizer of its texts.
+
+    Args:
+        tokenizer: Tokenizer of the language model.
+        jinja: The template.
+        thinking: Whether the model may think before it answers, if the template lets one choose.
+        image_tokens: Tokens that a VLM's processor replaces or writes for images.
+        answer_tokens: Special tokens that answers may have. All others are escaped, and these too in other messages.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        jinja: str,
+        thinking: bool = False,
+        image_tokens: tuple[str, ...] = (),
+        answer_tokens: tuple[str, ...] = (),
+    ):
+        self.tokenizer = tokenizer
+        date_call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+        self.jinja = re.sub(date_call, lambda call: repr(TODAY.strftime(call[2])), jinja)
+        self.thinking = thinking
+        self.variables = {name: thinking for name in THINKING_VARIABLES if re.search(rf"\b{name}\b", jinja)}
+        # Tokens that are more than their letters: special ones, and others that the template writes (`<think>`). But
+        # Gemma has tokens for white space.
+        added = tokenizer.added_tokens_decoder.values()
+        tokens = {token.content for token in added if token.special or token.content in jinja}
+        tokens |= {*tokenizer.all_special_tokens, *image_tokens}
+        self.special_tokens = {token for token in tokens - {*answer_tokens} if not token.isspace()}
+        self.in_answers = token_pattern(self.special_tokens)
+        self.in_others = token_pattern(self.special_tokens | {*answer_tokens})
+
+    def prepare(self, messages: list[dict]) -> list[dict]:
+        """Return messages as any template can write them: content as parts, special tokens in texts escaped."""
+        return [self._prepare(message) for message in messages]
+
+    def _prepare(self, message: dict) -> dict:
+        is_answer = message["role"] == "assistant"
+        pattern = self.in_answers if is_answer else self.in_others
+        parts = message["content"]
+        if isinstance(parts, str):  # which some templates leave out
+            parts = [{"type": "text", "text": parts}]
+        parts = [part | {"text": escape_tokens(part["text"], pattern)} if "text" in part else part for part in parts]
+        if is_answer:  # of which some templates write the first part only
+            parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
+        message = {**message, "content": parts}
+        if message.get("reasoning_content"):
+            message["reasoning_content"] = escape_tokens(message["reasoning_content"], self.in_others)
+        return message
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """Return the text of messages that are prepared."""
+        (text,), _ = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.jinja,
+            add_generation_prompt=add_generation_prompt,
+            **self.tokenizer.special_tokens_map,
+            **self.variables,
+        )
+        return text
+
+    @cached_property
+    def example_prompt(self) -> str:
+        """The prompt of a question about an image."""
+        return self.render([user_message("?")], add_generation_prompt=True)
+
+    def rows(self, messages: list[dict]) -> list[Row]:
+        """Return the rows that teach the answers of a conversation.
+
+        This is one row, if the prompt of each answer repeats the answers before it. If it does not, as templates do
+        that show a thought in the last turn only, an answer has a row of its own.
+
+        Raises:
+            ValueError: If the template does not write an answer, or its reasoning, as it is.
+        """
+        messages = self.prepare(messages)
+        rows = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt, answer = self._split_turn(messages[: index + 1])
+            answers = [(len(prompt), len(prompt) + len(answer))]
+            if rows and prompt.startswith(rows[-1].text):
+                answers = rows.pop().answers + answers
+            rows.append(Row(prompt + answer, answers))
+        return rows or [Row(self.render(messages))]
+
+    def _split_turn(self, messages: list[dict]) -> tuple[str, str]:
+        """Return the prompt of the last message, and the text of that message up to the token that ends it."""
+        prompt, text = self.render(messages[:-1], add_generation_prompt=True), self.render(messages)
+        before, after = prompt, self.after_answer
+        if not (text.startswith(before) and text.endswith(after)):
+            # The finished turn does not begin like its prompt, which may have an empty thought (Gemma 4) or other
+            # white space (LLaVA-OneVision).
+            before, after = self._text_around_answer(messages)
+        answer = text[len(before) : len(text) - len(after)]
+        self._check_answer(answer, messages[-1])
+        return prompt, answer + self.answer_end
+
+    def _check_answer(self, answer: str, message: dict) -> None:
+        """Raise a `ValueError` unless the text of an answer holds what its message says."""
+        reasoning = message.get("reasoning_content") or ""
+        if reasoning and not self.thinking:
+            raise ValueError(
+                f"expected answers without reasoning_content while thinking is off, got {reasoning[:60]!r}. Set "
+                "`thinking: on` to learn it, or leave it out."
+            )
+        for name, text in (("content", message["content"][0]["text"]), ("reasoning_content", reasoning)):
+            if text.strip() not in answer:
+                raise ValueError(
+                    f"expected a chat template that writes an answer's {name} as it is, got {answer!r} for {text!r}. "
+                    "Change the text, or pass another `chat_template`."
+                )
+
+    def _text_around_answer(self, messages: list[dict]) -> tuple[str, str]:
+        """Return what the template writes before and after the content of the last message."""
+        marked = {**messages[-1], "content": [{"type": "text", "text": ANSWER_MARK}]}
+        text = self.render([*messages[:-1], marked])
+        if text.count(ANSWER_MARK) != 1:
+            raise ValueError(
+                "expected a chat template that writes what the assistant says, got one that leaves it out or repeats "
+                "it. Pass another `chat_template`."
+            )
+        before, after = text.split(ANSWER_MARK)
+        return before, after
+
+    @cached_property
+    def after_answer(self) -> str:
+        """What the template writes after the content of the last answer."""
+        return self._text_around_answer([user_message("?"), {"role": "assistant"}])[1]
+
+    @cached_property
+    def answer_end(self) -> str:
+        """What ends an answer: the template's text up to its first special token, or the tokenizer's end token."""
+        text = self.after_answer
+        ends = [text.find(token) + len(token) for token in self.special_tokens if token in text]
+        return text[: min(ends)] if ends else self.tokenizer.eos_token
+
+    @cached_property
+    def answer_end_token_id(self) -> int:
+        """The id of the token that ends an answer, where generation must stop."""
+        return self.tokenizer(self.answer_end, add_special_tokens=False)["input_ids"][-1]
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenizedRow:
+    """A row, its token ids, and the characters (start, end) of each token."""
+
+    row: Row
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    @property
+    def joins_prompt_and_answer(self) -> bool:
+        """Whether a token has characters of a prompt and of its answer."""
+        # Some tokenizers leave the space before a word out of its offsets, so a token begins where the last one ends.
+        ends = [end for _, end in self.offsets]
+        return any(begin < start < end for start, _ in self.row.answers for begin, end in zip([0, *ends], ends))
+
+    def labels(self) -> list[int]:
+        """Return the ids of the answers' tokens, and -100 for the others."""
+        return [
+            token
+            if any(start < span_end and end > span_start for span_start, span_end in self.row.answers)
+            else IGNORE_INDEX
+            for token, (start, end) in zip(self.ids, self.offsets)
+        ]
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, rows: list[Row], add_special_tokens: bool
+) -> list[list[TokenizedRow]]:
+    """Tokenize rows. No token has characters of both sides of a [`CUT_MARK`], nor of a prompt and its answer.
+
+    Returns:
+        The rows that each row becomes: one, or, if a prompt and its answer would share a token, one for each answer.
+    """
+    encoding = tokenizer(
+        [row.text for row in rows], add_special_tokens=add_special_tokens, return_offsets_mapping=True
+    )
+    groups = []
+    for row, ids, offsets in zip(rows, encoding["input_ids"], encoding["offset_mapping"]):
+        tokenized = TokenizedRow(row, ids, offsets)
+        if CUT_MARK in row.text:
+            tokenized = _tokenize_pieces(tokenizer, tokenized)
+        if tokenized.joins_prompt_and_answer:
+            # Generation starts from the tokens of the prompt alone.
+            parts = [TokenizedRow(part.cut(), ids, offsets) for part in row.split()]
+            groups.append([_tokenize_pieces(tokenizer, part) for part in parts])
+        else:
+            groups.append([tokenized])
+    return groups
+
+
+def _tokenize_pieces(tokenizer: PreTrainedTokenizerBase, whole: TokenizedRow) -> TokenizedRow:
+    """Tokenize the pieces of a text with cuts, behind the tokens that begin it without being of its characters."""
+    num_added = next((index for index, (_, end) in enumerate(whole.offsets) if end > 0), 0)
+    ids, offsets = list(whole.ids[:num_added]), list(whole.offsets[:num_added])
+    position = 0
+    for piece in whole.row.text.split(CUT_MARK):
+        piece_ids, piece_offsets = _tokenize_piece(tokenizer, piece, is_first=position == 0)
+        ids += piece_ids
+        offsets += [(position + start, position + end) for start, end in piece_offsets]
+        position += len(piece) + 1
+    return TokenizedRow(whole.row, ids, offsets)
+
+
+def _tokenize_piece(tokenizer: PreTrainedTokenizerBase, piece: str, is_first: bool) -> tuple[list, list]:
+    """Return the ids of a piece, and the characters (start, end) of each."""
+    options = {"add_special_tokens": False, "return_offsets_mapping": True}
+    if not is_first:
+        # SentencePiece puts a space before a text. Behind a line break it does not.
+        line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        encoding = tokenizer("\n" + piece, **options)
+        if encoding["input_ids"][: len(line_break)] == line_break:
+            offsets = encoding["offset_mapping"][len(line_break) :]
+            return encoding["input_ids"][len(line_break) :], [(start - 1, end - 1) for start, end in offsets]
+    encoding = tokenizer(piece, **options)
+    return encoding["input_ids"], encoding["offset_mapping"]

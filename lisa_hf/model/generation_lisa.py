@@ -122,6 +122,10 @@ class LisaGenerationMixin:
         )
         if self.config.suppress_tokens:
             generate_kwargs.setdefault("suppress_tokens", self.config.suppress_tokens)
+        if self.config.answer_end_token_id is not None:
+            own = self.vlm.generation_config.eos_token_id
+            own = [] if own is None else own if isinstance(own, list) else [own]
+            generate_kwargs.setdefault("eos_token_id", sorted({*own, self.config.answer_end_token_id}))
 
         # 1. Prompts: the prefix that rows share once, as a KV cache, or whole rows with the features of their images.
         prompts = self._prefill_shared_prefix(

@@ -2,13 +2,13 @@
 
 import os
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import PIL.Image
 import torch
 from transformers import AddedToken, AutoProcessor, BatchFeature, LlamaTokenizer, ProcessorMixin
 
-from .conversation_text import make_labels, render_question, render_with_spans, shift, user_message
+from .conversation_text import ChatTemplate, Row, tokenize
 from .image_processor_backends import (
     image_processor_class,
     image_processor_type,
@@ -17,6 +17,7 @@ from .image_processor_backends import (
     transformers_class,
 )
 from .images import load_image
+from .losses import IGNORE_INDEX
 from .mask_backbone import upscale_masks
 from .upstream_fixes import keep_llama_legacy
 from .vlm_text_layout import (
@@ -82,11 +83,14 @@ class LisaProcessor(ProcessorMixin):
         vlm_processor: Processor of the VLM, whose tokenizer knows `[SEG]` (see [`add_tokens`]).
         mask_image_processor: Image processor of the mask model.
         chat_template: Jinja template of conversations. Default: the VLM processor's own.
+        thinking: Whether the model may think before it answers, in training and generation alike, if the template lets
+            one choose. Then answers may have a `reasoning_content` to learn.
     """
 
-    def __init__(self, vlm_processor=None, mask_image_processor=None, chat_template=None):
+    def __init__(self, vlm_processor=None, mask_image_processor=None, chat_template=None, thinking: bool = False):
         chat_template = chat_template or vlm_processor.chat_template or vlm_processor.tokenizer.chat_template
         super().__init__(mask_image_processor=mask_image_processor, chat_template=chat_template)
+        self.thinking = thinking
         self.vlm_processor = vlm_processor
         self.tokenizer = vlm_processor.tokenizer
         if isinstance(self.tokenizer, LlamaTokenizer):
@@ -118,11 +122,9 @@ class LisaProcessor(ProcessorMixin):
         """
         vlm_processor = load_vlm_processor(AutoProcessor, vlm)
         chat_template = chat_template or vlm_processor.chat_template or vlm_processor.tokenizer.chat_template
-        prompt = vlm_processor.apply_chat_template(
-            [user_message("?")], chat_template=chat_template, add_generation_prompt=True, tokenize=False
-        )
-        # An answer's first [SEG] must not swallow the line break that ends many prompts: generation starts behind it.
         tokenizer = vlm_processor.tokenizer
+        prompt = ChatTemplate(tokenizer, chat_template).example_prompt
+        # An answer's first [SEG] must not swallow the line break that ends many prompts: generation starts behind it.
         add_tokens(tokenizer, lstrip=not prompt[-1].isspace())
         known = tokenizer.get_vocab()
         add_tokens(tokenizer, [token for token in IMAGE_TOKENS if token in chat_template and token not in known])
@@ -176,6 +178,7 @@ class LisaProcessor(ProcessorMixin):
             vlm_processor=load_vlm_processor(vlm_class, pretrained_model_name_or_path, **kwargs),
             mask_image_processor=image_processor_class(mask_processor["image_processor_type"])(**mask_processor),
             chat_template=processor_dict.get("chat_template"),
+            thinking=processor_dict.get("thinking", False),
         )
 
     # ---- images -----------------------------------------------------------------------------------------------------
@@ -228,7 +231,7 @@ class LisaProcessor(ProcessorMixin):
             kwargs |= {"do_rescale": False, "do_normalize": False}
         # A question about each image shows what the VLM's processor makes of it: its vision inputs and the text that
         # replaces the image token.
-        question, layout = self._example_prompt(), self._text_layout()
+        question, layout = self.template.example_prompt, self._text_layout()
         outputs, texts = call_vlm_processor(self.vlm_processor, images, question, layout.takes_nested_images, **kwargs)
         inputs = {name: value for name, value in outputs.items() if is_vision_input(name)}
         image_texts = [split_expanded_text(text, question, self.image_token)[1] for text in texts]
@@ -292,9 +295,9 @@ class LisaProcessor(ProcessorMixin):
         image_inputs = images if isinstance(images, ImageInputs) else self.preprocess_images(images, **kwargs)
         text_inputs = {}
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            prompt_ends = [len(text) for text in texts]
-            text_inputs, _, _ = self._encode_texts(image_inputs, texts, prompt_ends, image_indices, padding_side)
+            rows = [Row(text) for text in ([text] if isinstance(text, str) else text)]
+            text_inputs = self._encode_rows(image_inputs, rows, image_indices, padding_side)
+            del text_inputs["labels"]
         batch = BatchFeature(text_inputs, tensor_type=return_tensors)
         batch.update(image_inputs.inputs | image_inputs.cached_features)
         return batch
@@ -307,35 +310,44 @@ class LisaProcessor(ProcessorMixin):
         max_length: int | None = None,
         padding_side: str = "right",
     ) -> BatchFeature:
-        """Prepare B images and N finished conversations for training, with labels on the assistant's turns.
+        """Prepare B images and finished conversations for training, with labels on the assistant's turns.
+
+        The tokens before an answer are those from which generation starts: the prompt of the turns before it. If a
+        chat template writes these turns differently once others follow, a conversation becomes several rows, each with
+        the answers that share a prompt.
 
         Args:
             images: [`ImageInputs`], or images as in [`preprocess_images`].
-            conversations: N lists of messages (`role`, `content`), each with one image.
-            image_indices: Index of each conversation's image, N ints. Default: conversation n is about image n.
+            conversations: Lists of messages (`role`, `content`), each with one image.
+            image_indices: Index of each conversation's image. Default: conversation n is about image n.
             max_length: Length of the longest row in tokens, image tokens included. Longer rows lose their end.
             padding_side: "right", or "left" without a `max_length`.
 
         Returns:
-            What [`__call__`] returns, and `labels` `(N, L)` int64: -100 outside the assistant's turns, end token
-            included.
+            What [`__call__`] returns, and `labels` `(N, L)` int64: -100 outside the assistant's turns, each of which
+            ends with the template's end token, or else the tokenizer's. Rows are in the order of the conversations and
+            their turns.
 
         Raises:
             TextTooLongError: If cutting at `max_length` would cut off a `[SEG]` of an answer or the image.
-            ValueError: If images and texts do not match, or the chat template changes earlier turns when later ones
-                are added, so that the assistant's turns cannot be found.
+            ValueError: If images and texts do not match, or the chat template does not write an answer as it is.
         """
         image_inputs = images if isinstance(images, ImageInputs) else self.preprocess_images(images)
-        texts, spans = zip(
-            *(render_with_spans(self.tokenizer, self.chat_template, messages) for messages in conversations)
-        )
-        prompt_ends = [row_spans[0][0] if row_spans else len(text) for text, row_spans in zip(texts, spans)]
-        text_inputs, offsets, insertions = self._encode_texts(
-            image_inputs, list(texts), prompt_ends, image_indices, padding_side
-        )
-        text_inputs["labels"] = [
-            make_labels(*row) for row in zip(text_inputs["input_ids"], offsets, spans, insertions)
-        ]
+        image_indices = range(len(conversations)) if image_indices is None else image_indices
+        if len(image_indices) != len(conversations):
+            raise ValueError(
+                f"expected the index of an image for each conversation, got {len(image_indices)} indices and "
+                f"{len(conversations)} conversations. Pass one per conversation."
+            )
+        layout = self._text_layout()
+        rows, row_images = [], []
+        for messages, index in zip(conversations, image_indices):
+            new_rows = self.template.rows(messages)
+            if layout.prompt_suffix or layout.type_ids_mark_answers:  # PaliGemma treats all of a prompt alike
+                new_rows = [part for row in new_rows for part in row.split()]
+            rows += new_rows
+            row_images += [index] * len(new_rows)
+        text_inputs = self._encode_rows(image_inputs, rows, row_images, padding_side)
         if max_length is not None and len(text_inputs["input_ids"][0]) > max_length:
             self._truncate(text_inputs, max_length, padding_side)
         batch = BatchFeature(text_inputs, tensor_type="pt")
@@ -349,77 +361,90 @@ class LisaProcessor(ProcessorMixin):
         token = getattr(self.vlm_processor, "image_placeholder_token", self.vlm_processor.image_token)
         return str(token)
 
-    def _example_prompt(self) -> str:
-        return render_question(self.vlm_processor, self.chat_template)
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template, which writes the same prompts for training and generation."""
+        return _chat_template(
+            self.tokenizer, self.chat_template, self.thinking, self._image_tokens, len(self.tokenizer)
+        )
 
-    def _text_layout(self) -> TextLayout:
-        return find_text_layout(self.vlm_processor, self._example_prompt(), self.image_token)
+    @property
+    def _image_tokens(self) -> tuple[str, ...]:
+        return self.image_token, *self.tokenizer.convert_ids_to_tokens(sorted(self.vlm_processor.image_token_ids))
 
-    def _encode_texts(
-        self,
-        image_inputs: ImageInputs,
-        texts: list[str],
-        prompt_ends: list[int],
-        image_indices: list[int] | None,
-        padding_side: str,
-    ) -> tuple[dict[str, list], list, list[list[tuple[int, int]]]]:
-        """Tokenize N texts, each with the tokens of its image in place of the image token.
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """Return the text of conversations, like `ProcessorMixin.apply_chat_template`, as training sees it.
+
+        Special tokens in what users write are escaped: their texts hold a mark, by which [`__call__`] tokenizes them
+        as letters.
 
         Args:
-            prompt_ends: Number of characters of each text before the first answer.
+            conversation: List of messages, or a list of such lists.
+            chat_template: Jinja template. Default: the processor's.
+            kwargs: Arguments of `ProcessorMixin.apply_chat_template`, and variables of the template.
+        """
+        template = self.template
+        if chat_template is not None:
+            template = ChatTemplate(self.tokenizer, chat_template, self.thinking, self._image_tokens, (SEG_TOKEN,))
+        is_batch = isinstance(conversation[0], (list, tuple))
+        conversation = [template.prepare(row) for row in conversation] if is_batch else template.prepare(conversation)
+        return super().apply_chat_template(
+            conversation, chat_template=template.jinja, **{**template.variables, **kwargs}
+        )
+
+    def _text_layout(self) -> TextLayout:
+        return find_text_layout(self.vlm_processor, self.template.example_prompt, self.image_token)
+
+    def _encode_rows(
+        self, image_inputs: ImageInputs, rows: list[Row], image_indices: list[int] | None, padding_side: str
+    ) -> dict[str, list]:
+        """Tokenize texts, each with the tokens of its image in place of the image token.
 
         Returns:
-            The text inputs and `image_indices`; character offsets of each row's tokens; and what was inserted into
-            each text: positions in the text, each with the number of characters that were inserted before it.
+            The text inputs, `labels` and `image_indices`. There may be more rows than were passed, see [`tokenize`].
         """
         image_token, num_images = self.image_token, len(image_inputs.image_texts)
-        image_indices = list(range(len(texts))) if image_indices is None else [int(index) for index in image_indices]
-        counts = [text.count(image_token) for text in texts]
-        if set(counts) - {1} or len(image_indices) != len(texts) or max(image_indices) >= num_images:
+        image_indices = list(range(len(rows))) if image_indices is None else [int(index) for index in image_indices]
+        counts = [row.text[: row.prompt_end].count(image_token) for row in rows]
+        if set(counts) - {1} or len(image_indices) != len(rows) or max(image_indices) >= num_images:
             raise ValueError(
                 f"expected the image token {image_token} once in each text and an image for it, got {counts} image "
-                f"tokens in {len(texts)} texts, image_indices {image_indices} and {num_images} images. Pass one index "
+                f"tokens in {len(rows)} texts, image_indices {image_indices} and {num_images} images. Pass one index "
                 "per text."
             )
         # 1. What the VLM's processor writes into the texts.
         layout = self._text_layout()
-        expanded, insertions = [], []
-        for text, prompt_end, index in zip(texts, prompt_ends, image_indices):
-            image_start, image_text = text.index(image_token), image_inputs.image_texts[index]
-            image_end = image_start + len(image_token)
-            before, after, answers = text[:image_start], text[image_end:prompt_end], text[prompt_end:]
-            expanded.append(layout.prefix + before + image_text + after + layout.prompt_suffix + answers)
-            insertions.append(
-                [
-                    (0, len(layout.prefix)),
-                    (image_end, len(image_text) - len(image_token)),
-                    (prompt_end, len(layout.prompt_suffix)),
-                ]
-            )
+        rows = [
+            _expand_row(row, image_token, image_inputs.image_texts[index], layout)
+            for row, index in zip(rows, image_indices)
+        ]
         # 2. Tokens.
         bos = self.tokenizer.bos_token
-        encoding = self.tokenizer(
-            expanded,
-            add_special_tokens=not (bos and expanded[0].startswith(bos)),  # some templates write it themselves
-            padding=True,
-            padding_side=padding_side,
-            return_offsets_mapping=True,
-            return_attention_mask=True,
-        )
-        text_inputs = {name: encoding[name] for name in ("input_ids", "attention_mask")}
-        # 3. Type ids, as the VLM's processor makes them.
+        add_special_tokens = not (bos and rows[0].text.startswith(bos))  # some templates write it themselves
+        groups = tokenize(self.tokenizer, rows, add_special_tokens)
+        image_indices = [index for index, group in zip(image_indices, groups) for _ in group]
+        rows = [row for group in groups for row in group]
+        # 3. Rows of one length.
+        length = max(len(row.ids) for row in rows)
+        pad = partial(_pad, length=length, side=padding_side)
+        text_inputs = {
+            "input_ids": [pad(row.ids, self.tokenizer.pad_token_id) for row in rows],
+            "attention_mask": [pad([1] * len(row.ids), 0) for row in rows],
+            "labels": [pad(row.labels(), IGNORE_INDEX) for row in rows],
+        }
+        # 4. Type ids, as the VLM's processor makes them.
         for name in image_inputs.type_id_names:
             if name == TYPE_IDS and layout.type_ids_mark_answers:
-                answer_starts = [shift(end, row) for end, row in zip(prompt_ends, insertions)]
+                answer_starts = [row.row.prompt_end for row in rows]
                 text_inputs[name] = [
-                    [int(start >= answer_start) for start, _ in offsets]
-                    for offsets, answer_start in zip(encoding["offset_mapping"], answer_starts)
+                    pad([int(begin >= start) for begin, _ in row.offsets], 0)
+                    for row, start in zip(rows, answer_starts)
                 ]
             else:
                 create = getattr(self.vlm_processor, f"create_{name}", self.vlm_processor.create_mm_token_type_ids)
-                text_inputs[name] = create(encoding["input_ids"])
+                text_inputs[name] = create(text_inputs["input_ids"])
         text_inputs["image_indices"] = image_indices
-        return text_inputs, encoding["offset_mapping"], insertions
+        return text_inputs
 
     def _truncate(self, text_inputs: dict, max_length: int, padding_side: str) -> None:
         """Cut rows at their end, in place, to `max_length` tokens."""
@@ -493,6 +518,26 @@ class LisaProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         own = ["image_indices", "mask_pixel_values", "original_sizes", "reshaped_input_sizes"]
         return list(self.vlm_processor.model_input_names) + own
+
+
+@lru_cache
+def _chat_template(tokenizer, jinja: str, thinking: bool, image_tokens: tuple[str, ...], _) -> ChatTemplate:
+    """Return a chat template, made once; the last argument changes with the tokenizer's vocabulary."""
+    return ChatTemplate(tokenizer, jinja, thinking, image_tokens, answer_tokens=(SEG_TOKEN,))
+
+
+def _expand_row(row: Row, image_token: str, image_text: str, layout: TextLayout) -> Row:
+    """Return a row with what a VLM's processor writes: the tokens of its image, and around the prompt."""
+    before, after = row.text[: row.prompt_end].split(image_token)
+    prompt = layout.prefix + before + image_text + after + layout.prompt_suffix
+    shift = len(prompt) - row.prompt_end
+    answers = [(start + shift, end + shift) for start, end in row.answers]
+    return Row(prompt + row.text[row.prompt_end :], answers)
+
+
+def _pad(values: list[int], padding: int, length: int, side: str) -> list[int]:
+    filler = [padding] * (length - len(values))
+    return filler + values if side == "left" else values + filler
 
 
 def _holds_uint8_pixels(name: str, value) -> bool:

@@ -56,6 +56,11 @@ class ModelArguments:
     chat_template: str | None = HfArg(
         default=None, help="`llava_v1`, `llava_llama_2`, `llava_1_5` or a Jinja file. Default: the VLM's."
     )
+    thinking: Literal["off", "on"] | None = HfArg(
+        default=None,
+        help="Whether the model may think before it answers, if the chat template lets one choose; rows may then have "
+        "a reasoning_content to learn. Default: the model's (off).",
+    )
     lora_r: int = HfArg(default=8, help="Rank of LoRA in the language model; 0 disables LoRA.")
     lora_alpha: int = HfArg(default=16, help="LoRA is scaled by lora_alpha / lora_r.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout probability of the input of LoRA.")

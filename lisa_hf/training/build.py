@@ -74,6 +74,9 @@ def build_config_and_processor(
         config, processor = tiny_config_and_processor(
             model_args.vlm_config, model_args.mask_config, tokenizer, chat_template, model_args.language_model
         )
+    if model_args.thinking is not None:
+        processor.thinking = model_args.thinking == "on"
+    config.answer_end_token_id = processor.template.answer_end_token_id
     return config, processor
 
 
@@ -102,6 +105,7 @@ def build_model(
             model.vlm.set_attn_implementation(attention)
         except (ImportError, ValueError) as error:
             raise ValueError(f"attn_implementation '{attention}' is not available: {error}") from error
+    model.config.answer_end_token_id = config.answer_end_token_id
     for name in LOSS_OPTIONS:
         if getattr(model_args, name) is not None:
             setattr(model.config, name, getattr(model_args, name))

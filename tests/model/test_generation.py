@@ -207,6 +207,17 @@ def test_end_token_ends_an_answer():
     torch.testing.assert_close(output.low_res_masks, masks, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("own_end", [None, 2, [2, 3]])
+def test_the_chat_templates_end_token_ends_an_answer_too(own_end):
+    """Qwen3.5's config names another end token than its chat template writes."""
+    model, processor = llava_sam()
+    model.vlm.generation_config.eos_token_id = own_end
+    model.config.answer_end_token_id = 7
+    answers = [[SEG, 7, SEG, SEG, SEG], [5, SEG, 6, SEG, 8], [8, 9, 7, SEG, SEG]]
+    output = generate(model, prompts(processor), answers)
+    assert output.seg_row_indices.tolist() == [0, 1, 1]
+
+
 def test_padding_on_the_right_raises():
     model, processor = llava_sam()
     texts = [processor.apply_chat_template(conversation(q), add_generation_prompt=True) for q in QUESTIONS[:2]]

@@ -41,12 +41,6 @@ VICUNA_TEMPLATE = (  # a system line, and the end token without a line break
     "{{ part.text }}{% endif %}{% endfor %}"
     "{% if message.role == 'user' %}{{ ' ASSISTANT:' }}{% else %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-REWRITING_TEMPLATE = (  # keeps the last answer alone, as templates do that drop earlier thoughts
-    "{% for message in messages %}{{ message.role + ': ' }}{% for part in message.content %}"
-    "{% if part.type == 'image' %}{{ '<image>' }}{% elif message.role == 'user' or message == messages[-1] %}"
-    "{{ part.text }}{% endif %}{% endfor %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
 # Name: template, and what an assistant's turn adds after its text. All of it is learned.
 TEMPLATES = {
     "llava_1_5": (load_chat_template("llava_1_5"), "</s>"),
@@ -132,7 +126,7 @@ def test_labels_are_the_assistants_turns(template):
         assert (ids == processor.tokenizer.convert_tokens_to_ids("<image>")).sum() == NUM_IMAGE_TOKENS
         assert (labels[mask == 0] == -100).all()
     seg_token_id = processor.seg_token_id
-    assert (batch["input_ids"] == seg_token_id).sum(1).tolist() == [3, 0]
+    assert (batch["input_ids"] == seg_token_id).sum(1).tolist() == [2, 0]
     assert (batch["labels"] == seg_token_id).sum(1).tolist() == [2, 0]
 
 
@@ -150,28 +144,6 @@ def test_generation_continues_where_training_begins(template, answer):
     assert ids[len(prompt) : len(prompt) + len(learned)] == learned
     assert labels[: len(prompt)] == [-100] * len(prompt)
     assert not processor.tokenizer.decode(ids[len(prompt) + len(learned) :]).strip()
-
-
-@pytest.mark.parametrize("tag", ["{%- generation -%}", "{%generation%}", "{% generation -%}"])
-def test_generation_tag_is_recognized(vlm_and_mask_directories, tag):
-    """The template rewrites nothing, but only its tag says that `Answer:` is not the assistant's."""
-    chat_template = (
-        "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}{{ '<image>' }}"
-        "{% elif message.role == 'user' %}{{ part.text }}{% else %}{{ ' Answer: ' }}TAG{{ part.text }}"
-        "{%- endgeneration -%}{% endif %}{% endfor %}{% endfor %}"
-    ).replace("TAG", tag)
-    processor = LisaProcessor.from_vlm_mask_model_pretrained(*vlm_and_mask_directories, chat_template=chat_template)
-    batch = processor.encode_conversations([image(20, 30)], [conversation("What is it?", "A red circle")])
-    assert labeled_runs(processor, batch["input_ids"][0], batch["labels"][0]) == ["Aredcircle"]
-
-
-def test_rewriting_template_is_refused(vlm_and_mask_directories):
-    processor = LisaProcessor.from_vlm_mask_model_pretrained(
-        *vlm_and_mask_directories, chat_template=REWRITING_TEMPLATE
-    )
-    two_turns = conversation("What is it?", "A circle.", "Is it red?", "It is.")
-    with pytest.raises(ValueError, match=r"rewrites earlier turns.*`\{% generation %\}`.*`chat_template`"):
-        processor.encode_conversations([image(20, 30)], [two_turns])
 
 
 def test_padding_on_the_left_moves_labels_too(llava):

@@ -30,6 +30,12 @@ def build_processor(family: str) -> LisaProcessor:
     return LisaProcessor(build_vlm_processor(family), sam_image_processor())
 
 
+def starts_of_labels(labels: torch.Tensor) -> list[int]:
+    """Positions of the first tokens of answers."""
+    is_label = labels != -100
+    return (is_label[1:] & ~is_label[:-1]).nonzero().flatten().add(1).tolist()
+
+
 def own_inputs(processor: LisaProcessor, text: str, picture) -> dict:
     """What the VLM's own processor makes of one row."""
     kwargs = {"text": [text], "return_tensors": "pt", "add_special_tokens": False}
@@ -84,17 +90,19 @@ def test_training_sees_what_generation_sees(family):
     image_inputs = processor.preprocess_images(PICTURES, do_normalize=False)
     batch = processor.encode_conversations(image_inputs, CONVERSATIONS, IMAGE_INDICES)
     processor.normalize_pixels(batch)
-    prompts = [processor.apply_chat_template(row[:1], add_generation_prompt=True) for row in CONVERSATIONS]
-    inputs = processor(PICTURES, prompts, IMAGE_INDICES, padding_side="right")
-    texts = [("ItisSEG.<end>",), ("Sure,itisSEG.<end>", "Itisred.<end>"), ("SEGandSEG.<end>",)]
-    for row, answers in enumerate(texts):
-        prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
-        assert torch.equal(batch["input_ids"][row][: len(prompt)], prompt)
-        labels = batch["labels"][row]
-        assert (labels[: len(prompt)] == -100).all() and labels[len(prompt)] != -100
-        learned = processor.tokenizer.decode(labels[labels != -100])
-        assert "".join(learned.split()) == "".join(answers).replace("SEG", "[SEG]")
-    for name in inputs.keys() - {"input_ids", "attention_mask"}:
+    turns = [(number, end) for number, row in enumerate(CONVERSATIONS) for end in range(1, len(row), 2)]
+    prompts = [processor.apply_chat_template(CONVERSATIONS[n][:end], add_generation_prompt=True) for n, end in turns]
+    inputs = processor(PICTURES, prompts, [IMAGE_INDICES[n] for n, _ in turns], padding_side="right")
+    runs = [(row, start) for row, labels in enumerate(batch["labels"]) for start in starts_of_labels(labels)]
+    answers = ("ItisSEG.<end>", "Sure,itisSEG.<end>", "Itisred.<end>", "SEGandSEG.<end>")
+    for turn, ((row, start), answer) in enumerate(zip(runs, answers, strict=True)):
+        prompt = inputs["input_ids"][turn][inputs["attention_mask"][turn].bool()]
+        assert torch.equal(batch["input_ids"][row][:start], prompt)
+        assert batch["image_indices"][row] == inputs["image_indices"][turn]
+        labels = batch["labels"][row][start:]
+        learned = processor.tokenizer.decode(labels[: (labels == -100).int().argmax() if -100 in labels else None])
+        assert "".join(learned.split()) == answer.replace("SEG", "[SEG]")
+    for name in inputs.keys() - {"input_ids", "attention_mask", "image_indices"}:
         if not name.endswith("token_type_ids"):
             assert batch[name].dtype == inputs[name].dtype, name
             torch.testing.assert_close(batch[name], inputs[name], rtol=0, atol=1e-5, msg=name)

@@ -80,6 +80,7 @@ def test_a_vlm_and_a_mask_model_become_a_lisa(halves, chat_template, tokens):
     assert model.get_output_embeddings().out_features == num_tokens + tokens
     assert model.config.seg_token_id == processor.seg_token_id == num_tokens
     assert processor.chat_template == load_chat_template(chat_template or "llava_1_5")
+    assert model.config.answer_end_token_id == processor.tokenizer.eos_token_id and not processor.thinking
     assert (model.config.mask_bce_loss_weight, model.config.mask_dice_loss_weight) == (2.0, 0.7)
     assert model.config.mask_loss_points == 9
     # The halves' weights are theirs; the vocabulary grew at its end.
@@ -92,7 +93,8 @@ def test_a_vlm_and_a_mask_model_become_a_lisa(halves, chat_template, tokens):
 
 
 def test_a_lisa_model_is_continued_with_all_that_it_learned(halves, tmp_path):
-    model, processor = load(**halves, chat_template="llava_v1", ce_loss_weight=0.5, mask_dice_loss_weight=0.7)
+    options = {"chat_template": "llava_v1", "thinking": "on", "ce_loss_weight": 0.5, "mask_dice_loss_weight": 0.7}
+    model, processor = load(**halves, **options)
     before = copy_state(model)
     trainer = train(model, processor, tmp_path / "first")
     trained = merge_lora(trainer.model)
@@ -109,10 +111,12 @@ def test_a_lisa_model_is_continued_with_all_that_it_learned(halves, tmp_path):
     weights = ("ce_loss_weight", "mask_bce_loss_weight", "mask_dice_loss_weight")
     assert [getattr(continued.config, name) for name in weights] == [0.5, 2.0, 0.7]
     assert again.chat_template == processor.chat_template and again.seg_token_id == processor.seg_token_id
+    assert again.thinking and continued.config.answer_end_token_id == model.config.answer_end_token_id
     # It trains on, from there: a third and a fourth step, not two first ones.
     first, third = training_logs(trainer)[0], training_logs(train(continued, again, tmp_path / "second"))[0]
     assert third["loss"] < first["loss"]
 
-    changed, processor = load(model=str(tmp_path / "lisa"), mask_dice_loss_weight=0.2, chat_template="llava_1_5")
+    options = {"mask_dice_loss_weight": 0.2, "chat_template": "llava_1_5", "thinking": "off"}
+    changed, processor = load(model=str(tmp_path / "lisa"), **options)
     assert [getattr(changed.config, name) for name in weights] == [0.5, 2.0, 0.2]
-    assert processor.chat_template == load_chat_template("llava_1_5")
+    assert processor.chat_template == load_chat_template("llava_1_5") and not processor.thinking

@@ -1,0 +1,262 @@
+"""Conversations as text and labels: before an answer, training sees what generation sees, in any chat template."""
+
+import pytest
+import torch
+from fixtures.published import PUBLISHED_VLMS, write_published_processor
+from fixtures.tiny_models import conversation, image, sam_image_processor, tiny_tokenizer
+from tokenizers import processors
+from transformers import CLIPImageProcessorPil, LlavaProcessor
+from transformers.utils import chat_template_utils, is_torchvision_available
+
+from lisa_hf import LisaProcessor
+from lisa_hf.model.conversation_text import user_message
+from lisa_hf.model.processing_lisa import add_tokens
+
+
+QUESTIONS = ("What is the red circle?", "Sure?", "What is it?")
+ANSWERS = ("Sure, it is [SEG].", "It is red.", "[SEG] and [SEG].")
+
+
+def chatml(answer_start: str = "", prompt_end: str = "", last_start: str = "") -> str:
+    """A ChatML template and what it writes before each answer, at the end of its prompt, before the last answer."""
+    return (
+        (
+            "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+            "{% if message.role == 'assistant' %}ANSWER_START{% if loop.last %}LAST_START{% endif %}{% endif %}"
+            "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
+            "{{ '<|im_end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}PROMPT_END{% endif %}"
+        )
+        .replace("ANSWER_START", answer_start)
+        .replace("LAST_START", last_start)
+        .replace("PROMPT_END", prompt_end)
+    )
+
+
+EMPTY_THOUGHT = "{{ '<think>\n\n</think>\n\n' }}"
+SWITCH = "{% if enable_thinking is defined and not enable_thinking %}" + EMPTY_THOUGHT + "{% endif %}"
+# Name: template, and what it writes between prompt and answer, which the model must learn to write.
+TEMPLATES = {
+    "plain": (chatml(), ""),
+    "thought in the last turn": (chatml(last_start=EMPTY_THOUGHT), "<think></think>"),
+    "prompt opens a thought": (chatml(last_start=EMPTY_THOUGHT, prompt_end="{{ '<think>\n' }}"), "</think>"),
+    "prompt with an empty thought": (chatml(last_start=EMPTY_THOUGHT, prompt_end=SWITCH), ""),
+    "thought in the prompt only": (chatml(prompt_end=SWITCH), ""),  # Gemma 4 31B
+    "another white space": (chatml(prompt_end="{{ '\n\n' }}"), ""),
+    "tagged": (chatml("{% generation %}{{ '<think>\n' }}{% endgeneration %}"), "<think>"),
+    "prompt without a role": (chatml().split("{% if add_generation_prompt %}")[0], "<|im_start|>assistant"),
+    "earlier answers left out": (
+        chatml().replace("else part.text", "else part.text if message.role == 'user' or message == messages[-1]"),
+        "",
+    ),
+    "date": ("{{ strftime_now('%d %B %Y') }}" + chatml(), ""),
+    "no end": (chatml().replace("{{ '<|im_end|>\n' }}", ""), ""),
+}
+END = {"no end": "</s>"}
+
+
+def make_processor(template: str, line_breaks: bool = False, **kwargs) -> LisaProcessor:
+    """A tiny LLaVA's processor with a template. Its tokens may join line breaks, as those of Qwen do."""
+    tokenizer = tiny_tokenizer({"image_token": "<image>"})
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.add_tokens(["<think>", "</think>"] + (["\n\n"] if line_breaks else []))
+    add_tokens(tokenizer, lstrip=False)  # as for prompts that end with a line break
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    vlm_processor = LlavaProcessor(
+        image_processor, tokenizer, patch_size=8, vision_feature_select_strategy="full", chat_template=template
+    )
+    return LisaProcessor(vlm_processor, sam_image_processor(), **kwargs)
+
+
+def published_processor(name: str, directory) -> LisaProcessor:
+    if not is_torchvision_available():
+        pytest.skip("their video processors need torchvision")
+    if "SmolVLM2" in name:
+        pytest.importorskip("num2words")
+    write_published_processor(name, directory / "vlm")
+    sam_image_processor().save_pretrained(directory / "sam")
+    return LisaProcessor.from_vlm_mask_model_pretrained(directory / "vlm", directory / "sam")
+
+
+def turns(count: int) -> list[dict]:
+    return conversation(*(text for turn in zip(QUESTIONS[:count], ANSWERS) for text in turn))
+
+
+def learned(processor: LisaProcessor, batch: dict) -> list[tuple[list[int], list[int]]]:
+    """The runs of labels of a batch, row by row: ids before each, and its own."""
+    runs = []
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"]):
+        ids, labels = ids[mask.bool()].tolist(), labels[mask.bool()].tolist()
+        starts = [n for n, label in enumerate(labels) if label != -100 and labels[n - 1] == -100]
+        for start in starts:
+            end = next((n for n in range(start, len(labels)) if labels[n] == -100), len(labels))
+            assert labels[start:end] == ids[start:end]
+            runs.append((ids[:start], ids[start:end]))
+    return runs
+
+
+def assert_training_sees_what_generation_sees(processor: LisaProcessor, messages: list[dict], between: str = ""):
+    picture = image(40, 60)
+    batch = processor.encode_conversations([picture], [messages])
+    runs = learned(processor, batch)
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(runs) == len(answers)
+    end = processor.template.answer_end
+    for (before, label), index in zip(runs, answers):
+        prompt = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
+        assert before == processor([picture], prompt)["input_ids"][0].tolist()
+        expected = between + messages[index]["content"][-1]["text"] + end
+        assert "".join(processor.tokenizer.decode(label).split()) == "".join(expected.split())
+        assert label[-1] == processor.template.answer_end_token_id
+    assert batch["image_indices"].tolist() == [0] * len(batch["input_ids"])
+    return batch
+
+
+@pytest.mark.parametrize("name", PUBLISHED_VLMS)
+def test_published_template(name, tmp_path):
+    processor = published_processor(name, tmp_path)
+    for count in (1, 3):
+        assert_training_sees_what_generation_sees(processor, turns(count))
+
+
+@pytest.mark.parametrize("line_breaks", [False, True])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template(name, line_breaks):
+    template, between = TEMPLATES[name]
+    processor = make_processor(template, line_breaks)
+    assert processor.template.answer_end == END.get(name, "<|im_end|>")
+    for count in (1, 3):
+        assert_training_sees_what_generation_sees(processor, turns(count), between)
+
+
+def test_a_template_that_repeats_its_answers_gives_one_row():
+    """The row of the last turn teaches all of them: prompts are not trained again for each turn."""
+    for name, num_rows in (("plain", 1), ("thought in the prompt only", 3), ("no end", 3)):
+        processor = make_processor(TEMPLATES[name][0])
+        batch = processor.encode_conversations([image(40, 60), image(40, 60)], [turns(3), turns(1)])
+        assert batch["image_indices"].tolist() == [0] * num_rows + [1]
+        assert (batch["labels"] == processor.seg_token_id).sum() == 4
+
+
+@pytest.mark.parametrize("name", ["plain", "thought in the prompt only"])
+def test_tokens_that_join_line_breaks_do_not_join_prompt_and_answer(name):
+    """As in Qwen, a thought's line break and the prompt's would be one token, which generation cannot see."""
+    processor = make_processor(TEMPLATES[name][0], line_breaks=True)
+    messages = conversation("What is it?", "\nIt is red.", "Sure?", "\n[SEG].")
+    batch = assert_training_sees_what_generation_sees(processor, messages)
+    assert len(batch["input_ids"]) == 2
+
+
+def test_offsets_without_their_space():
+    """Llama 3 says that the token of " red" is at "red"; a prompt that ends with a space must keep it."""
+    processor = make_processor(chatml(prompt_end="{{ 'A: ' }}"))
+    processor.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    messages = conversation("What is it?", "red")
+    assert_training_sees_what_generation_sees(processor, messages)
+
+
+def test_a_template_without_answers_is_refused():
+    processor = make_processor(chatml().replace("else part.text", "else ''"))
+    with pytest.raises(ValueError, match="writes what the assistant says, got one that leaves it out.*Pass another"):
+        processor.encode_conversations([image(40, 60)], [turns(1)])
+
+
+def test_a_template_that_changes_answers_is_refused():
+    processor = make_processor(chatml().replace("else part.text", "else part.text | replace('red', 'blue')"))
+    with pytest.raises(ValueError, match="writes an answer's content as it is, got 'It is blue.*for 'It is red"):
+        processor.encode_conversations([image(40, 60)], [conversation("What is it?", "It is red.")])
+
+
+def test_content_may_be_a_string(tmp_path):
+    """Templates that loop over the parts of a content would leave a string out, silently."""
+    processor = make_processor(chatml())
+    messages = turns(2)
+    strings = [messages[0], *({**message, "content": message["content"][0]["text"]} for message in messages[1:])]
+    for one, other in zip(*(processor.encode_conversations([image(9, 9)], [m]).values() for m in (messages, strings))):
+        assert torch.equal(one, other)
+    assert QUESTIONS[1] in processor.apply_chat_template(strings)
+
+
+def test_today_is_always_the_same_day(monkeypatch):
+    prompts = []
+    for year in (2027, 2028):
+
+        class Calendar(chat_template_utils.datetime):
+            @classmethod
+            def now(cls):
+                return cls(year, 3, 4)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Calendar)
+        processor = make_processor(TEMPLATES["date"][0])
+        prompts.append(processor.apply_chat_template([user_message("What?")]))
+    assert prompts[0] == prompts[1] and "01 January 2025" in prompts[0]
+
+
+# ---- thinking -------------------------------------------------------------------------------------------------------
+
+# Like Qwen3.5's: a thought before the last answer, which the prompt opens, or leaves empty where thinking is off.
+THINKING_TEMPLATE = chatml(
+    last_start="{{ '<think>\n' + (message.reasoning_content or '') + '\n</think>\n\n' }}",
+    prompt_end="{{ '<think>\n' if enable_thinking else '<think>\n\n</think>\n\n' }}",
+)
+
+
+def with_reasoning(messages: list[dict], *reasoning: str | None) -> list[dict]:
+    answers = iter(reasoning)
+    return [
+        message | {"reasoning_content": next(answers)} if message["role"] == "assistant" else message
+        for message in messages
+    ]
+
+
+def test_thinking_is_off_by_default_and_saved(tmp_path):
+    processor = make_processor(THINKING_TEMPLATE)
+    question = turns(1)[:1]
+    off = processor.apply_chat_template(question, add_generation_prompt=True)
+    assert off.endswith("<think>\n\n</think>\n\n")
+    processor.thinking = True
+    on = processor.apply_chat_template(question, add_generation_prompt=True)
+    assert on.endswith("assistant\n<think>\n")
+    processor.save_pretrained(tmp_path)
+    loaded = LisaProcessor.from_pretrained(tmp_path)
+    assert loaded.thinking and loaded.apply_chat_template(question, add_generation_prompt=True) == on
+    assert loaded.apply_chat_template(question, add_generation_prompt=True, enable_thinking=False) == off
+
+
+@pytest.mark.parametrize("line_breaks", [False, True])
+def test_reasoning_is_learned(line_breaks):
+    """Some rows have none; before a later turn, the template shows no thought."""
+    processor = make_processor(THINKING_TEMPLATE, line_breaks, thinking=True)
+    messages = with_reasoning(turns(3), "The circle is red.", None, "It is.")
+    picture = image(40, 60)
+    runs = learned(processor, processor.encode_conversations([picture], [messages]))
+    for turn, (thought, (before, label)) in enumerate(zip(("The circle is red.", "", "It is."), runs, strict=True)):
+        prompt = processor.apply_chat_template(messages[: 2 * turn + 1], add_generation_prompt=True)
+        assert before == processor([picture], prompt)["input_ids"][0].tolist()
+        expected = f"{thought}</think>{ANSWERS[turn]}<|im_end|>"
+        assert "".join(processor.tokenizer.decode(label).split()) == "".join(expected.split())
+
+
+def test_reasoning_of_a_published_template_is_learned(tmp_path):
+    names = [name for name in PUBLISHED_VLMS if "Qwen3.5" in name]
+    if not names:
+        pytest.skip("no published files")
+    processor = published_processor(names[0], tmp_path)
+    processor.thinking = True
+    messages = with_reasoning(turns(2), "The circle is red.", "It is.")
+    runs = learned(processor, processor.encode_conversations([image(40, 60)], [messages]))
+    answers = [" ".join(processor.tokenizer.decode(label).split()) for _, label in runs]
+    assert answers[1] == "It is. </think> It is red.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "template, thinking, message",
+    [
+        (THINKING_TEMPLATE, False, "without reasoning_content while thinking is off, got 'Since.*`thinking: on`"),
+        (chatml(), True, "an answer's reasoning_content as it is, got .* for 'Since"),
+    ],
+)
+def test_reasoning_that_cannot_be_learned_is_refused(template, thinking, message):
+    processor = make_processor(template, thinking=thinking)
+    with pytest.raises(ValueError, match=message):
+        processor.encode_conversations([image(9, 9)], [with_reasoning(turns(1), "Since it is red.")])
