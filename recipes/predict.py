@@ -1,20 +1,23 @@
-"""Ask a LISA model about an image: print the answer, write its masks and an overlay.
+"""Ask a LISA model questions about images, and write its masks for people, scripts or labeling tools.
 
     python recipes/predict.py outputs/quickstart --image scene.png --question "What is blue?"
+    python recipes/predict.py outputs/mine --image photos --question "Where is rust?" "Where are cracks?" \\
+        --batch_size 8 --format labelme --output_dir outputs/rust
 
-Writes mask_0.png, mask_1.png, ... and overlay.png to `--output_dir`.
+Writes `predictions.jsonl`, with a line per image and question, and the files of `--format` to `--output_dir`. Start an
+interrupted run again to resume it. For several GPUs: `accelerate launch recipes/predict.py ...`.
 """
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
-import PIL.Image
 import torch
+from accelerate import PartialState
 
 from lisa_hf.errors import report_user_errors
-from lisa_hf.evaluation.predict import answer_questions
-from lisa_hf.evaluation.visualization import overlay_masks
-from lisa_hf.model.conversation_text import user_message
+from lisa_hf.inference.annotation_files import Format, write_annotations
+from lisa_hf.inference.labeling import find_images, label_images, open_output_dir, questions_by_image, read_questions
 from lisa_hf.model.images import load_image
 from lisa_hf.training.build import load_lisa
 
@@ -22,9 +25,18 @@ from lisa_hf.training.build import load_lisa
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="LISA model: directory or Hub id")
-    parser.add_argument("--image", required=True, help="image file or URL")
-    parser.add_argument("--question", required=True, help="e.g. 'Please segment the red circle in this image.'")
+    parser.add_argument("--image", nargs="+", required=True, help="image files, directories, glob patterns or URLs")
+    question = parser.add_mutually_exclusive_group(required=True)
+    question.add_argument("--question", nargs="+", help="e.g. 'Please segment the red circle in this image.'")
+    question.add_argument(
+        "--questions",
+        type=Path,
+        help='JSON Lines with "question" and, if need be, "label" and "image"',
+    )
     parser.add_argument("--output_dir", type=Path, default="outputs/predict", help="default: %(default)s")
+    parser.add_argument("--format", choices=get_args(Format), default="masks", help="default: %(default)s")
+    parser.add_argument("--overwrite", action="store_true", help="drop the predictions of an earlier run")
+    parser.add_argument("--batch_size", type=int, default=1, help="images per batch (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     parser.add_argument("--dtype", default="auto", help="dtype of the weights: float32, bfloat16, ... (%(default)s)")
@@ -34,27 +46,46 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     args = parse_arguments()
     with report_user_errors():
-        # 1. Read the image and load the model.
-        try:
-            image = load_image(args.image)
-        except ValueError as error:
-            raise ValueError(f"--image: {error}") from error
+        # 1. Find out what there is to do, before weights are loaded.
+        images = find_images(args.image)
+        if len(images) == 1:  # among several, one that cannot be read is passed over
+            check_image(*images.values())
+        asked = read_questions(args.questions) if args.questions else [{"question": text} for text in args.question]
+        questions = questions_by_image(images, asked)
+        settings = {name: str(getattr(args, name)) for name in ("model", "dtype", "batch_size", "max_new_tokens")}
+        open_output_dir(args.output_dir, settings | {"questions": questions}, args.overwrite)
+        # 2. Answer.
+        state = PartialState(cpu=args.device == "cpu")
         model, processor = load_lisa(args.model, dtype=args.dtype)
-        # 2. Ask: a conversation with one question gives one answer, whose masks have the image's size.
-        conversation = [user_message(args.question)]
-        (answer,) = answer_questions(model.to(args.device), processor, image, [conversation], args.max_new_tokens)
-        masks = answer.masks.numpy()  # [M, H, W] bool
-        print(answer.text)
-        # 3. Write the masks, in place of those of an earlier question.
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        for old in args.output_dir.glob("mask_*.png"):
-            old.unlink()
-        for index, mask in enumerate(masks):
-            PIL.Image.fromarray(mask).save(args.output_dir / f"mask_{index}.png")
-        overlay_masks(image, masks).save(args.output_dir / "overlay.png")
-        print(f"Saved {len(masks)} masks and overlay.png: {args.output_dir.resolve()}")
-        if len(masks) == 0:
-            print("The answer has no [SEG]. Ask as in training: '... Please output segmentation mask.'")
+        model.to(state.device if state.num_processes > 1 else args.device).eval()
+        records = label_images(
+            model, processor, images, questions, args.output_dir, args.batch_size, args.max_new_tokens
+        )
+        # 3. Write what labeling tools read.
+        if state.is_main_process:
+            write_annotations(args.format, records, images, args.output_dir)
+            report(records, args.output_dir)
+
+
+def check_image(source: str):
+    try:
+        load_image(source)
+    except ValueError as error:
+        raise ValueError(f"--image: {error}") from error
+
+
+def report(records: list[dict], output_dir: Path):
+    """Print the answer if there is one only, and how many masks and unreadable images there are."""
+    answered = [record for record in records if "text" in record]
+    if len(records) == len(answered) == 1:
+        print(answered[0]["text"])
+    num_masks = sum(len(record["masks"]) for record in answered)
+    num_unreadable = len({record["image"] for record in records if "text" not in record})
+    print(f"Saved {len(answered)} answers with {num_masks} masks: {output_dir.resolve()}")
+    if num_unreadable:
+        print(f"{num_unreadable} images could not be read. Mend them and start again to add them.")
+    if num_masks == 0:
+        print("No answer has a [SEG]. Ask as in training: '... Please output segmentation mask.'")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ ALLOWED = {
     "conversion": {"model", "chat_templates"},
     "from_scratch": {"data", "model"},
     "evaluation": {"data", "model"},
+    "inference": {"evaluation", "data", "model"},
     "training": {"evaluation", "from_scratch", "chat_templates", "data", "model"},
     "export": {"training", "evaluation", "conversion", "data", "model"},
     "__init__": {"training", "data", "model"},

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from transformers import Cache
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
@@ -31,6 +32,7 @@ class LisaGenerateOutput(ModelOutput):
         seg_row_indices: The row of each mask, `(M,)` int64.
         iou_scores: The decoder's own estimate of each mask's IoU, `(M,)`.
         seg_embeddings: Prompts of the mask decoder, `(M, C)`.
+        past_key_values: The VLM's cache of all tokens but the last, for a next turn of the conversation.
     """
 
     sequences: torch.Tensor | None = None
@@ -38,6 +40,7 @@ class LisaGenerateOutput(ModelOutput):
     seg_row_indices: torch.Tensor | None = None
     iou_scores: torch.Tensor | None = None
     seg_embeddings: torch.Tensor | None = None
+    past_key_values: Cache | None = None
 
 
 class SegTokens(NamedTuple):
@@ -67,6 +70,7 @@ class LisaGenerationMixin:
         image_embeddings: torch.Tensor | list | None = None,
         original_sizes: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> LisaGenerateOutput:
         """Answer N prompts about B images and decode a mask for every `[SEG]` in the answers.
@@ -78,6 +82,8 @@ class LisaGenerationMixin:
             input_ids, attention_mask: Prompts as in [`forward`], padded on the left, `(N, L)` int64.
             pixel_values, image_indices, vision_features, mask_pixel_values, image_embeddings: As in [`forward`].
             original_sizes, reshaped_input_sizes: Ignored, so that a processor's output can be passed as it is.
+            past_key_values: Cache of an earlier call with the tokens that these N prompts begin with, the image among
+                them: earlier turns of N conversations. It is changed in place.
             kwargs: Further inputs of the VLM and arguments of its own `generate` (`max_new_tokens`, `do_sample`,
                 `num_beams`, ...).
 
@@ -128,9 +134,11 @@ class LisaGenerationMixin:
             generate_kwargs.setdefault("eos_token_id", sorted({*own, self.config.answer_end_token_id}))
 
         # 1. Prompts: the prefix that rows share once, as a KV cache, or whole rows with the features of their images.
-        prompts = self._prefill_shared_prefix(
-            input_ids, attention_mask, image_indices, num_images, vision_inputs, vision_features, generate_kwargs
-        )
+        prompts = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
+        if past_key_values is None:
+            prompts = self._prefill_shared_prefix(
+                input_ids, attention_mask, image_indices, num_images, vision_inputs, vision_features, generate_kwargs
+            )
         if prompts is None:
             features = encode_vlm_images(
                 self.vlm, input_ids, image_indices, num_images, vision_inputs, vision_features
@@ -171,6 +179,7 @@ class LisaGenerationMixin:
             seg_row_indices=seg_rows,
             iou_scores=iou_scores,
             seg_embeddings=seg_embeddings[: len(low_res_masks)],
+            past_key_values=output.past_key_values,
         )
 
     def _prefill_shared_prefix(

@@ -61,6 +61,18 @@ def answer_prompts(
     model.eval()
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=do_sample, **kwargs)
     model.train(was_training)
+    return read_answers(processor, inputs, output, mask_threshold)
+
+
+def read_answers(processor, inputs: dict, output, mask_threshold: float = 0.0) -> list[Answer]:
+    """Return the answers in the output of [`LisaForConditionalGeneration.generate`].
+
+    Args:
+        processor: The model's [`LisaProcessor`].
+        inputs: What the processor made of N prompts.
+        output: What `generate` returned for them.
+        mask_threshold: Logit above which a pixel belongs to a mask.
+    """
     masks = processor.post_process_masks(
         output.low_res_masks,
         inputs["original_sizes"],

@@ -1,0 +1,1 @@
+"""Ask a model about images: conversations, files for labeling tools, the web demo."""

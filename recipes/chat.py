@@ -1,0 +1,142 @@
+"""Talk to a LISA model about an image in the terminal.
+
+    python recipes/chat.py outputs/quickstart --image scene.png
+
+Type a question, or a command:
+
+    /image FILE|URL   talk about another image
+    /mask             show the last answer's masks over the image
+    /save DIR         save the conversation: texts, masks and overlays
+    /reset            forget the conversation, keep the image
+    /help             list the commands
+    /quit             leave; Ctrl-D does too
+
+Ctrl-C stops an answer.
+"""
+
+import argparse
+import base64
+import io
+import os
+import sys
+import tempfile
+import webbrowser
+from contextlib import closing, suppress
+from pathlib import Path
+
+import torch
+
+from lisa_hf.errors import report_user_errors
+from lisa_hf.evaluation.visualization import COLORS, overlay_masks
+from lisa_hf.inference.annotation_files import save_conversation
+from lisa_hf.inference.conversation import Conversation
+from lisa_hf.model.processing_lisa import SEG_TOKEN
+from lisa_hf.training.build import load_lisa
+
+
+COMMANDS = __doc__[__doc__.index("    /image") : __doc__.index("\n\nCtrl-C")]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="LISA model: directory or Hub id")
+    parser.add_argument("--image", help="image file or URL to begin with")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    parser.add_argument("--dtype", default="auto", help="dtype of the weights: float32, bfloat16, ... (%(default)s)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    with suppress(ImportError):  # with it, the arrow keys edit the line and bring back earlier ones; not on Windows
+        import readline  # noqa: F401
+    with report_user_errors():
+        model, processor = load_lisa(args.model, dtype=args.dtype)
+        model.to(args.device).eval()
+
+        def start(image: str) -> Conversation:
+            conversation = Conversation(model, processor, image, args.max_new_tokens)
+            print("{} x {} pixels. Ask a question, or see /help.".format(*conversation.image.size))
+            return conversation
+
+        conversation = start(args.image) if args.image else None
+    while (line := read_line()) not in (None, "/quit"):
+        try:
+            match line.split(maxsplit=1):
+                case []:
+                    pass
+                case ["/help"]:
+                    print(COMMANDS)
+                case ["/image", image]:
+                    conversation = start(image)
+                case _ if conversation is None:
+                    print("Open an image first: /image FILE")
+                case ["/mask"]:
+                    show_masks(conversation)
+                case ["/save", directory]:
+                    save_conversation(conversation, Path(directory))
+                    print(f"Saved: {Path(directory).resolve()}")
+                case ["/reset"]:
+                    conversation.turns.clear()
+                case [command, *_] if command.startswith("/"):
+                    print(f"expected a command, got {line}. The commands are:\n{COMMANDS}")
+                case _:
+                    print_answer(conversation, line)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}")
+
+
+def read_line() -> str | None:
+    """Return the next line, or None at the end of the input."""
+    while True:
+        try:
+            return input("> ").strip()
+        except KeyboardInterrupt:
+            print("\nCtrl-D leaves.")
+        except EOFError:
+            print()
+            return None
+
+
+def print_answer(conversation: Conversation, question: str):
+    """Print the answer to a question while it is generated, each `[SEG]` in the color of its mask."""
+    number, is_colored = 0, sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    # Closing stops the answer.
+    with closing(conversation.ask(question)) as pieces:
+        try:
+            for piece in pieces:
+                texts = piece.split(SEG_TOKEN)
+                for text in texts[:-1]:
+                    color = ";".join(map(str, COLORS[number % len(COLORS)]))
+                    seg = f"\033[1;38;2;{color}m{SEG_TOKEN}\033[0m" if is_colored else SEG_TOKEN
+                    print(text + seg, end="", flush=True)
+                    number += 1
+                print(texts[-1], end="", flush=True)
+            print()
+        except KeyboardInterrupt:
+            print(" (stopped)")
+
+
+def show_masks(conversation: Conversation):
+    """Show the masks of the last answer in the terminal if it can, else in a file."""
+    if not conversation.turns or len(conversation.turns[-1].answer.masks) == 0:
+        print(f"The last answer has no {SEG_TOKEN}. Ask as in training: '... Please output segmentation mask.'")
+        return
+    overlay = overlay_masks(conversation.image, conversation.turns[-1].answer.masks.numpy())
+    # WezTerm and iTerm2 share a protocol of pictures: https://iterm2.com/documentation-images.html
+    if sys.stdout.isatty() and os.environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
+        file = io.BytesIO()
+        overlay.save(file, "PNG")
+        print(f"\033]1337;File=inline=1;height=50%:{base64.b64encode(file.getvalue()).decode()}\a")
+        return
+    with tempfile.NamedTemporaryFile(prefix="overlay_", suffix=".png", delete=False) as file:
+        overlay.save(file, "PNG")
+    print(f"Saved: {file.name}")
+    has_display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if has_display:
+        webbrowser.open(Path(file.name).as_uri())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""chat.py in a terminal and predict.py over many images, as a user runs them."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from fixtures.paths import ROOT
+from fixtures.recipes import run
+from fixtures.tiny_models import FAMILIES, image
+
+
+CTRL_C, CTRL_D = "\x03", "\x04"
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory) -> Path:
+    """A random model that says `[SEG]` now and then, and never ends an answer by itself."""
+    directory = tmp_path_factory.mktemp("talkative")
+    model, processor = FAMILIES["llava-sam"]()
+    model.generation_config.sequence_bias = [[[model.config.seg_token_id], 2.0]]
+    model.generation_config.suppress_tokens = [model.generation_config.eos_token_id]
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+class Terminal:
+    """A recipe in a pseudo-terminal of its own, where Ctrl-C reaches it as it does a user's."""
+
+    def __init__(self, *command, cwd: Path):
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "DISPLAY": "",
+            "TERM_PROGRAM": "",
+        }
+        self.process, self.file = pty.fork()
+        if self.process == 0:
+            os.chdir(cwd)
+            os.execve(sys.executable, [sys.executable, *map(str, command)], environment)
+
+    def read_until(self, text: str, seconds: float = 60) -> str:
+        output, end = "", time.monotonic() + seconds
+        while text not in output and time.monotonic() < end:
+            if select.select([self.file], [], [], 0.1)[0]:
+                try:
+                    output += os.read(self.file, 4096).decode()
+                except OSError:  # the process has ended
+                    break
+        assert text in output, output
+        return output
+
+    def type(self, keys: str, until: str = "\n> ") -> str:
+        os.write(self.file, keys.encode())
+        return self.read_until(until)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_chat_in_a_terminal(talkative, tmp_path):
+    image(40, 60).save(tmp_path / "first.png")
+    image(64, 32, seed=1).save(tmp_path / "second.png")
+    options = ("--image", "first.png", "--max_new_tokens", 2000)
+    terminal = Terminal(ROOT / "recipes" / "chat.py", talkative, *options, cwd=tmp_path)
+    assert "60 x 40 pixels" in terminal.read_until("> ")
+    assert "has no [SEG]" in terminal.type("/mask\n")
+
+    # Ctrl-C stops an answer and not the program. What there is of the answer stays, with its masks.
+    for turn in range(3):
+        assert "\033[1;38;2;230;25;75m[SEG]" in terminal.type("What is red?\n", until="[SEG]")
+        assert "(stopped)" in terminal.type(CTRL_C)
+    assert "Saved: " in terminal.type("/mask\n")
+    time.sleep(0.5)  # nobody presses it in the moment between the prompt and the reading of keys
+    assert "Ctrl-D leaves" in terminal.type(CTRL_C)
+    assert "Saved: " in terminal.type("/save talk\n")
+    turns = json.loads((tmp_path / "talk" / "conversation.json").read_text("utf-8"))
+    assert [turn["question"] for turn in turns] == ["What is red?"] * 3
+    for number, turn in enumerate(turns):
+        assert len(turn["masks"]) == turn["text"].count("[SEG]") > 0
+        assert PIL.Image.open(tmp_path / "talk" / f"turn_{number}" / "mask_0.png").size == (60, 40)
+
+    assert "No such file" in terminal.type("/image nowhere.png\n")
+    assert "expected a command, got /imge" in terminal.type("/imge second.png\n")
+    assert "32 x 64 pixels" in terminal.type("/image second.png\n")
+    assert "is not empty" in terminal.type("/save talk\n")
+    terminal.type("What is it?\n", until="[SEG]")
+    terminal.type(CTRL_C)
+    terminal.type("/reset\n")
+    terminal.type("/save second\n")
+    assert json.loads((tmp_path / "second" / "conversation.json").read_text("utf-8")) == []
+    terminal.type(CTRL_D, until="\n")
+    assert os.waitpid(terminal.process, 0)[1] == 0
+
+
+@pytest.mark.slow
+def test_200_images_are_labeled_although_the_process_is_killed_twice(talkative, tmp_path):
+    """The predictions are those of an undisturbed run; batches take less time per image than single calls."""
+    for index in range(200):
+        directory = tmp_path / "photos" / str(index % 7)
+        directory.mkdir(parents=True, exist_ok=True)
+        image(20 + index % 30, 40, seed=index).save(directory / f"{index}.png")
+    arguments = [talkative, "--image", "photos", "--question", "What is red?", "And blue?", "Is it a circle?"]
+    arguments += ["--max_new_tokens", 6, "--batch_size", 8, "--format", "coco"]
+    run("predict.py", *arguments, "--output_dir", "whole", cwd=tmp_path)
+
+    written = tmp_path / "killed" / "predictions.0.jsonl"
+    for num_lines in (100, 300):
+        command = [sys.executable, ROOT / "recipes" / "predict.py", *map(str, arguments), "--output_dir", "killed"]
+        process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        while not written.exists() or written.read_bytes().count(b"\n") < num_lines:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    resumed = run("predict.py", *arguments, "--output_dir", "killed", cwd=tmp_path)
+    assert "/200" not in resumed.stderr  # it did not begin anew
+    for name in ("predictions.jsonl", "instances.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "whole" / "predictions.jsonl").read_bytes().count(b"\n") == 600
