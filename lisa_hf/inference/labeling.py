@@ -12,10 +12,11 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..files import atomic_file
+from ..model.conversation_text import user_message
 from ..model.images import load_image
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.pipeline_lisa import answer_prompts
-from ..model.processing_lisa import LisaProcessor, user_message
+from ..model.processing_lisa import LisaProcessor
 from .annotation_files import answer_record
 
 
