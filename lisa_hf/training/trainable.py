@@ -41,8 +41,8 @@ def find_parts(model: LisaForConditionalGeneration) -> dict[str, list[str]]:
         "seg_projector": ["seg_projector"],
         "mask_decoder": ["mask_model.mask_decoder"],
         "embeddings": [paths[id(model.get_input_embeddings())], paths[id(model.get_output_embeddings())]],
+        "multi_modal_projector": projector,  # before the vision tower, which contains it in Qwen
         "vision_tower": [] if vision_tower is None else [paths[id(vision_tower)]],
-        "multi_modal_projector": projector,
         "mask_encoder": ["mask_model.vision_encoder"],
         "language_model": [paths[id(language_model)]],
     }
@@ -183,7 +183,8 @@ def merge_lora(model: LisaForConditionalGeneration | PeftModel) -> LisaForCondit
 def parameter_parts(model: LisaForConditionalGeneration | PeftModel) -> dict[str, list[str]]:
     """Return the parts of each parameter by its name: `["lora"]`, or those of [`find_parts`] that contain it.
 
-    The input embeddings belong to two parts, and what never trains, such as the mask model's prompt encoder, to none.
+    A part inside another one comes first: the input embeddings in the language model, Qwen's projector in the vision
+    tower. What never trains, such as the mask model's prompt encoder, belongs to none.
     """
     parts = find_parts(model.get_base_model() if isinstance(model, PeftModel) else model)
     parts_of = {}

@@ -295,6 +295,18 @@ def test_a_projector_inside_the_vision_tower_trains_with_it():
     )
 
 
+def test_a_projector_inside_the_vision_tower_has_its_own_rate_and_row(tmp_path):
+    model = prepare_for_training(qwen2_5_vl_sam(), ["vision_tower", "multi_modal_projector"], lora_r=0)
+    args = LisaTrainingArguments(
+        str(tmp_path), part_learning_rates={"vision_tower": 1e-5, "multi_modal_projector": 1e-4}, use_cpu=True
+    )
+    rows = {line.split()[0]: line.split() for line in trainable_summary(model, args).splitlines()}
+    merger = sum(weight.numel() for path, weight in model.named_parameters() if ".merger." in path)
+    tower = sum(weight.numel() for path, weight in model.named_parameters() if ".visual." in path)
+    assert rows["multi_modal_projector"][1:] == [f"{merger:,}", f"{merger:,}", "float32", "0.0001"]
+    assert rows["vision_tower"][1:] == [f"{tower - merger:,}", f"{tower - merger:,}", "float32", "1e-05"]
+
+
 def test_everything_trains_in_full():
     model, processor = build_model()
     model = prepare_for_training(model, list(TRAINABLE_PARTS), lora_r=0).train()
