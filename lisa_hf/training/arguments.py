@@ -61,6 +61,11 @@ class ModelArguments:
         help="Whether the model may think before it answers, if the chat template lets one choose; rows may then have "
         "a reasoning_content to learn. Default: the model's (off).",
     )
+    image_processor_kwargs: dict = HfArg(
+        default_factory=dict,
+        help="Options of the VLM's image processor that replace its checkpoint's and are saved with the model, e.g. "
+        "{max_pixels: 1048576} for the VLMs of Qwen.",
+    )
     lora_r: int = HfArg(default=8, help="Rank of LoRA in the language model; 0 disables LoRA.")
     lora_alpha: int = HfArg(default=16, help="LoRA is scaled by lora_alpha / lora_r.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout probability of the input of LoRA.")

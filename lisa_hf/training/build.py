@@ -9,6 +9,7 @@ This is the only place where models are built. A training run calls the function
 
 import copy
 import itertools
+import json
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from ..chat_templates import load_chat_template
 from ..data.feature_cache import FeatureCache
 from ..data.mixture import EvaluationDataset, MixtureDataset
 from ..data.streaming import StreamingMixtureDataset
+from ..errors import nearest_name
 from ..from_scratch.configuration import tiny_config_and_processor
 from ..from_scratch.initialization import initialize_weights
 from ..from_scratch.tokenizer import add_template_tokens, row_texts, train_tokenizer
@@ -47,7 +49,8 @@ def build_config_and_processor(
         train_rows: Rows by source, whose texts train a tokenizer if a randomly initialized model names none.
 
     Raises:
-        ValueError: A checkpoint has another architecture or an original format, or is an adapter without its base.
+        ValueError: A checkpoint has another architecture or an original format, or is an adapter without its base, or
+            its image processor lacks one of `image_processor_kwargs`.
     """
     chat_template = load_chat_template(model_args.chat_template)
     if model_args.model is not None:
@@ -77,6 +80,8 @@ def build_config_and_processor(
     if model_args.thinking is not None:
         processor.thinking = model_args.thinking == "on"
     config.answer_end_token_id = processor.template.answer_end_token_id
+    if model_args.image_processor_kwargs:
+        _replace_image_options(processor, model_args.image_processor_kwargs)
     return config, processor
 
 
@@ -256,6 +261,21 @@ def _quantization_config(model_args: ModelArguments) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=model_args.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=model_args.bnb_4bit_compute_dtype or model_args.dtype or "bfloat16",
     )
+
+
+def _replace_image_options(processor: LisaProcessor, options: dict) -> None:
+    """Replace the VLM's image processor by one with other options."""
+    image_processor = processor.vlm_processor.image_processor
+    known = image_processor.valid_kwargs.__annotations__
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"image_processor_kwargs: expected options of {type(image_processor).__name__}, got `{name}`. Did you "
+                f"mean `{nearest_name(name, known)}`?"
+            )
+    # As JSON, like a checkpoint's: the old options have types of their own.
+    values = json.loads(image_processor.to_json_string()) | options
+    processor.vlm_processor.image_processor = type(image_processor)(**values)
 
 
 def _load_tokenizer(path: str):

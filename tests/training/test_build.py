@@ -15,6 +15,7 @@ from fixtures.tiny_training import (
     make_trainer,
     training_logs,
 )
+from PIL import Image
 from transformers import (
     AddedToken,
     AutoTokenizer,
@@ -24,6 +25,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from lisa_hf import LisaProcessor
 from lisa_hf.chat_templates import load_chat_template
 from lisa_hf.from_scratch.tokenizer import train_tokenizer
 from lisa_hf.training import build
@@ -90,6 +92,19 @@ def test_a_vlm_and_a_mask_model_become_a_lisa(halves, chat_template, tokens):
     assert [name for name in vlm if not torch.equal(found[name][: len(vlm[name])], vlm[name])] == []
     masks, expected = model.mask_model.state_dict(), build_model()[0].mask_model.state_dict()
     assert [name for name in expected if not torch.equal(masks[name], expected[name])] == []
+
+
+def test_options_of_the_image_processor_are_replaced_and_saved(halves, tmp_path):
+    _, published = load(**halves)
+    _, processor = load(**halves, image_processor_kwargs={"do_center_crop": False})
+    processor.save_pretrained(tmp_path)
+    for found in (processor, LisaProcessor.from_pretrained(tmp_path)):
+        expected = published.vlm_processor.image_processor.to_dict()
+        assert found.vlm_processor.image_processor.to_dict() == expected | {"do_center_crop": False}
+        assert found.preprocess_images(Image.new("RGB", (64, 32))).inputs["pixel_values"].shape[2:] == (32, 64)
+    model_args = ModelArguments(**halves, image_processor_kwargs={"max_pixel": 9})
+    with pytest.raises(ValueError, match="options of CLIPImageProcessorPil, got `max_pixel`. Did you mean"):
+        build.build_config_and_processor(model_args)
 
 
 def test_a_lisa_model_is_continued_with_all_that_it_learned(halves, tmp_path):
