@@ -46,6 +46,37 @@ IMAGE_SIZE = (480, 640)  # of the example photo, (H, W) in pixels, as in COCO
 
 
 @dataclasses.dataclass
+class Engine:
+    """How a training step is distributed among processes with a GPU each.
+
+    Args:
+        num_processes: Number of processes.
+        process_index: Rank of the process whose memory is estimated.
+        zero: The section `zero_optimization` of a DeepSpeed file, in which "auto" is Trainer's choice. None: one
+            process alone or DDP.
+    """
+
+    num_processes: int = 1
+    process_index: int = 0
+    zero: dict | None = None
+
+    @classmethod
+    def of_this_run(cls, args: LisaTrainingArguments):
+        plugin = args.deepspeed_plugin
+        zero = None if plugin is None else plugin.hf_ds_config.config["zero_optimization"]
+        return cls(args.world_size, args.process_index, zero)
+
+    def zero_option(self, key: str, auto: int) -> int:
+        """Return a number of the DeepSpeed file, or `auto`, which Trainer fills in for "auto"."""
+        value = self.zero.get(key, "auto")
+        return auto if value == "auto" else int(value)
+
+    def offloads(self, what: str) -> bool:
+        """Return whether "optimizer" states or "param" weights are in the host's memory."""
+        return self.zero.get(f"offload_{what}", {}).get("device", "none") != "none"
+
+
+@dataclasses.dataclass
 class MemoryEstimate:
     """Bytes on the GPU of a process.
 
@@ -82,7 +113,7 @@ def report_memory(
     packing = resolve_packing(model.config, data_args.packing)
     collator = LisaDataCollator(processor, data_args.max_length, packing=packing)
     batch = example_batch(collator, args.per_device_train_batch_size, data_args.num_questions)
-    estimate = estimate_memory(model, model_args, args, batch)
+    (estimate,) = estimate_memory(model, model_args, args, batch, [Engine.of_this_run(args)])
     if args.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(args.device)
         if estimate.total > free:
@@ -128,26 +159,31 @@ def estimate_memory(
     model_args: ModelArguments,
     args: LisaTrainingArguments,
     batch: dict,
-) -> MemoryEstimate:
-    """Estimate the memory of a training step in this process.
+    engines: list[Engine],
+) -> list[MemoryEstimate]:
+    """Estimate the memory of a training step in a process of each engine.
 
     Args:
         model: Empty model of [`build_model`] after `prepare_for_training`. It cannot be used afterwards.
         batch: Batch of one micro-step on the CPU, see [`example_batch`].
+        engines: All of them with DeepSpeed, or none. This decides about activations, which all processes have alike.
     """
-    plugin, half = args.deepspeed_plugin, _half_precision(args)
-    if plugin is not None and half is not None:
+    (has_deepspeed,) = {engine.zero is not None for engine in engines}
+    half = _half_precision(args)
+    if has_deepspeed and half is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(half)  # DeepSpeed casts parameters and keeps buffers
     quantized = _quantized_weights(model) if model_args.load_in_8bit or model_args.load_in_4bit else []
     saved = sum(weight.nbytes - _quantized_bytes(weight, model_args) for weight in quantized)
     _make_fake(model)
-    estimate = _model_states(model, args, _create_optimizer(model, args))
-    estimate.weights -= saved
-    estimate.activations = activation_bytes(model, args, batch)
+    estimates = [_model_states(model, engine, _create_optimizer(model, args)) for engine in engines]
+    activations = activation_bytes(model, args, batch, autocast=None if has_deepspeed else half)
     # A quantized layer is multiplied in full precision.
-    estimate.activations += max((weight.nbytes for weight in quantized), default=0)
-    return estimate
+    activations += max((weight.nbytes for weight in quantized), default=0)
+    for estimate in estimates:
+        estimate.weights -= saved
+        estimate.activations = activations
+    return estimates
 
 
 def _half_precision(args: LisaTrainingArguments) -> torch.dtype | None:
@@ -157,31 +193,31 @@ def _half_precision(args: LisaTrainingArguments) -> torch.dtype | None:
 # ---- weights, gradients, optimizer states ---------------------------------------------------------------------------
 
 
-def _model_states(model: nn.Module, args: LisaTrainingArguments, optimizer: Optimizer) -> MemoryEstimate:
+def _model_states(model: nn.Module, engine: Engine, optimizer: Optimizer) -> MemoryEstimate:
     """Compute weights, gradients and optimizer states as DDP, ZeRO-2 or ZeRO-3 distribute them."""
-    plugin, world_size = args.deepspeed_plugin, args.world_size
+    world_size = engine.num_processes
     groups = [group["params"] for group in optimizer.param_groups]
     trained = [parameter for group in groups for parameter in group]
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     gradients = sum(parameter.nbytes for parameter in trained)
-    if plugin is None:
+    if engine.zero is None:
         buckets = gradients if world_size > 1 else 0
         return MemoryEstimate(weights, gradients, _state_bytes(optimizer), communication=buckets)
 
     itemsize = trained[0].element_size()
-    bucket = _zero_option(args, "reduce_bucket_size", model.config.hidden_size**2)
-    if plugin.zero_stage < 3:
+    bucket = engine.zero_option("reduce_bucket_size", model.config.hidden_size**2)
+    if engine.zero["stage"] < 3:
         # Each parameter group is one flat tensor, padded to a multiple of twice the processes.
         length = sum(parameter.numel() for parameter in trained)
         shards = [2 * math.ceil(sum(parameter.numel() for parameter in group) / (2 * world_size)) for group in groups]
         weights += itemsize * (world_size * sum(shards) - length)
-        gradients = sum(_zero2_gradients(group, shard, args.process_index) for group, shard in zip(groups, shards))
+        gradients = sum(_zero2_gradients(group, shard, engine.process_index) for group, shard in zip(groups, shards))
         communication = 2 * itemsize * min(bucket, length)
     else:
         # Each weight is sharded on its own; small ones are kept whole as well after their first use.
         sizes = {parameter: math.ceil(parameter.numel() / world_size) for parameter in model.parameters()}
         sharded = sum(parameter.element_size() * size for parameter, size in sizes.items())
-        threshold = _zero_option(args, "stage3_param_persistence_threshold", 10 * model.config.hidden_size)
+        threshold = engine.zero_option("stage3_param_persistence_threshold", 10 * model.config.hidden_size)
         small = [parameter for parameter in sizes if parameter.numel() <= threshold]
         whole = sum(parameter.element_size() * sizes[parameter] * world_size for parameter in small)  # with padding
         shards = [sum(sizes[parameter] for parameter in group) for group in groups]
@@ -193,11 +229,11 @@ def _model_states(model: nn.Module, args: LisaTrainingArguments, optimizer: Opti
         communication = itemsize * bucket + 2 * largest_layer
     optimizer_bytes = 4 * sum(shards) + _state_bytes(optimizer, shards)  # with float32 copies of the weights
     estimate = MemoryEstimate(weights, gradients, optimizer_bytes, communication=communication)
-    if plugin.offload_optimizer_device in ("cpu", "nvme"):
+    if engine.offloads("optimizer"):
         estimate.host = optimizer_bytes + 4 * sum(shards)  # with float32 copies of the gradients
-        estimate.host += gradients if plugin.zero_stage == 3 else 0
+        estimate.host += gradients if engine.zero["stage"] == 3 else 0
         estimate.optimizer = estimate.gradients = 0
-    if plugin.zero_stage == 3 and plugin.offload_param_device in ("cpu", "nvme"):
+    if engine.zero["stage"] == 3 and engine.offloads("param"):
         estimate.host += sharded
         estimate.weights -= sharded
     return estimate
@@ -213,12 +249,6 @@ def _zero2_gradients(parameters: list[nn.Parameter], shard: int, rank: int) -> i
         start = stop
     padding = (rank + 1) * shard - max(start, rank * shard)
     return total + parameters[0].element_size() * max(padding, 0)
-
-
-def _zero_option(args: LisaTrainingArguments, key: str, auto: int) -> int:
-    """Return a value of the DeepSpeed file, or `auto`, which Trainer fills in for "auto"."""
-    value = args.deepspeed_plugin.hf_ds_config.get_value(f"zero_optimization.{key}", "auto")
-    return auto if value == "auto" else int(value)
 
 
 def _create_optimizer(model: nn.Module, args: LisaTrainingArguments) -> Optimizer:
@@ -266,28 +296,26 @@ def _quantized_bytes(weight: nn.Parameter, model_args: ModelArguments) -> int:
 # ---- activations ----------------------------------------------------------------------------------------------------
 
 
-def activation_bytes(model: nn.Module, args: LisaTrainingArguments, batch: dict) -> int:
+def activation_bytes(
+    model: nn.Module, args: LisaTrainingArguments, batch: dict, autocast: torch.dtype | None = None
+) -> int:
     """Return the peak memory of a forward and a backward pass, without weights and their gradients.
 
     Args:
         model: Model whose parameters are replaced by fake ones.
-        batch: Batch whose floating-point tensors are replaced by fake ones. The others decide about shapes and stay.
+        batch: Batch, which stays real: some VLMs look into it to see which images are padding.
+        autocast: Dtype of mixed precision, which DeepSpeed does without.
     """
     _make_fake(model)
     model.train()
     if args.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=args.activation_checkpointing_kwargs)
-    half = _half_precision(args) if args.deepspeed_plugin is None else None  # DeepSpeed needs no autocast
-    batch = {
-        name: _fake_like(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in batch.items()
-    }
     # Gradients exist beforehand, as in all accumulation steps but the first.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     live = _LiveBytes([*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)])
-    with live, torch.autocast("cpu", half) if half else nullcontext():
+    with live, torch.autocast("cpu", autocast) if autocast else nullcontext():
         loss = model(**batch).loss
     with live:
         loss.backward()

@@ -6,7 +6,7 @@ import logging
 import models as benchmark
 import pytest
 import torch
-from fixtures.tiny_models import save_quantizable
+from fixtures.tiny_models import idefics3_sam, save_quantizable
 from fixtures.tiny_training import LISA_PARTS, Items, build_model, collate, make_trainer
 from torch.profiler import ProfilerActivity, profile
 from workers.launching import launch
@@ -14,7 +14,7 @@ from workers.memory_worker import tensor_bytes
 
 from lisa_hf.training import build
 from lisa_hf.training.arguments import TRAINABLE_PARTS, DataArguments, LisaTrainingArguments, ModelArguments
-from lisa_hf.training.memory_estimate import activation_bytes, estimate_memory, report_memory
+from lisa_hf.training.memory_estimate import Engine, activation_bytes, estimate_memory, report_memory
 from lisa_hf.training.trainable import prepare_for_training
 
 
@@ -40,7 +40,7 @@ def test_bytes_are_those_of_the_tensors(name, tmp_path):
     model = prepare_for_training(model.to(getattr(torch, model_args.dtype or "float32")), **model_args.adaptation)
     trainer = make_trainer(model, processor, tmp_path, Items(), **{"optim": "adamw_torch_fused", **arguments})
     batch = collate(processor, [Items()[0]])
-    estimate = estimate_memory(empty, model_args, trainer.args, batch)
+    (estimate,) = estimate_memory(empty, model_args, trainer.args, batch, [Engine()])
     trainer.train()
     assert estimate.weights == tensor_bytes([*model.parameters(), *model.buffers()])
     assert estimate.gradients == tensor_bytes(list(trainer.recorder.gradients[0].values()))
@@ -59,7 +59,7 @@ def test_bytes_of_quantized_weights(bits, tmp_path):
     model = prepare_for_training(build.build_model(model_args, config), **model_args.adaptation)
     empty = prepare_for_training(build.build_model(model_args, config, empty=True), **model_args.adaptation)
     args = LisaTrainingArguments(str(tmp_path), use_cpu=True)
-    estimate = estimate_memory(empty, model_args, args, collate(processor, [Items()[0]]))
+    (estimate,) = estimate_memory(empty, model_args, args, collate(processor, [Items()[0]]), [Engine()])
     scales = []
     for weight in model.parameters():
         if state := getattr(weight, "quant_state", None):
@@ -105,6 +105,13 @@ def test_activations_are_those_that_the_allocator_counts(size, has_checkpointing
     model.zero_grad()
     args = LisaTrainingArguments(str(tmp_path), use_cpu=True, activation_checkpointing=has_checkpointing)
     assert activation_bytes(model, args, batch) == pytest.approx(found, rel=0.02)
+
+
+def test_values_that_decide_about_shapes_are_looked_at(tmp_path):
+    """Idefics3 and its kind drop the crops that are padding, which fake pixels would not show."""
+    model, processor = idefics3_sam()
+    data_args, args = DataArguments(max_length=200), LisaTrainingArguments(str(tmp_path), use_cpu=True)
+    assert "activations " in report_memory(model.config, processor, ModelArguments(model="none"), data_args, args)
 
 
 def test_report_names_its_batch_and_warns_if_it_does_not_fit(tmp_path, monkeypatch, caplog):

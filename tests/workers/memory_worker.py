@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from lisa_hf.training import build
 from lisa_hf.training.arguments import ModelArguments
-from lisa_hf.training.memory_estimate import estimate_memory
+from lisa_hf.training.memory_estimate import Engine, estimate_memory
 from lisa_hf.training.trainable import prepare_for_training
 
 
@@ -87,7 +87,8 @@ def run(engine: str, bf16: bool) -> dict:
         trainer = make_trainer(model, processor, output_dir, Items(), per_device_train_batch_size=2, **arguments)
         trainer.remove_callback(trainer.recorder)
         batch = collate(processor, [Items()[0], Items()[1]])
-        estimate = estimate_memory(empty, model_args, copy.copy(trainer.args), batch)
+        args = copy.copy(trainer.args)
+        (estimate,) = estimate_memory(empty, model_args, args, batch, [Engine.of_this_run(args)])
         with zero2_gradients() as gradients:
             trainer.train()
         return {"estimate": dataclasses.asdict(estimate), "found": measure(trainer, gradients)}
