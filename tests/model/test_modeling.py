@@ -39,7 +39,7 @@ IMAGE_INDICES = [1, 0, 1, 2]
 MASKS_PER_ROW = [2, 1, 1, 0]
 MASKS_PER_IMAGE = [1, 3, 0]
 CONVERSATIONS = [
-    conversation("What is the red circle?", "Sure, [SEG] and [SEG].", "Is [SEG] red?", "It is red."),
+    conversation("What is the red circle?", "Sure, [SEG] and [SEG].", "Is @ red?", "It is red."),
     conversation("What is it?", "It is [SEG]."),
     conversation("What is the circle?", "The circle.", "Sure?", "Sure, it is [SEG]."),
     conversation("Is it red?", "It is."),
@@ -53,13 +53,22 @@ def masks_for(counts, sizes=SIZES, seed: int = 0) -> list[torch.Tensor]:
     return [values[torch.randint(0, 3, (n, *size), generator=generator)] for n, size in zip(counts, sizes)]
 
 
+def encode(processor, *args) -> dict:
+    """As the processor, with `[SEG]` in the place of "@": it would escape what a user writes."""
+    batch = processor.encode_conversations(*args)
+    ids = batch["input_ids"]
+    ids[ids == processor.tokenizer.convert_tokens_to_ids("@")] = processor.seg_token_id
+    return batch
+
+
 def make_batch(processor, rows=range(4)) -> dict:
     """The batch of some of the rows above, with the images that they are about."""
     used = sorted({IMAGE_INDICES[row] for row in rows})
-    batch = processor.encode_conversations(
-        images=[image(*SIZES[index], seed=index) for index in used],
-        conversations=[CONVERSATIONS[row] for row in rows],
-        image_indices=[used.index(IMAGE_INDICES[row]) for row in rows],
+    batch = encode(
+        processor,
+        [image(*SIZES[index], seed=index) for index in used],
+        [CONVERSATIONS[row] for row in rows],
+        [used.index(IMAGE_INDICES[row]) for row in rows],
     )
     masks = masks_for(MASKS_PER_IMAGE)
     return {**batch, "mask_labels": [masks[index] for index in used]}
@@ -169,9 +178,7 @@ def test_rows_share_their_image(family):
 
     masks = shared_batch["mask_labels"]
     row_masks = [masks[1][:2], masks[0], masks[1][2:], masks[2]]
-    repeated_batch = processor.encode_conversations(
-        [image(*SIZES[index], seed=index) for index in IMAGE_INDICES], CONVERSATIONS
-    )
+    repeated_batch = encode(processor, [image(*SIZES[index], seed=index) for index in IMAGE_INDICES], CONVERSATIONS)
     repeated = model(**repeated_batch, mask_labels=row_masks)
     assert encoded["mask"] == 3 + 4 and encoded["vlm"] > 2 * crops
     for name in ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss", "last_hidden_state"):
@@ -183,9 +190,7 @@ def test_rows_share_their_image(family):
 
 def direct_hidden_states(model, processor) -> torch.Tensor:
     """What the VLM itself computes from one image per row: no sharing, no precomputed features."""
-    batch = processor.encode_conversations(
-        [image(*SIZES[index], seed=index) for index in IMAGE_INDICES], CONVERSATIONS
-    )
+    batch = encode(processor, [image(*SIZES[index], seed=index) for index in IMAGE_INDICES], CONVERSATIONS)
     ours = {"labels", "image_indices", "mask_pixel_values", "original_sizes", "reshaped_input_sizes"}
     inputs = {name: value for name, value in batch.items() if name not in ours}
     return model.vlm(**inputs, output_hidden_states=True).hidden_states[-1]
