@@ -36,7 +36,7 @@ from .mask_backbone import (
 )
 from .packing import packed_inputs, packing_unsupported_reason
 from .pipeline_lisa import ReasoningSegmentationPipeline  # noqa: F401  so that it is saved with this file
-from .upstream_fixes import UpstreamFixesMixin, drop_absent_no_split_modules
+from .upstream_fixes import UpstreamFixesMixin, drop_absent_no_split_modules, separate_batch_entries
 from .vlm_backbone import (
     encode_vlm_images,
     record_states,
@@ -135,6 +135,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
                 f"questions, got {type(self.vlm).__name__}: {reason}. Choose another VLM, for example LLaVA, "
                 "Gemma 3 or Qwen3-VL."
             )
+        separate_batch_entries(self.vlm)
         self.mask_model = AutoModelForMaskGeneration.from_config(config.mask_config)
         use_chunked_attention(self.mask_model)
         self.seg_projector = LisaSegProjector(config)
@@ -198,6 +199,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         sam_model = AutoModelForMaskGeneration.from_pretrained(
             mask_model, config=image_mask_config(AutoConfig.from_pretrained(mask_model)), dtype=vlm_model.dtype
         ).to(vlm_model.device)
+        separate_batch_entries(vlm_model)
         use_chunked_attention(sam_model)
         config = LisaConfig(vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id)
         # Built without memory or random numbers, because both halves are replaced right away.

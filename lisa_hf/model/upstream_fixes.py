@@ -4,7 +4,9 @@ To find out whether one is still needed, make it do nothing and run the test tha
 """
 
 from contextlib import contextmanager
+from functools import partial
 
+import torch
 from torch import nn
 
 
@@ -38,6 +40,41 @@ def drop_absent_no_split_modules(model: nn.Module) -> None:
     Remove when: accelerate skips absent classes; tests/recipes/test_launchers.py.
     """
     model._no_split_modules &= {type(module).__name__ for module in model.modules()}
+
+
+def separate_batch_entries(vlm: nn.Module) -> None:
+    """Make each row and image of a batch independent of the others in HunYuanVL and Emu3, in place.
+
+    Version: transformers 5.23.
+    Symptom: the states of a row change with its place in the batch, or with the sizes of the other images. HunYuanVL
+        numbers images over all rows, and the number is a position; Emu3's convolutions see the padding of an image.
+    Remove when: `HunYuanVLModel.get_rope_index` begins with 0 in each row, and `Emu3Model.get_image_features` cuts
+        images to their `image_sizes`; tests/model/test_vlms.py::test_states_logits_and_answers_are_the_vlms_own.
+    """
+    model = vlm.base_model
+    if vlm.config.model_type == "hunyuan_vl":
+        model.get_rope_index = partial(_rope_index_of_rows, model.get_rope_index)
+    elif vlm.config.model_type == "emu3":
+        model.get_image_features = partial(_features_of_cut_images, model.get_image_features)
+
+
+def _rope_index_of_rows(get_rope_index, input_ids, mm_token_type_ids, image_grid_thw, attention_mask):
+    """Return positions `(axes, N, L)` and deltas `(N, 1)` of N rows, each about the next image of `image_grid_thw`."""
+    masks = [None] * len(input_ids) if attention_mask is None else attention_mask.split(1)
+    rows = zip(input_ids.split(1), mm_token_type_ids.split(1), image_grid_thw.split(1), masks, strict=True)
+    positions, deltas = zip(*(get_rope_index(*row) for row in rows))
+    return torch.cat(positions, dim=1), torch.cat(deltas)
+
+
+def _features_of_cut_images(get_image_features, pixel_values, image_sizes, **kwargs):
+    """Return the output of `get_image_features`, with each image encoded without its padding."""
+    images = zip(pixel_values.split(1), image_sizes.split(1), image_sizes.tolist())
+    outputs = [
+        get_image_features(pixels[:, :, :height, :width], size, **kwargs) for pixels, size, (height, width) in images
+    ]
+    for name in ("image_tokens", "pooler_output"):
+        outputs[0][name] = [entry for output in outputs for entry in output[name]]
+    return outputs[0]
 
 
 def saved_custom_pipelines(module_name: str, custom_pipelines: dict | None) -> dict:

@@ -34,6 +34,28 @@ def vision_inputs(model_type: str) -> tuple[list[dict], dict, list[list[int]]]:
         singles = [{"pixel_values": random(1, 3, 4, 4 * int(s.prod(1).sum())), "target_sizes": s} for s in sizes]
         pixels = torch.cat([single["pixel_values"] for single in singles], dim=3)
         return singles, {"pixel_values": pixels, "target_sizes": torch.cat(sizes)}, [[4], [3, 4, 4]]
+    if model_type == "hunyuan_vl":
+        grids = torch.tensor([[1, 4, 6], [1, 8, 4]])  # in patches of 4 x 4 pixels
+        singles = [{"pixel_values": random(int(g.prod()), 48), "image_grid_thw": g[None]} for g in grids]
+        both = {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
+        return singles, both, [[2 * (3 + 1) + 2], [4 * (2 + 1) + 2]]
+    if model_type == "emu3":
+        sizes = torch.tensor([[32, 48], [48, 24]])
+        singles = [{"pixel_values": random(1, 3, *size), "image_sizes": size[None]} for size in sizes]
+        padded = [F.pad(s["pixel_values"], (0, 48 - w, 0, 48 - h)) for s, (h, w) in zip(singles, sizes.tolist())]
+        return singles, {"pixel_values": torch.cat(padded), "image_sizes": sizes}, [[4 * (6 + 1)], [6 * (3 + 1)]]
+    if model_type == "step3p7":
+        tiles = [1, 3]
+        singles = [
+            {
+                "pixel_values": random(1, 3, 32, 32),
+                "pixel_values_local": random(count, 3, 16, 16),
+                "num_local_patches": torch.tensor([count]),
+            }
+            for count in tiles
+        ]
+        both = {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
+        return singles, both, [[4 + count] for count in tiles]
     if model_type == "granite4_vision":
         both = {"pixel_values": random(2, 3, 3, 32, 32), "image_sizes": torch.tensor([[32, 32], [24, 56]])}
         return [{name: value[i : i + 1] for name, value in both.items()} for i in range(2)], both, [[36], [52]]
