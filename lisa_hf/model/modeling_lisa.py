@@ -42,6 +42,7 @@ from .vlm_backbone import (
     record_states,
     split_vision_inputs,
     unsupported_reason,
+    vision_tower,
     vocabulary_projection,
 )
 
@@ -220,10 +221,11 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         return model.eval()
 
     def train(self, mode: bool = True):
-        """Set training mode, except for a frozen mask encoder: BatchNorm, as in EdgeTAM, would change its outputs."""
+        """Set training mode, but not for frozen encoders: BatchNorm, as in EdgeTAM and FastVLM, would change outputs."""
         super().train(mode)
-        encoder = self.mask_model.vision_encoder
-        encoder.train(mode and any(parameter.requires_grad for parameter in encoder.parameters()))
+        for encoder in (self.mask_model.vision_encoder, vision_tower(self.vlm)):
+            if encoder is not None:
+                encoder.train(mode and any(parameter.requires_grad for parameter in encoder.parameters()))
         return self
 
     def get_input_embeddings(self) -> nn.Module:

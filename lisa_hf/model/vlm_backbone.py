@@ -38,6 +38,13 @@ def image_encoder(vlm: nn.Module) -> nn.Module:
     return next(module for module in (vlm.base_model, *vlm.modules()) if hasattr(module, "get_image_features"))
 
 
+def vision_tower(vlm: nn.Module) -> nn.Module | None:
+    """Return the VLM's image encoder, if it has one: otherwise transformers gives the backbone itself."""
+    backbone = vlm.base_model
+    encoder = backbone.get_encoder(modality="image")
+    return None if encoder is backbone else encoder
+
+
 def vocabulary_projection(vlm: nn.Module) -> nn.Module:
     """Return the module of a VLM that projects states to the vocabulary: its own, or that of a model inside."""
     heads = (module.get_output_embeddings() for module in vlm.modules() if hasattr(module, "get_output_embeddings"))

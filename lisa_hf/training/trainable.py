@@ -8,6 +8,7 @@ from torch import nn
 
 from ..model.mask_backbone import UNTRAINED_DECODER_MODULES
 from ..model.modeling_lisa import LisaForConditionalGeneration
+from ..model.vlm_backbone import vision_tower
 from .arguments import TRAINABLE_PARTS, LisaTrainingArguments
 
 
@@ -25,34 +26,27 @@ def find_parts(model: LisaForConditionalGeneration) -> dict[str, list[str]]:
     """
     paths = {id(module): path for path, module in model.named_modules()}
     backbone = model.vlm.base_model
-    language_model, vision_tower = backbone.get_decoder(), _find_vision_tower(model)
+    language_model, tower = backbone.get_decoder(), vision_tower(model.vlm)
     projector = [
         paths[id(child)]
         for name, child in backbone.named_children()
         if language_model is not backbone  # Chameleon: all children are layers of the language model
         and child is not language_model
-        and child is not vision_tower
+        and child is not tower
         and not name.startswith(_NOT_FOR_IMAGES)
         and any(True for _ in child.parameters())
     ]
-    if not projector and vision_tower is not None:
-        projector = [paths[id(child)] for name, child in vision_tower.named_children() if "merger" in name]
+    if not projector and tower is not None:
+        projector = [paths[id(child)] for name, child in tower.named_children() if "merger" in name]
     return {
         "seg_projector": ["seg_projector"],
         "mask_decoder": ["mask_model.mask_decoder"],
         "embeddings": [paths[id(model.get_input_embeddings())], paths[id(model.get_output_embeddings())]],
         "multi_modal_projector": projector,  # before the vision tower, which contains it in Qwen
-        "vision_tower": [] if vision_tower is None else [paths[id(vision_tower)]],
+        "vision_tower": [] if tower is None else [paths[id(tower)]],
         "mask_encoder": ["mask_model.vision_encoder"],
         "language_model": [paths[id(language_model)]],
     }
-
-
-def _find_vision_tower(model: LisaForConditionalGeneration) -> nn.Module | None:
-    """Return the VLM's image encoder, if it has one: otherwise transformers gives the backbone itself."""
-    backbone = model.vlm.base_model
-    encoder = backbone.get_encoder(modality="image")
-    return None if encoder is backbone else encoder
 
 
 def prepare_for_training(
@@ -157,8 +151,8 @@ def _untrained_decoder_modules(model: nn.Module) -> list[nn.Module]:
 
 def _untrained_vision_modules(model: LisaForConditionalGeneration) -> list[nn.Module]:
     """Return the modules of the image encoder that get no gradient, since the VLM takes states from before them."""
-    vision_tower = _find_vision_tower(model)
-    children = {} if vision_tower is None else dict(vision_tower.named_children())
+    tower = vision_tower(model.vlm)
+    children = {} if tower is None else dict(tower.named_children())
     # CLIP's and SigLIP's states of all patches are taken, never SigLIP's attention pooling of them.
     untrained = [children["head"]] if "head" in children else []
     feature_layers = getattr(model.config.vlm_config, "vision_feature_layer", None)

@@ -204,3 +204,22 @@ def test_a_vlm_that_does_not_answer_token_by_token_is_refused():
             raise NotImplementedError
 
     assert unsupported_reason(Diffusion()) == "it does not answer token by token"
+
+
+def test_a_frozen_vision_tower_does_not_change_in_training():
+    """Statistics of BatchNorm, as in FastVLM's tower, would drift although nothing there learns."""
+    model = vlm_sam("paligemma")
+    tower = model.vlm.model.vision_tower
+    tower.norm = torch.nn.BatchNorm2d(3).eval()
+    tower.register_forward_pre_hook(lambda module, args: (module.norm(args[0]), *args[1:]))
+    tower.requires_grad_(False)
+    _, both, runs = vision_inputs("paligemma")
+    inputs = {**pad(make_rows("paligemma", model, runs)), **both, **mask_inputs()}
+    inputs["image_indices"] = torch.tensor(IMAGE_INDICES)
+    expected = model(**inputs).last_hidden_state
+    found = model.train()(**inputs).last_hidden_state
+    assert model.training and model.vlm.model.language_model.training and not tower.training
+    assert tower.norm.num_batches_tracked == 0
+    torch.testing.assert_close(found, expected)
+    tower.requires_grad_(True)
+    assert model.train().vlm.model.vision_tower.norm.training
