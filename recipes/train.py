@@ -19,7 +19,7 @@ from lisa_hf.export import gather_trained_model
 from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, parse_arguments
 from lisa_hf.training.build import build_config_and_processor, build_datasets, build_model
-from lisa_hf.training.callbacks import PredictionSheet, StopOnSignal
+from lisa_hf.training.callbacks import PredictionSheet, SelfCheck, StopOnSignal
 from lisa_hf.training.dry_run import dry_run
 from lisa_hf.training.memory_estimate import report_memory
 from lisa_hf.training.run_record import write_run_record
@@ -33,8 +33,9 @@ def main():
     # 1. Arguments: a YAML file, then the command line
     model_args, data_args, training_args = parse_arguments()
     logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
-    # These log once what was skipped, how large the feature cache is, and which checkpoint is resumed.
-    for name in ("data_scripts", "lisa_hf.data.feature_cache", "lisa_hf.training.checkpointing"):
+    # These log once what was skipped, how large the feature cache is, which checkpoint is resumed, and the self-check.
+    modules = ("data.feature_cache", "training.checkpointing", "training.callbacks")
+    for name in ("data_scripts", *(f"lisa_hf.{module}" for module in modules)):
         logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
 
     with report_user_errors():
@@ -64,6 +65,7 @@ def main():
             data_collator=collator,
             processing_class=processor,
         )
+        trainer.add_callback(SelfCheck(trainer))
         if eval_datasets:
             trainer.add_callback(PredictionSheet(trainer, next(iter(eval_datasets.values()))))
         if training_args.dry_run:

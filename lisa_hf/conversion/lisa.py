@@ -1,12 +1,15 @@
 """Convert original LISA checkpoints to `LisaForConditionalGeneration`: LLaVA's keys, SAM's, and the projector's."""
 
+import copy
 from pathlib import Path
 
+import torch
 from transformers import CLIPVisionConfig
 
 from ..model.configuration_lisa import LisaConfig
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import SEG_TOKEN, LisaProcessor
+from ..model.self_check import check_against_vlm
 from .checkpoints import LazyTensor
 from .key_tables import Shapes, nest
 from .llava import (
@@ -54,6 +57,9 @@ def convert_lisa(
             from.
         vision_tower: Directory or Hub id of the CLIP tower; by default the one named in `config.json`.
         chat_template: Name of one of this package's templates, or a Jinja file; by default `llava_v1`.
+
+    Raises:
+        ValueError: If the self-check fails, on a small random model with this configuration and processor.
     """
     # Read settings and tokenizer.
     original_config = read_original_config(directory)
@@ -68,14 +74,26 @@ def convert_lisa(
     model = build_without_weights(LisaForConditionalGeneration, config)
     model.generation_config = generation_config(config.vlm_config, config.suppress_tokens)
     template = render_template(chat_template or CHAT_TEMPLATE, original_config)
+    processor = LisaProcessor(
+        vlm_processor=llava_processor(config.vlm_config, tokenizer, image_processor, template),
+        mask_image_processor=sam_image_processor(config.mask_config.vision_config.image_size),
+    )
+    check_against_vlm(_small_model(config), processor)
     return ConvertedModel(
         model=model,
         tensors=convert_llava_tensors(tensors, len(tokenizer), LISA_KEY_TABLE, prefix="vlm."),
-        processor=LisaProcessor(
-            vlm_processor=llava_processor(config.vlm_config, tokenizer, image_processor, template),
-            mask_image_processor=sam_image_processor(config.mask_config.vision_config.image_size),
-        ),
+        processor=processor,
     )
+
+
+def _small_model(config: LisaConfig) -> LisaForConditionalGeneration:
+    """Return a random model that takes the same inputs, with two narrow layers in each of its three parts."""
+    config = copy.deepcopy(config)
+    for part in (config.vlm_config.text_config, config.vlm_config.vision_config, config.mask_config.vision_config):
+        part.update({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2})
+        part.update({"intermediate_size": 64, "mlp_dim": 64, "num_key_value_heads": 2, "head_dim": 16})
+    with torch.random.fork_rng(devices=[]):
+        return LisaForConditionalGeneration(config)
 
 
 def lisa_config(original_config: dict, state_dict: dict, vision_config: CLIPVisionConfig, tokenizer) -> LisaConfig:

@@ -221,7 +221,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         return model.eval()
 
     def train(self, mode: bool = True):
-        """Set training mode, but not for frozen encoders: BatchNorm, as in EdgeTAM and FastVLM, would change outputs."""
+        """Set training mode, but not of frozen encoders: BatchNorm, as in EdgeTAM or FastVLM, would drift."""
         super().train(mode)
         for encoder in (self.mask_model.vision_encoder, vision_tower(self.vlm)):
             if encoder is not None:

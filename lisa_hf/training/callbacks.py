@@ -1,4 +1,6 @@
-"""Around a training step: skip it if it is not finite, measure throughput, draw predictions, stop on a signal."""
+"""Around training steps: check the model first, skip steps that are not finite, measure throughput, draw predictions,
+stop on a signal.
+"""
 
 import importlib
 import logging
@@ -22,6 +24,7 @@ from transformers import BatchFeature, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..evaluation.predict import draw_predictions
+from ..model.self_check import check_against_vlm
 from .trainable import parameter_parts
 
 
@@ -202,6 +205,28 @@ def peak_memory() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class SelfCheck(TrainerCallback):
+    """Compares LISA with its VLM alone before the first step, see [`check_against_vlm`].
+
+    The weights are then where and as training has them: on the device, quantized, sharded, resumed.
+
+    Args:
+        trainer: A [`LisaTrainer`]; `trainer.add_callback(SelfCheck(trainer))`.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        start = time.perf_counter()
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        with self.trainer.compute_loss_context_manager():
+            check_against_vlm(model, self.trainer.processing_class)
+        logger.info(
+            "Self-check: the VLM computes within LISA what it does alone (%.1f s).", time.perf_counter() - start
+        )
 
 
 class PredictionSheet(TrainerCallback):

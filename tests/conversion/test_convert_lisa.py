@@ -18,6 +18,7 @@ from fixtures.original_checkpoints import (
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from lisa_hf import LisaProcessor
 from lisa_hf.conversion.checkpoints import open_zero_checkpoint
 
 
@@ -88,6 +89,14 @@ def test_lisa_of_other_sizes(tmp_path, output, sizes):
     for name in ("loss", "logits", "low_res_masks", "iou_scores", "seg_embeddings"):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
     assert found.low_res_masks.std() > 1e-3 and found.loss.isfinite()
+
+
+def test_a_processor_that_does_not_fit_is_not_written(tmp_path, fail, monkeypatch):
+    """The self-check: pixels of training are those of the VLM's own processor."""
+    write_lisa_of_other_sizes(tmp_path, lisa_of_other_sizes(**OTHER_SIZES[1]))
+    monkeypatch.setattr(LisaProcessor, "normalize_pixels", lambda self, batch: None)
+    message = fail("lisa", "--checkpoint", tmp_path, "--vision_tower", tmp_path / "clip")
+    assert "Self-check: expected LlavaForConditionalGeneration" in message and "`pixel_values`" in message
 
 
 # Builds modules with the names of a state dict, and lets DeepSpeed itself save them in the middle of a training.

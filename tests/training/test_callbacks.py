@@ -28,9 +28,10 @@ from fixtures.tiny_training import (
 from tensorboardX.proto import event_pb2
 from workers.launching import launch
 
+from lisa_hf import LisaProcessor
 from lisa_hf.data.mixture import MixtureDataset
 from lisa_hf.training import callbacks
-from lisa_hf.training.callbacks import PredictionSheet
+from lisa_hf.training.callbacks import PredictionSheet, SelfCheck
 from lisa_hf.training.checkpointing import find_fault
 from lisa_hf.training.trainable import prepare_for_training
 
@@ -43,6 +44,25 @@ class ItemsOfThreeSources(Items):
         super().__init__()
         for index, item in enumerate(self.items):
             item["source"] = SOURCES[index % 5 % 3]
+
+
+def test_self_check_changes_nothing_or_stops_before_the_first_step(tmp_path, monkeypatch):
+    weights = []
+    for checks in (False, True):
+        model, processor = build_model()
+        torch.manual_seed(0)
+        model = prepare_for_training(model, LISA_PARTS, lora_r=4, lora_dropout=0.5)
+        trainer = make_trainer(model, processor, tmp_path, Items(), max_steps=2)
+        if checks:
+            trainer.add_callback(SelfCheck(trainer))
+        trainer.train()
+        weights.append(copy_state(model))
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+    monkeypatch.setattr(LisaProcessor, "normalize_pixels", lambda self, batch: None)
+    with pytest.raises(ValueError, match="Self-check: .*`pixel_values`"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize(

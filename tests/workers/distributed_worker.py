@@ -35,7 +35,7 @@ from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.data.rows import FEATURES, make_row
 from lisa_hf.evaluation.benchmarks import evaluate_benchmark
 from lisa_hf.training.arguments import TRAINABLE_PARTS
-from lisa_hf.training.callbacks import PredictionSheet
+from lisa_hf.training.callbacks import PredictionSheet, SelfCheck
 from lisa_hf.training.trainable import prepare_for_training
 
 
@@ -117,6 +117,8 @@ def train_and_evaluate(engine: str, num_processes: int, num_steps: int) -> dict:
         )
         trainer.remove_callback(trainer.recorder)  # whole gradients and weights are not to be had everywhere
         trainer.add_callback(PredictionSheet(trainer, Items(2)))
+        if num_processes > 1:  # the one process without it shows that it changes nothing
+            trainer.add_callback(SelfCheck(trainer))
         trainer.train()
         pieces = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
         return {
