@@ -84,7 +84,7 @@ class MemoryEstimate:
         weights: The whole model with buffers and PEFT's copies of trained parts.
         gradients: Gradients of the trained weights, kept between accumulation steps.
         optimizer: Optimizer states and, with DeepSpeed, the float32 copies of the trained weights.
-        activations: Peak of everything else during a forward and a backward pass.
+        activations: Peak of everything else during a forward and a backward pass; None if it could not be measured.
         communication: Buckets for gradients and, with ZeRO-3, gathered weights of two layers. A rule of thumb.
         host: Bytes in the host's memory instead: offloaded optimizer states, gradients and weights.
     """
@@ -92,13 +92,13 @@ class MemoryEstimate:
     weights: int
     gradients: int
     optimizer: int
-    activations: int = 0
+    activations: int | None = 0
     communication: int = 0
     host: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.communication
+        return self.weights + self.gradients + self.optimizer + (self.activations or 0) + self.communication
 
 
 def report_memory(
@@ -126,6 +126,8 @@ def report_memory(
     parts = [f"{name} {_format(size)}" for name, size in vars(estimate).items() if size and name != "host"]
     host = f" (plus {_format(estimate.host)} of host memory)" if estimate.host else ""
     rows, length = batch["input_ids"].shape
+    if estimate.activations is None:
+        host += " without activations, which this VLM does not let measure"
     return (
         f"Estimated memory per process: {_format(estimate.total)}{host}: {', '.join(parts)}; for "
         f"{args.per_device_train_batch_size} images of {IMAGE_SIZE[1]} x {IMAGE_SIZE[0]} at a time, with {rows} rows "
@@ -177,9 +179,14 @@ def estimate_memory(
     saved = sum(weight.nbytes - _quantized_bytes(weight, model_args) for weight in quantized)
     _make_fake(model)
     estimates = [_model_states(model, engine, _create_optimizer(model, args)) for engine in engines]
-    activations = activation_bytes(model, args, batch, autocast=None if has_deepspeed else half)
-    # A quantized layer is multiplied in full precision.
-    activations += max((weight.nbytes for weight in quantized), default=0)
+    try:
+        activations = activation_bytes(model, args, batch, autocast=None if has_deepspeed else half)
+        # A quantized layer is multiplied in full precision.
+        activations += max((weight.nbytes for weight in quantized), default=0)
+    except Exception:
+        # Fake tensors lack some operations that training has, such as experts in float32.
+        logger.debug("The activations could not be measured.", exc_info=True)
+        activations = None
     for estimate in estimates:
         estimate.weights -= saved
         estimate.activations = activations

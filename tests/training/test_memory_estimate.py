@@ -114,6 +114,10 @@ def test_values_that_decide_about_shapes_are_looked_at(tmp_path):
     assert "activations " in report_memory(model.config, processor, ModelArguments(model="none"), data_args, args)
 
 
+def fail(*args, **kwargs):
+    raise RuntimeError("no fake implementation")
+
+
 def test_report_names_its_batch_and_warns_if_it_does_not_fit(tmp_path, monkeypatch, caplog):
     model, processor = build_model()
     model_args = ModelArguments(model="none")
@@ -122,6 +126,10 @@ def test_report_names_its_batch_and_warns_if_it_does_not_fit(tmp_path, monkeypat
     report = report_memory(model.config, processor, model_args, data_args, args)
     assert "weights 0.5 MiB" in report and "for 2 images of 640 x 480 at a time" in report
     length = int(report.split("rows of ")[1].split()[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "forward", fail)  # as an operation that fake tensors lack
+        unmeasured = report_memory(model.config, processor, model_args, data_args, args)
+    assert "without activations, which" in unmeasured and "weights 0.5 MiB, gradients" in unmeasured
     assert "with 2 rows" in report and 120 < length < 2 * 120  # packed: two questions share their prefix
     separate = DataArguments(max_length=120, num_questions=2, packing=False)
     assert "4 rows of 120 tokens" in report_memory(model.config, processor, model_args, separate, args)
