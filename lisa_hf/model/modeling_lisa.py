@@ -36,7 +36,12 @@ from .mask_backbone import (
 )
 from .packing import packed_inputs, packing_unsupported_reason
 from .pipeline_lisa import ReasoningSegmentationPipeline  # noqa: F401  so that it is saved with this file
-from .upstream_fixes import UpstreamFixesMixin, drop_absent_no_split_modules, separate_batch_entries
+from .upstream_fixes import (
+    UpstreamFixesMixin,
+    drop_absent_no_split_modules,
+    keep_loaded_tying,
+    separate_batch_entries,
+)
 from .vlm_backbone import (
     encode_vlm_images,
     record_states,
@@ -197,6 +202,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             quantization_config=_skip_modules(quantization_config),
             device_map=device_map,
         )
+        keep_loaded_tying(vlm_model, vocabulary_projection(vlm_model))
         sam_model = AutoModelForMaskGeneration.from_pretrained(
             mask_model, config=image_mask_config(AutoConfig.from_pretrained(mask_model)), dtype=vlm_model.dtype
         ).to(vlm_model.device)

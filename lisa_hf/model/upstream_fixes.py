@@ -77,6 +77,20 @@ def _features_of_cut_images(get_image_features, pixel_values, image_sizes, **kwa
     return outputs[0]
 
 
+def keep_loaded_tying(vlm: nn.Module, vocabulary_projection: nn.Module) -> None:
+    """Make the configuration of a loaded VLM say whether its vocabulary projection is tied to its embeddings.
+
+    Version: transformers 5.23.
+    Symptom: a VLM whose configuration gives `tie_word_embeddings` only for its language model (InternVL3, Mistral
+        Small 3.1) counts as tied. Loading leaves apart what differs in the checkpoint, but the next `tie_weights` or
+        `resize_token_embeddings` replaces the vocabulary projection by the embeddings.
+    Remove when: `resize_token_embeddings` keeps it; tests/model/test_vlms.py::test_a_vocabulary_projection_of_its_own.
+    """
+    if vocabulary_projection.weight is not vlm.get_input_embeddings().weight:
+        for config in (vlm.config, vlm.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
 def saved_custom_pipelines(module_name: str, custom_pipelines: dict | None) -> dict:
     """Return the pipelines named in a saved configuration if the caller is remote code, and none in this package.
 

@@ -61,7 +61,7 @@ def build_config_and_processor(
         raise_if_original_format(model_args.mask_model)
         processor = LisaProcessor.from_vlm_mask_model_pretrained(model_args.vlm, model_args.mask_model, chat_template)
         config = LisaConfig(
-            vlm_config=AutoConfig.from_pretrained(model_args.vlm),
+            vlm_config=_load_vlm_config(model_args.vlm),
             mask_config=AutoConfig.from_pretrained(model_args.mask_model),
             seg_token_id=processor.seg_token_id,
         )
@@ -188,6 +188,15 @@ def raise_if_original_format(path: str) -> None:
         f"{path}: expected a model in transformers' format, got an original one. Convert it with `{download}python "
         f"recipes/convert_weights.py {source} --checkpoint {checkpoint}{base} --output OUTPUT` and pass OUTPUT."
     )
+
+
+def _load_vlm_config(path: str) -> PreTrainedConfig:
+    """Load a VLM's config. It ties the embeddings if its language model does, unless it says so itself."""
+    config, (values, _) = AutoConfig.from_pretrained(path), PreTrainedConfig.get_config_dict(path)
+    tied = (values.get("text_config") or {}).get("tie_word_embeddings")
+    if tied is not None and "tie_word_embeddings" not in values:
+        config.tie_word_embeddings = tied  # the weights of InternVL3 and others; transformers' default is True
+    return config
 
 
 def _load_lisa_config(path: str) -> LisaConfig:

@@ -1,11 +1,22 @@
 """LISA computes what each VLM computes alone: states, logits and answers, whatever its encoder's output looks like."""
 
 import inspect
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures.tiny_models import LAYERS, SIDE, VLM_CONFIGS, llava_config, sam_config, text_config, vlm_sam
+from fixtures.tiny_models import (
+    LAYERS,
+    SIDE,
+    VLM_CONFIGS,
+    llava_config,
+    llava_sam,
+    sam_config,
+    text_config,
+    vision_config,
+    vlm_sam,
+)
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from lisa_hf import LisaConfig, LisaForConditionalGeneration
@@ -174,6 +185,34 @@ BLIP = {
     "qformer_config": {**LAYERS, "hidden_size": 32, "intermediate_size": 32, "encoder_hidden_size": 32},
     "text_config": text_config(model_type="llama", vocab_size=128),
 }
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_vocabulary_projection_of_its_own(is_tied, tmp_path):
+    """InternVL3 and others say only of their language model whether it ties its embeddings: weights decide."""
+    vlm = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model(
+            "internvl",
+            vision_config=vision_config("internvl_vision", image_size=[32, 32], patch_size=[8, 8]),
+            text_config=text_config(model_type="llama", vocab_size=128, tie_word_embeddings=False),
+            tie_word_embeddings=is_tied,
+        )
+    )
+    vlm.save_pretrained(tmp_path / "vlm")
+    config = json.loads((tmp_path / "vlm" / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (tmp_path / "vlm" / "config.json").write_text(json.dumps(config))
+    llava_sam()[0].mask_model.save_pretrained(tmp_path / "sam")
+    model = LisaForConditionalGeneration.from_vlm_mask_model_pretrained(
+        str(tmp_path / "vlm"), str(tmp_path / "sam"), seg_token_id=50
+    )
+    model.resize_token_embeddings(130)
+    model.save_pretrained(tmp_path / "lisa")
+    for found in (model, LisaForConditionalGeneration.from_pretrained(tmp_path / "lisa")):
+        projection, embeddings = found.get_output_embeddings().weight, found.get_input_embeddings().weight
+        assert (projection is embeddings) == is_tied and len(projection) == len(embeddings) == 130
+        assert torch.equal(projection[:128], vlm.lm_head.weight)
+        assert torch.equal(embeddings[:128], vlm.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize(

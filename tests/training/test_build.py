@@ -1,5 +1,7 @@
 """Models to start from: a VLM and a mask model, or a LISA model. For resuming, see test_trainer.py."""
 
+import json
+
 import pytest
 import torch
 from fixtures.tiny_models import llava_config
@@ -92,6 +94,15 @@ def test_a_vlm_and_a_mask_model_become_a_lisa(halves, chat_template, tokens):
     assert [name for name in vlm if not torch.equal(found[name][: len(vlm[name])], vlm[name])] == []
     masks, expected = model.mask_model.state_dict(), build_model()[0].mask_model.state_dict()
     assert [name for name in expected if not torch.equal(masks[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vlm_ties_its_embeddings_as_its_language_model_does(tied, tmp_path):
+    """InternVL3's configuration does not say so for the whole model, and its weights are not tied."""
+    values = {"model_type": "internvl", "text_config": {"model_type": "qwen2", "tie_word_embeddings": tied}}
+    for given in ({}, {"tie_word_embeddings": not tied}):
+        (tmp_path / "config.json").write_text(json.dumps(values | given))
+        assert build._load_vlm_config(str(tmp_path)).tie_word_embeddings == given.get("tie_word_embeddings", tied)
 
 
 def test_options_of_the_image_processor_are_replaced_and_saved(halves, tmp_path):
