@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..model.conversation_text import user_message
+from ..model.conversation_text import escape_tokens, leave_out_placeholder, token_pattern, user_message
+from ..model.processing_lisa import SEG_TOKEN
 from .masks import Mask, merge_masks
 
 
@@ -41,7 +42,7 @@ EVALUATION_SHORT_QUESTION = " What is {phrase} in this image? Please output segm
 EVALUATION_LONG_QUESTION = " {phrase} Please output segmentation mask."
 EVALUATION_ANSWER = "[SEG]."
 
-IMAGE_PLACEHOLDER = "<image>"
+SEG_PATTERN = token_pattern([SEG_TOKEN])
 
 
 @dataclass
@@ -94,7 +95,8 @@ def sample_questions(
         return [_conversation(row["messages"])]
 
     explain = text_only = False
-    if row["explanation"]:
+    explanation = escape_tokens(row["explanation"] or "", SEG_PATTERN)  # a `[SEG]` there has no mask
+    if explanation:
         text_only = rng.random() < explanatory_probability
         explain = not text_only and rng.random() < 0.5
 
@@ -113,12 +115,12 @@ def sample_questions(
         asked.add(phrase)
         text = phrase.strip()
         if text_only:
-            questions.append(_question(text, row["explanation"]))
+            questions.append(_question(text, explanation))
             continue
         answer = _draw(ANSWERS, rng)
         if explain:
             text = _draw(EXPLANATORY_QUESTIONS, rng).format(phrase=text)
-            answer = f"{answer} {row['explanation']}"
+            answer = f"{answer} {explanation}"
         elif row["is_sentence"]:
             text = _draw(LONG_QUESTIONS, rng).format(phrase=text)
         else:
@@ -210,9 +212,12 @@ def _conversation(turns: list[dict]) -> Question:
     """Return a recorded conversation, with the image moved from its placeholder to the front of the first message."""
     messages = []
     for turn in turns:
-        text = turn["content"]
-        if IMAGE_PLACEHOLDER in text:
-            text = text.replace(IMAGE_PLACEHOLDER, "").strip()
+        text = leave_out_placeholder(turn["content"])
+        if turn["role"] == "assistant":
+            text = escape_tokens(text, SEG_PATTERN)  # it has no mask
         image = [] if messages else [{"type": "image"}]
-        messages.append({"role": turn["role"], "content": [*image, {"type": "text", "text": text}]})
+        message = {"role": turn["role"], "content": [*image, {"type": "text", "text": text}]}
+        if turn.get("reasoning_content"):
+            message["reasoning_content"] = turn["reasoning_content"]
+        messages.append(message)
     return Question(messages=messages)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from datasets import Features, Image, List, Value
 
+from ..model.conversation_text import replace_surrogates
 from .masks import RLE_FEATURES, rle_size
 
 
@@ -25,7 +26,8 @@ FEATURES = Features(
         "ignore": RLE_FEATURES,
         "is_sentence": Value("bool"),
         "explanation": Value("string"),
-        "messages": List({"role": Value("string"), "content": Value("string")}),
+        # The reasoning of an assistant's message, or None.
+        "messages": List({"role": Value("string"), "content": Value("string"), "reasoning_content": Value("string")}),
     }
 )
 
@@ -62,7 +64,8 @@ def make_row(
         ignore: RLE of the pixels that count neither as target nor as background, of the targets' size.
         is_sentence: Whether the phrases are complete questions instead of names.
         explanation: Why the targets answer the phrases.
-        messages: Chat turns, alternately of the user and the assistant: dicts of `role` and `content`.
+        messages: Chat turns, alternately of the user and the assistant: dicts of `role`, `content` and, if an answer's
+            reasoning is to be learned, `reasoning_content`.
 
     Raises:
         ValueError: If the arguments contradict each other. The message names the source and the image.
@@ -91,12 +94,20 @@ def make_row(
         "image_id": image_id,
         "source": source,
         "task": task,
-        "targets": [{"phrases": list(target["phrases"]), "rle": target["rle"]} for target in targets],
+        "targets": [
+            {"phrases": [replace_surrogates(phrase) for phrase in target["phrases"]], "rle": target["rle"]}
+            for target in targets
+        ],
         "ignore": ignore,
         "is_sentence": is_sentence,
-        "explanation": explanation,
-        "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
+        "explanation": explanation and replace_surrogates(explanation),
+        "messages": [_make_message(message) for message in messages],
     }
+
+
+def _make_message(message: dict[str, str]) -> dict[str, str | None]:
+    names = FEATURES["messages"].feature
+    return {name: message.get(name) and replace_surrogates(message[name]) for name in names}
 
 
 def describe_row(row: dict[str, Any]) -> str:

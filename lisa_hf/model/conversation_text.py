@@ -21,6 +21,7 @@ from .losses import IGNORE_INDEX
 ANSWER_MARK = "\U0010f000"
 # At the other, a text is cut before it is tokenized, so that a user's `[SEG]` becomes the tokens of its letters.
 CUT_MARK = "\U0010f001"
+IMAGE_PLACEHOLDER = "<image>"
 # What chat templates call the variable that says whether the model may think before it answers.
 THINKING_VARIABLES = ("enable_thinking", "thinking")
 # The day that templates write as today: with the real one, a model would never again see a text it was trained on.
@@ -29,10 +30,20 @@ TODAY = datetime.date(2025, 1, 1)
 
 def user_message(text: str) -> dict:
     """Return the chat message that asks about an image."""
-    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": leave_out_placeholder(text)}]}
 
 
-# ---- special tokens in texts ----------------------------------------------------------------------------------------
+def leave_out_placeholder(text: str) -> str:
+    """Return a text without `<image>`, which stands for the image in many datasets: a message has a part for it."""
+    return text.replace(IMAGE_PLACEHOLDER, "").strip() if IMAGE_PLACEHOLDER in text else text
+
+
+# ---- what users write -----------------------------------------------------------------------------------------------
+
+
+def replace_surrogates(text: str) -> str:
+    """Return a text with "\ufffd" for halves of characters, which JSON can spell but no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def token_pattern(tokens: Iterable[str]) -> re.Pattern:
@@ -45,6 +56,7 @@ def token_pattern(tokens: Iterable[str]) -> re.Pattern:
 
 def escape_tokens(text: str, pattern: re.Pattern) -> str:
     """Mark where to cut a text so that none of the tokens of a [`token_pattern`] is found in it, see [`tokenize`]."""
+    text = replace_surrogates(text)
     cuts = [match.start() + 1 for match in pattern.finditer(text)]
     return CUT_MARK.join(text[start:end] for start, end in zip([0, *cuts], [*cuts, None]))
 

@@ -159,7 +159,8 @@ def test_columns_of_parquet(load, folder, mask):
 
 
 def test_columns_of_conversations(load, folder):
-    messages = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+    answer = {"role": "assistant", "content": "Yes.", "reasoning_content": "It is one."}
+    messages = [{"role": "user", "content": "Hello?", "reasoning_content": None}, answer]
     table = datasets.Dataset.from_dict({"image": [str(folder / "photos" / "0.jpg")], "turns": [messages]})
     (folder / "chat").mkdir()
     table.to_parquet(folder / "chat" / "train.parquet")

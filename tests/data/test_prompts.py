@@ -11,6 +11,7 @@ from fixtures.paths import GOLDEN
 from lisa_hf.data.masks import Mask, encode_mask
 from lisa_hf.data.prompts import evaluation_questions, sample_questions
 from lisa_hf.data.rows import make_row
+from lisa_hf.model.conversation_text import CUT_MARK
 
 
 GOLDEN = json.loads((GOLDEN / "datasets.json").read_text(encoding="utf-8"))
@@ -241,3 +242,34 @@ def test_the_number_of_questions_is_a_setting():
 def test_a_phrase_with_braces_is_text():
     (question,) = evaluation_questions(row("referring", target(0, "the {x} of {phrase}")))
     assert texts(question)[0] == " What is the {x} of {phrase} in this image? Please output segmentation mask."
+
+
+def test_seg_in_a_users_answer_has_no_mask():
+    """It is escaped, so that it becomes letters and not a token without a mask."""
+    explained = row(
+        "reasoning", target(0, "What breaks?"), is_sentence=True, explanation="The handle [SEG] is cracked [SEG]."
+    )
+    answers = {texts(question)[1].replace(CUT_MARK, "|") for q in draw_many(explained, 60) for question in q}
+    assert "The handle [|SEG] is cracked [|SEG]." in answers
+    assert any(answer.endswith("[SEG]. The handle [|SEG] is cracked [|SEG].") for answer in answers)
+    turns = [{"role": "user", "content": "What is [SEG]?"}, {"role": "assistant", "content": "[SEG] is a token."}]
+    (question,) = sample_questions(row("vqa", messages=turns), np.random.default_rng(0))
+    assert question.masks == [] and "[SEG]" not in question.messages[1]["content"][0]["text"]
+
+
+@pytest.mark.parametrize("phrase", ["<image>\nWhat is red?", "What is red?\n<image>"])
+def test_the_placeholder_of_an_image_is_left_out(phrase):
+    (question,) = evaluation_questions(row("reasoning", target(0, phrase), is_sentence=True))
+    assert question.messages[0]["content"][0] == {"type": "image"}
+    assert "<image>" not in texts(question)[0] and "What is red?" in texts(question)[0]
+
+
+def test_reasoning_belongs_to_its_answer():
+    turns = [
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": "Red.", "reasoning_content": "It looks so."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    (question,) = sample_questions(row("vqa", messages=turns), np.random.default_rng(0))
+    assert [message.get("reasoning_content") for message in question.messages] == [None, "It looks so.", None, None]

@@ -1,5 +1,7 @@
 """The row format and its checks."""
 
+import json
+
 import datasets
 import numpy as np
 import pytest
@@ -55,3 +57,14 @@ def test_rows_survive_arrow():
 def test_make_row_refuses_and_names_the_row(arguments, message):
     with pytest.raises(ValueError, match=f"Row 'img7' of 'here'.*{message}"):
         make_row("a.jpg", "img7", "here", **arguments)
+
+
+def test_halves_of_characters_are_replaced():
+    """JSON can spell them, but no file and no tokenizer takes them."""
+    half, whole = json.loads('"\\ud83d"'), json.loads('"\\ud83d\\ude00"')
+    messages = [{"role": "user", "content": f"{half}?"}, {"role": "assistant", "content": f"{whole} \x00"}]
+    row = make_row("a.jpg", "a", "here", "vqa", messages=messages)
+    assert [message["content"] for message in row["messages"]] == ["\ufffd?", "\U0001f600 \x00"]
+    target = {"phrases": [f"{half} red", "[SEG] red"], "rle": rle_of()}
+    row = make_row("a.jpg", "a", "here", "reasoning", targets=[target], explanation=half)
+    assert row["targets"][0]["phrases"] == ["\ufffd red", "[SEG] red"] and row["explanation"] == "\ufffd"

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from fixtures.golden_model import GOLDEN
 from fixtures.published import PUBLISHED_VLMS, write_published_processor
 from fixtures.tiny_models import conversation, image, sam_image_processor, tiny_tokenizer
+from fixtures.tiny_training import build_model
 from tokenizers import processors
-from transformers import CLIPImageProcessorPil, LlavaProcessor
+from transformers import AddedToken, AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
 from transformers.utils import chat_template_utils, is_torchvision_available
 
 from lisa_hf import LisaProcessor
-from lisa_hf.model.conversation_text import user_message
+from lisa_hf.model.conversation_text import CUT_MARK, escape_tokens, token_pattern, user_message
 from lisa_hf.model.processing_lisa import add_tokens
 
 
@@ -260,3 +262,76 @@ def test_reasoning_that_cannot_be_learned_is_refused(template, thinking, message
     processor = make_processor(template, thinking=thinking)
     with pytest.raises(ValueError, match=message):
         processor.encode_conversations([image(9, 9)], [with_reasoning(turns(1), "Since it is red.")])
+
+
+# ---- special tokens in what users write -----------------------------------------------------------------------------
+
+
+def assert_special_tokens_are_letters(processor: LisaProcessor, between: str = "") -> None:
+    """Questions and answers that hold every special token have no more of them than those that hold none."""
+    tokenizer, picture = processor.tokenizer, image(40, 60)
+    tokens = sorted(processor.template.special_tokens)
+    assert {processor.image_token, *tokenizer.all_special_tokens} <= {*tokens, "!"}
+    ids = torch.tensor(tokenizer.convert_tokens_to_ids([*tokens, "[SEG]"]))
+    text = "".join(tokens) + " [SEG]" + " ".join(tokens)  # beside each other and apart
+    answer = text.replace("[SEG]", "")
+    plain, special = conversation("What?", "It is [SEG]."), conversation("What?" + text, f"It is [SEG]. {answer}")
+    batches = [processor.encode_conversations([picture], [messages]) for messages in (plain, special)]
+    counts = [torch.isin(batch["input_ids"], ids).sum() for batch in batches]
+    assert counts[0] == counts[1]
+    assert (batches[1]["labels"] == processor.seg_token_id).sum() == 1
+    (_, label), *others = learned(processor, batches[1])
+    assert not others and "".join(answer.split()) in "".join(tokenizer.decode(label).split())
+    prompts = [processor.apply_chat_template(m[:1], add_generation_prompt=True) for m in (plain, special)]
+    counts = [torch.isin(processor([picture], prompt)["input_ids"], ids).sum() for prompt in prompts]
+    assert counts[0] == counts[1]
+    assert_training_sees_what_generation_sees(processor, conversation("What?" + text, "It is [SEG]."), between)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_VLMS)
+def test_special_tokens_of_a_published_vlm_are_letters(name, tmp_path):
+    assert_special_tokens_are_letters(published_processor(name, tmp_path))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_special_tokens_are_letters(name):
+    template, between = TEMPLATES[name]
+    processor = make_processor(template)
+    for token in ("<think>", "</think>"):  # not special, but some templates write them
+        assert (token in processor.template.special_tokens) == (token in template)
+    assert_special_tokens_are_letters(processor, between)
+
+
+def test_special_tokens_are_letters_for_sentencepiece_too(tmp_path):
+    """A piece of a text gets no space before it."""
+    _, processor = build_model()  # LLaVA 1's template
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    tokenizer.add_tokens([AddedToken("<image>", special=True), *("<im_start>", "<im_end>")])
+    add_tokens(tokenizer)
+    vlm_processor = LlavaProcessor(
+        processor.vlm_processor.image_processor,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="full",
+        chat_template=processor.chat_template,
+    )
+    processor = LisaProcessor(vlm_processor, sam_image_processor())
+    tokenizer.pad_token = tokenizer.unk_token
+    (ids,) = processor.encode_conversations([image(9, 9)], [conversation("Is a</s>b [SEG] red?", "It is.")])[
+        "input_ids"
+    ]
+    assert "USER:" in tokenizer.decode(ids) and "Is a</s>b [SEG] red?" in tokenizer.decode(ids)
+    assert (ids == tokenizer.eos_token_id).sum() == 1 and (ids == processor.seg_token_id).sum() == 0
+    assert (ids == tokenizer.bos_token_id).sum() == 1
+
+
+def test_overlapping_tokens_are_escaped():
+    pattern = token_pattern(["<a>", "><b", "!"])
+    assert escape_tokens("x<a><b>!", pattern).replace(CUT_MARK, "|") == "x<|a>|<b>!"
+    assert escape_tokens("nothing", token_pattern([])) == "nothing"
+
+
+def test_surrogates_in_questions_are_replaced():
+    processor = make_processor(chatml())
+    prompt = processor.apply_chat_template([user_message("What \ud83d?")], add_generation_prompt=True)
+    assert "What \ufffd?" in prompt and len(processor([image(9, 9)], prompt)["input_ids"]) == 1
