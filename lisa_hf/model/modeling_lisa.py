@@ -44,6 +44,7 @@ from .upstream_fixes import (
 )
 from .vlm_backbone import (
     encode_vlm_images,
+    raise_if_not_vlm,
     record_states,
     split_vision_inputs,
     unsupported_reason,
@@ -134,6 +135,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
                 f"mask_config.model_type: expected one of {', '.join(SUPPORTED_MASK_MODELS)}, got "
                 f"'{config.mask_config.model_type}'. Choose another mask model."
             )
+        raise_if_not_vlm(config.vlm_config)
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         if reason := unsupported_reason(self.vlm):
             raise ValueError(
@@ -195,6 +197,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         Returns:
             The model in evaluation mode.
         """
+        raise_if_not_vlm(AutoConfig.from_pretrained(vlm))
         vlm_model = AutoModelForImageTextToText.from_pretrained(
             vlm,
             dtype=dtype,

@@ -8,13 +8,24 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 
 # Fields of an image encoder's output that no language model reads beside its features. They would only take memory.
 INTERNAL_FIELDS = ("last_hidden_state", "hidden_states", "attentions")
+# Those with an entry per image token. Others are taken to be the same for all images.
+TOKEN_FIELDS = ("pooler_output", "last_hidden_state", "deepstack_features")
+
+
+def raise_if_not_vlm(config: PreTrainedConfig) -> None:
+    """Raise a `ValueError` if transformers has no image-text-to-text model for a configuration."""
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"expected a vision-language model that transformers loads with AutoModelForImageTextToText, got "
+            f"'{config.model_type}'. Choose one, for example LLaVA, Gemma 3 or Qwen3-VL."
+        )
 
 
 def unsupported_reason(vlm: nn.Module) -> str | None:

@@ -36,6 +36,7 @@ from ..from_scratch.tokenizer import add_template_tokens, row_texts, train_token
 from ..model.configuration_lisa import LisaConfig
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import LisaProcessor
+from ..model.vlm_backbone import raise_if_not_vlm
 from .arguments import LOSS_OPTIONS, DataArguments, LisaTrainingArguments, ModelArguments
 
 
@@ -59,9 +60,11 @@ def build_config_and_processor(
     elif model_args.vlm is not None:
         raise_if_original_format(model_args.vlm)
         raise_if_original_format(model_args.mask_model)
+        vlm_config = _load_vlm_config(model_args.vlm)
+        raise_if_not_vlm(vlm_config)  # otherwise transformers lists all models, or misses files of a processor
         processor = LisaProcessor.from_vlm_mask_model_pretrained(model_args.vlm, model_args.mask_model, chat_template)
         config = LisaConfig(
-            vlm_config=_load_vlm_config(model_args.vlm),
+            vlm_config=vlm_config,
             mask_config=AutoConfig.from_pretrained(model_args.mask_model),
             seg_token_id=processor.seg_token_id,
         )

@@ -234,6 +234,15 @@ def test_vlms_that_cannot_work_are_refused(vlm_config, reason):
         LisaForConditionalGeneration(config)
 
 
+@pytest.mark.parametrize("model_type", ["evolla", "llama"])
+def test_models_that_are_no_vlms_are_named(model_type):
+    config = LisaConfig(
+        vlm_config=AutoConfig.for_model(model_type), mask_config=AutoConfig.for_model(**sam_config()), seg_token_id=50
+    )
+    with pytest.raises(ValueError, match=f"expected a vision-language model .*, got '{model_type}'. Choose one, .*$"):
+        LisaForConditionalGeneration(config)
+
+
 def test_a_vlm_that_does_not_answer_token_by_token_is_refused():
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**llava_config()))
     assert unsupported_reason(model) is None
