@@ -35,7 +35,14 @@ from transformers import TrainingArguments
 from ..files import atomic_file
 from ..model.mask_backbone import encode_images
 from ..model.processing_lisa import ImageInputs, LisaProcessor
-from ..model.vlm_backbone import encode_images_apart, image_encoder, sizes_per_image, vision_inputs_of
+from ..model.vlm_backbone import (
+    TOKEN_FIELDS,
+    encode_images_apart,
+    image_encoder,
+    sizes_per_image,
+    vision_inputs_of,
+    vision_tower,
+)
 from .images import load_row_image, read_file, undecoded
 
 
@@ -141,19 +148,22 @@ class FeatureCache:
                 would have no entry: processes that encode and processes that do not would wait for each other.
         """
         model = model.get_base_model() if isinstance(model, PeftModel) else model
+        model.to(args.device)
+        was_training = model.training
+        model.eval()
         encoders = _frozen_encoders(model)
+        if VISION_FEATURES in encoders and (reason := _uncacheable_reason(model, processor)):
+            logger.warning("Feature cache: the VLM encodes images in every step, because %s.", reason)
+            del encoders[VISION_FEATURES]
         if not encoders:
             raise ValueError(
-                "feature_cache: expected a frozen encoder, got both of them in `trainable`. Freeze one, or leave "
-                "feature_cache out."
+                "feature_cache: expected a frozen encoder, got both of them in `trainable` or no way to cache them. "
+                "Freeze one, or leave feature_cache out."
             )
         self.feature_names = list(encoders)
         self.directory = self.root / _fingerprint(
             encoders, [processor.to_dict(), self.min_decoded_edge, _vision_settings(model.config.vlm_config)]
         )
-        model.to(args.device)
-        was_training = model.training
-        model.eval()
         sources = [undecoded(source) for source in rows.values()]
         num_images = self._count_fitting_images(sources, model, processor, args.shards_weights)
 
@@ -213,9 +223,7 @@ class FeatureCache:
     @torch.no_grad()
     def _encode(self, model: nn.Module, processor: LisaProcessor, image_inputs: ImageInputs) -> list[dict[str, Any]]:
         """Return the entries of B images, from their uint8 inputs."""
-        inputs = {name: value.to(model.device) for name, value in image_inputs.inputs.items()}
-        processor.normalize_pixels(inputs)
-        num_images = len(image_inputs.image_texts)
+        inputs, num_images = _device_inputs(model, processor, image_inputs), len(image_inputs.image_texts)
         tensors = [{name: inputs[name][i] for name in KNOWN_INPUTS if name in inputs} for i in range(num_images)]
         if EMBEDDINGS in self.feature_names:
             embeddings = encode_images(model.mask_model, inputs["mask_pixel_values"].to(model.mask_model.dtype))
@@ -225,9 +233,7 @@ class FeatureCache:
             {"image_text": text, "type_id_names": image_inputs.type_id_names} for text in image_inputs.image_texts
         ]
         if VISION_FEATURES in self.feature_names:
-            ids = processor.tokenizer(image_inputs.image_texts, add_special_tokens=False)["input_ids"]
-            ids = pad_sequence(list(map(torch.tensor, ids)), batch_first=True, padding_value=-1).to(model.device)
-            vision_inputs = vision_inputs_of(model.vlm, inputs)
+            ids, vision_inputs = _image_ids(model, processor, image_inputs), vision_inputs_of(model.vlm, inputs)
             indices = torch.arange(num_images, device=model.device)
             for name, sizes in sizes_per_image(model.vlm, vision_inputs, ids, indices, num_images).items():
                 for entry, size in zip(tensors, sizes, strict=True):
@@ -314,6 +320,47 @@ def _frozen_encoders(model: nn.Module) -> dict[str, list[nn.Module]]:
         for name, modules in encoders.items()
         if not any(parameter.requires_grad for module in modules for parameter in module.parameters())
     }
+
+
+def _uncacheable_reason(model: nn.Module, processor: LisaProcessor) -> str | None:
+    """Return why outputs of the VLM's frozen image encoder cannot replace images, or None. Two images are encoded."""
+    if vision_tower(model.vlm) is None:
+        return "it has no image encoder apart from its language model"
+    outputs = []
+    for picture in (PIL.Image.new("RGB", (640, 480)), PIL.Image.linear_gradient("L").convert("RGB")):
+        image_inputs = processor.preprocess_images(picture, do_normalize=False)
+        vision_inputs = vision_inputs_of(model.vlm, _device_inputs(model, processor, image_inputs))
+        outputs += encode_images_apart(model.vlm, _image_ids(model, processor, image_inputs), vision_inputs)
+    _, tensors = _split_tensors(outputs)
+    if any(tensor.requires_grad for tensor in tensors.values()):
+        return "weights that train are in its features"
+    for name in outputs[0].keys() - {*TOKEN_FIELDS} if isinstance(outputs[0], dict) else ():
+        (first, first_tensors), (second, second_tensors) = (_split_tensors(output[name]) for output in outputs)
+        if first != second or not all(map(torch.equal, first_tensors.values(), second_tensors.values())):
+            return f"`{name}`, which its encoder returns too, is another one for each image"
+    return None
+
+
+def _split_tensors(fields) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return nested fields with names in the places of their tensors, and these tensors by name."""
+    tensors = {}
+    return _name_tensors(fields, tensors), tensors
+
+
+def _device_inputs(model: nn.Module, processor: LisaProcessor, image_inputs: ImageInputs) -> dict:
+    """Return the inputs of B images on the model's device, with float pixels."""
+    inputs = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in image_inputs.inputs.items()
+    }
+    processor.normalize_pixels(inputs)
+    return inputs
+
+
+def _image_ids(model: nn.Module, processor: LisaProcessor, image_inputs: ImageInputs) -> torch.Tensor:
+    """Return a row of token ids for each of B images, `(B, L)`."""
+    ids = processor.tokenizer(image_inputs.image_texts, add_special_tokens=False)["input_ids"]
+    return pad_sequence(list(map(torch.tensor, ids)), batch_first=True, padding_value=-1).to(model.device)
 
 
 def _vision_settings(config) -> dict:

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from fixtures.tiny_models import FAMILIES, image, qwen3_vl_sam, sam_image_processor
 from fixtures.tiny_training import collate
-from fixtures.vlm_processors import build_vlm_processor
+from fixtures.vlm_processors import build_vlm_processor, vlm_sam_with_processor
 from transformers.utils import is_torchvision_available
 
 from lisa_hf import LisaDataCollator, LisaProcessor
@@ -25,7 +25,7 @@ from lisa_hf.training.arguments import LisaTrainingArguments
 from lisa_hf.training.trainable import prepare_for_training
 
 
-needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="Qwen3-VL's processor needs it")
+needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="their processors need it")
 SIZES = [(40, 60), (64, 32), (50, 50)]
 
 
@@ -167,14 +167,15 @@ def test_second_build_resumes_and_mends(rows, tmp_path):
     cache = build(tmp_path, rows, model, processor)
     runs = count_encoder_runs(model)
     build(tmp_path, rows, model, processor)
-    assert runs == ["mask", "vlm"]  # the example that tells an entry's size, and no image
+    # Two examples that tell whether features can be cached, one that tells an entry's size, and no image.
+    assert runs == ["vlm", "vlm", "mask", "vlm"]
     path = cache.path(read_file(undecoded(rows)[0]))
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     batch = LisaDataCollator(processor)(make_items(rows, [0], cache))
     assert "mask_pixel_values" in batch and "image_embeddings" not in batch
     build(tmp_path, rows, model, processor)
-    assert path.stat().st_size == len(whole) and len(runs) == 2 + 4
+    assert path.stat().st_size == len(whole) and len(runs) == 4 + 6
     assert "image_embeddings" in LisaDataCollator(processor)(make_items(rows, [0], cache))
 
 
@@ -183,7 +184,7 @@ def test_interrupted_build_goes_on(rows, tmp_path):
     runs = count_encoder_runs(model)
 
     def interrupt(*_):
-        if len(runs) > 4:
+        if len(runs) > 6:
             raise KeyboardInterrupt
 
     handle = model.vlm.base_model.get_encoder(modality="image").register_forward_pre_hook(interrupt)
@@ -256,6 +257,47 @@ def test_parameters_of_the_backbone_itself_count(rows, tmp_path):
     assert build(tmp_path, rows, model, processor).directory != first.directory
     backbone.image_newline.requires_grad_(True)
     assert build(tmp_path, rows, model, processor).feature_names == ["image_embeddings"]
+
+
+@needs_torchvision
+def test_images_that_become_tokens_of_the_language_model_are_not_cached(rows, tmp_path):
+    """Emu3's features are embeddings of the language model, which train."""
+    model, processor = vlm_sam_with_processor("emu3")
+    cache = build(tmp_path, rows, prepare_for_training(model, ["seg_projector", "embeddings"], lora_r=4), processor)
+    assert cache.feature_names == ["image_embeddings"] and len(find_entries(cache)) == len(SIZES)
+
+
+@pytest.mark.parametrize("weight_trains, reason", [(True, "weights that train"), (False, "`image_mean`")])
+def test_features_that_cannot_stand_for_an_image_are_not_cached(weight_trains, reason, rows, tmp_path, caplog):
+    model, processor = make_model()
+    backbone = model.get_base_model().vlm.model
+    get_image_features, embeddings = backbone.get_image_features, backbone.get_input_embeddings()
+
+    def with_more(pixel_values, **kwargs):
+        output = get_image_features(pixel_values, **kwargs)
+        if weight_trains:
+            output.pooler_output = [features + embeddings.weight[0] for features in output.pooler_output]
+        else:
+            output.image_mean = pixel_values.mean()
+        return output
+
+    backbone.get_image_features = with_more
+    with caplog.at_level(logging.WARNING, logger="lisa_hf.data.feature_cache"):
+        cache = build(tmp_path, rows, model, processor)
+    assert cache.feature_names == ["image_embeddings"] and reason in caplog.text
+
+
+def test_inputs_that_are_no_tensors_stay_lists(rows, tmp_path, monkeypatch):
+    """Unlimited-OCR's number of crops."""
+    model, processor = make_model()
+    preprocess = LisaProcessor.preprocess_for_vlm
+
+    def with_a_list(self, images, *args, **kwargs):
+        inputs, *others = preprocess(self, images, *args, **kwargs)
+        return {**inputs, "num_crops": [1] * len(images)}, *others
+
+    monkeypatch.setattr(LisaProcessor, "preprocess_for_vlm", with_a_list)
+    assert len(find_entries(build(tmp_path, rows, model, processor))) == len(SIZES)
 
 
 def test_photos_of_reduced_scale_have_entries_of_their_own(tmp_path):
