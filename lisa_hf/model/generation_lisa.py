@@ -133,6 +133,12 @@ class LisaGenerationMixin:
             own = [] if own is None else own if isinstance(own, list) else [own]
             generate_kwargs.setdefault("eos_token_id", sorted({*own, self.config.answer_end_token_id}))
 
+        pad = self.vlm.generation_config.pad_token_id
+        if pad is not None and pad >= self.get_input_embeddings().num_embeddings:
+            # As in SmolVLM's configuration. What fills answers that have ended goes through the VLM too.
+            ends = generate_kwargs.get("eos_token_id", self.vlm.generation_config.eos_token_id)
+            generate_kwargs.setdefault("pad_token_id", ends[0] if isinstance(ends, list) else ends)
+
         # 1. Prompts: the prefix that rows share once, as a KV cache, or whole rows with the features of their images.
         prompts = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
         if past_key_values is None:

@@ -194,11 +194,11 @@ def raise_if_original_format(path: str) -> None:
 
 
 def _load_vlm_config(path: str) -> PreTrainedConfig:
-    """Load a VLM's config. It ties the embeddings if its language model does, unless it says so itself."""
+    """Load a VLM's config. Unless it says so itself, it ties the embeddings if its language model does."""
     config, (values, _) = AutoConfig.from_pretrained(path), PreTrainedConfig.get_config_dict(path)
-    tied = (values.get("text_config") or {}).get("tie_word_embeddings")
+    tied = getattr(config.get_text_config(), "tie_word_embeddings", None)
     if tied is not None and "tie_word_embeddings" not in values:
-        config.tie_word_embeddings = tied  # the weights of InternVL3 and others; transformers' default is True
+        config.tie_word_embeddings = tied  # as in the weights of InternVL3; transformers' default is True
     return config
 
 

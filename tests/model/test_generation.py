@@ -218,6 +218,18 @@ def test_the_chat_templates_end_token_ends_an_answer_too(own_end):
     assert output.seg_row_indices.tolist() == [0, 1, 1]
 
 
+def test_a_pad_token_outside_of_the_vocabulary():
+    """SmolVLM's configuration has one. Rows that end early are filled all the same."""
+    model, processor = llava_sam()
+    model.generation_config.pad_token_id = len(processor.tokenizer) + 100
+    inputs = prompts(processor)
+    start, end = inputs["input_ids"].shape[1], model.generation_config.eos_token_id
+    sequences = model.generate(
+        **inputs, max_new_tokens=3, do_sample=False, prefix_allowed_tokens_fn=lambda row, ids: [end if row else 10]
+    ).sequences
+    assert sequences[:, start:].tolist() == [[10] * 3, [end] * 3, [end] * 3]
+
+
 def test_padding_on_the_right_raises():
     model, processor = llava_sam()
     texts = [processor.apply_chat_template(conversation(q), add_generation_prompt=True) for q in QUESTIONS[:2]]

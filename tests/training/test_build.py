@@ -99,7 +99,8 @@ def test_a_vlm_and_a_mask_model_become_a_lisa(halves, chat_template, tokens):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_vlm_ties_its_embeddings_as_its_language_model_does(tied, tmp_path):
     """InternVL3's configuration does not say so for the whole model, and its weights are not tied."""
-    values = {"model_type": "internvl", "text_config": {"model_type": "qwen2", "tie_word_embeddings": tied}}
+    text_config = {"model_type": "qwen2", **({"tie_word_embeddings": True} if tied else {})}  # not tied by default
+    values = {"model_type": "internvl", "text_config": text_config}
     for given in ({}, {"tie_word_embeddings": not tied}):
         (tmp_path / "config.json").write_text(json.dumps(values | given))
         assert build._load_vlm_config(str(tmp_path)).tie_word_embeddings == given.get("tie_word_embeddings", tied)
