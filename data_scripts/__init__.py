@@ -1,8 +1,12 @@
 """One `datasets` builder per source of data. All of them make the rows of `lisa_hf.data.rows`."""
 
 import dataclasses
+import functools
+import hashlib
+import importlib.util
 import logging
 import os
+import sys
 
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -10,6 +14,8 @@ from datasets.exceptions import DatasetGenerationError
 
 from lisa_hf.errors import nearest_name
 
+from .annotation_tools import Cvat, LabelStudio, Supervisely, Yolo
+from .class_masks import ClassMasks, CocoPanoptic
 from .coco import CocoBuilder
 from .hub import Hub
 from .label_maps import Ade20k, CocoStuff, Mapillary
@@ -43,6 +49,12 @@ SOURCES = {
     "coco_instances": CocoInstances,
     "labelme": LabelMe,
     "image_folder": ImageFolder,
+    "yolo": Yolo,
+    "cvat": Cvat,
+    "label_studio": LabelStudio,
+    "supervisely": Supervisely,
+    "class_masks": ClassMasks,
+    "coco_panoptic": CocoPanoptic,
     "hub": Hub,
 }
 
@@ -64,7 +76,8 @@ def load_source(
         split: Name of a split, as in the docstring of the builder. Your own data has a single split of any name. None
             loads all splits.
         streaming: Whether to make rows as they are read, instead of preparing them once in the cache of `datasets`.
-        builder: Key of `SOURCES` that reads a source with a name of your own.
+        builder: Key of `SOURCES` that reads a source with a name of your own; or a class in a Python file of yours,
+            such as "my_builder.py:Boxes", whose code is run.
         cache_dir: Directory of prepared rows. Defaults to the cache of `datasets`.
         options: Fields of the builder's config.
 
@@ -84,7 +97,11 @@ def load_source(
             builder.download_and_prepare()
         except DatasetGenerationError as error:
             raise ValueError(f"source {name!r}: cannot be prepared: {error.__cause__}") from error
+        if not any(found.num_examples for found in builder.info.splits.values()):
+            remarks = "; ".join(["expected at least one row, got none", *builder.remarks()])
+            raise ValueError(f"source {name!r}: {remarks}.")
         rows = builder.as_dataset(split=split)
+        logger.info("%s: its rows are kept in %s until its files change.", name, builder.cache_dir)
     for remark in builder.remarks():
         logger.info("%s: %s.", name, remark)
     return rows
@@ -99,7 +116,7 @@ def make_builder(
     **options,
 ) -> SourceBuilder:
     """Make the builder of a source. Arguments and errors are those of [`load_source`]."""
-    builder_class = _find_builder(name, builder)
+    builder_class = find_builder(name, builder)
     known = _option_types(builder_class)
     for option, value in options.items():
         if option not in known:
@@ -155,7 +172,7 @@ def complete_options(
     for name, options in sources.items():
         completed[name] = {"on_bad_row": on_bad_row, **options}
         completed[name].pop("weight", None)
-        if issubclass(_find_builder(name, options.get("builder")), CocoBuilder):
+        if issubclass(find_builder(name, options.get("builder")), CocoBuilder):
             completed[name].setdefault("exclude_refer_val", exclude_refer_val)
         else:
             others.append(name)
@@ -166,13 +183,40 @@ def complete_options(
     return completed
 
 
-def _find_builder(name: str, builder: str | None) -> type:
+def find_builder(name: str, builder: str | None = None) -> type[SourceBuilder]:
+    """Find the class that reads a source. Arguments and errors are those of [`load_source`]."""
+    path, _, class_name = (builder or "").rpartition(":")
+    if path.endswith(".py"):
+        return _import_builder(os.path.abspath(os.path.expanduser(path)), class_name)
     if (builder or name) not in SOURCES:
         raise ValueError(
             f"expected a source among {', '.join(SOURCES)}, got {builder or name!r}. Did you mean "
             f"{nearest_name(builder or name, SOURCES)!r}? Your own data needs a `builder`."
         )
     return SOURCES[builder or name]
+
+
+@functools.cache
+def _import_builder(path: str, class_name: str) -> type[SourceBuilder]:
+    """Import a builder from a Python file."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"builder: expected a Python file, got {path!r}, which does not exist.")
+    # In `sys.modules`, because the fingerprint of rows includes the source code of their builder.
+    name = f"{os.path.basename(path)[:-3]}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, SourceBuilder) and value.__module__ == name
+    }
+    if class_name not in found:
+        raise ValueError(
+            f"builder: expected a subclass of data_scripts.source.SourceBuilder in {path!r}, got {class_name!r}. It "
+            f"has {', '.join(found) or 'none'}."
+        )
+    return found[class_name]
 
 
 def _option_types(builder_class: type) -> dict[str, type]:

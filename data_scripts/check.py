@@ -19,7 +19,7 @@ from lisa_hf.data.masks import Mask
 from lisa_hf.data.rows import describe_row
 from lisa_hf.model.images import open_image
 
-from . import SOURCES, load_source, make_builder
+from . import find_builder, load_source, make_builder
 
 
 # Numbers of rows (photos; in LLaVA-Instruct, conversations) by the authors. Rows without anything to ask are omitted.
@@ -43,7 +43,7 @@ class Report:
 
     Args:
         name: Name of the source.
-        builder: Key of `SOURCES`.
+        builder: As in [`load_source`].
         num_rows: Number of rows by split.
         num_images: Number of distinct image files in the rows.
         missing_images: Paths of the image files that do not exist or are empty.
@@ -66,7 +66,7 @@ class Report:
         return not self.errors and not self.missing_images and not self.bad_images
 
     def __str__(self) -> str:
-        builder = SOURCES[self.builder]
+        builder = find_builder(self.name, self.builder)
         published = PUBLISHED_ROWS.get(self.builder, {})
         lines = [("source", inspect.getdoc(builder).splitlines()[0])]
         lines += [("error", error) for error in self.errors]

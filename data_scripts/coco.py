@@ -9,7 +9,7 @@ using it.
 import dataclasses
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lisa_hf.data.rows import make_row
@@ -123,6 +123,24 @@ def _size_of(image: dict[str, Any]) -> tuple:
     return image.get("height"), image.get("width")
 
 
+def encode_objects(record: dict[str, Any], pass_over: Callable[[str], None]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the category name and RLE of every annotation of a record of [`read_instances`] that covers a pixel.
+
+    Args:
+        record: Record of one image.
+        pass_over: [`SourceBuilder.pass_over`], for the other annotations.
+    """
+    image = record["image"]
+    for category, name, segmentation in record["objects"]:
+        if name is None:
+            raise ValueError(f"expected a name of the category {category}, got none. Add it to `categories`.")
+        rle = encode_visible(segmentation, image["height"], image["width"]) if segmentation else None
+        if rle is None:
+            pass_over("annotations without a pixel" if segmentation else "annotations without an outline")
+        else:
+            yield name, rle
+
+
 def make_instances_row(
     record: dict[str, Any],
     path: str,
@@ -143,15 +161,7 @@ def make_instances_row(
     """
     image = record["image"]
     with errors_naming(f"{path!r}, image {image['id']}"):
-        targets = []
-        for category, name, segmentation in record["objects"]:
-            if name is None:
-                raise ValueError(f"expected a name of the category {category}, got none. Add it to `categories`.")
-            rle = encode_visible(segmentation, image["height"], image["width"]) if segmentation else None
-            if rle is None:
-                pass_over("annotations without a pixel" if segmentation else "annotations without an outline")
-                continue
-            targets.append({"phrases": phrases_of(name), "rle": rle})
+        targets = [{"phrases": phrases_of(name), "rle": rle} for name, rle in encode_objects(record, pass_over)]
         if not targets:
             return None
         return make_row(

@@ -10,15 +10,15 @@ Mirrors the semantic datasets of the original. The class names of ADE20K and COC
 import functools
 import os
 import pathlib
-from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
-from lisa_hf.data.masks import Mask
 from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder
+from .segmentation import encode_labels
 from .source import SourceBuilder, errors_naming, read_json
 
 
@@ -26,9 +26,10 @@ IGNORED, UNKNOWN = -1, -2
 
 
 def read_label_map(path: str) -> np.ndarray:
-    """Read a grayscale or palette image as labels of shape `(H, W)`, uint8."""
+    """Read a grayscale or palette image, turned by its EXIF orientation, as labels of shape `(H, W)`, uint8."""
     try:
         with PIL.Image.open(path) as image:
+            image = PIL.ImageOps.exif_transpose(image)
             image.load()
     except Exception as error:  # Pillow has no exception of its own for broken files.
         raise ValueError(f"expected a label map, got an unreadable file: {error}. Download it again.") from error
@@ -38,30 +39,6 @@ def read_label_map(path: str) -> np.ndarray:
             "Download it again."
         )
     return np.asarray(image)
-
-
-def encode_labels(labels: np.ndarray) -> dict[int, dict[str, Any]]:
-    """Encode the region of every label in one pass over the runs of equal labels.
-
-    Args:
-        labels: Shape `(H, W)`, any integer dtype.
-
-    Returns:
-        RLE by label, for the labels that occur, in ascending order.
-    """
-    height, width = labels.shape
-    pixels = labels.ravel(order="F")
-    bounds = np.concatenate([[0], np.flatnonzero(pixels[1:] != pixels[:-1]) + 1, [pixels.size]])
-    values = pixels[bounds[:-1]]
-    rles = {}
-    for value in np.unique(values).tolist():
-        runs = np.flatnonzero(values == value)
-        # The region begins where a run of 0 ends, and ends where a run of 1 does.
-        ends = np.stack([bounds[runs], bounds[runs + 1]], axis=1).ravel()
-        if ends[-1] < pixels.size:
-            ends = np.append(ends, pixels.size)
-        rles[value] = Mask((height, width), ends.astype(np.int32)).to_rle()
-    return rles
 
 
 class LabelMapBuilder(SourceBuilder):

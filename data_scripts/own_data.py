@@ -20,20 +20,20 @@ from collections.abc import Sequence
 from typing import IO, Any, get_args
 
 import numpy as np
-import PIL.Image
 from datasets.utils.file_utils import xopen
 
 from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import make_row
 
-from .coco import CocoBuilder, CocoConfig, make_instances_row, read_instances
+from .coco import CocoBuilder, CocoConfig, encode_objects, read_instances
+from .file_names import find_image, list_images, split_name
 from .orientation import Size, Space, count_spaces, decide_space, fitting_spaces, read_orientation, turn_mask
-from .segmentation import encode_visible, load_mask, read_mask
+from .segmentation import encode_ellipse, encode_patch, encode_visible, load_mask, read_mask
 from .source import (
     SourceBuilder,
     SourceConfig,
     errors_naming,
-    join_inside,
+    read_image_size,
     read_json,
     write_json,
 )
@@ -41,8 +41,6 @@ from .text import read_text
 
 
 ORIENTATION = "orientation.json"
-# Corners of the polygon that is drawn for a circle.
-CIRCLE_POINTS = 180
 
 
 @dataclasses.dataclass
@@ -78,6 +76,13 @@ class OwnData(SourceBuilder):
             Exception: Of any kind, if the record is bad.
         """
         raise NotImplementedError
+
+    def find_image(self, directory: str, name: str) -> str:
+        """Return the path of the image that an annotation names, see [`~file_names.find_image`]."""
+        path, is_guess = find_image(directory, name, self.hash or "")
+        if is_guess:
+            self.count("found {} images by the last part of their path or address")
+        return path
 
     def write_records(self, records, remarks=()):
         def find_images():
@@ -159,7 +164,86 @@ class OwnData(SourceBuilder):
 
 
 @dataclasses.dataclass
-class CocoInstancesConfig(CocoConfig, OwnDataConfig):
+class LabeledConfig(OwnDataConfig):
+    """Options of annotations that name each object by the label of its class.
+
+    Args:
+        names: Interchangeable phrases by label: {"Rust_Patch": ["rust", "the corroded part"]}. The phrase of any other
+            label is the label itself, with spaces for underscores.
+        templates: Complete questions about a phrase, such as "Where is {name}?", to ask instead of LISA's about
+            classes. With "{name}" alone, `names` holds the questions.
+    """
+
+    names: dict[str, list[str]] | None = None
+    templates: list[str] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.names is not None and not isinstance(self.names, dict):
+            raise ValueError(f"names: expected lists of phrases by label, got {self.names!r}.")
+        for label, phrases in (self.names or {}).items():
+            if not _is_texts(phrases):
+                raise ValueError(f"names: expected a list of phrases for {label!r}, got {phrases!r}.")
+        templates = self.templates
+        if templates is not None and not (_is_texts(templates) and all("{name}" in text for text in templates)):
+            raise ValueError(f"templates: expected a list of questions that hold '{{name}}', got {templates!r}.")
+
+
+class Labeled(OwnData):
+    """Base of the builders whose annotations name each object by the label of its class."""
+
+    BUILDER_CONFIG_CLASS = LabeledConfig
+
+    def make_labeled_row(
+        self,
+        image: str,
+        image_id: str,
+        objects: Sequence[tuple[Any, dict[str, Any] | None]],
+        ignore: dict[str, Any] | None = None,
+    ) -> dict[str, Any] | None:
+        """Make the row of an image, with one target per object. None if no object covers a pixel.
+
+        Args:
+            image: Path of the image.
+            image_id: See [`~lisa_hf.data.rows.make_row`].
+            objects: Label and RLE of every object. Objects with an RLE of None are passed over.
+            ignore: RLE of the pixels to ignore.
+        """
+        targets = [{"phrases": self.phrases(label), "rle": rle} for label, rle in objects if rle is not None]
+        for _ in range(len(objects) - len(targets)):
+            self.pass_over("annotations without a pixel")
+        if not targets:
+            return None
+        is_sentence = bool(self.config.templates)
+        row = make_row(image, image_id, self.source, "semantic", targets, ignore, is_sentence)
+        return self.turn_upright(row)
+
+    def phrases(self, label: Any) -> list[str]:
+        """Return the interchangeable phrases, or complete questions, of a label."""
+        if not isinstance(label, str) or not label.strip():
+            raise ValueError(f"expected a label, got {label!r}. Name the class.")
+        self.met_labels.add(label)
+        phrases = (self.config.names or {}).get(label) or [" ".join(label.replace("_", " ").split())]
+        if not self.config.templates:
+            return phrases
+        return [template.replace("{name}", phrase) for template in self.config.templates for phrase in phrases]
+
+    @functools.cached_property
+    def met_labels(self) -> set[str]:
+        """Labels of the rows that this process has made."""
+        return set()
+
+    def final_remarks(self):
+        unknown = ", ".join(repr(label) for label in self.config.names or {} if label not in self.met_labels)
+        return [f"no annotation has the labels {unknown} of the option `names`"] if unknown else []
+
+
+def _is_texts(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(v, str) and v.strip() for v in values)
+
+
+@dataclasses.dataclass
+class CocoInstancesConfig(CocoConfig, LabeledConfig):
     """Options of COCO instances.
 
     Args:
@@ -171,7 +255,7 @@ class CocoInstancesConfig(CocoConfig, OwnDataConfig):
     images: str = ""
 
 
-class CocoInstances(CocoBuilder, OwnData):
+class CocoInstances(CocoBuilder, Labeled):
     """Annotations in the COCO format. One row per annotated image, one target per annotation, named by its category.
 
     annotations     JSON with images, annotations (polygons or RLE) and categories
@@ -181,8 +265,8 @@ class CocoInstances(CocoBuilder, OwnData):
     BUILDER_CONFIG_CLASS = CocoInstancesConfig
 
     def annotation_files(self, data_dir):
-        self.locate(data_dir, "images")
-        return [self.locate(data_dir, "annotations"), *self.held_out_files(data_dir)]
+        images = list_images(self.locate(data_dir, "images"))
+        return [self.locate(data_dir, "annotations"), *images, *self.held_out_files(data_dir)]
 
     def photo(self, record):
         return record["image"].get("file_name", "")
@@ -192,22 +276,22 @@ class CocoInstances(CocoBuilder, OwnData):
         return {self.config.split: read_instances(path, self.read_remarks, self.config.encoding)}
 
     def make_row(self, record):
-        path = self.locate(self.config.data_dir, "annotations")
-        directory = self.locate(self.config.data_dir, "images")
-        row = make_instances_row(record, path, directory, self.source, lambda name: [name], self.pass_over)
-        if row is None:
-            return None
-        with errors_naming(f"{path!r}, image {record['image']['id']}"):
-            return self.turn_upright(row)
+        path, image = self.locate(self.config.data_dir, "annotations"), record["image"]
+        with errors_naming(f"{path!r}, image {image['id']}"):
+            objects = list(encode_objects(record, self.pass_over))
+            if not objects:
+                return None
+            file = self.find_image(self.locate(self.config.data_dir, "images"), image["file_name"])
+            return self.make_labeled_row(file, str(image["id"]), objects)
 
     def annotated_size(self, record):
         image = record["image"]
-        path = join_inside(self.locate(self.config.data_dir, "images"), image["file_name"])
+        path = self.find_image(self.locate(self.config.data_dir, "images"), image["file_name"])
         return path, (image["height"], image["width"])
 
 
 @dataclasses.dataclass
-class LabelMeConfig(OwnDataConfig):
+class LabelMeConfig(LabeledConfig):
     """Options of LabelMe files.
 
     Args:
@@ -219,7 +303,7 @@ class LabelMeConfig(OwnDataConfig):
     images: str = ""
 
 
-class LabelMe(OwnData):
+class LabelMe(Labeled):
     """Files of the annotation tool LabelMe. One row per file, one target per shape with an area, named by its label.
 
     annotations     directory of *.json, one per image
@@ -232,38 +316,41 @@ class LabelMe(OwnData):
 
     def annotation_files(self, data_dir):
         directory = self.locate(data_dir, "annotations")
+        images = list_images(self.locate(data_dir, "images" if self.config.images else "annotations"))
+        return [*self._json_files(directory), *images]
+
+    def _json_files(self, directory: str) -> list[str]:
         paths = sorted(entry.path for entry in os.scandir(directory) if entry.name.endswith(".json"))
         if not paths:
             raise FileNotFoundError(f"source {self.source!r}: expected *.json in {directory!r}, got none.")
         return paths
 
     def read_records(self, data_dir):
-        return {self.config.split: self.annotation_files(data_dir)}
+        return {self.config.split: self._json_files(self.locate(data_dir, "annotations"))}
 
     def make_row(self, record):
         directory = self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
         annotation = read_json(record, self.config.encoding)
         with errors_naming(record):
             # The path is that on the annotator's machine.
-            name = annotation["imagePath"].replace("\\", "/").split("/")[-1]
-            image = join_inside(directory, name)
+            name = split_name(annotation["imagePath"])[-1]
+            image = self.find_image(directory, name)
             _, (height, width) = self.find_space(*read_orientation(image), _declared_size(annotation))
-            targets = []
+            objects = []
             for shape in annotation["shapes"]:
                 rle = _encode_shape(shape, height, width)
                 if rle is None:
                     self.pass_over(f"shapes of the kind {shape.get('shape_type') or 'polygon'!r} without an area")
                 else:
-                    targets.append({"phrases": [shape["label"]], "rle": rle})
-            if not targets:
-                return None
-            return self.turn_upright(make_row(image, os.path.splitext(name)[0], self.source, "semantic", targets))
+                    objects.append((shape["label"], rle))
+            if not annotation["shapes"]:
+                self.pass_over("files without shapes")
+            return self.make_labeled_row(image, os.path.splitext(name)[0], objects)
 
     def annotated_size(self, record):
         annotation = read_json(record, self.config.encoding)
         directory = self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
-        name = annotation["imagePath"].replace("\\", "/").split("/")[-1]
-        return join_inside(directory, name), _declared_size(annotation)
+        return self.find_image(directory, split_name(annotation["imagePath"])[-1]), _declared_size(annotation)
 
 
 def _declared_size(annotation: dict) -> Size | None:
@@ -276,33 +363,18 @@ def _encode_shape(shape: dict, height: int, width: int) -> dict[str, Any] | None
     """Encode a shape of LabelMe or X-AnyLabeling as RLE, or return None if it covers no pixel, as points and lines."""
     points, kind = shape["points"], shape.get("shape_type") or "polygon"
     if kind == "mask":
-        return _encode_patch(shape["mask"], points[0], height, width)
+        patch = load_mask(io.BytesIO(base64.b64decode(shape["mask"], validate=True)))[0] != 0
+        return encode_patch(patch, *points[0], height, width)
     if kind == "rectangle" and len(points) == 2:
         (x0, y0), (x1, y1) = points
         points = [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
     elif kind == "circle":
-        center, rim = np.array(points, dtype=np.float64)
-        angles = np.linspace(0, 2 * np.pi, CIRCLE_POINTS, endpoint=False)
-        circle = center + np.hypot(*(rim - center)) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        points = circle.tolist()
+        (x, y), rim = points
+        radius = float(np.hypot(rim[0] - x, rim[1] - y))
+        return encode_ellipse((x, y), (radius, radius), 0, height, width)
     elif kind not in ("polygon", "rectangle", "rotation", "quadrilateral"):
         return None
     return encode_visible([[value for x, y in points for value in (x, y)]], height, width)
-
-
-def _encode_patch(content: str, corner: Sequence[float], height: int, width: int) -> dict[str, Any] | None:
-    """Encode a mask that LabelMe stores as a PNG of the box around it, at the box's upper left corner."""
-    patch = load_mask(io.BytesIO(base64.b64decode(content, validate=True)))[0] != 0
-    left, top = (round(value) for value in corner)
-    bottom, right = top + patch.shape[0], left + patch.shape[1]
-    if top < 0 or left < 0 or bottom > height or right > width:
-        raise ValueError(
-            f"expected a mask inside an image of {width} x {height} pixels, got one from {[left, top]} to "
-            f"{[right, bottom]}. It belongs to another image."
-        )
-    mask = np.zeros((height, width), dtype=bool)
-    mask[top:bottom, left:right] = patch
-    return encode_mask(mask) if mask.any() else None
 
 
 @dataclasses.dataclass
@@ -334,8 +406,11 @@ class ImageFolder(OwnData):
     BUILDER_CONFIG_CLASS = ImageFolderConfig
 
     def annotation_files(self, data_dir):
-        self.locate(data_dir, "images"), self.locate(data_dir, "masks")
-        return [self.locate(data_dir, "questions")]
+        directories = {self.locate(data_dir, "images"), self.locate(data_dir, "masks")}
+        return [
+            self.locate(data_dir, "questions"),
+            *(file for name in sorted(directories) for file in list_images(name)),
+        ]
 
     def read_records(self, data_dir):
         lines = read_text(self.locate(data_dir, "questions"), self.config.encoding).split("\n")
@@ -348,8 +423,8 @@ class ImageFolder(OwnData):
             record = json.loads(line)
             is_sentence = "question" in record
             phrases = record["question" if is_sentence else "phrase"]
-            image = join_inside(self.locate(data_dir, "images"), record["image"])
-            mask, ignore = read_mask(join_inside(self.locate(data_dir, "masks"), record["mask"]))
+            image = self.find_image(self.locate(data_dir, "images"), record["image"])
+            mask, ignore = read_mask(self.find_image(self.locate(data_dir, "masks"), record["mask"]))
             _, sizes = read_orientation(image)
             if mask.shape not in sizes.values():
                 size = sizes["display"]
@@ -369,8 +444,8 @@ class ImageFolder(OwnData):
     def annotated_size(self, record):
         line = json.loads(record[1])
         data_dir = self.config.data_dir
-        with PIL.Image.open(join_inside(self.locate(data_dir, "masks"), line["mask"])) as mask:
-            return join_inside(self.locate(data_dir, "images"), line["image"]), (mask.height, mask.width)
+        mask = self.find_image(self.locate(data_dir, "masks"), line["mask"])
+        return self.find_image(self.locate(data_dir, "images"), line["image"]), read_image_size(mask)
 
 
 def open_file(image: dict[str, Any]) -> IO[bytes]:

@@ -23,6 +23,8 @@ MAX_STEPS = 20_000_000
 MERGED_AT_ONCE = 32
 # In a mask image, 255 beside a value up to this one is void, as in PASCAL VOC. Beside a larger one, nobody can tell.
 MAX_CLASS = 63
+# Corners of the polygon that is drawn for a circle or an ellipse.
+ELLIPSE_POINTS = 180
 LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
 
 
@@ -121,6 +123,87 @@ def encode_polygons(polygons: Sequence[Sequence[float]], height: int, width: int
     while len(rles) > 1:
         rles = [coco_mask.merge(rles[i : i + MERGED_AT_ONCE]) for i in range(0, len(rles), MERGED_AT_ONCE)]
     return {"size": [height, width], "counts": rles[0]["counts"]}
+
+
+def encode_patch(patch: np.ndarray, left: float, top: float, height: int, width: int) -> dict[str, Any] | None:
+    """Encode a mask of a part of an image, or return None if it covers no pixel.
+
+    Args:
+        patch: Shape `(H', W')`, bool.
+        left: Column of its upper left corner in the image.
+        top: Row of its upper left corner in the image.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+
+    Raises:
+        ValueError: If it is not inside of the image.
+    """
+    height, width = check_size(height, width)
+    left, top = round(left), round(top)
+    bottom, right = top + patch.shape[0], left + patch.shape[1]
+    if top < 0 or left < 0 or bottom > height or right > width:
+        raise ValueError(
+            f"expected a mask inside an image of {width} x {height} pixels, got one from {[left, top]} to "
+            f"{[right, bottom]}. It belongs to another image."
+        )
+    mask = np.zeros((height, width), dtype=bool)
+    mask[top:bottom, left:right] = patch
+    return encode_mask(mask) if mask.any() else None
+
+
+def encode_ellipse(
+    center: Sequence[float], radii: Sequence[float], rotation: float, height: int, width: int
+) -> dict[str, Any] | None:
+    """Encode an ellipse, or return None if it covers no pixel.
+
+    Args:
+        center: x and y in pixels.
+        radii: Half axes along x and y before the turn, in pixels.
+        rotation: Turn to the right, in degrees.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+    """
+    angles = np.linspace(0, 2 * np.pi, ELLIPSE_POINTS, endpoint=False)
+    x, y = radii[0] * np.cos(angles), radii[1] * np.sin(angles)
+    turn = np.deg2rad(rotation)
+    points = np.stack(
+        [center[0] + x * np.cos(turn) - y * np.sin(turn), center[1] + x * np.sin(turn) + y * np.cos(turn)]
+    )
+    return encode_visible([points.T.ravel().tolist()], height, width)
+
+
+def encode_with_holes(outline: Sequence, holes: Sequence[Sequence], height: int, width: int) -> dict[str, Any] | None:
+    """Encode a polygon without its holes, which are polygons too, or return None if no pixel is left."""
+    rle = encode_visible([outline], height, width)
+    inner = encode_visible(list(holes), height, width) if holes else None
+    if rle is None or inner is None:
+        return rle
+    mask = (Mask.from_rle(rle).draw() == 1) & (Mask.from_rle(inner).draw() == 0)
+    return encode_mask(mask) if mask.any() else None
+
+
+def encode_labels(labels: np.ndarray) -> dict[int, dict[str, Any]]:
+    """Encode the region of every label in one pass over the runs of equal labels.
+
+    Args:
+        labels: Shape `(H, W)`, any integer dtype.
+
+    Returns:
+        RLE by label, for the labels that occur, in ascending order.
+    """
+    height, width = labels.shape
+    pixels = labels.ravel(order="F")
+    bounds = np.concatenate([[0], np.flatnonzero(pixels[1:] != pixels[:-1]) + 1, [pixels.size]])
+    values = pixels[bounds[:-1]]
+    rles = {}
+    for value in np.unique(values).tolist():
+        runs = np.flatnonzero(values == value)
+        # The region begins where a run of 0 ends, and ends where a run of 1 does.
+        ends = np.stack([bounds[runs], bounds[runs + 1]], axis=1).ravel()
+        if ends[-1] < pixels.size:
+            ends = np.append(ends, pixels.size)
+        rles[value] = Mask((height, width), ends.astype(np.int32)).to_rle()
+    return rles
 
 
 def read_mask(file: str | IO[bytes]) -> tuple[np.ndarray, np.ndarray | None]:

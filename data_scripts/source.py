@@ -32,6 +32,8 @@ MAX_BAD_SHARE = 0.01
 FEW_BAD_RECORDS = 3
 MIN_RECORDS = 100
 REMARKS = "remarks.json"
+# Marks a directory as ours in the cache of `datasets`, see `cache.py`.
+OWNER = "lisa_hf_source.json"
 
 
 @dataclasses.dataclass
@@ -96,12 +98,14 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         self.num_read = collections.defaultdict(collections.Counter)
         # Remarks of `read_records` for the user.
         self.read_remarks: list[str] = []
-        # What `make_row` has passed over in its record; and by split and reason, how many at each position.
-        self._passed_over: collections.Counter[str] = collections.Counter()
-        self.passed_over = collections.defaultdict(dict)
+        # What `make_row` has counted in its record; and by split and remark, how many at each position.
+        self._counted: collections.Counter[str] = collections.Counter()
+        self.counted = collections.defaultdict(dict)
 
     def annotation_files(self, data_dir: str | None) -> list[str]:
-        """Return the paths of the files that rows are made from. If one of them changes, the cache is not used.
+        """Return the paths of the files that rows are made from.
+
+        If the size or time of one of them changes, or their list, the rows are prepared again.
 
         Raises:
             FileNotFoundError: If the data does not exist.
@@ -130,7 +134,15 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         Args:
             what: What such annotations are, in the plural.
         """
-        self._passed_over[what] += 1
+        self.count(f"passed over {{}} {what}")
+
+    def count(self, remark: str):
+        """Count a case of a remark about the records of `make_row`, in which "{}" stands for the number of cases."""
+        self._counted[remark] += 1
+
+    def final_remarks(self) -> list[str]:
+        """Return remarks about all rows, once they are prepared by this process."""
+        return []
 
     @property
     def source(self) -> str:
@@ -150,10 +162,13 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         # Remarks are stored, for whoever opens the prepared rows later.
         counts = {split: len(bad) for split, bad in self.bad_records.items() if bad}
         remarks = [f"skipped {count} bad records of the split {split!r}" for split, count in counts.items()]
-        for (split, what), found in sorted(self.passed_over.items()):
-            remarks.append(f"passed over {sum(found.values())} {what} in the split {split!r}")
+        for (split, remark), found in sorted(self.counted.items()):
+            # Braces may also come from the annotations.
+            remarks.append(f"{remark.replace('{}', str(sum(found.values())), 1)} in the split {split!r}")
+        remarks += self.final_remarks() if self.num_read else []  # only of rows that this call has prepared
         if remarks:
             write_json(os.path.join(self.cache_dir, REMARKS), remarks)
+        write_json(os.path.join(self.cache_dir, OWNER), {"source": self.source})
 
     def find(self, data_dir: str | None, path: str) -> str:
         """Return the path of a file or directory below `data_dir`, which must exist."""
@@ -197,6 +212,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
             num_records = {split: len(found) for split, found in records.items() if found}
             write_json(os.path.join(directory, "num_records.json"), num_records)
             write_json(os.path.join(directory, REMARKS), list(remarks))
+            write_json(os.path.join(directory, OWNER), {"source": self.source})
             os.replace(directory, self.records_dir)
 
     def _split_generators(self, dl_manager):
@@ -223,7 +239,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         for shard in shards:
             for index, record in enumerate(self.read_shard(shard)):
                 num_read[shard] = max(num_read[shard], index + 1)
-                self._passed_over.clear()
+                self._counted.clear()
                 try:
                     row = self.make_row(record)
                 except ValueError as error:
@@ -234,8 +250,8 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                     if num_records is not None:
                         self._check_bad_share(split, num_records, error)
                     continue
-                for what, count in self._passed_over.items():
-                    self.passed_over[split, what][shard, index] = count
+                for remark, number in self._counted.items():
+                    self.counted[split, remark][shard, index] = number
                 if row is not None:
                     yield f"{shard}, {index}", row
         if bad:

@@ -120,8 +120,9 @@ BRITISH = re.compile(
     r"|synchron|visual|memor|minim|maxim|random|regular|util|custom|character|emphas|parametr|final)is(?:e|ed|es|er|ers|ing|ation|able)\b",
     re.IGNORECASE,
 )
-# The drawn scenes keep theirs: another word would be another vocabulary, and other results of the quick start.
-TEXTS_OF_ROWS = re.compile(r'"colour"|colour(?:ed)? (?:of|like|is the|shape)')
+# The drawn scenes keep theirs: another word would be another vocabulary, and other results of the quick start. And so
+# does a key of Label Studio.
+TEXTS_OF_ROWS = re.compile(r'"colour"|colour(?:ed)? (?:of|like|is the|shape)|was_cancelled')
 
 
 def test_spelling_is_american():

@@ -49,10 +49,10 @@ def test_bit_depth_is_said(check, tmp_path):
     assert report.is_ready and "1 images have more than 8 bits" in str(report)
 
 
-def test_images_that_changed_since_are_found(check, tmp_path):
+def test_images_that_changed_since_are_noticed(check, tmp_path):
     assert check().is_ready
     PIL.Image.new("RGB", (40, 60)).save(tmp_path / "x.png")
     (tmp_path / "2.png").write_bytes((tmp_path / "x.png").read_bytes())
     options = {"builder": "image_folder", "questions": "q.jsonl", "images": ".", "masks": "."}
     report = check_source("mine", str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"), **options)
-    assert not report.is_ready and "expected masks of the image's size [60, 40]" in report.bad_images[0]
+    assert not report.is_ready and "expected a mask of the image's size (60, 40)" in report.errors[0]

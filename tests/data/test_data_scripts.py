@@ -1,13 +1,11 @@
 """The builders: parity with the original loaders, determinism, caching, sharding, and bad input."""
 
 import hashlib
-import importlib.util
 import inspect
 import json
 import pickle
 import re
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -284,19 +282,15 @@ def test_readme_has_what_the_builders_say(name):
 def test_example_of_a_new_source_works(load, tmp_path, monkeypatch):
     (example,) = re.findall(r"```python\n(\"\"\"Boxes.*?)```", README, re.DOTALL)
     assert example.count("\n") < 60
-    (tmp_path / "boxes.py").write_text(example)
-    spec = importlib.util.spec_from_file_location("data_scripts.boxes", tmp_path / "boxes.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "data_scripts.boxes", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(data_scripts.SOURCES, "boxes", module.Boxes)
+    (tmp_path / "my_builder.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
 
     photos = tmp_path / "dataset" / "boxes" / "photos"
     photos.mkdir(parents=True)
     PIL.Image.new("RGB", (60, 40)).save(photos / "a.jpg")
     lines = ["image,name,left,top,right,bottom", "a.jpg,the bottom left,0,20,30,40", "a.jpg,a dot,1,1,2,2"]
     (photos.parent / "boxes.csv").write_text("\n".join(lines))
-    rows = load("boxes", tmp_path / "dataset")
+    rows = load("mine", tmp_path / "dataset", builder="my_builder.py:Boxes")
     assert rows["source"] == ["boxes"] * 2
     expected = np.zeros((40, 60), dtype=np.uint8)
     expected[20:, :30] = 1
@@ -305,4 +299,8 @@ def test_example_of_a_new_source_works(load, tmp_path, monkeypatch):
     np.testing.assert_array_equal(decode_mask(target["rle"]), expected)
     (photos / "a.jpg").unlink()
     with pytest.raises(ValueError, match=r"boxes.csv, line 2: The image .*a.jpg' cannot be read"):
-        list(load("boxes", tmp_path / "dataset", streaming=True))
+        list(load("mine", tmp_path / "dataset", builder="my_builder.py:Boxes", streaming=True))
+    with pytest.raises(ValueError, match="got 'Boxen'. It has Boxes"):
+        load("mine", builder=str(tmp_path / "my_builder.py:Boxen"))
+    with pytest.raises(FileNotFoundError, match="my_other.py', which does not exist"):
+        load("mine", builder="my_other.py:Boxes")

@@ -1,0 +1,95 @@
+"""Image files by the names that annotations give them: Windows paths, addresses of servers, upload prefixes.
+
+A name that leads to a file inside of the directory is taken at its word. Of any other only the last part counts, and
+only if one file has it: nothing outside of the directory is ever opened.
+"""
+
+import functools
+import os
+import re
+import unicodedata
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import PIL.Image
+
+
+OUTSIDE = re.compile(r"[/\\]|[A-Za-z]:[/\\]|\w+://")  # how absolute paths and addresses begin
+UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts it before the names of uploaded files
+
+
+def list_images(directory: str) -> list[str]:
+    """Return the paths of all image files in a directory, at any depth, in order."""
+    extensions = tuple(PIL.Image.registered_extensions())
+    found = []
+    for folder, _, names in os.walk(directory, followlinks=True):
+        found += [os.path.join(folder, name) for name in names if name.lower().endswith(extensions)]
+    return sorted(found)
+
+
+def find_image(directory: str, name: str, version: str = "") -> tuple[str, bool]:
+    """Find the image file that an annotation names.
+
+    Args:
+        directory: Directory of the images.
+        name: Path, as any system writes it, or address. Its extension may be missing.
+        version: Changes when the directory may have changed; its files are listed once per version.
+
+    Returns:
+        Path of the image, which need not exist if the name is a path inside of the directory, and whether it was found
+        by the last part of its name alone.
+
+    Raises:
+        ValueError: If the name leads out of the directory, and no file or several files have its last part.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"expected the name of an image file, got {name!r}.")
+    parts = split_name(name)
+    is_relative = not OUTSIDE.match(name) and ".." not in parts
+    direct = os.path.join(directory, *parts)
+    if is_relative and os.path.isfile(direct):
+        return direct, False
+    images = _images_by_name(directory, version)
+    last = parts[-1]
+    found = images.get(_key(last), [])
+    if not found and UPLOAD_PREFIX.match(last):
+        found = images.get(_key(UPLOAD_PREFIX.sub("", last)), [])
+    if len(found) > 1:
+        end = "/".join(parts)
+        longest = [path for path in found if f"/{end}".endswith("/" + "/".join(split_name(path)))]
+        found = longest or found
+    if len(found) > 1:
+        raise ValueError(
+            f"expected one file for the image {name!r}, got {len(found)} in {directory!r}: {found[:3]}. Write paths "
+            "relative to that directory into the annotations."
+        )
+    if found:
+        return os.path.join(directory, found[0]), True
+    if not is_relative:
+        raise ValueError(
+            f"expected an image in {directory!r}, got {name!r}, which is outside of it, and no image in there is "
+            f"called {last!r}. Put the images there, or name their directory."
+        )
+    return direct, False
+
+
+def split_name(name: str) -> list[str]:
+    """Return the parts of a path or address; of Label Studio's `/data/local-files/?d=photos/a.jpg`, those of `d`."""
+    address = urlsplit(name) if "://" in name or "?d=" in name else None
+    if address is not None:
+        name = parse_qs(address.query).get("d", [unquote(address.path)])[0]
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")] or [name]
+
+
+def _key(name: str) -> str:
+    """Return the same key for names that Windows and macOS take for the same file."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+@functools.lru_cache(maxsize=8)
+def _images_by_name(directory: str, version: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for path in list_images(directory):
+        name, relative = os.path.basename(path), os.path.relpath(path, directory)
+        for key in (name, os.path.splitext(name)[0]):
+            found.setdefault(_key(key), []).append(relative)
+    return found
