@@ -1,11 +1,13 @@
-"""Prepare the data sources of a recipe: download, check, preview, or convert them to Parquet.
+"""Prepare the data sources of a recipe: download, check, preview, or convert them to Parquet; clean the cache.
 
     python recipes/prepare_data.py download ade20k refcoco --data_dir dataset
     python recipes/prepare_data.py check --config recipes/configs/lisa_7b.yaml --data_dir dataset
     python recipes/prepare_data.py preview refcoco --data_dir dataset
     python recipes/prepare_data.py convert refcoco reason_seg --data_dir dataset --output_dir parquet
+    python recipes/prepare_data.py clean
 
-Each command takes the names of sources, or a recipe with `--config` for its training and evaluation sources.
+Each command takes the names of sources, or a recipe with `--config` for its training and evaluation sources. `clean`
+removes the prepared rows of the named sources, or of all; they are made again when they are needed.
 """
 
 import argparse
@@ -18,7 +20,8 @@ import datasets
 import numpy as np
 from huggingface_hub import HfApi
 
-from data_scripts import SOURCES, complete_options, load_source
+from data_scripts import SOURCES, complete_options, find_builder, load_source
+from data_scripts.cache import clean_cache
 from data_scripts.check import check_source
 from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
 from data_scripts.parquet import write_card, write_parquet
@@ -41,10 +44,9 @@ def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         found = [(name, {}) for name in args.sources]
     if not found:
         raise ValueError(f"--config: expected sources or eval_sources in {args.config}, found none")
-    known = SOURCES | WEB_FILES if args.command == "download" else SOURCES
-    for name in (options.get("builder") or name for name, options in found):
-        if name not in known:
-            raise ValueError(f"expected sources among {', '.join(sorted(known))}, found {name}")
+    for name, options in found:
+        if args.command != "download" or (options.get("builder") or name) not in WEB_FILES:
+            find_builder(name, options.get("builder"))
     return found
 
 
@@ -57,6 +59,14 @@ def run_download(args: argparse.Namespace):
         step = MANUAL_STEPS[name].format(data_dir=Path(args.data_dir).absolute())
         print(f"{name}: a step is left to you. See {SOURCES[name].DOWNLOAD_PAGE}\n  {step}")
     download([name for name in names if name in WEB_FILES], args.data_dir, args.num_threads)
+
+
+def run_clean(args: argparse.Namespace):
+    names = [name for name, _ in find_sources(args)] if args.config else args.sources
+    removed = clean_cache(names)
+    for name, size in removed.items():
+        print(f"{name}: removed {size / 2**20:.1f} MiB")
+    print(f"Removed the prepared rows of {len(removed)} sources from {datasets.config.HF_DATASETS_CACHE}.")
 
 
 def run_check(args: argparse.Namespace):
@@ -130,6 +140,11 @@ def main():
     command.add_argument("--max_shard_size", default="500MB", help="approximate largest size of a file")
     command.add_argument("--push_to_hub", metavar="NAME", help="also upload to this private dataset on the Hub")
     command.set_defaults(run=run_convert)
+
+    command = commands.add_parser(
+        "clean", parents=[common], help="remove prepared rows from the cache: of these sources, or of all"
+    )
+    command.set_defaults(run=run_clean)
 
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s")

@@ -36,8 +36,8 @@ def cli(monkeypatch, capsys, tmp_path):
     [
         (["check"], "expected the names of sources, or --config"),
         (["check", "refcoco", "--config", "x.yaml"], "expected the names of sources, or --config"),
-        (["check", "refcocoo"], "found refcocoo"),
-        (["check", "coco"], "found coco"),
+        (["check", "refcocoo"], "got 'refcocoo'. Did you mean 'refcoco'?"),
+        (["check", "coco"], "got 'coco'"),
         (["check", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["download", "refcoco"], "--data_dir: expected the directory"),
     ],
