@@ -1,4 +1,5 @@
 # make quickstart   train, evaluate and show a tiny LISA on drawn scenes, on CPU
+# make demo         talk to the quick start's model in the browser
 # make test         run the whole test suite, offline, on CPU
 # make lint         check the style
 #
@@ -19,12 +20,16 @@ PRINT_TORCH := from importlib.metadata import version; print("torch==" + version
 # Run the code of this checkout, even in a VENV that another checkout was installed into.
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: quickstart test lint
+.PHONY: quickstart demo test lint
 
 # Two processes with one thread each are faster than one with two. accelerate calls this multi_gpu, on CPU too.
 quickstart: $(INSTALLED)
 	$(BIN)/accelerate launch --quiet --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \
 		--dynamo_backend no --num_cpu_threads_per_process 1 recipes/train.py --config recipes/configs/quickstart.yaml
+
+demo: $(INSTALLED)
+	@test -e outputs/quickstart/config.json || { echo "error: expected outputs/quickstart, got none. Run make quickstart."; exit 2; }
+	$(BIN)/python recipes/demo.py outputs/quickstart
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES)

@@ -45,16 +45,25 @@ class Prediction:
     title: str = ""
 
 
-def overlay_masks(image: PIL.Image.Image, masks: np.ndarray) -> PIL.Image.Image:
-    """Tint each mask of `(M, H, W)` in its own color and draw its border; pixels of 255 are tinted gray."""
+def overlay_masks(image: PIL.Image.Image, masks: np.ndarray, opacity: float = 0.5) -> PIL.Image.Image:
+    """Tint each mask of `(M, H, W)` in its own color and draw its border; pixels of 255 are tinted gray.
+
+    Args:
+        image: The image, of W x H pixels.
+        masks: Masks, bool or uint8.
+        opacity: Of the tint, 0 to 1; the border's is twice that.
+    """
     picture = np.asarray(image.convert("RGB")).astype(np.float32)  # [H, W, 3]
     for index, mask in enumerate(masks):
         for region, color in ((mask == 1, COLORS[index % len(COLORS)]), (mask == MASK_IGNORE_INDEX, IGNORE_COLOR)):
             # A pixel is inside if its four neighbors are too.
             padded = np.pad(region, 1, mode="edge")
             inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-            picture[region] = 0.5 * picture[region] + 0.5 * color
-            picture[region & ~inside] = color
+            border = region & ~inside
+            border_opacity = min(2 * opacity, 1)
+            border_color = (1 - border_opacity) * picture[border] + border_opacity * color
+            picture[region] = (1 - opacity) * picture[region] + opacity * color
+            picture[border] = border_color
     return PIL.Image.fromarray(picture.astype(np.uint8))
 
 

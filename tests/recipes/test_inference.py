@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 from fixtures.paths import ROOT
 from fixtures.recipes import run
-from fixtures.tiny_models import FAMILIES, image
+from fixtures.tiny_models import image, save_talkative
 
 
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -21,14 +21,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 @pytest.fixture(scope="module")
 def talkative(tmp_path_factory) -> Path:
-    """A random model that says `[SEG]` now and then, and never ends an answer by itself."""
-    directory = tmp_path_factory.mktemp("talkative")
-    model, processor = FAMILIES["llava-sam"]()
-    model.generation_config.sequence_bias = [[[model.config.seg_token_id], 2.0]]
-    model.generation_config.suppress_tokens = [model.generation_config.eos_token_id]
-    model.save_pretrained(directory)
-    processor.save_pretrained(directory)
-    return directory
+    return save_talkative(tmp_path_factory.mktemp("talkative"))
 
 
 class Terminal:

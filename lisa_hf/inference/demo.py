@@ -1,0 +1,259 @@
+"""The web demo: a conversation about an image in the browser, with masks over it, and the same as an API.
+
+demo = build_demo({"my-lisa": (model, processor)})
+demo.launch()
+"""
+
+import html
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import PIL.Image
+
+from ..evaluation.visualization import COLORS, overlay_masks
+from ..model.images import load_image, open_image
+from ..model.modeling_lisa import LisaForConditionalGeneration
+from ..model.pipeline_lisa import Answer
+from ..model.processing_lisa import SEG_TOKEN, LisaProcessor
+from .annotation_files import answer_record, record_masks, to_labelme
+from .conversation import Conversation, Turn
+
+
+try:  # on a Hugging Face Space with ZeroGPU, a function has a GPU only under this decorator
+    from spaces import GPU as needs_gpu
+except ImportError:
+
+    def needs_gpu(function: Callable) -> Callable:
+        return function
+
+
+DISPLAY_SIDES = (640, 1280)  # pixels of the longer side of the picture on the page, at least and at most
+FILES = ("PNG", "RLE JSON", "LabelMe JSON")  # of all answers
+Turns = list[dict[str, Any]]
+
+
+def build_demo(
+    models: dict[str, tuple[LisaForConditionalGeneration, LisaProcessor]],
+    examples: Sequence[tuple[str, str]] = (),
+    max_megapixels: float = 40,
+    max_new_tokens: int = 256,
+) -> gr.Blocks:
+    """Build the demo of one model, or of several that answer side by side.
+
+    Args:
+        models: Models in evaluation mode with their processors, by the name on the page.
+        examples: Paths of images, each with a question.
+        max_megapixels: Size of the largest image that is accepted.
+        max_new_tokens: Longest answer, in tokens.
+
+    Returns:
+        The app. Its API has the endpoint `/segment`, which the first model answers.
+    """
+    # Requests wait in a queue, because a model answers one at a time.
+    queued = {"concurrency_limit": 1, "concurrency_id": "models"}
+    private = {"api_visibility": "private"}
+    with gr.Blocks(title="lisa_hf", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
+        with gr.Row():
+            with gr.Column(min_width=320):
+                sources = ["upload", "clipboard", "webcam"]
+                image = gr.Image(label="Image", type="filepath", image_mode=None, sources=sources, height=360)
+                question = gr.Textbox(label="Question", placeholder="What is red? Please output segmentation mask.")
+                with gr.Row():
+                    ask = gr.Button("Ask", variant="primary", min_width=80)
+                    stop = gr.Button("Stop", min_width=80)
+                    clear = gr.Button("Start over", min_width=80)
+                opacity = gr.Slider(0, 1, 0.5, label="Opacity of the masks")
+            panels = [_Panel(name, *model, max_megapixels, max_new_tokens) for name, model in models.items()]
+        if examples:
+            gr.Examples([list(example) for example in examples], [image, question])
+
+        answers = []
+        for panel in panels:
+            page = [image, panel.turns, panel.hidden, opacity]
+            for event in (ask.click, question.submit):
+                answers.append(event(panel.answer, [question, *page], panel.outputs, **private, **queued))
+            for event in (image.change, clear.click):
+                event(panel.restart, image, panel.outputs, **private)
+            opacity.release(panel.draw, page, panel.overlay, **private)
+            panel.overlay.select(panel.toggle, page, [panel.hidden, panel.overlay], **private)
+        stop.click(None, cancels=answers, **private)
+
+        # The API. Its components are not on the page; through them Gradio checks and documents what goes in and out.
+        file, text = gr.File(label="image", visible=False), gr.Textbox(label="question", visible=False)
+        answer = gr.JSON(label="answer", visible=False)
+        gr.Button(visible=False).click(panels[0].segment, [file, text], answer, api_name="segment", **queued)
+    return demo
+
+
+class _Panel:
+    """What one model says: its conversation, the masks of all its answers over the image, and files of them.
+
+    The page keeps the turns as records, see [`answer_record`], and the numbers of the masks that the user hid. An
+    answer that is still growing has no masks yet.
+    """
+
+    def __init__(self, name: str, model, processor, max_megapixels: float, max_new_tokens: int):
+        self.max_megapixels = max_megapixels
+        # Conversations of recent users, with their caches. Each begins anew from the page's turns if it is not there.
+        self.conversation = lru_cache(maxsize=8)(
+            lambda session, path: Conversation(model, processor, path, max_new_tokens)
+        )
+        self.respond = needs_gpu(self._respond)
+        with gr.Column(min_width=320):
+            self.turns, self.hidden = gr.State([]), gr.State([])
+            label = f"{name}: click a mask to hide it"
+            self.overlay = gr.Image(
+                label=label,
+                interactive=False,
+                format="png",
+                height=360,
+                buttons=["fullscreen"],
+                elem_classes="overlay",
+            )
+            self.chat = gr.Chatbot(label=name, height=240, buttons=[])
+            with gr.Row():
+                self.files = [gr.DownloadButton(label, interactive=False, size="sm", min_width=80) for label in FILES]
+        self.outputs = [self.turns, self.hidden, self.chat, self.overlay, *self.files]
+
+    # ---- events -----------------------------------------------------------------------------------------------------
+
+    def answer(
+        self,
+        question: str,
+        path: str | None,
+        turns: Turns,
+        hidden: list[int],
+        opacity: float,
+        request: gr.Request,
+    ):
+        """Yield the outputs while the answer grows, then with its masks."""
+        with _errors_on_page():
+            self.check(path, question)
+            for turns in self.respond(request.session_hash, path, question.strip(), turns):
+                yield turns, hidden, _chat_messages(turns), *[gr.skip()] * (1 + len(FILES))
+            files = [gr.DownloadButton(value=file, interactive=True) for file in _write_files(path, turns)]
+            yield turns, hidden, _chat_messages(turns), self.draw(path, turns, hidden, opacity), *files
+
+    def segment(self, image: str, question: str) -> dict[str, Any]:
+        """Answer a question about an image: text, masks as pycocotools' compressed RLE, and their scores."""
+        with _errors_on_page():
+            self.check(image, question)
+            *_, (record,) = self.respond(None, image, question.strip(), [])
+        return {name: record[name] for name in ("text", "masks", "scores", "height", "width")}
+
+    def restart(self, path: str | None):
+        """Return the outputs of a new conversation."""
+        with _errors_on_page():
+            if path:
+                self.check(path)
+        return [], [], [], path and _display_image(path), *[gr.DownloadButton(interactive=False)] * len(FILES)
+
+    def draw(self, path: str | None, turns: Turns, hidden: list[int], opacity: float) -> PIL.Image.Image | None:
+        """Draw the masks that are not hidden."""
+        if not path:
+            return None
+        image = _display_image(path)
+        masks = _display_masks(turns, image)
+        masks[hidden] = False
+        return overlay_masks(image, masks, opacity)
+
+    def toggle(self, path: str, turns: Turns, hidden: list[int], opacity: float, click: gr.SelectData):
+        """Hide the uppermost mask at the clicked pixel, or show those that are hidden there."""
+        column, row = click.index
+        (clicked,) = _display_masks(turns, _display_image(path))[:, row, column].nonzero()
+        visible = [number for number in clicked.tolist() if number not in hidden]
+        hidden = [*hidden, visible[-1]] if visible else [number for number in hidden if number not in clicked]
+        return hidden, self.draw(path, turns, hidden, opacity)
+
+    # ---- the model --------------------------------------------------------------------------------------------------
+
+    def check(self, path: str | None, question: str = "?"):
+        """Raise what is wrong with an image or a question as a `ValueError` of a sentence."""
+        if not path:
+            raise ValueError("Choose an image first.")
+        if not question.strip():
+            raise ValueError("Type a question first.")
+        width, height = open_image(path).size
+        if width * height > self.max_megapixels * 1e6:
+            raise ValueError(
+                f"expected an image of at most {self.max_megapixels:g} megapixels, got one of "
+                f"{width * height / 1e6:.0f}. Make it smaller."
+            )
+
+    def _respond(self, session: str | None, path: str, question: str, turns: Turns) -> Iterator[Turns]:
+        conversation = self.conversation(session, path)
+        conversation.turns = [Turn(turn["question"], Answer(turn["text"], masks=None, scores=None)) for turn in turns]
+        text = ""
+        for piece in conversation.ask(question):
+            text += piece
+            yield [*turns, {"question": question, "text": text}]
+        yield [*turns, answer_record(Path(path).name, question, conversation.turns[-1].answer)]
+
+
+@contextmanager
+def _errors_on_page():
+    """Show errors of the user as a sentence on the page."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+# ---- what is on the page --------------------------------------------------------------------------------------------
+
+
+def _chat_messages(turns: Turns) -> list[dict[str, str]]:
+    """Return the messages of Gradio's chatbot, with the words before each `[SEG]` in the color of its mask."""
+    messages, number = [], 0
+    for turn in turns:
+        *segmented, rest = turn["text"].split(SEG_TOKEN)
+        content = ""
+        for text in segmented:
+            # The words after the last punctuation mark.
+            start = max((match.end() for match in re.finditer(r"[.,;:!?]\s", text)), default=0)
+            color = ", ".join(map(str, COLORS[number % len(COLORS)]))
+            words = html.escape(f"{text[start:]}{SEG_TOKEN}")
+            content += f'{html.escape(text[:start])}<b style="color: rgb({color})">{words}</b>'
+            number += 1
+        messages.append({"role": "user", "content": html.escape(turn["question"])})
+        messages.append({"role": "assistant", "content": content + html.escape(rest)})
+    return messages
+
+
+@lru_cache(maxsize=8)
+def _display_image(path: str) -> PIL.Image.Image:
+    image = load_image(path)
+    smallest, largest = DISPLAY_SIDES
+    scale = min(max(max(image.size), smallest), largest) / max(image.size)
+    return image.resize([max(round(side * scale), 1) for side in image.size])
+
+
+def _display_masks(turns: Turns, image: PIL.Image.Image) -> np.ndarray:
+    """Return the masks of all answers at the size of the picture on the page, `(M, H, W)` bool."""
+    masks = [
+        np.asarray(PIL.Image.fromarray(mask).resize(image.size, PIL.Image.Resampling.NEAREST))
+        for turn in turns
+        if "masks" in turn
+        for mask in record_masks(turn)
+    ]
+    return np.array(masks, dtype=bool).reshape(-1, image.height, image.width)
+
+
+def _write_files(path: str, turns: Turns) -> list[str]:
+    """Write the files of `FILES` beside the uploaded image, and return their paths."""
+    directory = Path(tempfile.mkdtemp(dir=Path(path).parent))
+    name = Path(path).stem
+    picture, rle, labelme = (directory / f"{name}{suffix}" for suffix in (".png", "_rle.json", ".json"))
+    answers = [turn for turn in turns if "masks" in turn]
+    overlay_masks(load_image(path), np.concatenate(list(map(record_masks, answers)))).save(picture)
+    rle.write_text(json.dumps(answers, ensure_ascii=False), "utf-8")
+    labelme.write_text(json.dumps(to_labelme(answers, Path(path).name), ensure_ascii=False), "utf-8")
+    return [str(picture), str(rle), str(labelme)]

@@ -1,0 +1,254 @@
+"""demo.py as people use it: in a browser, from Python, and with curl."""
+
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from fixtures.paths import ROOT
+from fixtures.recipes import run
+from fixtures.tiny_models import image, save_talkative
+
+from lisa_hf.evaluation.visualization import COLORS
+from lisa_hf.inference.annotation_files import record_masks
+
+
+pytest.importorskip("gradio")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+QUESTION = "What is the red circle?"
+NUM_TOKENS = 20
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory) -> Path:
+    return save_talkative(tmp_path_factory.mktemp("talkative"))
+
+
+@pytest.fixture(scope="module")
+def url(talkative, tmp_path_factory):
+    """The address of a demo of the model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("gradio")),
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, ROOT / "recipes" / "demo.py", talkative, "--max_new_tokens", str(NUM_TOKENS)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "Running on local URL" in line:
+            break
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("photos")
+    image(40, 60).save(directory / "first.png")
+    image(64, 32, seed=1).save(directory / "second.png")
+    PIL.Image.new("RGB", (10_000, 6_000)).save(directory / "large.png")
+    (directory / "notes.txt").write_text("no image")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def predicted(talkative, photos, tmp_path_factory) -> dict[str, dict]:
+    """What predict.py answers to the question about each photo."""
+    directory = tmp_path_factory.mktemp("predicted")
+    paths = [photos / "first.png", photos / "second.png"]
+    options = ("--max_new_tokens", NUM_TOKENS, "--output_dir", "out", "--format", "jsonl")
+    run("predict.py", talkative, "--image", *paths, "--question", QUESTION, *options, cwd=directory)
+    lines = (directory / "out" / "predictions.jsonl").read_text("utf-8").splitlines()
+    records = {record["image"]: record for record in map(json.loads, lines)}
+    assert len(records["first.png"]["masks"]) > 1
+    return records
+
+
+def test_python_and_curl_get_the_masks_of_predict(url, photos, predicted):
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
+    client = Client(url, verbose=False)
+    answer = client.predict(image=handle_file(photos / "first.png"), question=QUESTION, api_name="/segment")
+    expected = {name: predicted["first.png"][name] for name in ("text", "masks", "scores", "height", "width")}
+    assert answer == expected
+    for name, error in (
+        ("large.png", "at most 40 megapixels, got one of 60"),
+        ("notes.txt", "image that can be read"),
+    ):
+        with pytest.raises(AppError, match=error):
+            client.predict(image=handle_file(photos / name), question=QUESTION, api_name="/segment")
+    with pytest.raises(AppError, match="Type a question first"):
+        client.predict(image=handle_file(photos / "first.png"), question=" ", api_name="/segment")
+
+    def curl(*arguments) -> str:
+        return subprocess.run(["curl", "-sN", *arguments], capture_output=True, text=True, check=True).stdout
+
+    (path,) = json.loads(curl("-F", f"files=@{photos / 'first.png'}", f"{url}/gradio_api/upload"))
+    data = json.dumps({"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, QUESTION]})
+    event = json.loads(curl("-H", "Content-Type: application/json", "-d", data, f"{url}/gradio_api/call/segment"))[
+        "event_id"
+    ]
+    result = curl(f"{url}/gradio_api/call/segment/{event}")
+    assert json.loads(result.split("data: ")[-1])[0] == expected
+
+
+def test_two_users_at_once_get_their_own_masks(url, photos, predicted):
+    from gradio_client import Client, handle_file
+
+    def ask(name):
+        client = Client(url, verbose=False)
+        return client.predict(image=handle_file(photos / name), question=QUESTION, api_name="/segment")["masks"]
+
+    names = ["first.png", "second.png"] * 3
+    with ThreadPoolExecutor() as executor:
+        for name, masks in zip(names, executor.map(ask, names)):
+            assert masks == predicted[name]["masks"]
+
+
+def test_a_file_of_the_server_is_not_read(url):
+    data = json.dumps({"data": [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, QUESTION]})
+    command = ["curl", "-s", "-H", "Content-Type: application/json", "-d", data, f"{url}/gradio_api/call/segment"]
+    event = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)["event_id"]
+    command = ["curl", "-sN", f"{url}/gradio_api/call/segment/{event}"]
+    result = subprocess.run(command, capture_output=True, text=True).stdout
+    assert "event: error" in result and "image that can be read" not in result
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Visitor:
+    """A user and the page that they see."""
+
+    def __init__(self, browser, url: str, width: int = 1280):
+        self.page = browser.new_context(viewport={"width": width, "height": 900}).new_page()
+        self.page.goto(url)
+        self.answers = self.page.locator("[data-testid=bot]")
+
+    def upload(self, path: Path):
+        self.page.locator("input[type=file]").first.set_input_files(path)
+
+    def ask(self, question: str) -> list[str]:
+        """Ask, wait until the files can be downloaded, and return the texts that the growing answer had."""
+        number = self.answers.count()
+        self.page.evaluate(
+            """number => {
+                window.texts = [];
+                new MutationObserver(() => {
+                    const answer = document.querySelectorAll("[data-testid=bot]")[number];
+                    if (answer) window.texts.push(answer.innerText.trim());
+                }).observe(document.body, {subtree: true, childList: true, characterData: true});
+            }""",
+            number,
+        )
+        self.page.get_by_label("Question", exact=True).fill(question)
+        self.page.get_by_role("button", name="Ask").click()
+        self.answers.nth(number).wait_for()
+        self.page.wait_for_function(
+            "() => !document.querySelector('.overlay .wrap.generating, .overlay .wrap.pending')"
+        )
+        self.page.wait_for_timeout(1000)
+        return list(dict.fromkeys(self.page.evaluate("window.texts")))
+
+    def colors(self) -> list[str]:
+        """Return the colors of the words about masks, in order."""
+        return self.answers.locator("b").evaluate_all("words => words.map(word => getComputedStyle(word).color)")
+
+    def picture(self) -> np.ndarray:
+        """Return the picture with the masks, `(H, W, 3)` uint8."""
+        address = self.page.locator(".overlay img").get_attribute("src")
+        return np.asarray(PIL.Image.open(io.BytesIO(self.page.request.get(address).body())).convert("RGB"))
+
+
+def test_a_conversation_on_the_page(browser, url, photos, predicted):
+    visitor = Visitor(browser, url)
+    visitor.upload(photos / "first.png")
+    visitor.page.locator(".overlay img").wait_for()
+    plain = visitor.picture()
+    assert plain.shape == (427, 640, 3)
+
+    # The answer streams; each mask has the color of its words.
+    texts = visitor.ask(QUESTION)
+    expected = predicted["first.png"]
+    assert len(texts) > 2 and [len(text) for text in texts] == sorted(len(text) for text in texts)
+    num_masks = len(expected["masks"])
+    assert visitor.colors() == ["rgb({}, {}, {})".format(*color) for color in COLORS[:num_masks]]
+    drawn = visitor.picture()
+    masks = [np.asarray(PIL.Image.fromarray(mask).resize((640, 427), 0)) for mask in record_masks(expected)]
+    assert (drawn != plain).any(2)[np.any(masks, axis=0)].mean() > 0.99
+    assert (drawn == plain).all(2)[~np.any(masks, axis=0)].all()
+
+    # The files hold the masks of predict.py.
+    with visitor.page.expect_download() as download:
+        visitor.page.get_by_text("RLE JSON").click()
+    (record,) = json.loads(Path(download.value.path()).read_text("utf-8"))
+    assert {name: record[name] for name in ("masks", "scores", "text")} == {
+        name: expected[name] for name in ("masks", "scores", "text")
+    }
+
+    # A second question adds masks in further colors.
+    visitor.ask("What is it, and what is the circle?")
+    assert visitor.answers.count() == 2 and len(set(visitor.colors())) == len(visitor.colors()) > num_masks
+
+    # A click hides a mask.
+    shown = visitor.picture()
+    row, column = np.argwhere(masks[-1])[0]
+    frame = visitor.page.locator(".overlay img").bounding_box()
+    scale = min(frame["width"] / 640, frame["height"] / 427)
+    position = {
+        "x": (frame["width"] - 640 * scale) / 2 + (column + 0.5) * scale,
+        "y": (frame["height"] - 427 * scale) / 2 + (row + 0.5) * scale,
+    }
+    changes = []
+    while True not in changes or changes[-1]:  # masks lie over each other: each click hides one, the last shows all
+        visitor.page.locator(".overlay img").click(position=position)
+        visitor.page.wait_for_timeout(400)
+        changes.append(bool((visitor.picture() != shown).any()))
+        assert len(changes) < 30
+    assert changes[0]
+
+
+def test_a_phone_shows_all_in_its_width(browser, url, photos):
+    visitor = Visitor(browser, url, width=390)
+    visitor.upload(photos / "first.png")
+    visitor.ask(QUESTION)
+    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert visitor.page.locator(".overlay").bounding_box()["width"] > 300
+
+
+@pytest.mark.parametrize(
+    "name, sentence", [("large.png", "at most 40 megapixels, got one of 60"), ("notes.txt", "file type")]
+)
+def test_a_file_that_does_not_fit_is_answered_with_a_sentence(browser, url, photos, name, sentence):
+    visitor = Visitor(browser, url)
+    visitor.upload(photos / name)
+    visitor.page.get_by_text(sentence).first.wait_for()
+    assert "Traceback" not in visitor.page.inner_text("body")
