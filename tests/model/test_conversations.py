@@ -1,16 +1,26 @@
 """Conversations as text and labels: before an answer, training sees what generation sees, in any chat template."""
 
+import numpy as np
 import pytest
 import torch
 from fixtures.golden_model import GOLDEN
 from fixtures.published import PUBLISHED_VLMS, write_published_processor
-from fixtures.tiny_models import conversation, image, sam_image_processor, tiny_tokenizer
+from fixtures.tiny_models import (
+    ForceTokens,
+    conversation,
+    image,
+    llava_sam,
+    sam_image_processor,
+    tiny_tokenizer,
+)
 from fixtures.tiny_training import build_model
 from tokenizers import processors
 from transformers import AddedToken, AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
 from transformers.utils import chat_template_utils, is_torchvision_available
 
-from lisa_hf import LisaProcessor
+from lisa_hf import LisaDataCollator, LisaProcessor
+from lisa_hf.data.masks import Mask, encode_mask
+from lisa_hf.data.prompts import Question
 from lisa_hf.model.conversation_text import CUT_MARK, escape_tokens, token_pattern, user_message
 from lisa_hf.model.processing_lisa import add_tokens
 
@@ -70,14 +80,16 @@ def make_processor(template: str, line_breaks: bool = False, **kwargs) -> LisaPr
     return LisaProcessor(vlm_processor, sam_image_processor(), **kwargs)
 
 
-def published_processor(name: str, directory) -> LisaProcessor:
+@pytest.fixture(scope="module", params=PUBLISHED_VLMS)
+def published(request, tmp_path_factory) -> LisaProcessor:
     if not is_torchvision_available():
         pytest.skip("their video processors need torchvision")
-    if "SmolVLM2" in name:
+    if "SmolVLM2" in request.param:
         pytest.importorskip("num2words")
-    write_published_processor(name, directory / "vlm")
-    sam_image_processor().save_pretrained(directory / "sam")
-    return LisaProcessor.from_vlm_mask_model_pretrained(directory / "vlm", directory / "sam")
+    root = tmp_path_factory.mktemp("published")
+    write_published_processor(request.param, root / "vlm")
+    sam_image_processor().save_pretrained(root / "sam")
+    return LisaProcessor.from_vlm_mask_model_pretrained(root / "vlm", root / "sam")
 
 
 def turns(count: int) -> list[dict]:
@@ -98,15 +110,15 @@ def learned(processor: LisaProcessor, batch: dict) -> list[tuple[list[int], list
 
 
 def assert_training_sees_what_generation_sees(processor: LisaProcessor, messages: list[dict], between: str = ""):
-    picture = image(40, 60)
-    batch = processor.encode_conversations([picture], [messages])
+    picture = processor.preprocess_images([image(40, 60)])
+    batch = processor.encode_conversations(picture, [messages])
     runs = learned(processor, batch)
     answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(runs) == len(answers)
     end = processor.template.answer_end
     for (before, label), index in zip(runs, answers):
         prompt = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
-        assert before == processor([picture], prompt)["input_ids"][0].tolist()
+        assert before == processor(picture, prompt)["input_ids"][0].tolist()
         expected = between + messages[index]["content"][-1]["text"] + end
         assert "".join(processor.tokenizer.decode(label).split()) == "".join(expected.split())
         assert label[-1] == processor.template.answer_end_token_id
@@ -114,11 +126,29 @@ def assert_training_sees_what_generation_sees(processor: LisaProcessor, messages
     return batch
 
 
-@pytest.mark.parametrize("name", PUBLISHED_VLMS)
-def test_published_template(name, tmp_path):
-    processor = published_processor(name, tmp_path)
+def test_published_template(published):
     for count in (1, 3):
-        assert_training_sees_what_generation_sees(processor, turns(count))
+        assert_training_sees_what_generation_sees(published, turns(count))
+
+
+def test_special_tokens_of_a_published_vlm_are_letters(published):
+    assert_special_tokens_are_letters(published)
+
+
+def test_reasoning_in_a_published_template(published):
+    """Qwen3.5 can be taught to think; others refuse reasoning instead of dropping it."""
+    messages = with_reasoning(turns(2), "The circle is red.", "It is.")
+    published.thinking = True
+    try:
+        if "</think>" in published.chat_template:
+            batch = published.encode_conversations([image(40, 60)], [messages])
+            answers = [" ".join(published.tokenizer.decode(label).split()) for _, label in learned(published, batch)]
+            assert answers[1] == "It is. </think> It is red.<|im_end|>"
+        else:
+            with pytest.raises(ValueError, match="an answer's reasoning_content as it is"):
+                published.encode_conversations([image(40, 60)], [messages])
+    finally:
+        published.thinking = False
 
 
 @pytest.mark.parametrize("line_breaks", [False, True])
@@ -239,18 +269,6 @@ def test_reasoning_is_learned(line_breaks):
         assert "".join(processor.tokenizer.decode(label).split()) == "".join(expected.split())
 
 
-def test_reasoning_of_a_published_template_is_learned(tmp_path):
-    names = [name for name in PUBLISHED_VLMS if "Qwen3.5" in name]
-    if not names:
-        pytest.skip("no published files")
-    processor = published_processor(names[0], tmp_path)
-    processor.thinking = True
-    messages = with_reasoning(turns(2), "The circle is red.", "It is.")
-    runs = learned(processor, processor.encode_conversations([image(40, 60)], [messages]))
-    answers = [" ".join(processor.tokenizer.decode(label).split()) for _, label in runs]
-    assert answers[1] == "It is. </think> It is red.<|im_end|>"
-
-
 @pytest.mark.parametrize(
     "template, thinking, message",
     [
@@ -269,28 +287,23 @@ def test_reasoning_that_cannot_be_learned_is_refused(template, thinking, message
 
 def assert_special_tokens_are_letters(processor: LisaProcessor, between: str = "") -> None:
     """Questions and answers that hold every special token have no more of them than those that hold none."""
-    tokenizer, picture = processor.tokenizer, image(40, 60)
+    tokenizer, picture = processor.tokenizer, processor.preprocess_images([image(40, 60)])
     tokens = sorted(processor.template.special_tokens)
     assert {processor.image_token, *tokenizer.all_special_tokens} <= {*tokens, "!"}
     ids = torch.tensor(tokenizer.convert_tokens_to_ids([*tokens, "[SEG]"]))
     text = "".join(tokens) + " [SEG]" + " ".join(tokens)  # beside each other and apart
     answer = text.replace("[SEG]", "")
     plain, special = conversation("What?", "It is [SEG]."), conversation("What?" + text, f"It is [SEG]. {answer}")
-    batches = [processor.encode_conversations([picture], [messages]) for messages in (plain, special)]
+    batches = [processor.encode_conversations(picture, [messages]) for messages in (plain, special)]
     counts = [torch.isin(batch["input_ids"], ids).sum() for batch in batches]
     assert counts[0] == counts[1]
     assert (batches[1]["labels"] == processor.seg_token_id).sum() == 1
     (_, label), *others = learned(processor, batches[1])
     assert not others and "".join(answer.split()) in "".join(tokenizer.decode(label).split())
     prompts = [processor.apply_chat_template(m[:1], add_generation_prompt=True) for m in (plain, special)]
-    counts = [torch.isin(processor([picture], prompt)["input_ids"], ids).sum() for prompt in prompts]
+    counts = [torch.isin(processor(picture, prompt)["input_ids"], ids).sum() for prompt in prompts]
     assert counts[0] == counts[1]
     assert_training_sees_what_generation_sees(processor, conversation("What?" + text, "It is [SEG]."), between)
-
-
-@pytest.mark.parametrize("name", PUBLISHED_VLMS)
-def test_special_tokens_of_a_published_vlm_are_letters(name, tmp_path):
-    assert_special_tokens_are_letters(published_processor(name, tmp_path))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -335,3 +348,66 @@ def test_surrogates_in_questions_are_replaced():
     processor = make_processor(chatml())
     prompt = processor.apply_chat_template([user_message("What \ud83d?")], add_generation_prompt=True)
     assert "What \ufffd?" in prompt and len(processor([image(9, 9)], prompt)["input_ids"]) == 1
+
+
+# ---- masks of several turns -----------------------------------------------------------------------------------------
+
+
+def item_about(picture, *conversations: list[dict]) -> dict:
+    """An item whose masks have 1, 2, 3, ... pixels, in the order of the `[SEG]` of its conversations' turns."""
+    questions, area = [], 0
+    for messages in conversations:
+        num_masks = sum(m["content"][-1]["text"].count("[SEG]") for m in messages if m["role"] == "assistant")
+        arrays = np.zeros((num_masks, picture.height * picture.width), dtype=np.uint8)
+        for array in arrays:
+            area += 1
+            array[:area] = 1
+        masks = [Mask.from_rle(encode_mask(array.reshape(picture.height, picture.width))) for array in arrays]
+        questions.append(Question(messages, masks))
+    facts = {"image": picture, "original_size": [picture.height, picture.width], "cached_features": None}
+    return {**facts, "image_id": "a", "source": "b", "questions": questions, "ignore": None}
+
+
+@pytest.mark.parametrize("name, num_rows", [(None, 4), ("no end", 8)])
+def test_masks_of_several_turns(name, num_rows):
+    """Two images, each with a conversation of three turns and one of one; also where each turn is a row of its own."""
+    model, processor = llava_sam()
+    if name:
+        processor.chat_template = TEMPLATES[name][0]
+    second = conversation("The circle?", "[SEG], [SEG].", "Where?", "There is none.", "Sure?", "No, [SEG].")
+    items = [item_about(image(40, 60), turns(3), turns(1)), item_about(image(50, 30), second, turns(1))]
+    batch = LisaDataCollator(processor)(items)
+    assert batch["image_indices"].tolist() == [0] * (num_rows // 2) + [1] * (num_rows // 2)
+    spoken = [m["content"][0]["text"] for item in items for q in item["questions"] for m in q.messages[1::2]]
+    labels = [processor.tokenizer.decode(label) for _, label in learned(processor, batch)]
+    assert ["".join(text.split()) for text in labels] == ["".join(f"{text}</s>".split()) for text in spoken]
+    assert [masks.flatten(1).sum(1).tolist() for masks in batch["mask_labels"]] == [[1, 2, 3, 4], [1, 2, 3, 4]]
+
+    packed = LisaDataCollator(processor, packing=True)(items)
+    assert packed["image_indices"].tolist() == [0, 1] and packed["input_ids"].numel() < batch["input_ids"].numel()
+    outputs = [model(**{key: value for key, value in b.items() if key != "meta"}) for b in (batch, packed)]
+    for loss in ("ce_loss", "mask_bce_loss", "mask_dice_loss"):
+        torch.testing.assert_close(outputs[0][loss], outputs[1][loss], rtol=1e-5, atol=1e-5)
+    for masks, others in zip(outputs[0].pred_masks, outputs[1].pred_masks):
+        torch.testing.assert_close(masks, others, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [None, "no end"])
+def test_each_turns_masks_are_those_of_generation(name):
+    """The state that predicts a `[SEG]` in a later turn is the same in training and after that turn's prompt."""
+    model, processor = llava_sam()
+    if name:
+        processor.chat_template = TEMPLATES[name][0]
+    picture, messages = image(40, 60), turns(3)
+    batch = processor.encode_conversations([picture], [messages])
+    trained, runs = model(**batch).seg_embeddings, learned(processor, batch)
+    batches = []
+    for turn in (0, 2):  # those with a [SEG]
+        inputs = processor(
+            [picture], processor.apply_chat_template(messages[: 2 * turn + 1], add_generation_prompt=True)
+        )
+        answer = runs[turn][1]
+        script = ForceTokens(inputs["input_ids"].shape[1], [answer], never=[])
+        batches.append(model.generate(**inputs, logits_processor=[script], max_new_tokens=len(answer)))
+    generated = torch.cat([output.seg_embeddings for output in batches])
+    torch.testing.assert_close(trained, generated, rtol=0, atol=1e-4)
