@@ -23,7 +23,7 @@ from lisa_hf.training.callbacks import PredictionSheet, SelfCheck, StopOnSignal
 from lisa_hf.training.dry_run import dry_run
 from lisa_hf.training.memory_estimate import report_memory
 from lisa_hf.training.run_record import write_run_record
-from lisa_hf.training.trainable import prepare_for_training, trainable_summary
+from lisa_hf.training.trainable import allow_unused_weights, prepare_for_training, trainable_summary
 
 
 logger = logging.getLogger("train")
@@ -51,6 +51,7 @@ def main():
         model = prepare_for_training(build_model(model_args, config), **model_args.adaptation)
         if training_args.should_log:
             print(trainable_summary(model, training_args))
+        allow_unused_weights(model, processor, training_args)
         if train_dataset.feature_cache is not None:
             train_dataset.feature_cache.build(model, processor, train_rows, training_args)
 

@@ -239,8 +239,10 @@ class LisaTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = HfArg(default="giou", help="Metric that selects the best model.")
     # The items of a mixture are random draws already.
     train_sampling_strategy: str = HfArg(default="sequential", help="Order in which items are drawn.")
-    # Every process uses all weights that train in every step, even without a mask.
-    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Keep False: no parameter is ever unused.")
+    # Every process uses all weights that train in every step, even without a mask, but for those of some VLMs.
+    ddp_find_unused_parameters: bool | None = HfArg(
+        default=False, help="Keep False: train.py sets it where some images leave weights unused."
+    )
     hub_private_repo: bool | None = HfArg(default=True, help="Whether a new repository of push_to_hub is private.")
     part_learning_rates: dict = HfArg(
         default_factory=dict,

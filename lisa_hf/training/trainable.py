@@ -1,16 +1,21 @@
 """What trains: LoRA in the language model, parts in full, their learning rates, and the table of all parts."""
 
+import logging
 import re
 
+import PIL.Image
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..model.mask_backbone import UNTRAINED_DECODER_MODULES
 from ..model.modeling_lisa import LisaForConditionalGeneration
-from ..model.vlm_backbone import vision_tower
+from ..model.processing_lisa import LisaProcessor
+from ..model.vlm_backbone import image_encoder, map_token_fields, vision_inputs_of, vision_tower
 from .arguments import TRAINABLE_PARTS, LisaTrainingArguments
 
+
+logger = logging.getLogger(__name__)
 
 REST = "never trained"  # the mask model's prompt encoder, and what a VLM has for other things than images
 # How the names of such modules begin: towers and embeddings of audio and video, and models that make images.
@@ -167,6 +172,60 @@ def _untrained_vision_modules(model: LisaForConditionalGeneration) -> list[nn.Mo
     # Even the last layer's states are those before CLIP's and SigLIP's last norm, but behind InternVL's.
     names = ("post_layernorm", "layernorm") if unused_layers else ("post_layernorm",)
     return untrained + unused_layers + [children[name] for name in names if name in children]
+
+
+def allow_unused_weights(
+    model: LisaForConditionalGeneration | PeftModel, processor: LisaProcessor, args: LisaTrainingArguments
+) -> None:
+    """Make DDP look for weights without a gradient in each step, if the VLM has such weights and they train."""
+    if args.world_size == 1 or args.shards_weights:
+        return
+    if names := find_unused_weights(model.to(args.device), processor):
+        args.ddp_find_unused_parameters = True
+        if args.should_log:
+            logger.warning(
+                "%d weights of the VLM's image side, such as %s, get no gradient from some images. Each step looks "
+                "for them (ddp_find_unused_parameters).",
+                len(names),
+                names[0],
+            )
+
+
+def find_unused_weights(model: LisaForConditionalGeneration | PeftModel, processor: LisaProcessor) -> list[str]:
+    """Name the weights of the VLM's image side that train and get no gradient from a small image or from a photo.
+
+    DDP stops at such a weight unless it looks for them. Some are never used (HunyuanVL's `image_sep`), some only by
+    images of another size (DeepSeek-OCR 2).
+
+    Args:
+        model: From [`prepare_for_training`].
+        processor: Its processor.
+    """
+    parts = parameter_parts(model)
+    weights = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and {"vision_tower", "multi_modal_projector"}.intersection(parts[name])
+    }
+    was_training = model.training
+    model.eval()  # without dropout, which would draw random numbers
+    unused = set()
+    for size in ((64, 64), (1024, 768)) if weights else ():
+        image_inputs = processor.preprocess_images(PIL.Image.new("RGB", size, "red"))
+        inputs = {
+            name: value.to(model.device, model.vlm.dtype if value.is_floating_point() else None)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in vision_inputs_of(model.vlm, image_inputs.inputs).items()
+        }
+        output = image_encoder(model.vlm).get_image_features(**inputs, return_dict=True)
+        features = []
+        map_token_fields(output, lambda value: features.extend(value if isinstance(value, (list, tuple)) else [value]))
+        total = sum(feature.float().sum() for feature in features)
+        gradients = torch.autograd.grad(total, weights.values(), allow_unused=True)
+        unused.update(name for name, gradient in zip(weights, gradients) if gradient is None)
+    model.train(was_training)
+    return [name for name in weights if name in unused]
 
 
 def merge_lora(model: LisaForConditionalGeneration | PeftModel) -> LisaForConditionalGeneration:

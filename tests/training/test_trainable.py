@@ -1,16 +1,27 @@
 """What trains, merging LoRA, and adapters on disk."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fixtures.tiny_models import SIDE, llava_config, make_model, qwen2_5_vl_sam, sam_config, text_config, vision_config
 from fixtures.tiny_training import Items, build_model, collate, copy_state
+from fixtures.vlm_processors import vlm_sam_with_processor
 from peft import PeftModel
 from transformers import AutoConfig, AutoModel
+from transformers.utils import is_torchvision_available
 
 from lisa_hf import LisaConfig, LisaForConditionalGeneration
 from lisa_hf.evaluation.predict import cut_prompts
 from lisa_hf.training.arguments import TRAINABLE_PARTS, LisaTrainingArguments
-from lisa_hf.training.trainable import find_parts, merge_lora, prepare_for_training, trainable_summary
+from lisa_hf.training.trainable import (
+    allow_unused_weights,
+    find_parts,
+    find_unused_weights,
+    merge_lora,
+    prepare_for_training,
+    trainable_summary,
+)
 
 
 PARTS = ["seg_projector", "mask_decoder", "embeddings", "multi_modal_projector"]
@@ -283,6 +294,29 @@ def test_parts_of_vlms(model_type):
         else:
             with pytest.raises(ValueError, match=f"trainable: expected parts of .*, got {part}. Remove what it"):
                 prepare_for_training(model, [part], lora_r=0)
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="HunyuanVL's processor needs it")
+def test_weights_that_some_images_leave_unused_are_named(caplog):
+    """DDP stops at a weight without a gradient, unless it looks for them in each step."""
+    model, processor = vlm_sam_with_processor("hunyuan_vl")
+    model = prepare_for_training(model, ["vision_tower"], lora_r=4)
+    (name,) = find_unused_weights(model, processor)
+    assert name.endswith("patch_merger.image_sep")
+    args = SimpleNamespace(world_size=2, shards_weights=False, should_log=True, device="cpu")
+    args.ddp_find_unused_parameters = False
+    allow_unused_weights(model, processor, args)
+    assert args.ddp_find_unused_parameters and "1 weights" in caplog.text and name in caplog.text
+
+    # Let images use it: those that are no squares, then all.
+    merger = model.vlm.model.vision_tower.patch_merger
+    for uses in (lambda height, width: height != width, lambda height, width: True):
+        handle = merger.register_forward_hook(
+            lambda _, args, size, output, uses=uses: output + merger.image_sep if uses(*size["size"]) else output,
+            with_kwargs=True,
+        )
+        assert find_unused_weights(model, processor) == ([] if uses(1, 1) else [name])
+        handle.remove()
 
 
 def test_a_projector_inside_the_vision_tower_trains_with_it():
