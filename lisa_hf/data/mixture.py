@@ -40,6 +40,9 @@ MAX_DRAWS = 100
 # Largest share of bad rows in a source, and the number of its rows to draw before judging it.
 MAX_BAD_SHARE = 0.01
 MIN_DRAWS = 100
+# A small source may have this many bad rows, up to this share, as in `data_scripts.source`.
+FEW_BAD_ROWS = 3
+MAX_FEW_SHARE = 0.2
 
 NO_ROWS = "Source {!r}: expected at least one row, got none. Check its data directory and split, or leave it out."
 
@@ -88,8 +91,8 @@ class Mixture:
     Raises:
         ValueError: If the arguments contradict each other. When items are made: at the first bad row with
             `on_bad_row="raise"`, if `MAX_DRAWS` rows in succession could not be used, or if more than 1% of a source
-            is bad. Each loader worker judges a source by the rows that it has drawn itself, after `MIN_DRAWS` rows and
-            with an allowance of three standard deviations.
+            and more than three rows are bad, or more than a fifth. Each loader worker judges a source by the rows that
+            it has drawn itself, after `MIN_DRAWS` rows and with an allowance of three standard deviations.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class Mixture:
         self.on_bad_row = on_bad_row
         self.min_decoded_edge = min_decoded_edge
         self.num_drawn, self.num_bad = [0] * len(sources), [0] * len(sources)
+        self.bad_rows: list[set[str]] = [set() for _ in sources]  # the first ones
         self.feature_cache = feature_cache
 
     def draw_source(self, rng: np.random.Generator) -> int:
@@ -150,7 +154,7 @@ class Mixture:
                     raise error from bad_row
                 logger.warning("Skipped: %s", error)
                 num_skipped += 1
-                self._count_bad(source, error)
+                self._count_bad(source, describe_row(row), error)
                 continue
             if questions:
                 return {**item, "source": self.names[source]}
@@ -159,16 +163,19 @@ class Mixture:
             f"{MAX_DRAWS - num_skipped} without a target. Check its data directory. The last bad row: {error}"
         ) from error
 
-    def _count_bad(self, source: int, error: ValueError):
+    def _count_bad(self, source: int, row: str, error: ValueError):
         self.num_bad[source] += 1
+        if len(self.bad_rows[source]) <= FEW_BAD_ROWS:
+            self.bad_rows[source].add(row)
+        is_few = len(self.bad_rows[source]) <= FEW_BAD_ROWS
         num_drawn, num_bad = self.num_drawn[source], self.num_bad[source]
-        expected = MAX_BAD_SHARE * num_drawn
+        expected = max(MAX_BAD_SHARE, MAX_FEW_SHARE * is_few) * num_drawn
         # Without an allowance, chance would sooner or later stop a source that is just good enough.
         if num_drawn >= MIN_DRAWS and num_bad > expected + 3 * expected**0.5:
             raise ValueError(
-                f"Source {self.names[source]!r}: expected at most {MAX_BAD_SHARE:.0%} of bad rows, got {num_bad} of "
-                f"{num_drawn} drawn rows. Restore its files, remove their annotations, or leave the source out. The "
-                f"last bad row: {error}"
+                f"Source {self.names[source]!r}: expected at most {MAX_BAD_SHARE:.0%} of bad rows, or "
+                f"{FEW_BAD_ROWS}, got {num_bad} of {num_drawn} drawn rows. Restore its files, remove their "
+                f"annotations, or leave the source out. The last bad row: {error}"
             ) from error
 
 

@@ -1,6 +1,9 @@
 """Pictures of masks: an overlay on one image, and contact sheets of predictions and of datasets."""
 
+import functools
+import logging
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +18,8 @@ from ..model.images import load_image
 from ..model.losses import MASK_IGNORE_INDEX
 
 
+logger = logging.getLogger(__name__)
+
 COLORS = np.array(
     [(230, 25, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (60, 180, 75), (240, 50, 230)]
     + [(0, 128, 128), (170, 110, 40), (210, 190, 0), (128, 0, 0), (0, 0, 128), (110, 110, 0)]
@@ -22,6 +27,15 @@ COLORS = np.array(
 IGNORE_COLOR = np.array((128, 128, 128))
 GAP = 12  # pixels between the cells of a sheet
 HEADER = 24  # pixels above the cells of a contact sheet
+FONT_SIZE = 14
+# Fonts of Linux, Windows and macOS, for what Pillow's own lacks: accents, Cyrillic, Greek; Chinese, Japanese, Korean;
+# Arabic, Hebrew, Thai. Pillow looks for these names where the system keeps its fonts.
+FONTS = (
+    *("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "arial.ttf", "Arial Unicode.ttf"),
+    *("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-zenhei.ttc", "wqy-microhei.ttc"),
+    *("DroidSansFallbackFull.ttf", "msyh.ttc", "YuGothM.ttc", "malgun.ttf", "PingFang.ttc", "AppleSDGothicNeo.ttc"),
+    *("NotoSansArabic-Regular.ttf", "NotoSansHebrew-Regular.ttf", "NotoSansThai-Regular.ttf", "tahoma.ttf"),
+)
 
 
 @dataclass
@@ -73,7 +87,7 @@ def overlay_masks(image: PIL.Image.Image, masks: np.ndarray, opacity: float = 0.
 def contact_sheet(predictions: list[Prediction], columns: int = 2, side: int = 220) -> PIL.Image.Image:
     """Draw a grid of cells: image, prediction and truth side by side, question and answer below them."""
     sheet = _grid([_draw_prediction(prediction, side) for prediction in predictions], columns, top=HEADER)
-    draw, font = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(size=14)
+    draw, font = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(size=FONT_SIZE)
     for column in range(columns):
         for position, title in enumerate(("image", "predicted", "true")):
             x = GAP + column * (3 * side + 20 + GAP) + position * (side + 10)
@@ -85,7 +99,7 @@ def _draw_prediction(prediction: Prediction, side: int) -> PIL.Image.Image:
     """Draw one cell of a contact sheet."""
     lines = [prediction.title] if prediction.title else []
     for text in (f"Q: {prediction.question}", f"A: {prediction.answer}"):
-        lines += textwrap.wrap(text, 92)[:2]  # as many characters and lines as there is room for
+        lines += _wrap(text, 92)[:2]  # as many characters and lines as there is room for
     cell = PIL.Image.new("RGB", (3 * side + 20, side + 20 * len(lines) + 12), "white")
     pictures = (
         prediction.image,
@@ -94,8 +108,9 @@ def _draw_prediction(prediction: Prediction, side: int) -> PIL.Image.Image:
     )
     for position, picture in enumerate(pictures):
         cell.paste(_fit(picture, side), (position * (side + 10), 0))
-    font = PIL.ImageFont.load_default(size=14)
-    PIL.ImageDraw.Draw(cell).multiline_text((0, side + 6), "\n".join(lines), fill="black", font=font, spacing=3)
+    draw = PIL.ImageDraw.Draw(cell)
+    for index, line in enumerate(lines):
+        draw.text((0, side + 6 + 20 * index), line, fill="black", font=find_font(line))
     return cell
 
 
@@ -133,18 +148,16 @@ def _draw_row(row: dict, side: int) -> PIL.Image.Image:
         lines.append(("black", row["explanation"]))
     lines += [("black", f"{message['role']}: {message['content']}") for message in row["messages"][:4]]
     texts = [
-        (color, part)
-        for color, line in lines
-        for part in textwrap.wrap(line, side // 4, max_lines=3, placeholder=" ...")
+        (color, part) for color, line in lines for part in _wrap(line, side // 4, max_lines=3, placeholder=" ...")
     ]
     # 3. The cell.
     height = max([picture.height for picture in pictures], default=0)
     cell = PIL.Image.new("RGB", (2 * side + 10, height + 18 * len(texts) + 6), "white")
     for position, picture in enumerate(pictures):
         cell.paste(picture, (position * (side + 10), 0))
-    draw, font = PIL.ImageDraw.Draw(cell), PIL.ImageFont.load_default(size=14)
+    draw = PIL.ImageDraw.Draw(cell)
     for index, (color, text) in enumerate(texts):
-        draw.text((0, height + 4 + 18 * index), text, fill=color, font=font)
+        draw.text((0, height + 4 + 18 * index), text, fill=color, font=find_font(text))
     return cell
 
 
@@ -170,6 +183,54 @@ def _masks_by_phrases(row: dict, image: PIL.Image.Image) -> tuple[list[str], np.
 
 
 # ---- shared ---------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1000)
+def find_font(text: str) -> PIL.ImageFont.FreeTypeFont:
+    """Find a font that has all characters of a text, or most of them: Pillow's own, or one of the system's."""
+    best, least = None, None
+    for font in _fonts():
+        missing = {character for character in text if not _has_glyph(font, character)}
+        if least is None or len(missing) < len(least):
+            best, least = font, missing
+        if not missing:
+            return font
+    _warn_of_missing_glyphs(unicodedata.name(min(least), "another").split()[0])
+    return best
+
+
+@functools.cache
+def _warn_of_missing_glyphs(script: str):
+    """Warn once per writing system."""
+    logger.warning(
+        "No font of this system has the characters of the script %s, so sheets show boxes for them. Install one, such "
+        "as fonts-noto-cjk or fonts-noto-core.",
+        script,
+    )
+
+
+@functools.cache
+def _fonts() -> list[PIL.ImageFont.FreeTypeFont]:
+    fonts = [PIL.ImageFont.load_default(size=FONT_SIZE)]
+    for name in FONTS:
+        try:
+            fonts.append(PIL.ImageFont.truetype(name, FONT_SIZE))
+        except OSError:  # not on this system
+            continue
+    return fonts
+
+
+def _has_glyph(font: PIL.ImageFont.FreeTypeFont, character: str) -> bool:
+    if character.isspace():
+        return True
+    # A font draws what it lacks as it draws what no font has.
+    return bytes(font.getmask(character)) != bytes(font.getmask("\U0010ffff"))
+
+
+def _wrap(text: str, width: int, **options) -> list[str]:
+    """Wrap a text to lines of a width in Latin characters. Chinese, Japanese and Korean ones are twice as wide."""
+    is_wide = any(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return textwrap.wrap(text, width // 2 if is_wide else width, **options)
 
 
 def _fit(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:

@@ -257,7 +257,7 @@ def partly_broken(num_bad, num_rows, tmp_path):
     return dataset(*[segmentation_row("classes", index, path) for index, path in enumerate(paths)])
 
 
-@pytest.mark.parametrize("num_bad", [2, 10, 40])
+@pytest.mark.parametrize("num_bad", [4, 10, 40])
 def test_more_than_one_percent_of_bad_rows_raises(sources, num_bad, tmp_path):
     broken = {**sources, "classes": partly_broken(num_bad, 100, tmp_path)}
     data = MixtureDataset(broken, length=3000, seed=1, on_bad_row="skip")
@@ -270,6 +270,19 @@ def test_more_than_one_percent_of_bad_rows_raises(sources, num_bad, tmp_path):
     others = MixtureDataset(broken, length=300, weights={"classes": 0, "reasons": 1, "talk": 1})
     assert sum(item["num_skipped"] for item in others) == 0
     assert len(list(MixtureDataset(broken, length=50, on_bad_row="skip"))) == 50
+
+
+@pytest.mark.parametrize(
+    ("num_bad", "num_rows", "fits"), [(1, 10, True), (3, 20, True), (4, 20, False), (2, 4, False)]
+)
+def test_a_small_source_may_have_a_few_bad_rows(tmp_path, num_bad, num_rows, fits):
+    data = MixtureDataset({"classes": partly_broken(num_bad, num_rows, tmp_path)}, length=2000, on_bad_row="skip")
+    if fits:
+        assert sum(item["num_skipped"] for item in data) > 100
+    else:
+        with pytest.raises(ValueError, match="expected at most 1% of bad rows, or 3, got"):
+            for index in range(len(data)):
+                data[index]
 
 
 def test_a_few_bad_rows_never_raise(tmp_path):
