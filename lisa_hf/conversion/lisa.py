@@ -78,6 +78,7 @@ def convert_lisa(
         vlm_processor=llava_processor(config.vlm_config, tokenizer, image_processor, template),
         mask_image_processor=sam_image_processor(config.mask_config.vision_config.image_size),
     )
+    config.answer_end_token_id = processor.template.answer_end_token_id
     check_against_vlm(_small_model(config), processor)
     return ConvertedModel(
         model=model,

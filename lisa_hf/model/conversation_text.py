@@ -9,18 +9,19 @@ import datetime
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
+import jinja2
+import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .losses import IGNORE_INDEX
 
 
-# Private-use characters, which no text needs. One stands for an answer, to see what a template writes around it.
-ANSWER_MARK = "\U0010f000"
-# At the other, a text is cut before it is tokenized, so that a user's `[SEG]` becomes the tokens of its letters.
-CUT_MARK = "\U0010f001"
+# Private-use characters, which no text needs. Two stand for an answer and a thought, to see what a template writes
+# around them. At the third, a text is cut before it is tokenized, so that a user's `[SEG]` becomes letters.
+ANSWER_MARK, THOUGHT_MARK, CUT_MARK = "\U0010f000", "\U0010f001", "\U0010f002"
 IMAGE_PLACEHOLDER = "<image>"
 # What chat templates call the variable that says whether the model may think before it answers.
 THINKING_VARIABLES = ("enable_thinking", "thinking")
@@ -114,7 +115,7 @@ class ChatTemplate:
         date_call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
         self.jinja = re.sub(date_call, lambda call: repr(TODAY.strftime(call[2])), jinja)
         self.thinking = thinking
-        self.variables = {name: thinking for name in THINKING_VARIABLES if re.search(rf"\b{name}\b", jinja)}
+        self.variables = {name: thinking for name in THINKING_VARIABLES if name in _find_variables(jinja)}
         # Tokens that are more than their letters: special ones, and others that the template writes (`<think>`). But
         # Gemma has tokens for white space.
         added = tokenizer.added_tokens_decoder.values()
@@ -144,13 +145,19 @@ class ChatTemplate:
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """Return the text of messages that are prepared."""
-        (text,), _ = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.jinja,
-            add_generation_prompt=add_generation_prompt,
-            **self.tokenizer.special_tokens_map,
-            **self.variables,
-        )
+        try:
+            (text,), _ = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.jinja,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokenizer.special_tokens_map,
+                **self.variables,
+            )
+        except (jinja2.TemplateError, TypeError) as error:  # a template of texts alone adds a list to a string
+            raise ValueError(
+                f"expected a chat template that takes messages with parts of content (text, image), got the error "
+                f"'{error}'. Pass another `chat_template`."
+            ) from error
         return text
 
     @cached_property
@@ -234,6 +241,42 @@ class ChatTemplate:
     def answer_end_token_id(self) -> int:
         """The id of the token that ends an answer, where generation must stop."""
         return self.tokenizer(self.answer_end, add_special_tokens=False)["input_ids"][-1]
+
+    @cached_property
+    def _thought_end(self) -> str:
+        """The last word before the content of an answer that has a thought, or that the model must write; else ""."""
+        before, _ = self._text_around_answer(
+            [user_message("?"), {"role": "assistant", "reasoning_content": THOUGHT_MARK}]
+        )
+        start = (
+            before.rpartition(THOUGHT_MARK)[2] if THOUGHT_MARK in before else before.removeprefix(self.example_prompt)
+        )
+        return start.split()[-1] if start.split() and start != before else ""
+
+    def read_answer(self, ids: list[int]) -> tuple[str, str]:
+        """Return the thought and the text of a generated answer, without special tokens."""
+        end = self._thought_end
+        token = self.tokenizer.convert_tokens_to_ids(end) if end else None
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        if token in ids:  # it may be one that decoding skips
+            thought, text = decode(ids[: ids.index(token)]), decode(ids[ids.index(token) + 1 :])
+        else:
+            thought, text = "", decode(ids)
+            if end and end in text:
+                thought, _, text = text.partition(end)
+        return thought.strip(), text.strip()
+
+
+def _find_variables(template: str) -> set[str]:
+    """Return the names of the variables that a template reads."""
+    template = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)  # a tag of transformers
+    try:
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"expected a chat template in Jinja, got '{error}' in line {error.lineno}. Mend it."
+        ) from error
+    return jinja2.meta.find_undeclared_variables(parsed)
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------

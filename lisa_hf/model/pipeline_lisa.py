@@ -25,11 +25,13 @@ class Answer:
         text: Answer of the language model.
         masks: Masks at the size of the upright image, `(M, H, W)` bool.
         scores: The mask decoder's own estimate of each mask's IoU, `(M,)` float. LISA does not train it.
+        reasoning: What the model thought before it answered; empty unless it may think, see [`LisaProcessor`].
     """
 
     text: str
     masks: torch.Tensor
     scores: torch.Tensor
+    reasoning: str = ""
 
 
 def answer_prompts(
@@ -81,13 +83,12 @@ def read_answers(processor, inputs: dict, output, mask_threshold: float = 0.0) -
         inputs["image_indices"],
         mask_threshold,
     )
-    texts = processor.tokenizer.batch_decode(
-        output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    return [
-        Answer(text.strip(), row_masks.cpu(), output.iou_scores[output.seg_row_indices == row].float().cpu())
-        for row, (text, row_masks) in enumerate(zip(texts, masks))
-    ]
+    answers = []
+    for row, ids in enumerate(output.sequences[:, inputs["input_ids"].shape[1] :].tolist()):
+        reasoning, text = processor.template.read_answer(ids)
+        scores = output.iou_scores[output.seg_row_indices == row].float().cpu()
+        answers.append(Answer(text, masks[row].cpu(), scores, reasoning))
+    return answers
 
 
 class ReasoningSegmentationPipeline(Pipeline):
@@ -95,7 +96,7 @@ class ReasoningSegmentationPipeline(Pipeline):
 
     A call takes an image (path, URL, PIL image, ..., see [`load_image`]) or a list of images, and a `question`. It
     also takes dicts of `image` and `question`: one, or a list, generator or dataset, answered `batch_size` at a time.
-    It returns a dict of `text`, `masks` and `scores` per question, see [`Answer`].
+    It returns a dict of `text`, `masks`, `scores` and `reasoning` per question, see [`Answer`].
 
     Args:
         max_new_tokens: Length of the longest answer in tokens.

@@ -269,6 +269,43 @@ def test_reasoning_is_learned(line_breaks):
         assert "".join(processor.tokenizer.decode(label).split()) == "".join(expected.split())
 
 
+@pytest.mark.parametrize("name", ["plain", "thought in the last turn", "prompt opens a thought", "no end"])
+@pytest.mark.parametrize("is_special", [False, True])
+def test_what_the_model_thinks_is_not_its_answer(name, is_special):
+    processor = make_processor(TEMPLATES[name][0])
+    if is_special:
+        processor.tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    label = learned(processor, processor.encode_conversations([image(9, 9)], [turns(1)]))[0][1]
+    assert processor.template.read_answer(label)[1] == processor.tokenizer.decode(
+        processor.tokenizer(ANSWERS[0])["input_ids"]
+    )
+
+
+def test_thought_and_answer_are_told_apart():
+    processor = make_processor(THINKING_TEMPLATE, thinking=True)
+    batch = processor.encode_conversations([image(9, 9)], [with_reasoning(turns(1), "The circle is red.")])
+    ((_, label),) = learned(processor, batch)
+    thought, answer = processor.template.read_answer(label)
+    assert thought == "The circle is red." and answer.startswith("Sure, it is")
+
+
+def test_templates_that_cannot_be_used_are_named():
+    with pytest.raises(ValueError, match="expected a chat template in Jinja, got .* in line 2. Mend it"):
+        make_processor("{{ bos_token }}\n{% for %}").template
+    processor = make_processor("{% for message in messages %}{{ 'USER: ' + message.content }}{% endfor %}")
+    with pytest.raises(ValueError, match="takes messages with parts .*concatenate str.*Pass another"):
+        processor.encode_conversations([image(9, 9)], [turns(1)])
+    with pytest.raises(ValueError, match="got the error 'No!'. Pass another"):
+        make_processor("{{ raise_exception('No!') }}").encode_conversations([image(9, 9)], [turns(1)])
+
+
+def test_only_variables_of_a_template_are_set():
+    """Gemma 4's template has the word in a comment; a message may have it as a field."""
+    processor = make_processor("{# thinking #}" + chatml(answer_start="{{ message.thinking or '' }}"))
+    assert processor.template.variables == {}
+    assert make_processor("{{ thinking }}" + TEMPLATES["tagged"][0]).template.variables == {"thinking": False}
+
+
 @pytest.mark.parametrize(
     "template, thinking, message",
     [
