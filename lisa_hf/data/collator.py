@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import BatchFeature
 
+from ..model.conversation_text import ConversationError
 from ..model.packing import pack_rows
-from ..model.processing_lisa import ImageInputs, LisaProcessor, TextTooLongError
+from ..model.processing_lisa import ImageInputs, LisaProcessor
 from .feature_cache import join_entries
 from .masks import compact_mask_labels, draw_mask_labels
 from .prompts import Question
@@ -45,8 +46,9 @@ class LisaDataCollator:
         processor: Processor of the model.
         max_length: Length of the longest row in tokens, image tokens included. Longer rows lose their end, but never a
             `[SEG]`.
-        on_bad_row: What to do with a question whose `[SEG]` lies behind `max_length`, see [`~rows.OnBadRow`]. An image
-            without questions left is dropped too. A batch never becomes empty: its last question raises.
+        on_bad_row: What to do with a question whose `[SEG]` lies behind `max_length`, or that the chat template cannot
+            write, see [`~rows.OnBadRow`]. An image without questions left is dropped too. A batch never becomes empty:
+            its last question raises.
         packing: Whether the questions about an image share one row, see [`pack_rows`] and [`resolve_packing`].
         compact: Whether pixels stay uint8 and masks run-length encoded. Loader workers then do less and pass on a
             fraction of the bytes; [`expand_batch`], which [`LisaTrainer`] calls on its device, does the rest.
@@ -68,18 +70,16 @@ class LisaDataCollator:
         self.compact = compact
 
     def __call__(self, items: list[dict]) -> BatchFeature:
-        # 1. Texts and images, without the questions that are too long.
+        # 1. Texts and images, without the questions that cannot be learned.
         num_skipped = sum(item.get("num_skipped", 0) for item in items)
         questions = [item["questions"] for item in items]
         image_inputs = self._preprocess_images(items)
         try:
             batch = self._encode_questions(image_inputs, questions)
-        except TextTooLongError:
-            if self.on_bad_row == "raise":
-                raise
-            # Keep the questions that fit, and the images that have one
+        except ConversationError:
+            # Keep the questions that can be learned, and the images that have one
             questions = [
-                [question for question in item["questions"] if self._fits(question, image_inputs, index, item)]
+                [question for question in item["questions"] if self._can_learn(question, image_inputs, index, item)]
                 for index, item in enumerate(items)
             ]
             num_skipped += sum(len(item["questions"]) - len(kept) for item, kept in zip(items, questions))
@@ -127,12 +127,15 @@ class LisaDataCollator:
             max_length=self.max_length,
         )
 
-    def _fits(self, question: Question, image_inputs: ImageInputs, index: int, item: dict) -> bool:
-        """Return whether a question about the image of this index fits into `max_length`; log it if it does not."""
+    def _can_learn(self, question: Question, image_inputs: ImageInputs, index: int, item: dict) -> bool:
+        """Return whether a question about the image of this index can be trained on; if not, log it or raise."""
         try:
             self.processor.encode_conversations(image_inputs, [question.messages], [index], self.max_length)
-        except TextTooLongError as error:
-            logger.warning("Skipped a question about %s of %s: %s", item["image_id"], item["source"], error)
+        except ConversationError as error:
+            where = f"a question about {item['image_id']} of {item['source']}"
+            if self.on_bad_row == "raise":
+                raise type(error)(f"{where}: {error}") from error
+            logger.warning("Skipped %s: %s", where, error)
             return False
         return True
 

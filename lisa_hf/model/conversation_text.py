@@ -29,6 +29,10 @@ THINKING_VARIABLES = ("enable_thinking", "thinking")
 TODAY = datetime.date(2025, 1, 1)
 
 
+class ConversationError(ValueError):
+    """Raised for a conversation that cannot be trained on, though others can."""
+
+
 def user_message(text: str) -> dict:
     """Return the chat message that asks about an image."""
     return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": leave_out_placeholder(text)}]}
@@ -172,7 +176,8 @@ class ChatTemplate:
         that show a thought in the last turn only, an answer has a row of its own.
 
         Raises:
-            ValueError: If the template does not write an answer, or its reasoning, as it is.
+            ConversationError: If the template does not write an answer, or its reasoning, as it is.
+            ValueError: If the template takes no such messages, or leaves out all answers.
         """
         messages = self.prepare(messages)
         rows = []
@@ -199,16 +204,16 @@ class ChatTemplate:
         return prompt, answer + self.answer_end
 
     def _check_answer(self, answer: str, message: dict) -> None:
-        """Raise a `ValueError` unless the text of an answer holds what its message says."""
+        """Raise a [`ConversationError`] unless the text of an answer holds what its message says."""
         reasoning = message.get("reasoning_content") or ""
         if reasoning and not self.thinking:
-            raise ValueError(
+            raise ConversationError(
                 f"expected answers without reasoning_content while thinking is off, got {reasoning[:60]!r}. Set "
                 "`thinking: on` to learn it, or leave it out."
             )
         for name, text in (("content", message["content"][0]["text"]), ("reasoning_content", reasoning)):
             if text.strip() not in answer:
-                raise ValueError(
+                raise ConversationError(
                     f"expected a chat template that writes an answer's {name} as it is, got {answer!r} for {text!r}. "
                     "Change the text, or pass another `chat_template`."
                 )

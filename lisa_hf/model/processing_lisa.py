@@ -8,7 +8,7 @@ import PIL.Image
 import torch
 from transformers import AddedToken, AutoProcessor, BatchFeature, LlamaTokenizer, ProcessorMixin
 
-from .conversation_text import ChatTemplate, Row, tokenize
+from .conversation_text import ChatTemplate, ConversationError, Row, tokenize
 from .image_processor_backends import (
     image_processor_class,
     image_processor_type,
@@ -34,7 +34,7 @@ SEG_TOKEN = "[SEG]"
 IMAGE_TOKENS = ("<im_start>", "<im_end>")  # around the image in LISA's templates
 
 
-class TextTooLongError(ValueError):
+class TextTooLongError(ConversationError):
     """Raised if a conversation is longer than `max_length` and cutting it would cut off a `[SEG]` or the image."""
 
 
@@ -330,7 +330,8 @@ class LisaProcessor(ProcessorMixin):
 
         Raises:
             TextTooLongError: If cutting at `max_length` would cut off a `[SEG]` of an answer or the image.
-            ValueError: If images and texts do not match, or the chat template does not write an answer as it is.
+            ConversationError: If the chat template does not write an answer, or its reasoning, as it is.
+            ValueError: If images and texts do not match, or the chat template takes no such messages.
         """
         image_inputs = images if isinstance(images, ImageInputs) else self.preprocess_images(images)
         image_indices = range(len(conversations)) if image_indices is None else image_indices

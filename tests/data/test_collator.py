@@ -100,7 +100,10 @@ def test_compact_batch_expands_to_the_plain_one(name):
 
 def test_text_too_long_for_its_seg_stops(processor, max_length):
     items = [make_item(0, [1]), with_long_question(make_item(1, [1, 1]), 1)]
-    with pytest.raises(TextTooLongError, match=rf"max_length={max_length} tokens.*lose a \[SEG\].*Raise max_length"):
+    with pytest.raises(
+        TextTooLongError,
+        match=rf"image_1 of drawn: .*max_length={max_length} tokens.*lose a \[SEG\].*Raise max_length",
+    ):
         LisaDataCollator(processor, max_length)(items)
     LisaDataCollator(processor, max_length + 200)(items)
 
@@ -130,6 +133,16 @@ def test_text_too_long_for_its_seg_is_skipped_and_counted(processor, max_length,
 
     with pytest.raises(TextTooLongError):
         collator([items[2]])
+
+
+def test_reasoning_while_thinking_is_off_is_refused_or_skipped(processor, caplog):
+    items = [make_item(0, [1]), make_item(1, [1, 1])]
+    items[1]["questions"][0].messages[1]["reasoning_content"] = "It is round."
+    with pytest.raises(ValueError, match="image_1 of drawn: .*thinking is off, got 'It is round.'"):
+        LisaDataCollator(processor)(items)
+    batch = LisaDataCollator(processor, on_bad_row="skip")(items)
+    assert batch["meta"].num_skipped == 1 and batch["image_indices"].tolist() == [0, 1]
+    assert "Skipped a question about image_1 of drawn: expected answers without reasoning_content" in caplog.text
 
 
 def test_text_without_a_seg_at_its_end_is_cut(processor, max_length):
