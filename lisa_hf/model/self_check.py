@@ -2,9 +2,10 @@
 
 import PIL.Image
 import torch
-from torch import nn
+import torch.nn.functional as F
 
 from .conversation_text import user_message
+from .losses import IGNORE_INDEX
 from .modeling_lisa import LisaForConditionalGeneration
 from .processing_lisa import SEG_TOKEN, LisaProcessor
 from .vlm_backbone import record_states
@@ -12,6 +13,7 @@ from .vlm_text_layout import is_vision_input
 
 
 QUESTION, ANSWER = "What is in this image?", f"It is {SEG_TOKEN}, and there is more of it."
+NUM_LOGITS = 16  # positions whose logits are computed, each as large as the vocabulary
 # Largest relative differences of equal computations: in float32, and in fewer bits or with quantized weights.
 TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
 
@@ -21,13 +23,14 @@ def check_against_vlm(model: LisaForConditionalGeneration, processor: LisaProces
     """Compare LISA with its VLM alone on one image with a question and an answer, in three forward passes.
 
     1. Token ids, type ids and vision inputs: what training makes of the row, cut before the answer, with what the
-       VLM's own processor makes of the question. Ids are equal, floats to `TOLERANCE`.
-    2. States and logits of this question: [`LisaForConditionalGeneration.forward`] with the VLM's own forward on its
-       own processor's output.
-    3. States before the last token of the answer: they do not change with it, as in generation.
+       VLM's own processor makes of the question. Ids are equal, floats to the tolerance below.
+    2. States before the last token of the answer: they do not change with it, as in generation.
+    3. States and loss of the question: [`LisaForConditionalGeneration.forward`] with the VLM's own forward on its own
+       processor's output. The loss of the least likely tokens tells whether logits are the VLM's own.
 
-    Both sides of 2 and 3 are computed on tensors of the same shapes, so that rounding is the same too. Each position
-    may differ by `TOLERANCE` of its norm if weights and computation are float32, else by `HALF_TOLERANCE`.
+    Both sides of 2 and 3 are computed on tensors of the same shapes, so that rounding is the same too. The state of
+    each position may differ by `TOLERANCE` of its norm, and the loss as much, if the computation is in float32, else
+    by `HALF_TOLERANCE`: bfloat16, float16, autocast, and weights in 8 and 4 bits, which compute in these.
 
     Weights, modes and random numbers stay as they are. With sharded weights, all processes must call this.
 
@@ -58,53 +61,67 @@ def check_against_vlm(model: LisaForConditionalGeneration, processor: LisaProces
 def _find_difference(model: LisaForConditionalGeneration, processor: LisaProcessor) -> str | None:
     """Return what differs, and by how much, or None."""
     # 1. Inputs
+    vlm, device = model.vlm, model.vlm.device
     messages = [user_message(QUESTION), {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
-    batch = _training_inputs(processor, messages, model.vlm)
-    own = _own_inputs(processor, messages[0], model.vlm)
+    batch = _training_inputs(processor, messages, device)
+    own = _own_inputs(processor, messages[0], device)
     length = own["input_ids"].shape[1]
-    question = {name: value if is_vision_input(name) else value[:, :length] for name, value in batch.items()}
-    if difference := _input_difference(question, own):
+    if difference := _input_difference(_cut_rows(batch, length), own):
         return difference
+    batch = {
+        name: value.to(vlm.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
 
-    # 2. States and logits of the question. FSDP needs the whole model's forward before that of a module in it.
-    output = model(**question, output_masks=False)
-    with record_states(model.vlm) as states:
-        logits = model.vlm(**own, use_cache=False).logits
-    tolerance = _tolerance(states[0])
-    if (suppressed := model.config.suppress_tokens) is not None:  # in LISA alone
-        logits[..., suppressed] = output.logits[..., suppressed]
-    for name, found, expected in (("states", output.last_hidden_state, states[0]), ("logits", output.logits, logits)):
-        if not (difference := _relative_difference(found, expected)) <= tolerance:
-            return f"{name} of the same question that differ by {difference:.2g} of their norm"
-
-    # 3. Two rows about the image that differ in the last token of the answer
+    # 2. Two rows about the image that differ in the last token of the answer. FSDP needs this first: the whole model's
+    # forward before that of a module in it.
     pair = {name: value if is_vision_input(name) else torch.cat([value, value]) for name, value in batch.items()}
-    pair["image_indices"] = torch.zeros(2, dtype=torch.long, device=model.vlm.device)
+    pair["image_indices"] = torch.zeros(2, dtype=torch.long, device=device)
     pair["input_ids"][1, -1] = batch["input_ids"][0, length]
     states = model(**pair, output_masks=False).last_hidden_state[:, :-1]  # [2, L - 1, hidden_size]
+    tolerance = _tolerance(states)
     if not (difference := _relative_difference(*states)) <= tolerance:
         return f"states that change by {difference:.2g} of their norm with a later token of the answer"
+
+    # 3. States of the question, and the loss of its last positions. The VLM gets the pixels of training, which differ
+    # from its processor's by rounding, because bfloat16 would make it visible.
+    question = _cut_rows(batch, length)
+    is_read = torch.zeros_like(own["input_ids"], dtype=torch.bool)
+    is_read[:, -NUM_LOGITS:] = True
+    with record_states(vlm, kept=is_read) as states:
+        logits = vlm(**{name: question[name] for name in own}, use_cache=False).logits[0].float()  # [T, V]
+    if model.config.suppress_tokens:  # in LISA alone
+        logits[:, model.config.suppress_tokens] = torch.finfo(logits.dtype).min
+    # Some VLMs forbid tokens by the lowest of all numbers.
+    least_likely = logits.where(logits > -1e30, torch.inf).argmin(dim=1)  # [T]
+    question["shift_labels"] = torch.full_like(question["input_ids"], IGNORE_INDEX).masked_scatter(
+        is_read, least_likely
+    )
+    output = model(**question, output_masks=False)
+    if not (difference := _relative_difference(output.last_hidden_state, states[0])) <= tolerance:
+        return f"states of the same question that differ by {difference:.2g} of their norm"
+    loss, expected = output.ce_loss.item(), model.config.ce_loss_weight * F.cross_entropy(logits, least_likely).item()
+    if not abs(loss - expected) <= tolerance * expected:
+        return f"logits of the same question whose loss is {loss:.5g} instead of {expected:.5g}"
     return None
 
 
-def _training_inputs(processor: LisaProcessor, messages: list[dict], vlm: nn.Module) -> dict[str, torch.Tensor]:
+def _training_inputs(processor: LisaProcessor, messages: list[dict], device: torch.device) -> dict:
     """Return the row of a conversation as training makes it: uint8 pixels, which are normalized on the device."""
     image_inputs = processor.preprocess_images(_test_image(), do_normalize=False)
-    batch = processor.encode_conversations(image_inputs, [messages])
-    del batch["labels"]
-    batch = {name: value.to(vlm.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    batch = _to_device(processor.encode_conversations(image_inputs, [messages]), device)
     processor.normalize_pixels(batch)
-    return {name: _cast(value, vlm) for name, value in batch.items()}
+    return batch
 
 
-def _own_inputs(processor: LisaProcessor, question: dict, vlm: nn.Module) -> dict[str, torch.Tensor]:
+def _own_inputs(processor: LisaProcessor, question: dict, device: torch.device) -> dict:
     """Return what the VLM's own processor makes of a question, called as transformers' `apply_chat_template` does."""
     prompt = processor.apply_chat_template([question], add_generation_prompt=True)
     bos = processor.tokenizer.bos_token
     kwargs = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
     own = processor.vlm_processor(images=[_test_image()], text=[prompt], return_tensors="pt", **kwargs)
     own.pop("labels", None)  # PaliGemma's
-    return {name: _cast(value, vlm) for name, value in own.items()}
+    return _to_device(own, device)
 
 
 def _test_image() -> PIL.Image.Image:
@@ -113,10 +130,15 @@ def _test_image() -> PIL.Image.Image:
     return PIL.Image.merge("RGB", [PIL.Image.linear_gradient("L"), horizontal, radial]).resize((1024, 768))
 
 
-def _cast(value, vlm: nn.Module):
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(vlm.device, vlm.dtype if value.is_floating_point() else None)
+def _to_device(inputs: dict, device: torch.device) -> dict:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def _cut_rows(batch: dict, length: int) -> dict:
+    """Return a batch without labels whose rows are cut to their first `length` tokens."""
+    cut = {name: value if is_vision_input(name) else value[:, :length] for name, value in batch.items()}
+    del cut["labels"]
+    return cut
 
 
 def _input_difference(found: dict, expected: dict) -> str | None:
@@ -143,6 +165,5 @@ def _tolerance(states: torch.Tensor) -> float:
 
 def _relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference of a position, relative to its norm; nan if one is not finite."""
-    # Some VLMs forbid tokens by the lowest of all logits, whose square is infinite.
-    found, expected = found.float().clamp(min=-1e6), expected.float().clamp(min=-1e6)
+    found, expected = found.float(), expected.float()
     return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()

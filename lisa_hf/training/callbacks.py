@@ -222,7 +222,7 @@ class SelfCheck(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         start = time.perf_counter()
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        with self.trainer.compute_loss_context_manager():
+        with self.trainer.accelerator.autocast():
             check_against_vlm(model, self.trainer.processing_class)
         logger.info(
             "Self-check: the VLM computes within LISA what it does alone (%.1f s).", time.perf_counter() - start

@@ -90,9 +90,9 @@ def test_logits_without_the_vlms_own_cap(monkeypatch):
     model, processor = vlm_sam_with_processor("paligemma")
     run_vlm = LisaForConditionalGeneration._run_vlm
 
-    def bare_logits(self, *args, **kwargs):
-        states, _ = run_vlm(self, *args, **kwargs)
-        return states, self.get_output_embeddings()(states)
+    def bare_logits(self, *args, kept, **kwargs):
+        states, _ = run_vlm(self, *args, kept=kept, **kwargs)
+        return states, self.get_output_embeddings()(states if kept is None else states[kept])
 
     monkeypatch.setattr(LisaForConditionalGeneration, "_run_vlm", bare_logits)
     assert_stopped(model, processor, "logits of the same question")
@@ -108,7 +108,8 @@ def test_states_from_before_a_scale(monkeypatch):
     def record_last_hidden_state(vlm, kept=None):
         states = []
         handle = vlm.base_model.register_forward_hook(lambda *args: states.append(args[-1].last_hidden_state))
-        yield states
+        with vlm_backbone.record_states(vlm, kept):
+            yield states
         handle.remove()
 
     monkeypatch.setattr(modeling_lisa, "record_states", record_last_hidden_state)

@@ -46,13 +46,14 @@ class ItemsOfThreeSources(Items):
             item["source"] = SOURCES[index % 5 % 3]
 
 
-def test_self_check_changes_nothing_or_stops_before_the_first_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("arguments", [{}, {"bf16": True}], ids=["float32", "autocast"])
+def test_self_check_changes_nothing_or_stops_before_the_first_step(arguments, tmp_path, monkeypatch):
     weights = []
     for checks in (False, True):
         model, processor = build_model()
         torch.manual_seed(0)
         model = prepare_for_training(model, LISA_PARTS, lora_r=4, lora_dropout=0.5)
-        trainer = make_trainer(model, processor, tmp_path, Items(), max_steps=2)
+        trainer = make_trainer(model, processor, tmp_path, Items(), max_steps=2, **arguments)
         if checks:
             trainer.add_callback(SelfCheck(trainer))
         trainer.train()
