@@ -140,12 +140,22 @@ class ChatTemplate:
         if isinstance(parts, str):  # which some templates leave out
             parts = [{"type": "text", "text": parts}]
         parts = [part | {"text": escape_tokens(part["text"], pattern)} if "text" in part else part for part in parts]
+        text = "".join(part.get("text", "") for part in parts)
         if is_answer:  # of which some templates write the first part only
-            parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
-        message = {**message, "content": parts}
+            parts = [{"type": "text", "text": text}]
+        takes_string = message["role"] == "system" and self._takes_system_string
+        message = {**message, "content": text if takes_string else parts}
         if message.get("reasoning_content"):
             message["reasoning_content"] = escape_tokens(message["reasoning_content"], self.in_others)
         return message
+
+    @cached_property
+    def _takes_system_string(self) -> bool:
+        """Whether the template writes a string as system message. Then it may write parts as Python does (Gemma 4)."""
+        try:
+            return ANSWER_MARK in self.render([{"role": "system", "content": ANSWER_MARK}, user_message("?")])
+        except ValueError:
+            return False
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """Return the text of messages that are prepared."""

@@ -135,6 +135,14 @@ def test_special_tokens_of_a_published_vlm_are_letters(published):
     assert_special_tokens_are_letters(published)
 
 
+def test_system_message_of_a_published_template(published):
+    """Some templates leave strings out, some write a list as Python does; a user may pass either."""
+    question, text = user_message("What?"), 'You see "circles".'
+    for content in (text, [{"type": "text", "text": text}]):
+        prompt = published.apply_chat_template([{"role": "system", "content": content}, question])
+        assert prompt.count(text) == 1 and "'type'" not in prompt
+
+
 def test_reasoning_in_a_published_template(published):
     """Qwen3.5 can be taught to think; others refuse reasoning instead of dropping it."""
     messages = with_reasoning(turns(2), "The circle is red.", "It is.")
