@@ -252,7 +252,9 @@ def _initialize_model(model_args: ModelArguments, config: LisaConfig) -> LisaFor
 
 
 def _build_empty_model(model_args: ModelArguments, config: LisaConfig) -> LisaForConditionalGeneration:
-    dtype = model_args.dtype or config.vlm_config.dtype or config.dtype or torch.float32
+    # Qwen3-VL's configuration has a dtype for its language model alone.
+    saved = (config.vlm_config.dtype, config.get_text_config().dtype, config.dtype)
+    dtype = next((dtype for dtype in (model_args.dtype, *saved) if dtype), torch.float32)
     with init_empty_weights():
         model = LisaForConditionalGeneration(copy.deepcopy(config))  # a model writes into its config
     model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)

@@ -215,6 +215,26 @@ def test_a_vocabulary_projection_of_its_own(is_tied, tmp_path):
         assert torch.equal(embeddings[:128], vlm.get_input_embeddings().weight)
 
 
+def test_a_grown_vocabulary_of_gemma4(tmp_path):
+    """Its embeddings are tied, and each layer has more of them; all 262144 of the published ones are taken."""
+    text = {"hidden_size_per_layer_input": 8, "vocab_size": 128, "vocab_size_per_layer_input": 128, "head_dim": 16}
+    text = text_config(model_type="gemma4_text", global_head_dim=16, num_kv_shared_layers=0, **text)
+    vision = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "head_dim": 16, "patch_size": 4}
+    config = AutoConfig.for_model("gemma4", text_config=text, vision_config=vision, audio_config=None)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "vlm")
+    llava_sam()[0].mask_model.save_pretrained(tmp_path / "sam")
+    model = LisaForConditionalGeneration.from_vlm_mask_model_pretrained(
+        str(tmp_path / "vlm"), str(tmp_path / "sam"), seg_token_id=128
+    )
+    model.resize_token_embeddings(129)
+    model.save_pretrained(tmp_path / "lisa")
+    for found in (model, LisaForConditionalGeneration.from_pretrained(tmp_path / "lisa")):
+        language_model = found.vlm.model.language_model
+        assert found.get_output_embeddings().weight is language_model.embed_tokens.weight
+        assert len(language_model.embed_tokens.weight) == len(language_model.embed_tokens_per_layer.weight) == 129
+        assert found.config.get_text_config().vocab_size == 129
+
+
 @pytest.mark.parametrize(
     "vlm_config, reason",
     [

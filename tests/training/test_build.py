@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from fixtures.tiny_models import llava_config
+from fixtures.tiny_models import llava_config, qwen3_vl_sam
 from fixtures.tiny_training import (
     IMAGE_SIZE,
     LISA_PARTS,
@@ -20,6 +20,7 @@ from fixtures.tiny_training import (
 from PIL import Image
 from transformers import (
     AddedToken,
+    AutoConfig,
     AutoTokenizer,
     CLIPImageProcessorPil,
     LlavaConfig,
@@ -104,6 +105,21 @@ def test_a_vlm_ties_its_embeddings_as_its_language_model_does(tied, tmp_path):
     for given in ({}, {"tie_word_embeddings": not tied}):
         (tmp_path / "config.json").write_text(json.dumps(values | given))
         assert build._load_vlm_config(str(tmp_path)).tie_word_embeddings == given.get("tie_word_embeddings", tied)
+
+
+def test_the_estimate_has_the_dtype_that_will_be_loaded(tmp_path):
+    """Qwen3-VL's configuration has a dtype for its language model alone."""
+    model = qwen3_vl_sam().to(torch.bfloat16)
+    model.vlm.save_pretrained(tmp_path / "vlm")
+    model.mask_model.save_pretrained(tmp_path / "sam")
+    config = json.loads((tmp_path / "vlm" / "config.json").read_text())
+    config["text_config"]["dtype"] = config.pop("dtype")
+    (tmp_path / "vlm" / "config.json").write_text(json.dumps(config))
+    model.config.vlm_config = AutoConfig.from_pretrained(tmp_path / "vlm")
+    model_args = ModelArguments(vlm=str(tmp_path / "vlm"), mask_model=str(tmp_path / "sam"))
+    for empty in (False, True):
+        found = build.build_model(model_args, model.config, empty=empty)
+        assert {weight.dtype for weight in found.parameters()} == {torch.bfloat16}
 
 
 def test_options_of_the_image_processor_are_replaced_and_saved(halves, tmp_path):
