@@ -61,7 +61,7 @@ def token_pattern(tokens: Iterable[str]) -> re.Pattern:
 
 def escape_tokens(text: str, pattern: re.Pattern) -> str:
     """Mark where to cut a text so that none of the tokens of a [`token_pattern`] is found in it, see [`tokenize`]."""
-    text = replace_surrogates(text)
+    text = replace_surrogates(text).replace(ANSWER_MARK, "")
     cuts = [match.start() + 1 for match in pattern.finditer(text)]
     return CUT_MARK.join(text[start:end] for start, end in zip([0, *cuts], [*cuts, None]))
 
@@ -250,6 +250,11 @@ class ChatTemplate:
         """What ends an answer: the template's text up to its first special token, or the tokenizer's end token."""
         text = self.after_answer
         ends = [text.find(token) + len(token) for token in self.special_tokens if token in text]
+        if not ends and self.tokenizer.eos_token is None:
+            raise ValueError(
+                "expected a token that ends answers, got none: the chat template writes no special token after them, "
+                "and the tokenizer has no `eos_token`. Pass another `chat_template`."
+            )
         return text[: min(ends)] if ends else self.tokenizer.eos_token
 
     @cached_property
@@ -271,7 +276,7 @@ class ChatTemplate:
     def read_answer(self, ids: list[int]) -> tuple[str, str]:
         """Return the thought and the text of a generated answer, without special tokens."""
         end = self._thought_end
-        token = self.tokenizer.convert_tokens_to_ids(end) if end else None
+        token = self.tokenizer.added_tokens_encoder.get(end)
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         if token in ids:  # it may be one that decoding skips
             thought, text = decode(ids[: ids.index(token)]), decode(ids[ids.index(token) + 1 :])

@@ -21,7 +21,7 @@ from transformers.utils import chat_template_utils, is_torchvision_available
 from lisa_hf import LisaDataCollator, LisaProcessor
 from lisa_hf.data.masks import Mask, encode_mask
 from lisa_hf.data.prompts import Question
-from lisa_hf.model.conversation_text import CUT_MARK, escape_tokens, token_pattern, user_message
+from lisa_hf.model.conversation_text import ANSWER_MARK, CUT_MARK, escape_tokens, token_pattern, user_message
 from lisa_hf.model.processing_lisa import add_tokens
 
 
@@ -303,6 +303,10 @@ def test_templates_that_cannot_be_used_are_named():
     processor = make_processor("{% for message in messages %}{{ 'USER: ' + message.content }}{% endfor %}")
     with pytest.raises(ValueError, match="takes messages with parts .*concatenate str.*Pass another"):
         processor.encode_conversations([image(9, 9)], [turns(1)])
+    processor = make_processor(TEMPLATES["no end"][0])
+    processor.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="a token that ends answers, got none.*Pass another"):
+        processor.encode_conversations([image(9, 9)], [turns(1)])
     with pytest.raises(ValueError, match="got the error 'No!'. Pass another"):
         make_processor("{{ raise_exception('No!') }}").encode_conversations([image(9, 9)], [turns(1)])
 
@@ -387,6 +391,15 @@ def test_overlapping_tokens_are_escaped():
     pattern = token_pattern(["<a>", "><b", "!"])
     assert escape_tokens("x<a><b>!", pattern).replace(CUT_MARK, "|") == "x<|a>|<b>!"
     assert escape_tokens("nothing", token_pattern([])) == "nothing"
+
+
+def test_marks_in_questions_are_left_out():
+    """A text that has them must not look like the template's."""
+    processor = make_processor(TEMPLATES["thought in the prompt only"][0])
+    messages = conversation(f"What{ANSWER_MARK} is{CUT_MARK} it?", f"It{CUT_MARK} is{ANSWER_MARK} red.")
+    ((before, label),) = learned(processor, processor.encode_conversations([image(9, 9)], [messages]))
+    assert "What is it?" in processor.tokenizer.decode(before)
+    assert processor.tokenizer.decode(label) == "It is red.<|im_end|>"
 
 
 def test_surrogates_in_questions_are_replaced():
