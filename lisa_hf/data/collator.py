@@ -92,7 +92,7 @@ class LisaDataCollator:
             batch = self._encode_questions(image_inputs, questions)
         # 2. Questions about an image in one row.
         if self.packing:
-            tokenizer, image_token_id = self.processor.tokenizer, self.processor.vlm_processor.image_token_id
+            tokenizer, image_token_id = self.processor.tokenizer, self.processor.image_token_id
             batch = BatchFeature(pack_rows(batch, image_token_id, tokenizer.pad_token_id))
         # 3. Masks, in the order of the `[SEG]` tokens.
         runs = [_compact_mask_labels(item, kept) for item, kept in zip(items, questions)]

@@ -370,8 +370,19 @@ class LisaProcessor(ProcessorMixin):
         )
 
     @property
+    def image_token_id(self) -> int:
+        """Id of the token that a row has for each feature of its image; Janus' processor knows its text alone."""
+        token_id = getattr(self.vlm_processor, "image_token_id", None)
+        return self.tokenizer.convert_tokens_to_ids(self.vlm_processor.image_token) if token_id is None else token_id
+
+    @property
+    def image_token_ids(self) -> list[int]:
+        """Ids of all tokens that the VLM's processor writes for an image."""
+        return sorted({self.image_token_id, *self.vlm_processor.image_token_ids} - {None})
+
+    @property
     def _image_tokens(self) -> tuple[str, ...]:
-        return self.image_token, *self.tokenizer.convert_ids_to_tokens(sorted(self.vlm_processor.image_token_ids))
+        return self.image_token, *self.tokenizer.convert_ids_to_tokens(self.image_token_ids)
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """Return the text of conversations, like `ProcessorMixin.apply_chat_template`, as training sees it.
@@ -453,7 +464,7 @@ class LisaProcessor(ProcessorMixin):
             raise ValueError(
                 'expected padding_side="right" for a `max_length`, which cuts the end of rows, got "left".'
             )
-        image_token_ids = set(self.vlm_processor.image_token_ids)
+        image_token_ids = set(self.image_token_ids)
         for row, (ids, labels) in enumerate(zip(text_inputs["input_ids"], text_inputs["labels"])):
             if self.seg_token_id in labels[max_length:] or image_token_ids.intersection(ids[max_length:]):
                 raise TextTooLongError(

@@ -67,7 +67,7 @@ def show_row(batch: BatchFeature, processor: LisaProcessor) -> str:
         batch: A batch of the collator.
         processor: The model's processor.
     """
-    tokenizer, image_token_id = processor.tokenizer, processor.vlm_processor.image_token_id
+    tokenizer, image_token_id = processor.tokenizer, processor.image_token_id
     seen = batch["attention_mask"][0].bool()
     ids = batch["input_ids"][0][seen].tolist()
     is_answer = (batch["labels"][0][seen] != IGNORE_INDEX).tolist()
