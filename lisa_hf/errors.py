@@ -20,9 +20,13 @@ def report_user_errors():
 
     These are `ValueError`, `OSError` and `SafetensorError`, and two that torch and transformers raise as
     `RuntimeError`: a dead loader worker, and a tracker that is not installed. The stack trace goes to the debug log.
+    Ctrl-C is one line and code 130.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        tqdm.write(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)  # as shells say it
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
             error = OSError(

@@ -20,6 +20,7 @@ from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, parse_arguments
 from lisa_hf.training.build import build_config_and_processor, build_datasets, build_model
 from lisa_hf.training.callbacks import PredictionSheet, SelfCheck, StopOnSignal
+from lisa_hf.training.checkpointing import claim_output_dir
 from lisa_hf.training.dry_run import dry_run
 from lisa_hf.training.memory_estimate import report_memory
 from lisa_hf.training.run_record import write_run_record
@@ -38,7 +39,7 @@ def main():
     for name in ("data_scripts", *(f"lisa_hf.{module}" for module in modules)):
         logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
 
-    with report_user_errors():
+    with report_user_errors(), claim_output_dir(training_args):
         # 2. Data: images with the questions that are asked about them
         train_rows, eval_rows = load_rows(data_args, training_args)
         train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)

@@ -19,7 +19,7 @@ ALLOWED = {
     "from_scratch": {"data", "model"},
     "evaluation": {"data", "model"},
     "inference": {"evaluation", "data", "model"},
-    "training": {"evaluation", "from_scratch", "chat_templates", "data", "model"},
+    "training": {"conversion", "evaluation", "from_scratch", "chat_templates", "data", "model"},
     "export": {"training", "evaluation", "conversion", "data", "model"},
     "__init__": {"training", "data", "model"},
 }

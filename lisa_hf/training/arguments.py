@@ -261,6 +261,10 @@ class LisaTrainingArguments(TrainingArguments):
     )
     eval_generate: bool = HfArg(default=False, help="Evaluate generated answers as well as teacher-forced ones.")
     generation_max_new_tokens: int = HfArg(default=64, help="Maximum tokens of a generated answer.")
+    overwrite_output_dir: bool = HfArg(
+        default=False,
+        help="Begin anew in an output_dir with an earlier run: remove its checkpoints, replace its model.",
+    )
     dry_run: bool = HfArg(default=False, help="Check some of the data, make one step and one checkpoint, and report.")
 
     def __post_init__(self):
@@ -268,6 +272,7 @@ class LisaTrainingArguments(TrainingArguments):
             self.max_steps = self.logging_steps = self.save_steps = 1
             self.save_strategy, self.eval_strategy, self.load_best_model_at_end = "steps", "no", False
             self.report_to, self.resume_from_checkpoint, self.max_nonfinite_steps = "none", None, 0
+            self.overwrite_output_dir = True
             self.output_dir = str(Path(self.output_dir or ".", "dry_run"))  # leaves output_dir as it is
         super().__post_init__()
         self._check_engine()

@@ -5,6 +5,7 @@ stop on a signal.
 import importlib
 import logging
 import math
+import os
 import resource
 import shutil
 import signal
@@ -30,7 +31,7 @@ from .trainable import parameter_parts
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class SkipNonFiniteSteps:
@@ -275,22 +276,32 @@ class PredictionSheet(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Stops the training on SIGTERM or SIGUSR1, with which schedulers announce the end, and saves a checkpoint.
+    """Stops the training on Ctrl-C, and on SIGTERM or SIGUSR1, with which schedulers announce the end, and saves.
 
-    The running step is finished first. transformers' `enable_jit_checkpoint` does not do this: its processes do not
-    agree on the step to save at, which hangs; it knows SIGTERM alone; and it saves within a step, after dropout has
-    been drawn.
+    The running step is finished first; a second Ctrl-C ends the process at once. transformers' `enable_jit_checkpoint`
+    does not do this: its processes do not agree on the step to save at, which hangs; it knows SIGTERM alone; and it
+    saves within a step, after dropout has been drawn.
     """
 
     def __init__(self):
         self.received: signal.Signals | None = None  # by any process
         self._handlers = {}
+        self._process = os.getpid()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.received = None
         self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
 
     def _receive(self, number, frame):
+        if os.getpid() != self._process:  # a loader worker, which inherits the handlers: the main process decides
+            return
+        if number == signal.SIGINT:
+            is_second = self.received == signal.SIGINT
+            line = "quitting at once." if is_second else "saving after this step. Press it again to quit at once."
+            os.write(sys.stderr.fileno(), f"\nCtrl-C: {line}\n".encode())  # printing is not safe in a handler
+            if is_second:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(self._process, signal.SIGINT)
         self.received = signal.Signals(number)
 
     def on_step_end(self, args, state, control, **kwargs):

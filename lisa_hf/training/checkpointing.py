@@ -16,19 +16,60 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from ..files import atomic_file
+from .arguments import LisaTrainingArguments
 
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+LOCK = "_training.lock"  # Trainer uploads no file whose name begins with an underscore
 # Text of torch.save's errors: it reports a full disk as a RuntimeError, whose text depends on where it was noticed.
 TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
+
+
+@contextmanager
+def claim_output_dir(args: LisaTrainingArguments) -> Iterator[None]:
+    """Keep other runs out of the output directory, and this run from what an earlier one has left there.
+
+    The lock is the kernel's, so it ends with the process, however that ends.
+
+    Raises:
+        ValueError: If another run uses the directory, or a new run would train over an earlier one.
+    """
+    if args.process_index != 0:
+        yield
+        return
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(output_dir / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"output_dir: expected a directory that no other run uses, got {output_dir}, in which one is training. "
+            "Wait for it, or name another directory."
+        ) from error
+    with lock:
+        checkpoints = sort_checkpoints(str(output_dir))
+        found = [Path(path).name for path in reversed(checkpoints)]
+        found += [path.name for path in output_dir.glob("*.safetensors")]
+        if found and args.overwrite_output_dir:
+            for path in checkpoints:
+                remove_checkpoint(Path(path))
+        elif found and not args.resume_from_checkpoint:
+            raise ValueError(
+                f"output_dir: expected a directory without an earlier run, got {output_dir} with {found[0]}. Go on "
+                "with `--resume_from_checkpoint auto`, name another directory, or begin anew with "
+                "`--overwrite_output_dir`, which removes its checkpoints."
+            )
+        yield
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """LisaTrainer: transformers' Trainer with a loss that is exact for any cut of a step, loss parts and mask metrics."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ..from_scratch.muon import use_muon
 from ..model.packing import unpack_rows
 from .callbacks import SkipNonFiniteSteps, Throughput
 from .checkpointing import complete_save, resolve_checkpoint
+from .engine_change import allow_other_engine
 from .model_card import write_model_card
 from .run_record import find_run_record
 from .trainable import split_parameter_groups
@@ -189,7 +191,8 @@ class LisaTrainer(Trainer):
         self._reset_loss_parts()
         self.throughput.reset()
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        output = super().train(checkpoint, *args, **kwargs)
+        with allow_other_engine(self, Path(checkpoint)) if checkpoint else nullcontext():
+            output = super().train(checkpoint, *args, **kwargs)
         if self.nonfinite_steps.error:
             raise ValueError(self.nonfinite_steps.error)
         return output

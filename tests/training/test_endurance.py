@@ -146,6 +146,26 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_resuming_is_exact(
     assert_ends_alike(tmp_path, uninterrupted(engine, streaming).final)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "saved, resumed",
+    [
+        *(("plain", "zero2"), ("plain", "fsdp2"), ("zero2", "plain"), ("zero3", "plain"), ("fsdp2", "plain")),
+        *(("ddp", "zero2"), ("ddp", "zero3"), ("zero2", "ddp"), ("zero2", "zero3"), ("zero3", "zero2")),
+    ],
+)
+def test_another_engine_goes_on_with_all_but_the_optimizer_and_says_so(saved, resumed, uninterrupted, tmp_path):
+    assert run_training(tmp_path, saved, fault=Fault("signal", occurrence=4)).is_good, logs(tmp_path)
+    assert run_training(tmp_path, resumed).is_good, logs(tmp_path)
+    printed = (tmp_path / "rank0.log").read_text()
+    assert "checkpoint-4 was saved with" in printed and "states do not fit and begin anew" in printed
+    found = {entry["step"]: entry for entry in torch.load(tmp_path / FINAL)["logs"] if "loss" in entry}
+    expected = {entry["step"]: entry for entry in uninterrupted(resumed, False).final["logs"] if "loss" in entry}
+    assert [found[step]["learning_rate"] for step in found] == [expected[step]["learning_rate"] for step in expected]
+    if "plain" not in (saved, resumed):  # as many processes: the next step sees the same weights, data and dropout
+        assert found[5]["loss"] == pytest.approx(expected[5]["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "engine", ["ddp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero2", "zero3", "fsdp2"))]
 )
