@@ -1,5 +1,6 @@
 """Recipes at full size, from the configurations as published: what trains, and the table of recipes/README.md."""
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -64,6 +65,16 @@ def test_the_table_has_every_published_model_that_opens():
 def test_the_table_is_what_the_command_prints(vlm, mask_model, tmp_path):
     """20 to 80 s each. If it differs, run recipes/benchmarks/memory.py and write its row into the README."""
     assert memory.report(arguments(vlm, mask_model, tmp_path)).splitlines()[-1] == TABLE[vlm, mask_model]
+
+
+def test_sizes_are_those_of_the_published_weights(tmp_path):
+    index = json.loads((published("llava-1.5-7b-hf") / "model.safetensors.index.json").read_text())
+    sizes = {"llava-1.5-7b-hf": index["metadata"]["total_size"] // 2, "Qwen3-VL-8B-Instruct": 8_767_123_696}
+    for vlm, mask_model in (pair for pair in TABLE if pair[0] in sizes):
+        model_args, _, _ = parse_arguments([*arguments(vlm, mask_model, tmp_path), "--use_cpu", "true"])
+        config, _ = build_config_and_processor(model_args)
+        model = build_model(model_args, config, empty=True)
+        assert sum(weight.numel() for weight in model.vlm.parameters()) == sizes[vlm]
 
 
 @pytest.mark.parametrize("vlm, mask_model", PAIRS)
