@@ -131,7 +131,7 @@ class Yolo(Labeled):
             return {"names": text.splitlines()}
         try:
             content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (RecursionError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"expected YAML, got {path!r} ({' '.join(str(error).split())}).") from error
         if not isinstance(content, dict):
             raise ValueError(f"expected `names` and images in {path!r}, got {content!r:.100}.")
@@ -154,10 +154,13 @@ class Yolo(Labeled):
             entries = "images" if os.path.isdir(os.path.join(directory, "images")) else "."
         if entries is None:
             raise ValueError(f"expected the split {self.config.split!r} in {path!r}, got {sorted(map(str, content))}.")
+        entries = [entries] if isinstance(entries, str) else entries
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise ValueError(f"expected paths of the split {self.config.split!r} in {path!r}, got {entries!r:.100}.")
         # Exports say where they were made, and many of their paths are wrong by a "..", which YOLO forgives too.
         roots = [os.path.join(directory, str(content.get("path") or "")), directory]
         images = []
-        for entry in [entries] if isinstance(entries, str) else entries:
+        for entry in entries:
             found = _first_inside(directory, [os.path.join(root, name) for root in roots for name in _variants(entry)])
             if found is None:
                 raise FileNotFoundError(
@@ -234,7 +237,7 @@ class Cvat(Labeled):
         path = self.locate(data_dir, "annotations")
         try:
             return {self.config.split: list(_read_cvat(path))}
-        except ET.ParseError as error:
+        except (ET.ParseError, LookupError) as error:  # the second of an unknown encoding
             raise ValueError(f"expected an XML file of CVAT, got {path!r} ({error}). Export it again.") from error
 
     def make_row(self, record):
@@ -321,10 +324,9 @@ class LabelStudio(Labeled):
             )
         records, num_others = [], 0
         for task in tasks:
-            annotations = [
-                a for a in task.get("annotations") or [] if isinstance(a, dict) and not a.get("was_cancelled")
-            ]
-            annotations.sort(key=lambda a: (bool(a.get("ground_truth")), str(a.get("created_at") or "")))
+            with errors_naming(f"{path!r}, task {task.get('id')}"):
+                annotations = [made for made in task.get("annotations") or [] if not made.get("was_cancelled")]
+                annotations.sort(key=lambda made: (bool(made.get("ground_truth")), str(made.get("created_at") or "")))
             num_others += max(len(annotations) - 1, 0)
             if annotations and annotations[-1].get("result"):
                 records.append((task.get("id"), task["data"], annotations[-1]["result"]))

@@ -320,7 +320,7 @@ def read_json(path: str, encoding: str | None = "cp1252") -> Any:
     content = read_text(path, encoding)
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"expected a JSON file, got {path!r} ({error}). Download it again.") from error
 
 
@@ -336,7 +336,7 @@ def errors_naming(where: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise ValueError(f"{where}: expected the key {error}, which is missing.") from error
-    except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
