@@ -24,7 +24,7 @@ def check_against_vlm(model: LisaForConditionalGeneration, processor: LisaProces
 
     1. Token ids, type ids and vision inputs: what training makes of the row, cut before the answer, with what the
        VLM's own processor makes of the question. Ids are equal, floats to the tolerance below.
-    2. States before the last token of the answer: they do not change with it, as in generation.
+    2. States of two rows that differ in the last token of the answer alone: before it they are the same.
     3. States and loss of the question: [`LisaForConditionalGeneration.forward`] with the VLM's own forward on its own
        processor's output. The loss of the least likely tokens tells whether logits are the VLM's own.
 
@@ -81,7 +81,7 @@ def _find_difference(model: LisaForConditionalGeneration, processor: LisaProcess
     states = model(**pair, output_masks=False).last_hidden_state[:, :-1]  # [2, L - 1, hidden_size]
     tolerance = _tolerance(states)
     if not (difference := _relative_difference(*states)) <= tolerance:
-        return f"states that change by {difference:.2g} of their norm with a later token of the answer"
+        return f"states that differ by {difference:.2g} of their norm between two rows with the same tokens so far"
 
     # 3. States of the question, and the loss of its last positions. The VLM gets the pixels of training, which differ
     # from its processor's by rounding, because bfloat16 would make it visible.

@@ -82,7 +82,14 @@ def test_type_ids_that_let_answers_see_their_future(monkeypatch):
         change_training_rows(patch, lambda batch: batch.update(token_type_ids=(batch["input_ids"] == image_token) * 1))
         assert_stopped(model, processor, "`token_type_ids` that differ by up to 1")
     change_training_rows(monkeypatch, lambda batch: batch["token_type_ids"].zero_())
-    assert_stopped(model, processor, r"states that change by \S+ of their norm with a later token")
+    assert_stopped(model, processor, r"states that differ by \S+ of their norm between two rows")
+
+
+@needs_torchvision
+def test_positions_that_count_the_images_of_a_batch():
+    model, processor = vlm_sam_with_processor("hunyuan_vl")
+    del model.vlm.model.get_rope_index  # what `separate_batch_entries` put in its place
+    assert_stopped(model, processor, r"states that differ by \S+ of their norm between two rows")
 
 
 @needs_torchvision
