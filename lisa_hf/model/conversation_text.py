@@ -7,6 +7,7 @@ generation starts, and never what the template makes of the finished conversatio
 
 import datetime
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -313,18 +314,31 @@ class TokenizedRow:
     @property
     def joins_prompt_and_answer(self) -> bool:
         """Whether a token has characters of a prompt and of its answer."""
-        # Some tokenizers leave the space before a word out of its offsets, so a token begins where the last one ends.
-        ends = [end for _, end in self.offsets]
-        return any(begin < start < end for start, _ in self.row.answers for begin, end in zip([0, *ends], ends))
+        ends = self._ends
+        for answer_start, _ in self.row.answers:
+            first = bisect_right(ends, answer_start)  # the first token that ends behind it
+            # Some tokenizers leave the space before a word out of its offsets: it begins where the last token ends.
+            if first < len(ends) and (ends[first - 1] if first else 0) < answer_start:
+                return True
+        return False
 
     def labels(self) -> list[int]:
         """Return the ids of the answers' tokens, and -100 for the others."""
-        return [
-            token
-            if any(start < span_end and end > span_start for span_start, span_end in self.row.answers)
-            else IGNORE_INDEX
-            for token, (start, end) in zip(self.ids, self.offsets)
-        ]
+        ends = self._ends
+        starts = [start for start, _ in self.offsets[: len(ends)]]
+        labels = [IGNORE_INDEX] * len(self.ids)
+        for answer_start, answer_end in self.row.answers:
+            answer = slice(bisect_right(ends, answer_start), bisect_left(starts, answer_end))
+            labels[answer] = self.ids[answer]
+        return labels
+
+    @property
+    def _ends(self) -> list[int]:
+        """Where each token ends, without tokens at the end of the row that have no characters."""
+        ends = [end for _, end in self.offsets]
+        while ends and ends[-1] == 0:
+            ends.pop()
+        return ends
 
 
 def tokenize(

@@ -14,6 +14,8 @@ from fixtures.tiny_models import (
     tiny_tokenizer,
 )
 from fixtures.tiny_training import build_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import AddedToken, AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
 from transformers.utils import chat_template_utils, is_torchvision_available
@@ -21,7 +23,15 @@ from transformers.utils import chat_template_utils, is_torchvision_available
 from lisa_hf import LisaDataCollator, LisaProcessor
 from lisa_hf.data.masks import Mask, encode_mask
 from lisa_hf.data.prompts import Question
-from lisa_hf.model.conversation_text import ANSWER_MARK, CUT_MARK, escape_tokens, token_pattern, user_message
+from lisa_hf.model.conversation_text import (
+    ANSWER_MARK,
+    CUT_MARK,
+    Row,
+    TokenizedRow,
+    escape_tokens,
+    token_pattern,
+    user_message,
+)
 from lisa_hf.model.processing_lisa import add_tokens
 
 
@@ -469,3 +479,25 @@ def test_each_turns_masks_are_those_of_generation(name):
         batches.append(model.generate(**inputs, logits_processor=[script], max_new_tokens=len(answer)))
     generated = torch.cat([output.seg_embeddings for output in batches])
     torch.testing.assert_close(trained, generated, rtol=0, atol=1e-4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    cuts=st.lists(st.integers(0, 30), min_size=2, max_size=4, unique=True),
+    added=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+)
+def test_labels_are_the_tokens_that_overlap_an_answer(lengths, cuts, added):
+    """For any tokens, some without characters, and those that a tokenizer adds around them."""
+    ends = np.cumsum(lengths).tolist()
+    offsets = [(0, 0)] * added[0] + list(zip([0, *ends], ends)) + [(0, 0)] * added[1]
+    cuts = sorted(cuts)
+    answers = list(zip(cuts[::2], cuts[1::2]))
+    row = TokenizedRow(Row("x" * 30, answers), list(range(len(offsets))), offsets)
+    expected = [
+        token if any(start < last and end > first for first, last in answers) else -100
+        for token, (start, end) in enumerate(offsets)
+    ]
+    assert row.labels() == expected
+    crosses = any(start < first < end for first, _ in answers for start, end in offsets)
+    assert row.joins_prompt_and_answer == crosses
