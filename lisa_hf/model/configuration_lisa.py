@@ -81,6 +81,8 @@ class LisaConfig(PreTrainedConfig):
         self.custom_pipelines = saved_custom_pipelines(__name__, custom_pipelines)
         super().__post_init__(**kwargs)
         self.mask_config = image_mask_config(self.mask_config)
+        # PEFT asks the whole model, and without an answer warns of embeddings that are not tied at all.
+        self.tie_word_embeddings = getattr(self.vlm_config, "tie_word_embeddings", False)
 
     def to_dict(self) -> dict:
         return {**super().to_dict(), "custom_pipelines": CUSTOM_PIPELINES}
