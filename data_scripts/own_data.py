@@ -169,7 +169,7 @@ class LabeledConfig(OwnDataConfig):
 
     Args:
         names: Interchangeable phrases by label: {"Rust_Patch": ["rust", "the corroded part"]}. The phrase of any other
-            label is the label itself, with spaces for underscores.
+            label is the label itself, with spaces for underscores. An empty list leaves the label out.
         templates: Complete questions about a phrase, such as "Where is {name}?", to ask instead of LISA's about
             classes. With "{name}" alone, `names` holds the questions.
     """
@@ -182,7 +182,7 @@ class LabeledConfig(OwnDataConfig):
         if self.names is not None and not isinstance(self.names, dict):
             raise ValueError(f"names: expected lists of phrases by label, got {self.names!r}.")
         for label, phrases in (self.names or {}).items():
-            if not _is_texts(phrases):
+            if phrases != [] and not _is_texts(phrases):
                 raise ValueError(f"names: expected a list of phrases for {label!r}, got {phrases!r}.")
         templates = self.templates
         if templates is not None and not (_is_texts(templates) and all("{name}" in text for text in templates)):
@@ -209,9 +209,13 @@ class Labeled(OwnData):
             objects: Label and RLE of every object. Objects with an RLE of None are passed over.
             ignore: RLE of the pixels to ignore.
         """
-        targets = [{"phrases": self.phrases(label), "rle": rle} for label, rle in objects if rle is not None]
-        for _ in range(len(objects) - len(targets)):
-            self.pass_over("annotations without a pixel")
+        targets = []
+        for label, rle in objects:
+            phrases = self.phrases(label)
+            if rle is None or not phrases:
+                self.pass_over("annotations without a pixel" if phrases else f"annotations of the label {label!r}")
+            else:
+                targets.append({"phrases": phrases, "rle": rle})
         if not targets:
             return None
         is_sentence = bool(self.config.templates)
@@ -219,11 +223,11 @@ class Labeled(OwnData):
         return self.turn_upright(row)
 
     def phrases(self, label: Any) -> list[str]:
-        """Return the interchangeable phrases, or complete questions, of a label."""
+        """Return the interchangeable phrases, or complete questions, of a label; none if `names` leaves it out."""
         if not isinstance(label, str) or not label.strip():
             raise ValueError(f"expected a label, got {label!r}. Name the class.")
         self.met_labels.add(label)
-        phrases = (self.config.names or {}).get(label) or [" ".join(label.replace("_", " ").split())]
+        phrases = (self.config.names or {}).get(label, [" ".join(label.replace("_", " ").split())])
         if not self.config.templates:
             return phrases
         return [template.replace("{name}", phrase) for template in self.config.templates for phrase in phrases]

@@ -164,12 +164,12 @@ def encode_ellipse(
         width: Width of the image in pixels.
     """
     angles = np.linspace(0, 2 * np.pi, ELLIPSE_POINTS, endpoint=False)
-    x, y = radii[0] * np.cos(angles), radii[1] * np.sin(angles)
     turn = np.deg2rad(rotation)
-    points = np.stack(
-        [center[0] + x * np.cos(turn) - y * np.sin(turn), center[1] + x * np.sin(turn) + y * np.cos(turn)]
-    )
-    return encode_visible([points.T.ravel().tolist()], height, width)
+    with np.errstate(over="ignore", invalid="ignore"):  # `check_points` says where such an ellipse is
+        x, y = radii[0] * np.cos(angles), radii[1] * np.sin(angles)
+        x, y = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
+        points = np.stack([center[0] + x, center[1] + y], axis=1)
+    return encode_visible([points.ravel().tolist()], height, width)
 
 
 def encode_with_holes(outline: Sequence, holes: Sequence[Sequence], height: int, width: int) -> dict[str, Any] | None:

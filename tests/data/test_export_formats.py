@@ -552,6 +552,9 @@ def test_names_and_templates_make_phrases(root, load):
     assert load.remarks == ["no annotation has the labels 'Crak' of the option `names`"]
     row = load("cvat", names={"crack": ["What leaks?"]}, templates=["{name}"], **options)[0]
     assert [target["phrases"] for target in row["targets"]] == [["Rust Patch"], ["What leaks?"]] and row["is_sentence"]
+    row = load("cvat", names={"Rust_Patch": []}, **options)[0]
+    assert [target["phrases"] for target in row["targets"]] == [["crack"]]
+    assert load.remarks == ["passed over 1 annotations of the label 'Rust_Patch' in the split 'train'"]
     row = load("cvat", templates=["Where is {name}?", "Find {name}."], **options)[0]
     assert row["targets"][1]["phrases"] == ["Where is crack?", "Find crack."]
 
