@@ -103,22 +103,26 @@ def open_output_dir(output_dir: Path, settings: dict[str, Any], overwrite: bool)
     Args:
         output_dir: The directory.
         settings: What answers depend on, as JSON can hold it.
-        overwrite: Whether to remove answers that are there.
+        overwrite: Whether to remove answers with other settings. A single answer, of a first try, always makes room.
 
     Raises:
         ValueError: If there are answers with other settings.
     """
     path = output_dir / "settings.json"
-    if overwrite and path.exists():
-        for old in [path, *output_dir.glob("predictions*.jsonl")]:
-            old.unlink(missing_ok=True)
     if path.exists():
         known = json.loads(path.read_text("utf-8"))
-        if changed := [name for name in settings if known.get(name) != settings[name]]:
+        records = read_records(output_dir)
+        changed = [name for name in settings if known.get(name) != settings[name]]
+        if changed and not overwrite and len(records) > 1:
             raise ValueError(
                 f"expected the settings with which the predictions in {output_dir} were made, got others: "
                 f"{', '.join(changed)}. Name another --output_dir, or replace them with --overwrite."
             )
+        if changed or overwrite:
+            num_masks = max((len(record.get("masks", ())) for record in records.values()), default=0)
+            old = [output_dir / f"mask_{index}.png" for index in range(num_masks)] if len(records) == 1 else []
+            for file in [*old, *output_dir.glob("predictions*.jsonl"), path]:
+                file.unlink(missing_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as incomplete:
         incomplete.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
