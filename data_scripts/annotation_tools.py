@@ -24,7 +24,7 @@ import numpy as np
 import PIL.Image
 import yaml
 
-from .file_names import find_image, list_images
+from .file_names import find_image, is_image, list_images, split_name
 from .label_studio_rle import decode_brush
 from .orientation import read_orientation
 from .own_data import Labeled, LabeledConfig
@@ -369,11 +369,12 @@ class LabelStudio(Labeled):
         names = {region.get("to_name") for region in regions}
         if len(names) > 1:
             raise ValueError(f"expected regions of one image in a task, got those of {sorted(map(str, names))}.")
-        texts = {key: value for key, value in data.items() if isinstance(value, str)}
-        key = "image" if "image" in texts else next(iter(texts), None)
-        if key is None:
-            raise ValueError(f"expected the address of an image in `data`, got {data!r:.100}.")
-        return self.find_image(self.locate(self.config.data_dir, "images"), texts[key]), regions
+        texts = {key: value for key, value in data.items() if isinstance(value, str) and value.strip()}
+        names = {key: name for key, name in texts.items() if key == "image" or is_image(split_name(name)[-1])}
+        if "image" not in names and len(names) != 1:
+            raise ValueError(f"expected the address of one image in `data`, got {data!r:.200}. Call it 'image'.")
+        name = names.get("image") or next(iter(names.values()))
+        return self.find_image(self.locate(self.config.data_dir, "images"), name), regions
 
 
 def _region_size(regions: Sequence[dict[str, Any]]) -> tuple[int, int] | None:

@@ -17,13 +17,15 @@ OUTSIDE = re.compile(r"[/\\]|[A-Za-z]:[/\\]|\w+://")  # how absolute paths and a
 UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts it before the names of uploaded files
 
 
+def is_image(name: str) -> bool:
+    """Return whether a file is an image by the extension of its name."""
+    return name.lower().endswith(tuple(PIL.Image.registered_extensions()))
+
+
 def list_images(directory: str) -> list[str]:
     """Return the paths of all image files in a directory, at any depth, in order."""
-    extensions = tuple(PIL.Image.registered_extensions())
-    found = []
-    for folder, _, names in os.walk(directory, followlinks=True):
-        found += [os.path.join(folder, name) for name in names if name.lower().endswith(extensions)]
-    return sorted(found)
+    walk = os.walk(directory, followlinks=True)
+    return sorted(os.path.join(folder, name) for folder, _, names in walk for name in names if is_image(name))
 
 
 def find_image(directory: str, name: str, version: str = "") -> tuple[str, bool]:

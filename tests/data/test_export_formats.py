@@ -54,6 +54,7 @@ def load(root):
         rows = load_source("mine", str(root), **options).cast_column("image", datasets.Image(decode=False))
         load.remarks = make_builder("mine", str(root), **options).remarks()
         EvaluationDataset(rows)[0]  # its photo is found, and has the size of the masks
+        assert list(load_source("mine", str(root), streaming=True, **options).decode(False)) == list(rows)
         return rows
 
     return load
@@ -288,6 +289,25 @@ def test_label_studio(root, load, image):
     found = "found 1 images by the last part of their path or address in the split 'train'"
     boxes = "passed over 1 regions of the type 'rectanglelabels' in the split 'train'"
     assert load.remarks == ([boxes] if image == "a.jpg" else [found, boxes])
+
+
+@pytest.mark.parametrize(
+    ("data", "fits"),
+    [
+        ({"caption": "a wall", "photo": "/data/upload/1/0a1b2c3d-a.jpg"}, True),
+        ({"image": "a.jpg", "mask": "other.png"}, True),
+        ({"left": "a.jpg", "right": "b.jpg"}, False),
+        ({"caption": "a wall"}, False),
+    ],
+)
+def test_the_image_of_a_task_is_found_among_its_data(root, load, data, fits):
+    task = write_tasks(root, [polygon_region("crack")])
+    (root / "tasks.json").write_text(json.dumps([task | {"data": data}]))
+    if fits:
+        load("label_studio", annotations="tasks.json", images="photos")
+    else:
+        with pytest.raises(ValueError, match="expected the address of one image"):
+            load("label_studio", annotations="tasks.json", images="photos")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -602,3 +622,39 @@ def test_names_that_lead_out_are_refused(root, load, name):
     (root / "a.xml").write_text(cvat(cvat_polygon("crack"), f'name="{name}" width="60" height="40"'))
     with pytest.raises(ValueError, match="is outside of"):
         load("cvat", annotations="a.xml", images="photos")
+
+
+# Photos with an EXIF orientation
+
+
+def write_all(root):
+    """Write the crack in every format; return the builders with their options."""
+    (root / "a.xml").write_text(cvat(cvat_polygon("crack")))
+    write_tasks(root, [polygon_region("crack")], "a.jpg")
+    save_mask(root, png(index_mask() // 2 * np.uint8(2)))
+    (root / "yolo").mkdir()
+    (root / "yolo" / "classes.txt").write_text("Rust_Patch\ncrack\n")
+    (root / "yolo" / "a.txt").write_text(yolo_lines().splitlines()[1])
+    write_supervisely(root, [polygon_object("crack")])
+    return {
+        "cvat": {"annotations": "a.xml", "images": "photos"},
+        "label_studio": {"annotations": "tasks.json", "images": "photos"},
+        "yolo": {"annotations": "yolo", "images": "photos"},
+        "class_masks": {"classes": CLASSES, **OPTIONS},
+        "supervisely": {"annotations": "project"},
+    }
+
+
+@pytest.mark.parametrize("builder", ["cvat", "label_studio", "yolo", "class_masks", "supervisely"])
+def test_masks_are_turned_with_their_photos(root, load, builder):
+    photo = root / "photos" / "a.jpg"
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 3
+    PIL.Image.open(photo).save(photo, exif=exif)
+    options = write_all(root)[builder]
+    with pytest.raises(ValueError, match="Set `orientation: display`"):
+        load(builder, **options)
+    row = load(builder, orientation="display", **options)[0]
+    np.testing.assert_array_equal(masks_of(row)["crack"], drawn(CRACK))
+    row = load(builder, orientation="stored", **options)[0]
+    np.testing.assert_array_equal(masks_of(row)["crack"], np.rot90(drawn(CRACK), 2))
