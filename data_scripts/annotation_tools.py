@@ -88,8 +88,10 @@ class Yolo(Labeled):
             images, description = self.locate(data_dir, "images"), self._find_description(data_dir)
             found = glob.glob(f"{glob.escape(os.path.dirname(description))}/**/*.txt", recursive=True)
             version = str(os.stat(images).st_mtime_ns)
-            labels = [path for path in sorted(found) if path != description]
-            pairs = [(find_image(images, _stem(path), version)[0], path) for path in labels]
+            pairs = []
+            for label in (path for path in sorted(found) if path != description):
+                name = os.path.relpath(label, os.path.dirname(description)).removeprefix(f"labels{os.sep}")
+                pairs.append((find_image(images, os.path.splitext(name)[0], version)[0], label))
         if not any(os.path.exists(label) for _, label in pairs):
             example = pairs[0][1] if pairs else "labels/a.txt"
             raise FileNotFoundError(

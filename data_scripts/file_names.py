@@ -1,7 +1,8 @@
 """Image files by the names that annotations give them: Windows paths, addresses of servers, upload prefixes.
 
-A name that leads to a file inside of the directory is taken at its word. Of any other only the last part counts, and
-only if one file has it: nothing outside of the directory is ever opened.
+A name that leads to a file inside of the directory is taken at its word. Of a name from another machine, or in a
+folder that is not there, only the last part counts, and only if one file has it: nothing outside of the directory is
+opened, and no file takes the place of a missing one in another folder.
 """
 
 import functools
@@ -55,7 +56,10 @@ def find_image(directory: str, name: str, version: str = "") -> tuple[str, bool]
     found = images.get(_key(last), [])
     if not found and UPLOAD_PREFIX.match(last):
         found = images.get(_key(UPLOAD_PREFIX.sub("", last)), [])
-    if len(found) > 1:
+    if is_relative and os.path.isdir(os.path.dirname(direct)):
+        folder = os.path.join(*parts[:-1]) if parts[1:] else ""
+        found = [path for path in found if os.path.dirname(path) == folder]
+    elif len(found) > 1:
         end = "/".join(parts)
         longest = [path for path in found if f"/{end}".endswith("/" + "/".join(split_name(path)))]
         found = longest or found

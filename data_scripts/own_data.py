@@ -26,7 +26,7 @@ from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import make_row
 
 from .coco import CocoBuilder, CocoConfig, encode_objects, read_instances
-from .file_names import find_image, list_images, split_name
+from .file_names import find_image, list_images
 from .orientation import Size, Space, count_spaces, decide_space, fitting_spaces, read_orientation, turn_mask
 from .segmentation import encode_ellipse, encode_patch, encode_visible, load_mask, read_mask
 from .source import (
@@ -337,8 +337,7 @@ class LabelMe(Labeled):
         annotation = read_json(record, self.config.encoding)
         with errors_naming(record):
             # The path is that on the annotator's machine.
-            name = split_name(annotation["imagePath"])[-1]
-            image = self.find_image(directory, name)
+            image = self.find_image(directory, annotation["imagePath"])
             _, (height, width) = self.find_space(*read_orientation(image), _declared_size(annotation))
             objects = []
             for shape in annotation["shapes"]:
@@ -349,12 +348,12 @@ class LabelMe(Labeled):
                     objects.append((shape["label"], rle))
             if not annotation["shapes"]:
                 self.pass_over("files without shapes")
-            return self.make_labeled_row(image, os.path.splitext(name)[0], objects)
+            return self.make_labeled_row(image, os.path.splitext(os.path.basename(image))[0], objects)
 
     def annotated_size(self, record):
         annotation = read_json(record, self.config.encoding)
         directory = self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
-        return self.find_image(directory, split_name(annotation["imagePath"])[-1]), _declared_size(annotation)
+        return self.find_image(directory, annotation["imagePath"]), _declared_size(annotation)
 
 
 def _declared_size(annotation: dict) -> Size | None:

@@ -609,11 +609,24 @@ def test_a_name_of_several_images_is_an_error_that_lists_them(root, load):
         (root / "photos" / folder).mkdir()
         (root / "photos" / folder / "b.jpg").write_bytes((root / "photos" / "a.jpg").read_bytes())
     options = {"annotations": "a.xml", "images": "photos"}
-    (root / "a.xml").write_text(cvat(cvat_polygon("crack"), 'name="b.jpg" width="60" height="40"'))
-    with pytest.raises(ValueError, match="expected one file for the image 'b.jpg', got 2"):
+    (root / "a.xml").write_text(cvat(cvat_polygon("crack"), 'name="/x/b.jpg" width="60" height="40"'))
+    with pytest.raises(ValueError, match="expected one file for the image '/x/b.jpg', got 2"):
         load("cvat", **options)
     (root / "a.xml").write_text(cvat(cvat_polygon("crack"), 'name="D:\\x\\two\\b.jpg" width="60" height="40"'))
     assert load("cvat", **options)[0]["image"]["path"].endswith("two/b.jpg")
+
+
+@pytest.mark.parametrize(("name", "is_there"), [("train/b.jpg", False), ("b.jpg", False), ("set1/b.jpg", True)])
+def test_no_image_of_another_folder_takes_the_place_of_a_missing_one(root, load, name, is_there):
+    for folder in ("train", "val"):
+        (root / "photos" / folder).mkdir()
+    (root / "photos" / "val" / "b.jpg").write_bytes((root / "photos" / "a.jpg").read_bytes())
+    (root / "a.xml").write_text(cvat(cvat_polygon("crack"), f'name="{name}" width="60" height="40"'))
+    if is_there:
+        assert load("cvat", annotations="a.xml", images="photos")[0]["image"]["path"].endswith("val/b.jpg")
+    else:
+        with pytest.raises(ValueError, match="expected an image that can be read, got FileNotFoundError"):
+            load("cvat", annotations="a.xml", images="photos")
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../../secret.png", "file:///etc/hostname", "C:\\boot.ini"])
