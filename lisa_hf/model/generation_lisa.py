@@ -10,7 +10,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from .mask_backbone import count_images, encode_images
-from .packing import packing_unsupported_reason
+from .packing import TEXT_INPUTS, attention_types, packing_unsupported_reason
 from .vlm_backbone import encode_vlm_images, record_states, split_vision_inputs
 
 
@@ -145,6 +145,8 @@ class LisaGenerationMixin:
             prompts = self._prefill_shared_prefix(
                 input_ids, attention_mask, image_indices, num_images, vision_inputs, vision_features, generate_kwargs
             )
+            if prompts is not None:  # what describes the image is for the prefix alone
+                generate_kwargs = {name: generate_kwargs[name] for name in PLAIN_DECODING & generate_kwargs.keys()}
         if prompts is None:
             features = encode_vlm_images(
                 self.vlm, input_ids, image_indices, num_images, vision_inputs, vision_features
@@ -205,12 +207,8 @@ class LisaGenerationMixin:
         """
         first = (image_indices[:, None] == image_indices).long().argmax(1)  # [N], first row about the same image
         first_rows, row_to_prefix = first.unique(return_inverse=True)  # [B'], [N]
-        # `generate` must not rearrange the rows of the cache. Where weights are sharded, every process must make as
-        # many passes as the others, but not all of them have rows that share.
-        is_plain = set(generate_kwargs) <= PLAIN_DECODING and (self.vlm.generation_config.num_beams or 1) == 1
-        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self.vlm)
         shares_nothing = len(first_rows) == len(input_ids)
-        if shares_nothing or not is_plain or is_sharded or packing_unsupported_reason(self.config):
+        if shares_nothing or not self._can_share_prefix(input_ids.shape[1], vision_inputs, generate_kwargs):
             return None
 
         # Find the longest prefix that every row has in common with the first row about its image.
@@ -229,14 +227,42 @@ class LisaGenerationMixin:
 
         # Fill the cache with one prefix per image and copy it to the image's rows.
         prefix = left_aligned[first_rows, :num_common]  # [B', P]
-        features = encode_vlm_images(
-            self.vlm, prefix, image_indices[first_rows], num_images, vision_inputs, vision_features
+        text_inputs = {
+            name: generate_kwargs[name].gather(1, (column + padding).clamp(max=length - 1))[first_rows, :num_common]
+            for name in set(TEXT_INPUTS) & generate_kwargs.keys()
+        }
+        cache = self._read_prefix(
+            prefix, image_indices[first_rows], num_images, vision_inputs, vision_features, text_inputs
         )
-        cache = self.vlm.base_model(input_ids=prefix, mm_encoder_outputs=features, use_cache=True).past_key_values
         cache.batch_select_indices(row_to_prefix)
+        if hasattr(self.vlm.base_model, "rope_deltas"):  # by which M-RoPE continues the positions of each row
+            self.vlm.base_model.rope_deltas = self.vlm.base_model.rope_deltas[row_to_prefix]
 
         # Put the prefix first. The gap between it and the question, as wide as the padding was, is masked.
         is_read = (column < num_common) | (column >= padding + num_common)
         rearranged = torch.cat([prefix[row_to_prefix], input_ids[:, num_common:]], dim=1)
         rearranged = torch.where(is_read, rearranged, input_ids[:, -1:])
         return {"input_ids": rearranged, "attention_mask": is_read.long(), "past_key_values": cache}
+
+    def _can_share_prefix(self, length: int, vision_inputs: dict, generate_kwargs: dict) -> bool:
+        """Return whether the VLM can continue from the cache of a prefix, for prompts of `length` tokens."""
+        # `generate` must not rearrange the rows of the cache. Where weights are sharded, every process must make as
+        # many passes as the others, but not all of them have rows that share.
+        options = set(generate_kwargs) - set(TEXT_INPUTS) - set(vision_inputs)
+        is_plain = options <= PLAIN_DECODING and (self.vlm.generation_config.num_beams or 1) == 1
+        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self.vlm)
+        if not is_plain or is_sharded or packing_unsupported_reason(self.config):
+            return False
+        text_config = self.config.get_text_config()
+        if "sliding_attention" not in attention_types(text_config):
+            return True
+        # A masked gap takes up the window, so all tokens must be inside of it.
+        max_new_tokens = generate_kwargs.get("max_new_tokens") or self.vlm.generation_config.max_new_tokens
+        return max_new_tokens is not None and length + max_new_tokens <= text_config.sliding_window
+
+    def _read_prefix(self, prefix, image_indices, num_images, vision_inputs, vision_features, text_inputs) -> Cache:
+        """Run prefixes `(B', P)`, whose images are `image_indices` `(B',)`, through the VLM and return its cache."""
+        _, sizes = split_vision_inputs(self.vlm, vision_inputs, prefix, image_indices, num_images)
+        features = encode_vlm_images(self.vlm, prefix, image_indices, num_images, vision_inputs, vision_features)
+        inputs = {"input_ids": prefix, "mm_encoder_outputs": features, **text_inputs, **sizes}
+        return self.vlm.base_model(**inputs, use_cache=True).past_key_values

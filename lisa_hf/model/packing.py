@@ -20,16 +20,19 @@ from .losses import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
-# VLMs whose packed rows are tested to equal separate rows, with the language model inside. PaliGemma cannot be among
-# them: its image tokens attend to the question, so no two questions share the states of a prefix.
-LANGUAGE_MODELS = {
-    "llava": "llama",
-    "idefics3": "llama",
-    "gemma3": "gemma3_text",
-    "qwen2_5_vl": "qwen2_5_vl_text",
-    "qwen3_vl": "qwen3_vl_text",
-}
-MROPE_MODELS = ("qwen2_5_vl", "qwen3_vl")
+# VLMs that hand positions and a mask to their language model as they are, and language models that take them. Packed
+# rows of each are tested to equal separate ones. PaliGemma cannot be among them: its image tokens attend to the
+# question, so no two questions share the states of a prefix.
+VLMS = (
+    *("gemma3", "gemma4", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl"),
+    *("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm"),
+)
+LANGUAGE_MODELS = (
+    *("gemma3_text", "gemma4_text", "llama", "ministral3", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text"),
+    *("qwen3", "qwen3_vl_moe_text", "qwen3_vl_text"),
+)
+# Attention that a mask can limit. Linear attention and convolutions carry states from one question to the next.
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Implementations that take a mask. With FlashAttention, packed questions would silently see each other.
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
 PADDING_VALUES = {"labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "segment_ids": -1}  # others: 0
@@ -39,10 +42,15 @@ TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_i
 def packing_unsupported_reason(config) -> str | None:
     """Return why a model of this [`LisaConfig`] cannot take packed rows, or None if it can."""
     vlm, text = config.vlm_config, config.get_text_config()
-    if LANGUAGE_MODELS.get(vlm.model_type) != text.model_type:
+    if others := attention_types(text) - LAYER_TYPES:
         return (
-            f"packing is tested for {', '.join(f'{vlm} on {text}' for vlm, text in LANGUAGE_MODELS.items())}, got "
-            f"{vlm.model_type} on {text.model_type}"
+            f"packing needs layers whose attention takes a mask, got {', '.join(sorted(others))} in "
+            f"{text.model_type}, through which questions would see each other"
+        )
+    if vlm.model_type not in VLMS or text.model_type not in LANGUAGE_MODELS:
+        return (
+            f"packing is tested for {', '.join(VLMS)} on {', '.join(LANGUAGE_MODELS)}, got {vlm.model_type} on "
+            f"{text.model_type}"
         )
     if text._attn_implementation not in ATTENTIONS:
         return (
@@ -50,6 +58,15 @@ def packing_unsupported_reason(config) -> str | None:
             f"{text._attn_implementation}"
         )
     return None
+
+
+def attention_types(text_config) -> set[str]:
+    """Return the kinds of attention in the layers of a language model."""
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is not None:
+        return set(layer_types)
+    # Mistral has a window in every layer, or in none.
+    return {"sliding_attention" if getattr(text_config, "sliding_window", None) else "full_attention"}
 
 
 def resolve_packing(config, wanted: bool) -> bool:
@@ -160,7 +177,7 @@ def packed_inputs(vlm: nn.Module, input_ids, attention_mask, segment_ids, text_i
     positions = index - earlier_questions  # [N, L]
 
     position_ids = positions
-    if vlm.config.model_type in MROPE_MODELS:
+    if hasattr(vlm.base_model, "get_rope_index"):  # M-RoPE
         # The image is in the prefix, so every text token's three positions are off by the same length.
         rope_index, _ = vlm.base_model.get_rope_index(
             input_ids,
@@ -190,16 +207,23 @@ def _packed_mask(vlm: nn.Module, attention_mask, segment_ids, positions, text_in
         # By position: by index, the questions in between would take up the window.
         return positions[batch, key] > positions[batch, query] - config.sliding_window
 
-    if vlm.config.model_type != "gemma3":
-        return make_mask(and_mask_function=is_prefix_or_same_question)
+    masks = {}
+    for layer_type in attention_types(config):
+        is_sliding = layer_type == "sliding_attention"
+        masks[layer_type] = make_mask(
+            or_mask_function=_image_overlay(vlm.config, is_sliding, text_inputs),
+            and_mask_function=and_masks(is_prefix_or_same_question, *[is_inside_window] * is_sliding),
+        )
+    return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    # Gemma 3: the tokens of an image see each other in both directions, and most layers look back over a window only.
-    is_image = text_inputs["token_type_ids"] == 1  # [N, L]
+
+def _image_overlay(vlm_config, is_sliding: bool, text_inputs: dict):
+    """Return the mask function by which the tokens of an image see each other in both directions, if they do."""
+    if vlm_config.model_type == "gemma3":
+        is_image = text_inputs["token_type_ids"] == 1  # [N, L]
+    elif getattr(vlm_config.get_text_config(), "use_bidirectional_attention", None) == "vision" and is_sliding:
+        is_image = text_inputs["mm_token_type_ids"] == 1  # [N, L], Gemma 4, from 12B on
+    else:
+        return None
     begins = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
-    image_numbers = begins.cumsum(1).masked_fill(~is_image, -1)  # [N, L], -1 for text
-    overlay = blockwise_overlay(image_numbers)
-    in_window = and_masks(is_prefix_or_same_question, is_inside_window)
-    return {
-        "full_attention": make_mask(or_mask_function=overlay, and_mask_function=is_prefix_or_same_question),
-        "sliding_attention": make_mask(or_mask_function=overlay, and_mask_function=in_window),
-    }
+    return blockwise_overlay(begins.cumsum(1).masked_fill(~is_image, -1))  # numbers of images, -1 for text

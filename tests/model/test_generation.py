@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from fixtures.packed_batches import QWEN_LIKE, VLMS, make_family, make_prompts
 from fixtures.tiny_models import FAMILIES, ForceTokens, conversation, image, llava_sam
 
 from lisa_hf.evaluation.predict import answer_questions
 from lisa_hf.model.conversation_text import user_message
 from lisa_hf.model.mask_backbone import encode_images
+from lisa_hf.model.packing import attention_types
 
 
 SIZES = [(40, 60), (64, 32)]
@@ -290,3 +292,31 @@ def test_questions_about_an_image_share_its_prefix(family):
         torch.testing.assert_close(masks, single.low_res_masks, rtol=0, atol=1e-4)
         number += len(masks)
     assert number == len(shared.low_res_masks) == 3
+
+
+@pytest.mark.parametrize("name", ["gemma3", *QWEN_LIKE, *VLMS])
+def test_every_family_that_packs_shares_prefixes(name, monkeypatch):
+    """Three images, of which two have several questions; what a row is told of its image goes with the prefix."""
+    model, batch, _ = make_family(name)
+    inputs = make_prompts(batch)
+    text_config = model.config.get_text_config()
+    read = []
+    model.vlm.base_model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    answers = [[None, SEG, None, SEG, None]] * 6
+    if "sliding_attention" in attention_types(text_config):  # a gap would take up the window
+        generate(model, inputs, answers)
+        assert read[0] == 6
+        text_config.sliding_window = 1024
+    read.clear()
+    shared = generate(model, inputs, answers)
+    assert read[:2] == [3, 6]
+
+    monkeypatch.setattr(type(model), "_prefill_shared_prefix", lambda *args: None)
+    read.clear()
+    separate = generate(model, inputs, answers)
+    assert read[0] == 6
+    assert torch.equal(shared.sequences, separate.sequences)
+    torch.testing.assert_close(shared.low_res_masks, separate.low_res_masks, rtol=0, atol=1e-4)
+    assert separate.low_res_masks.std() > 0.01

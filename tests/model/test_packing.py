@@ -4,12 +4,17 @@ import copy
 
 import pytest
 import torch
-from fixtures.packed_batches import make_family
-from fixtures.tiny_models import FAMILIES, conversation, image
+from fixtures.packed_batches import QWEN_LIKE, VLMS, make_family
+from fixtures.tiny_models import FAMILIES, conversation, image, sam_config
 from fixtures.tiny_training import Items, assert_gradients_equal, build_model, make_trainer
+from transformers import AutoConfig
 
-from lisa_hf import LisaDataCollator
+from lisa_hf import LisaConfig, LisaDataCollator
+from lisa_hf.model import packing
 from lisa_hf.model.packing import pack_rows, packing_unsupported_reason, resolve_packing, unpack_rows
+
+
+PACKED = ["llava", "idefics3", "gemma3", *QWEN_LIKE, *VLMS]
 
 
 def loss_and_gradients(model, batch: dict):
@@ -20,7 +25,7 @@ def loss_and_gradients(model, batch: dict):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", PACKED)
 def test_packed_equals_separate(name, attention):
     model, batch, packed_batch = make_family(name, attention)
     assert packed_batch["input_ids"].shape[0] == 3 and packed_batch["image_indices"].tolist() == [0, 1, 2]
@@ -86,14 +91,28 @@ def test_what_would_mix_questions_up_is_refused(caplog):
     assert not resolve_packing(model.config, True)
     assert "stay separate rows: packing needs an attn_implementation" in caplog.text
     model.config.get_text_config()._attn_implementation = "sdpa"
-    model.config.get_text_config().model_type = "mistral"  # with a window that nobody has tested
-    assert "got llava on mistral" in packing_unsupported_reason(model.config)
+    model.config.get_text_config().model_type = "olmo"
+    assert "got llava on olmo" in packing_unsupported_reason(model.config)
+
+
+def test_layers_with_a_running_state_are_refused():
+    """Qwen3.5's linear attention would carry a question into the next one."""
+    config = LisaConfig(
+        vlm_config=AutoConfig.for_model("qwen3_5"), mask_config=AutoConfig.for_model(**sam_config()), seg_token_id=50
+    )
+    assert "takes a mask, got linear_attention in qwen3_5_text" in packing_unsupported_reason(config)
+
+
+def test_every_family_that_packs_is_tested():
+    models = [make_family(name)[0] for name in PACKED]
+    assert {model.config.vlm_config.model_type for model in models} == set(packing.VLMS)
+    assert {model.config.get_text_config().model_type for model in models} == set(packing.LANGUAGE_MODELS)
 
 
 def test_training_and_evaluation_do_not_depend_on_packing(tmp_path):
     """A step of 8 items in two accumulated batches, and both protocols of the evaluation."""
     results = []
-    for packing in (False, True):
+    for is_packed in (False, True):
         model, processor = build_model()
         trainer = make_trainer(
             model,
@@ -105,8 +124,8 @@ def test_training_and_evaluation_do_not_depend_on_packing(tmp_path):
             gradient_accumulation_steps=2,
             eval_generate=True,
         )
-        trainer.data_collator = LisaDataCollator(processor, packing=packing)
-        assert ("segment_ids" in trainer.data_collator([Items(1)[0]])) == packing
+        trainer.data_collator = LisaDataCollator(processor, packing=is_packed)
+        assert ("segment_ids" in trainer.data_collator([Items(1)[0]])) == is_packed
         trainer.train()
         results.append((trainer.recorder.gradients[0], trainer.state.log_history[0], trainer.evaluate()))
     (gradients, log, metrics), (packed_gradients, packed_log, packed_metrics) = results

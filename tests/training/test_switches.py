@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from fixtures.packed_batches import make_family
+from fixtures.packed_batches import VLMS, make_family
 from fixtures.recipes import TINY
 from fixtures.tiny_training import Items, build_model, copy_state, make_trainer
 from torch._dynamo.utils import counters
@@ -82,7 +82,7 @@ def test_compiled_mask_encoder(switch, backend, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3"])  # Qwen's have no such attention
+@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", *VLMS])  # Qwen's have no such attention
 @torch.no_grad()  # on CPU it has no backward pass
 def test_flex_attention(family):
     model, batch, packed_batch = make_family(family, "sdpa")
