@@ -1,6 +1,6 @@
 """Exports that the tools' own libraries wrote of three scenes: each gives the masks that were drawn.
 
-`golden/exports` was written by Datumaro 1.13.12 (COCO, CVAT, PASCAL VOC, COCO panoptic), labelme 6.3.1, supervision
+`golden/tool_exports` was written by Datumaro 1.13.12 (COCO, CVAT, PASCAL VOC, COCO panoptic), labelme 6.3.1, supervision
 0.31.2, Label Studio's converter 2.1.2, Supervisely's SDK 6.74.51 and pycocotools 2.0.11.
 """
 
@@ -51,7 +51,7 @@ def drawn(scene: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", EXPORTS)
 def test_masks_of_an_export(name, tmp_path):
     builder, options, bar = EXPORTS[name]
-    root = Path(shutil.copytree(GOLDEN / "exports", tmp_path / "data"))
+    root = Path(shutil.copytree(GOLDEN / "tool_exports", tmp_path / "data"))
     shutil.copytree(root / "photos", root / "supervisely/ds0/img")
     rows = load_source("mine", str(root), builder=builder, cache_dir=str(tmp_path / "cache"), **options)
     items = EvaluationDataset(rows)
