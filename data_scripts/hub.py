@@ -101,6 +101,9 @@ class Hub(OwnData):
         images = [names[0], *(name for name in names if isinstance(rows.features[name], datasets.Image))]
         for name in images:
             rows = rows.cast_column(name, datasets.Image(decode=False))
+        masks = rows.features.get(config.mask_column)  # of conversations
+        if isinstance(masks, datasets.List) and isinstance(masks.feature, datasets.Image):
+            rows = rows.cast_column(config.mask_column, datasets.List(datasets.Image(decode=False)))
         return rows
 
     def _split_generators(self, dl_manager):
@@ -124,25 +127,37 @@ class Hub(OwnData):
                 return row | {"image": row["image"] and self._find_file(row["image"])}
             image = self._find_file(row[config.image_column])
             if config.messages_column:
-                return self._make_row(image, name, task="vqa", messages=row[config.messages_column])
-            phrases, mask = row[config.phrases_column], row[config.mask_column]
-            ignore = None
-            if isinstance(mask, list) or "counts" in mask:
-                with open_file(image) as file:
-                    declared = None if isinstance(mask, list) else mask["size"]
-                    _, size = self.find_space(*read_orientation(file), declared)
-                rle = encode_visible(mask, *size)
-                if rle is None:
-                    self.pass_over("masks without a pixel")
-                    return None
-            else:
-                with open_file(self._find_file(mask)) as file:
-                    pixels, void = read_mask(file)
-                rle, ignore = encode_mask(pixels), None if void is None else encode_mask(void)
+                return self._make_conversation(image, name, row)
+            phrases = row[config.phrases_column]
+            rle, ignore = self._read_mask(image, row[config.mask_column])
+            if rle is None:
+                self.pass_over("masks without a pixel")
+                return None
             target = {"phrases": [phrases] if isinstance(phrases, str) else phrases, "rle": rle}
             return self._make_row(
                 image, name, config.task, targets=[target], ignore=ignore, is_sentence=config.is_sentence
             )
+
+    def _make_conversation(self, image: dict[str, Any], name: str, row: dict[str, Any]) -> dict[str, Any]:
+        """Make a row of messages; with a column of masks, one mask per `[SEG]` of the answers."""
+        messages = row[self.config.messages_column]
+        if self.config.mask_column not in row:
+            return self._make_row(image, name, task="vqa", messages=messages)
+        rles = [self._read_mask(image, mask)[0] for mask in row[self.config.mask_column] or []]
+        if None in rles:
+            raise ValueError(f"expected masks with pixels, one per [SEG], got {rles.count(None)} empty ones.")
+        return self._make_row(image, name, "conversation", targets=[{"rle": rle} for rle in rles], messages=messages)
+
+    def _read_mask(self, image: dict[str, Any], mask: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Return the RLE of a mask (None if it is empty) and that of what it ignores."""
+        if isinstance(mask, list) or "counts" in mask:
+            with open_file(image) as file:
+                declared = None if isinstance(mask, list) else mask["size"]
+                _, size = self.find_space(*read_orientation(file), declared)
+            return encode_visible(mask, *size), None
+        with open_file(self._find_file(mask)) as file:
+            pixels, void = read_mask(file)
+        return encode_mask(pixels), None if void is None else encode_mask(void)
 
     def _make_row(self, image: dict[str, Any], name: str, task: str, **columns: Any) -> dict[str, Any]:
         # Prefer the content to the path, which may be one inside an archive.

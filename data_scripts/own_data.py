@@ -400,7 +400,9 @@ class ImageFolder(OwnData):
 
     questions   JSON Lines: {"image": "a.jpg", "mask": "a.png", "question": "What could break?"}
                 or {..., "phrase": "the cracked wheel"}; a list of either: they are interchangeable;
-                optional "explanation": why the mask answers the question
+                optional "explanation": why the mask answers the question;
+                or {"image": "a.jpg", "messages": [{"role": "user", "content": "What is broken?"}, {"role":
+                "assistant", "content": "The wheel [SEG]."}], "masks": ["a.png"]}: a mask per [SEG], in their order
     images      the directory of the images
     masks       the directory of the masks: images of the photo's size with 0 for the background and one other value;
                 255 beside a smaller value is ignored
@@ -424,14 +426,12 @@ class ImageFolder(OwnData):
         data_dir = self.config.data_dir
         with errors_naming(f"{self.locate(data_dir, 'questions')!r}, line {number}"):
             record = json.loads(line)
+            if "messages" in record:
+                return self._make_conversation(record)
             is_sentence = "question" in record
             phrases = record["question" if is_sentence else "phrase"]
             image = self.find_image(self.locate(data_dir, "images"), record["image"])
-            mask, ignore = read_mask(self.find_image(self.locate(data_dir, "masks"), record["mask"]))
-            _, sizes = read_orientation(image)
-            if mask.shape not in sizes.values():
-                size = sizes["display"]
-                raise ValueError(f"expected a mask of the image's size {size} (height, width), got {mask.shape}.")
+            mask, ignore = self._read_mask(image, record["mask"])
             row = make_row(
                 image=image,
                 image_id=record["image"],
@@ -444,11 +444,38 @@ class ImageFolder(OwnData):
             )
             return self.turn_upright(row)
 
+    def _read_mask(self, image: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return a mask and what it ignores, of the size of its image."""
+        mask, ignore = read_mask(self.find_image(self.locate(self.config.data_dir, "masks"), name))
+        _, sizes = read_orientation(image)
+        if mask.shape not in sizes.values():
+            size = sizes["display"]
+            raise ValueError(f"expected a mask of the image's size {size} (height, width), got {mask.shape}.")
+        return mask, ignore
+
+    def _make_conversation(self, record: dict[str, Any]) -> dict[str, Any]:
+        image = self.find_image(self.locate(self.config.data_dir, "images"), record["image"])
+        masks = [self._read_mask(image, name) for name in record.get("masks", [])]
+        ignored = [ignore for _, ignore in masks if ignore is not None]
+        row = make_row(
+            image=image,
+            image_id=record["image"],
+            source=self.source,
+            task="conversation",
+            targets=[{"rle": encode_mask(mask)} for mask, _ in masks],
+            ignore=encode_mask(np.any(ignored, axis=0)) if ignored else None,
+            messages=record["messages"],
+        )
+        return self.turn_upright(row)
+
     def annotated_size(self, record):
         line = json.loads(record[1])
         data_dir = self.config.data_dir
-        mask = self.find_image(self.locate(data_dir, "masks"), line["mask"])
-        return self.find_image(self.locate(data_dir, "images"), line["image"]), read_image_size(mask)
+        image = self.find_image(self.locate(data_dir, "images"), line["image"])
+        masks = line.get("masks", []) if "messages" in line else [line["mask"]]
+        if not masks:
+            return image, None
+        return image, read_image_size(self.find_image(self.locate(data_dir, "masks"), masks[0]))
 
 
 def open_file(image: dict[str, Any]) -> IO[bytes]:

@@ -273,11 +273,34 @@ def draw_conversation(rng: np.random.Generator, items: list[Item]) -> list[dict[
     ]
 
 
+def _draw_conversation_with_masks(rng: np.random.Generator, items: list[Item]) -> dict | None:
+    """Draw two questions, each about one or two shapes; some of them are not there. None without two names."""
+    names = list(dict.fromkeys(item.name for item in items))
+    absent = [f"{color} {shape}" for color in COLORS for shape in OUTLINES if f"{color} {shape}" not in names]
+    if len(names) < 2:
+        return None
+    messages, targets = [], []
+    for _ in range(2):
+        asked = [str(name) for name in rng.permutation(names)[: rng.integers(1, 3)]]
+        if rng.random() < 0.3:
+            asked[rng.integers(len(asked))] = str(rng.choice(absent))
+        sentences = []
+        for name in asked:
+            found = [item.mask for item in items if item.name == name]
+            sentences.append(f"The {name} is [SEG]." if found else f"There is no {name}.")
+            targets += [{"phrases": [name], "rle": encode_mask(np.any(found, axis=0))}] if found else []
+        messages.append({"role": "user", "content": f"Please segment the {' and the '.join(asked)} in this image."})
+        messages.append({"role": "assistant", "content": " ".join(sentences)})
+    return {"messages": messages, "targets": targets}
+
+
 def _annotate(rng: np.random.Generator, task: str, items: list[Item]) -> dict | None:
     """Return the columns of the scene's row that depend on the task, or None if the scene does not suit it."""
     if task == "vqa":
         return {"messages": draw_conversation(rng, items)}
     rles = {id(item): encode_mask(item.mask) for item in items}
+    if task == "conversation":
+        return _draw_conversation_with_masks(rng, items)
     if task == "semantic":
         return {"targets": [{"phrases": [name], "rle": rles[id(item)]} for item in items for name in item.phrases]}
     if task == "referring":
@@ -302,10 +325,12 @@ def _annotate(rng: np.random.Generator, task: str, items: list[Item]) -> dict | 
     }
 
 
-def make_scene_row(seed: int, split: str, index: int, image_size: int) -> dict:
+def make_scene_row(seed: int, split: str, index: int, image_size: int, is_conversation: bool = False) -> dict:
     """Make the row of scene `index`, a pure function of the arguments."""
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     task = str(rng.choice(list(TASK_PROPORTIONS), p=list(TASK_PROPORTIONS.values())))
+    if is_conversation:
+        task = "conversation"
     columns = None
     while columns is None:  # ends soon: more than half of all scenes suit any task
         picture, items = draw_scene(rng, image_size)
@@ -323,12 +348,14 @@ class ShapesConfig(SourceConfig):
         num_validation_scenes: Number of scenes in the split validation.
         image_size: Side of the square images in pixels.
         seed: Seed of all random draws.
+        conversations: Whether all rows are conversations with masks, instead of the four tasks of LISA.
     """
 
     num_train_scenes: int = 2000
     num_validation_scenes: int = 200
     image_size: int = 128
     seed: int = 0
+    conversations: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -358,4 +385,4 @@ class Shapes(SourceBuilder):
 
     def make_row(self, record):
         split, index = record
-        return make_scene_row(self.config.seed, split, index, self.config.image_size)
+        return make_scene_row(self.config.seed, split, index, self.config.image_size, self.config.conversations)

@@ -32,8 +32,8 @@ from .rows import OnBadRow, check_on_bad_row, describe_row
 
 logger = logging.getLogger(__name__)
 
-# Relative frequencies of the tasks in LISA.
-TASK_RATES = {"semantic": 9.0, "referring": 3.0, "vqa": 3.0, "reasoning": 1.0}
+# Relative frequencies of the tasks in LISA, which has no conversations with masks.
+TASK_RATES = {"semantic": 9.0, "referring": 3.0, "vqa": 3.0, "reasoning": 1.0, "conversation": 3.0}
 
 # Rows of one source to draw for an item before giving up. Even if half of a source is unusable, this is never reached.
 MAX_DRAWS = 100
@@ -49,6 +49,8 @@ NO_ROWS = "Source {!r}: expected at least one row, got none. Check its data dire
 
 def default_weights(sources: dict[str, Dataset | IterableDataset]) -> dict[str, float]:
     """Return LISA's weights: semantic, referring, VQA and reasoning 9 : 3 : 3 : 1, shared equally by a task's sources.
+
+    Conversations with masks count as much as VQA.
 
     If a task has no source, the others keep their proportions.
 

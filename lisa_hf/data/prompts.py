@@ -51,8 +51,9 @@ class Question:
 
     Args:
         messages: Chat messages `{"role", "content"}`. Content is a list of parts: `{"type": "image"}` and
-            `{"type": "text", "text": ...}` in the first user message, one text part in all others.
-        masks: One mask per `[SEG]` of the assistant messages, in their order.
+            `{"type": "text", "text": ...}` in the first user message, one text part in all others. An assistant
+            message with `"is_context": True` is given and not learned.
+        masks: One mask per `[SEG]` of the assistant messages that are learned, in their order.
         is_first_text: Whether LISA validates with this question too, see [`evaluation_questions`].
     """
 
@@ -75,7 +76,7 @@ def sample_questions(
     - Rows with an explanation: answer all questions alike, with the explanation alone and no mask (probability
       `explanatory_probability`), with a mask alone, or with a mask and the explanation (half of the remaining
       probability each).
-    - VQA rows: return the whole conversation.
+    - VQA rows and conversations with masks: return the whole conversation.
 
     Args:
         row: Row of `lisa_hf.data.rows.FEATURES`. Its image is not read.
@@ -91,8 +92,8 @@ def sample_questions(
     Raises:
         ValueError: If a mask of a question is damaged.
     """
-    if row["task"] == "vqa":
-        return [_conversation(row["messages"])]
+    if row["messages"]:
+        return [_conversation(row)]
 
     explain = text_only = False
     explanation = escape_tokens(row["explanation"] or "", SEG_PATTERN)  # a `[SEG]` there has no mask
@@ -136,6 +137,7 @@ def evaluation_questions(row: dict, merge_instances: bool = True, all_texts: boo
     - Reasoning rows: the first phrase of every target.
     - Semantic rows: the first phrase of every class.
     - VQA rows: the first question of the conversation.
+    - Conversations with masks: every question, after the true answers to those before it.
 
     Args:
         row: Row of `lisa_hf.data.rows.FEATURES`. Its image is not read.
@@ -148,8 +150,9 @@ def evaluation_questions(row: dict, merge_instances: bool = True, all_texts: boo
     Raises:
         ValueError: If a mask of a question is damaged.
     """
-    if row["task"] == "vqa":
-        return [_conversation(row["messages"][:2])]
+    if row["messages"]:
+        turns = _split_turns(_conversation(row))
+        return turns[:1] if row["task"] == "vqa" else turns
 
     choices = []
     for target in row["targets"]:
@@ -208,16 +211,27 @@ def _question(text: str, answer: str, *masks: Mask) -> Question:
     return Question(messages=messages, masks=list(masks))
 
 
-def _conversation(turns: list[dict]) -> Question:
+def _conversation(row: dict) -> Question:
     """Return a recorded conversation, with the image moved from its placeholder to the front of the first message."""
     messages = []
-    for turn in turns:
+    for turn in row["messages"]:
         text = leave_out_placeholder(turn["content"])
-        if turn["role"] == "assistant":
+        if turn["role"] == "assistant" and row["task"] == "vqa":
             text = escape_tokens(text, SEG_PATTERN)  # it has no mask
         image = [] if messages else [{"type": "image"}]
         message = {"role": turn["role"], "content": [*image, {"type": "text", "text": text}]}
         if turn.get("reasoning_content"):
             message["reasoning_content"] = turn["reasoning_content"]
         messages.append(message)
-    return Question(messages=messages)
+    return Question(messages, masks=[Mask.from_rle(target["rle"]) for target in row["targets"]])
+
+
+def _split_turns(conversation: Question) -> list[Question]:
+    """Return a question per turn, which has the turns before it as its context."""
+    turns, num_masks = [], 0
+    for end in range(2, len(conversation.messages) + 1, 2):
+        *context, question, answer = conversation.messages[:end]
+        context = [message | {"is_context": True} for message in context]
+        first, num_masks = num_masks, num_masks + answer["content"][0]["text"].count(SEG_TOKEN)
+        turns.append(Question([*context, question, answer], conversation.masks[first:num_masks]))
+    return turns

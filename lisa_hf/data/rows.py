@@ -10,10 +10,11 @@ from typing import Any, Literal, get_args
 from datasets import Features, Image, List, Value
 
 from ..model.conversation_text import replace_surrogates
+from ..model.processing_lisa import SEG_TOKEN
 from .masks import RLE_FEATURES, rle_size
 
 
-TASKS = ("semantic", "referring", "reasoning", "vqa")
+TASKS = ("semantic", "referring", "reasoning", "vqa", "conversation")
 
 FEATURES = Features(
     {
@@ -59,8 +60,9 @@ def make_row(
         image: Path of the image file, or the bytes of an encoded image.
         image_id: Name of the image, unique within its source.
         source: Name of the dataset, as `data_scripts.load_source` knows it.
-        task: One of `TASKS`. A "vqa" row has `messages`, every other row has `targets`.
-        targets: Dicts of `phrases` (list of str, at least one) and `rle`, all of one size.
+        task: One of `TASKS`. A "vqa" row has `messages`, a "conversation" row has `messages` and a target for each
+            `[SEG]` of its answers, every other row has `targets`.
+        targets: Dicts of `phrases` (list of str, at least one; a conversation needs none) and `rle`, all of one size.
         ignore: RLE of the pixels that count neither as target nor as background, of the targets' size.
         is_sentence: Whether the phrases are complete questions instead of names.
         explanation: Why the targets answer the phrases.
@@ -73,11 +75,20 @@ def make_row(
     where = f"Row {image_id!r} of {source!r}"
     if task not in TASKS:
         raise ValueError(f"{where}: expected a task among {TASKS}, got {task!r}.")
-    is_vqa = task == "vqa"
-    if bool(messages) != is_vqa or bool(targets) == is_vqa:
-        expected = "messages and no targets" if is_vqa else "targets and no messages"
+    num_masks = 0
+    if task == "conversation":
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        num_masks = sum(answer.count(SEG_TOKEN) for answer in answers)
+        targets = [{"phrases": [f"mask {number}"]} | target for number, target in enumerate(targets, start=1)]
+    expected = {
+        "vqa": bool(messages) and not targets,
+        "conversation": bool(messages) and len(targets) == num_masks,
+    }.get(task, bool(targets) and not messages)
+    if not expected:
+        what = {"vqa": "messages and no targets", "conversation": f"messages and {num_masks} targets, one per [SEG]"}
         raise ValueError(
-            f"{where}: expected {expected} in a {task} row, got {len(targets)} targets and {len(messages)} messages."
+            f"{where}: expected {what.get(task, 'targets and no messages')} in a {task} row, got {len(targets)} "
+            f"targets and {len(messages)} messages."
         )
     for index, target in enumerate(targets):
         phrases = target["phrases"]

@@ -104,12 +104,12 @@ def draw_predictions(
         item = dataset[index]
         question = item["questions"][number]
         labels = compact_mask_labels(question.masks, item["ignore"])
-        prompt = question.messages[:1]
+        prompt = question.messages[:-1]
         (answer,) = answer_questions(model, processor, item["image"], [prompt], max_new_tokens)
         predictions.append(
             Prediction(
                 image=item["image"],
-                question=prompt[0]["content"][-1]["text"].strip(),
+                question=prompt[-1]["content"][-1]["text"].strip(),
                 answer=answer.text,
                 masks=answer.masks.numpy(),
                 mask_labels=draw_mask_labels(*labels, item["original_size"]).numpy(),

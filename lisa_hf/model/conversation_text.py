@@ -181,7 +181,7 @@ class ChatTemplate:
         return self.render([user_message("?")], add_generation_prompt=True)
 
     def rows(self, messages: list[dict]) -> list[Row]:
-        """Return the rows that teach the answers of a conversation.
+        """Return the rows that teach the answers of a conversation, except for those with `is_context`.
 
         This is one row, if the prompt of each answer repeats the answers before it. If it does not, as templates do
         that show a thought in the last turn only, an answer has a row of its own.
@@ -193,7 +193,7 @@ class ChatTemplate:
         messages = self.prepare(messages)
         rows = []
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or message.get("is_context"):
                 continue
             prompt, answer = self._split_turn(messages[: index + 1])
             answers = [(len(prompt), len(prompt) + len(answer))]
