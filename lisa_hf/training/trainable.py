@@ -135,12 +135,13 @@ def prepare_for_training(
 def _trained_modules(model: nn.Module, paths: list[str], untrained: list[nn.Module]) -> list[str]:
     """Return the paths, replaced by those of their children where a module trains only in part.
 
-    PEFT saves whole modules, but under ZeRO-3 Trainer gathers only those weights that train.
+    PEFT saves whole modules, but under ZeRO-3 Trainer gathers only those weights that train. It takes no list of
+    modules, as Granite 4 Vision has for its projectors.
     """
     trained = []
     for path in paths:
         module = model.get_submodule(path)
-        if set(untrained).isdisjoint(module.modules()):
+        if set(untrained).isdisjoint(module.modules()) and not isinstance(module, nn.ModuleList):
             trained.append(path)
         elif module not in untrained:
             children = [f"{path}.{name}" for name, child in module.named_children() if list(child.parameters())]

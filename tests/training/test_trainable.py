@@ -4,7 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures.tiny_models import SIDE, llava_config, make_model, qwen2_5_vl_sam, sam_config, text_config, vision_config
+from fixtures.tiny_models import (
+    SIDE,
+    llava_config,
+    make_model,
+    qwen2_5_vl_sam,
+    sam_config,
+    text_config,
+    vision_config,
+    vlm_sam,
+)
 from fixtures.tiny_training import Items, build_model, collate, copy_state
 from fixtures.vlm_processors import vlm_sam_with_processor
 from peft import PeftModel
@@ -302,6 +311,15 @@ def test_parts_of_vlms(model_type):
         else:
             with pytest.raises(ValueError, match=f"trainable: expected parts of .*, got {part}. Remove what it"):
                 prepare_for_training(model, [part], lora_r=0)
+
+
+def test_a_list_of_projectors_trains():
+    """PEFT saves modules that are trained in full, but no list of them."""
+    model = prepare_for_training(vlm_sam("granite4_vision"), ["multi_modal_projector"], lora_r=4)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad and ".lora_" not in name}
+    for number in range(2):
+        path = f"layerwise_projectors.{number}.modules_to_save.default."
+        assert any(path in name for name in trained)
 
 
 @pytest.mark.skipif(not is_torchvision_available(), reason="HunyuanVL's processor needs it")
