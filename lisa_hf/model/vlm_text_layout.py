@@ -120,7 +120,13 @@ def find_text_layout(vlm_processor: ProcessorMixin, prompt: str, image_token: st
         outputs, texts = call_vlm_processor(vlm_processor, images, prompt, takes_nested_images=True)
         takes_nested_images = True
     except ValueError:  # GOT-OCR 2 takes a list of images per text for the pages of one document
-        outputs, texts = call_vlm_processor(vlm_processor, images, prompt, takes_nested_images=False)
+        try:
+            outputs, texts = call_vlm_processor(vlm_processor, images, prompt, takes_nested_images=False)
+        except ValueError as error:  # Fuyu
+            raise ValueError(
+                f"expected a VLM whose processor takes a text with the image token {image_token} once and an image, "
+                f"got {type(vlm_processor).__name__}: {error}. Choose another VLM."
+            ) from error
         takes_nested_images = False
     prefix, _, prompt_suffix = split_expanded_text(texts[0], prompt, image_token)
     return TextLayout(

@@ -6,6 +6,7 @@ from fixtures.published import PUBLISHED_VLMS, write_published_processor
 from fixtures.tiny_models import conversation, image, make_model, sam_config, sam_image_processor, text_config
 from fixtures.tiny_models import vision_config as tiny_vision_config
 from fixtures.vlm_processors import FAMILIES, build_vlm_processor
+from tiny_vlms import tiny_vlm_processor
 from transformers import AutoConfig
 from transformers.utils import is_torchvision_available
 
@@ -109,6 +110,12 @@ def test_training_sees_what_generation_sees(family):
         if not name.endswith("token_type_ids"):
             assert batch[name].dtype == inputs[name].dtype, name
             torch.testing.assert_close(batch[name], inputs[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_processor_that_does_not_take_one_image_per_text_is_refused():
+    processor = LisaProcessor(tiny_vlm_processor("fuyu"), sam_image_processor())
+    with pytest.raises(ValueError, match="expected a VLM whose processor takes a text with the image token .*Fuyu"):
+        processor(PICTURES[0], "<s>|SPEAKER| What is it?")
 
 
 def test_another_tensor_of_pixels_is_normalized_too():
