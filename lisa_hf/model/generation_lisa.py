@@ -154,8 +154,15 @@ class LisaGenerationMixin:
             prompts = {"input_ids": input_ids, "attention_mask": attention_mask, "mm_encoder_outputs": features}
 
         # 2. Answers of the VLM, and the state that predicted each of their tokens.
+        backbone = self.vlm.base_model
+        if hasattr(past_key_values, "rope_deltas"):
+            backbone.rope_deltas = past_key_values.rope_deltas
         with record_states(self.vlm) as states:
             output = self.vlm.generate(**prompts, return_dict_in_generate=True, **generate_kwargs)
+        if hasattr(backbone, "rope_deltas") and output.past_key_values is not None:
+            # By how much M-RoPE shifts what follows the image. A VLM keeps it of its last call only, which may be
+            # about another image when this cache is continued.
+            output.past_key_values.rope_deltas = backbone.rope_deltas
         states = torch.stack(
             [step[:, -1] for step in states], dim=1
         )  # [rows, steps, hidden_size], one row per answer or beam

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fixtures.packed_batches import QWEN_LIKE, VLMS, make_family, make_prompts
+from fixtures.packed_batches import QWEN_LIKE, VLMS, make_family, make_prompts, qwen_prompt
 from fixtures.tiny_models import FAMILIES, ForceTokens, conversation, image, llava_sam
 
 from lisa_hf.evaluation.predict import answer_questions
@@ -320,3 +320,15 @@ def test_every_family_that_packs_shares_prefixes(name, monkeypatch):
     assert torch.equal(shared.sequences, separate.sequences)
     torch.testing.assert_close(shared.low_res_masks, separate.low_res_masks, rtol=0, atol=1e-4)
     assert separate.low_res_masks.std() > 0.01
+
+
+@pytest.mark.parametrize("name", QWEN_LIKE)
+def test_two_conversations_in_turn_keep_their_positions(name):
+    """M-RoPE's positions after an image depend on its size, and here the sizes differ."""
+    model, batch, _ = make_family(name)
+    options = {"max_new_tokens": NUM_STEPS, "min_new_tokens": NUM_STEPS}
+    first = model.generate(**qwen_prompt(batch, 0), **options)
+    model.generate(**qwen_prompt(batch, 5), **options)
+    prompt = qwen_prompt(batch, 0, [*first.sequences[0, -NUM_STEPS:].tolist(), 6, 7, 11])
+    continued = model.generate(**prompt, **options, past_key_values=first.past_key_values)
+    assert torch.equal(continued.sequences, model.generate(**prompt, **options).sequences)
