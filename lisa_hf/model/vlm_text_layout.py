@@ -58,9 +58,6 @@ def call_vlm_processor(
 
     Returns:
         Its outputs, and the B texts that it made, with the tokens of their images.
-
-    Raises:
-        ValueError: If it does not make one text of each.
     """
     processor = copy.copy(vlm_processor)
     processor.tokenizer = _TextRecorder(vlm_processor.tokenizer)
@@ -79,13 +76,7 @@ def call_vlm_processor(
         calls = [call_vlm_processor(vlm_processor, [image], text, takes_nested_images, **kwargs) for image in images]
         texts = [text for _, (text,) in calls]
         return {name: _concatenate([outputs[name] for outputs, _ in calls]) for name in calls[0][0]}, texts
-    texts = processor.tokenizer.texts
-    if len(texts) != len(images):
-        raise ValueError(
-            f"expected a VLM whose processor makes one text of each text, got {len(texts)} of {len(images)} from "
-            f"{type(vlm_processor).__name__}. Choose another VLM."
-        )
-    return dict(outputs), texts
+    return dict(outputs), processor.tokenizer.texts
 
 
 def split_expanded_text(expanded: str, text: str, image_token: str) -> tuple[str, str, str]:
@@ -128,6 +119,11 @@ def find_text_layout(vlm_processor: ProcessorMixin, prompt: str, image_token: st
                 f"got {type(vlm_processor).__name__}: {error}. Choose another VLM."
             ) from error
         takes_nested_images = False
+    if len(texts) != 1:  # ShieldGemma 2 makes a text per policy
+        raise ValueError(
+            f"expected a VLM whose processor makes one text of each text, got {len(texts)} of one from "
+            f"{type(vlm_processor).__name__}. Choose another VLM."
+        )
     prefix, _, prompt_suffix = split_expanded_text(texts[0], prompt, image_token)
     return TextLayout(
         prefix=prefix,

@@ -112,10 +112,14 @@ def test_training_sees_what_generation_sees(family):
             torch.testing.assert_close(batch[name], inputs[name], rtol=0, atol=1e-5, msg=name)
 
 
-def test_a_processor_that_does_not_take_one_image_per_text_is_refused():
-    processor = LisaProcessor(tiny_vlm_processor("fuyu"), sam_image_processor())
-    with pytest.raises(ValueError, match="expected a VLM whose processor takes a text with the image token .*Fuyu"):
-        processor(PICTURES[0], "<s>|SPEAKER| What is it?")
+@pytest.mark.parametrize(
+    "family, reason",
+    [("fuyu", "takes a text with the image token .*, got FuyuProcessor"), ("shieldgemma2", "makes one text of each")],
+)
+def test_a_processor_that_does_not_make_one_text_of_one_image_is_refused(family, reason):
+    processor = LisaProcessor(tiny_vlm_processor(family), sam_image_processor())
+    with pytest.raises(ValueError, match=f"^expected a VLM whose processor {reason}"):
+        processor(PICTURES[0], f"<s>{processor.image_token} What is it?")
 
 
 def test_another_tensor_of_pixels_is_normalized_too():
