@@ -10,9 +10,9 @@ import PIL.ImageFile
 import pytest
 import torch
 from datasets import Dataset
-from fixtures.tiny_models import FAMILIES, image, qwen3_vl_sam, sam_image_processor
+from fixtures.tiny_models import FAMILIES, image
 from fixtures.tiny_training import collate
-from fixtures.vlm_processors import build_vlm_processor, vlm_sam_with_processor
+from fixtures.vlms import vlm_sam_with_processor
 from transformers.utils import is_torchvision_available
 
 from lisa_hf import LisaDataCollator, LisaProcessor
@@ -114,10 +114,8 @@ def test_warm_cache_gives_the_step_without_encoders(name, rows, tmp_path):
 @needs_torchvision
 def test_cache_holds_features_that_enter_layers(rows, tmp_path):
     """Qwen3-VL's: beside its features, those of deeper layers, and each image's grid for the positions of its rows."""
-    processor = LisaProcessor(
-        vlm_processor=build_vlm_processor("qwen3_vl"), mask_image_processor=sam_image_processor()
-    )
-    model = prepare_for_training(qwen3_vl_sam(processor.tokenizer), ["seg_projector", "mask_decoder"], lora_r=4)
+    model, processor = vlm_sam_with_processor("qwen3_vl")
+    model = prepare_for_training(model, ["seg_projector", "mask_decoder"], lora_r=4)
     cache = build(tmp_path, rows, model, processor)
     plain = collate(processor, make_items(rows, (2, 0)))
     cached = collate(processor, make_items(rows, (2, 0), cache))

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from fixtures.tiny_models import FAMILIES, llava_sam, qwen3_vl_sam
-from fixtures.vlm_processors import build_vlm_processor, vlm_sam_with_processor
+from fixtures.tiny_models import FAMILIES, llava_sam
+from fixtures.vlms import vlm_sam_with_processor
 from transformers.utils import is_torchvision_available
 
 from lisa_hf import LisaForConditionalGeneration, LisaProcessor
@@ -33,8 +33,8 @@ def test_vlms_that_read_their_inputs_in_their_own_way_pass(family):
 @needs_torchvision
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fewer_bits_pass(dtype):
-    processor = LisaProcessor(build_vlm_processor("qwen3_vl"), llava_sam()[1].mask_image_processor)
-    check_against_vlm(qwen3_vl_sam(processor.tokenizer).to(dtype), processor)
+    model, processor = vlm_sam_with_processor("qwen3_vl")
+    check_against_vlm(model.to(dtype), processor)
 
 
 def test_nothing_changes():

@@ -5,7 +5,7 @@ import torch
 from fixtures.published import PUBLISHED_VLMS, write_published_processor
 from fixtures.tiny_models import conversation, image, make_model, sam_config, sam_image_processor, text_config
 from fixtures.tiny_models import vision_config as tiny_vision_config
-from fixtures.vlm_processors import FAMILIES, build_vlm_processor
+from fixtures.vlms import PROCESSOR_TYPES
 from tiny_vlms import tiny_vlm_processor
 from transformers import AutoConfig
 from transformers.utils import is_torchvision_available
@@ -28,7 +28,7 @@ TEXT_INPUTS = {"input_ids", "attention_mask", "labels"}
 def build_processor(family: str) -> LisaProcessor:
     if family == "smolvlm":
         pytest.importorskip("num2words")
-    return LisaProcessor(build_vlm_processor(family), sam_image_processor())
+    return LisaProcessor(tiny_vlm_processor(family), sam_image_processor())
 
 
 def starts_of_labels(labels: torch.Tensor) -> list[int]:
@@ -46,7 +46,7 @@ def own_inputs(processor: LisaProcessor, text: str, picture) -> dict:
         return processor.vlm_processor(images=[picture], **kwargs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PROCESSOR_TYPES)
 def test_each_row_is_what_the_vlms_own_processor_makes(family):
     """Two images of different sizes, three prompts."""
     assert_rows_are_the_vlms_own(build_processor(family))
@@ -87,7 +87,7 @@ def assert_rows_are_the_vlms_own(processor: LisaProcessor) -> None:
             assert torch.equal(inputs[name].flatten(), joined.flatten()), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PROCESSOR_TYPES)
 def test_training_sees_what_generation_sees(family):
     """A row is the prompt and the answers; compact pixels become those of generation."""
     processor = build_processor(family)
@@ -133,7 +133,7 @@ def test_another_tensor_of_pixels_is_normalized_too():
 
 def test_type_ids_of_paligemma_hide_the_answers_future():
     """Its type ids are 0 on the prompt, which sees all of itself, and 1 on answers, which see what is before them."""
-    vlm_processor = build_vlm_processor("paligemma")
+    vlm_processor = tiny_vlm_processor("paligemma")
     processor, tokenizer = LisaProcessor(vlm_processor, sam_image_processor()), vlm_processor.tokenizer
     vlm_config = AutoConfig.for_model(
         "paligemma",

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from fixtures.tiny_models import (
     LAYERS,
     SIDE,
-    VLM_CONFIGS,
     llava_config,
     llava_sam,
     sam_config,
     text_config,
     vision_config,
-    vlm_sam,
 )
+from fixtures.vlms import VLM_TYPES, vlm_sam
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from lisa_hf import LisaConfig, LisaForConditionalGeneration
@@ -115,7 +114,7 @@ def mask_inputs() -> dict:
     return {"mask_pixel_values": pixels, "original_sizes": sizes, "reshaped_input_sizes": sizes}
 
 
-@pytest.mark.parametrize("model_type", VLM_CONFIGS)
+@pytest.mark.parametrize("model_type", VLM_TYPES)
 def test_states_logits_and_answers_are_the_vlms_own(model_type):
     model = vlm_sam(model_type)
     singles, both, runs = vision_inputs(model_type)
@@ -151,7 +150,7 @@ def test_states_logits_and_answers_are_the_vlms_own(model_type):
             assert found[number, batch["input_ids"].shape[1] :].tolist()[: len(answer)] == answer
 
 
-@pytest.mark.parametrize("model_type", VLM_CONFIGS)
+@pytest.mark.parametrize("model_type", VLM_TYPES)
 def test_features_of_each_image_replace_its_pixels(model_type):
     """As a feature cache keeps them: the whole output of the encoder, one image after the other."""
     model = vlm_sam(model_type)

@@ -12,10 +12,9 @@ from fixtures.tiny_models import (
     sam_config,
     text_config,
     vision_config,
-    vlm_sam,
 )
 from fixtures.tiny_training import Items, build_model, collate, copy_state
-from fixtures.vlm_processors import vlm_sam_with_processor
+from fixtures.vlms import vlm_sam, vlm_sam_with_processor
 from peft import PeftModel
 from transformers import AutoConfig, AutoModel
 from transformers.utils import is_torchvision_available
