@@ -18,6 +18,7 @@ from fixtures.tiny_training import Items, build_model, make_item, make_trainer
 
 from data_scripts import load_source
 from lisa_hf import export
+from lisa_hf.model.conversation_text import user_message
 from lisa_hf.training.arguments import parse_data_arguments
 from lisa_hf.training.build import load_lisa
 from lisa_hf.training.checkpointing import MANIFEST, write_manifest
@@ -85,6 +86,16 @@ def test_a_chat_template_that_leaves_its_sandbox(directory, escape):
         _, processor = load_lisa(str(directory))
         messages = make_item(0, [1])["questions"][0].messages[:1]
         processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def test_a_chat_template_that_never_ends(directory, monkeypatch):
+    monkeypatch.setattr("lisa_hf.model.conversation_text.RENDER_SECONDS", 0.2)
+    loop = "{% for i in range(3000) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+    template = directory / "chat_template.jinja"
+    template.write_text("{% if messages %}" + loop + "{% endif %}" + template.read_text())
+    with pytest.raises(ValueError, match="within 0.2 seconds"):
+        _, processor = load_lisa(str(directory))
+        processor.apply_chat_template([user_message("?")], add_generation_prompt=True, tokenize=False)
 
 
 CODE = f"import os\nos.mkdir({MARK!r})\n"

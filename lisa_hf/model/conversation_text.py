@@ -7,6 +7,7 @@ generation starts, and never what the template makes of the finished conversatio
 
 import datetime
 import re
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from .losses import IGNORE_INDEX
 # around them. At the third, a text is cut before it is tokenized, so that a user's `[SEG]` becomes letters.
 ANSWER_MARK, THOUGHT_MARK, CUT_MARK = "\U0010f000", "\U0010f001", "\U0010f002"
 IMAGE_PLACEHOLDER = "<image>"
+RENDER_SECONDS = 20  # for a template's first text, which takes milliseconds
 # What chat templates call the variable that says whether the model may think before it answers.
 THINKING_VARIABLES = ("enable_thinking", "thinking")
 # The day that templates write as today: with the real one, a model would never again see a text it was trained on.
@@ -177,8 +179,30 @@ class ChatTemplate:
 
     @cached_property
     def example_prompt(self) -> str:
-        """The prompt of a question about an image."""
-        return self.render([user_message("?")], add_generation_prompt=True)
+        """The prompt of a question about an image.
+
+        Raises:
+            ValueError: If the template does not end within `RENDER_SECONDS`: it comes from whoever made the model.
+        """
+        results: list[str | ValueError] = []
+
+        def render():
+            try:
+                results.append(self.render([user_message("?")], add_generation_prompt=True))
+            except ValueError as error:
+                results.append(error)
+
+        thread = threading.Thread(target=render, daemon=True)
+        thread.start()
+        thread.join(RENDER_SECONDS)
+        if not results:
+            raise ValueError(
+                f"expected a chat template that writes a question within {RENDER_SECONDS} seconds, got one that does "
+                "not. Pass another `chat_template`."
+            )
+        if isinstance(results[0], ValueError):
+            raise results[0]
+        return results[0]
 
     def rows(self, messages: list[dict]) -> list[Row]:
         """Return the rows that teach the answers of a conversation, except for those with `is_context`.

@@ -398,6 +398,7 @@ class LisaProcessor(ProcessorMixin):
         template = self.template
         if chat_template is not None:
             template = ChatTemplate(self.tokenizer, chat_template, self.thinking, self._image_tokens, (SEG_TOKEN,))
+        template.example_prompt  # noqa: B018  raises if the template fails, or never ends
         is_batch = isinstance(conversation[0], (list, tuple))
         conversation = [template.prepare(row) for row in conversation] if is_batch else template.prepare(conversation)
         return super().apply_chat_template(
