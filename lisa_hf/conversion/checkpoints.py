@@ -99,8 +99,12 @@ def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
         with safe_open(file, "pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}
             return {
-                # A slice knows its dtype only as safetensors spells it; an empty tensor of it costs nothing.
-                name: LazyTensor(torch.Size(part.get_shape()), part[:0].dtype, functools.partial(read, name))
+                # A slice knows its dtype only as safetensors spells it; an empty or 0-dim tensor of it costs nothing.
+                name: LazyTensor(
+                    torch.Size(part.get_shape()),
+                    (part[:0] if part.get_shape() else tensors.get_tensor(name)).dtype,
+                    functools.partial(read, name),
+                )
                 for name, part in slices.items()
             }
     except SafetensorError as error:

@@ -166,4 +166,6 @@ def _tolerance(states: torch.Tensor) -> float:
 def _relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference of a position, relative to its norm; nan if one is not finite."""
     found, expected = found.float(), expected.float()
-    return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    # A state may be zero: that of a padding token in a model of random weights.
+    norms = expected.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((found - expected).norm(dim=-1) / norms).max().item()

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from fixtures.shrunken import published_keys
 from fixtures.tiny_models import SIDE, conversation, image, llava_sam, sam2_config
 from safetensors.torch import save_file
 from transformers import (
@@ -78,18 +79,6 @@ def video_config(model_type: str):
         vision_config=SAM3_VISION, **{**HALF, "prompt_encoder_config": prompt}, image_size=56
     )
     return tracker if model_type == "sam3_tracker_video" else Sam3VideoConfig(tracker_config=tracker.to_dict())
-
-
-def published_keys(model_type: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name weights as they are named on the Hub, with some that only the video model has."""
-    names = {"memory_encoder.weight": torch.zeros(2)}
-    for name, tensor in state.items():
-        if model_type == "sam3_video":
-            name = f"tracker_model.{name}"
-            name = name.replace("tracker_model.vision_encoder.backbone.", "detector_model.vision_encoder.backbone.")
-            name = name.replace("tracker_model.vision_encoder.neck.", "tracker_neck.")
-        names[name] = tensor.contiguous()
-    return names
 
 
 @pytest.fixture(params=IMAGE_TYPES)
