@@ -1,5 +1,6 @@
 """Convert published original checkpoints to transformers' format.
 
+    python recipes/convert_weights.py auto --checkpoint LISA-7B-v1 --output weights/lisa-7b-v1
     python recipes/convert_weights.py sam --checkpoint sam_vit_h_4b8939.pth --output weights/sam-vit-h
     python recipes/convert_weights.py llava --checkpoint llava-v1.5-7b --output weights/llava-1.5-7b
     python recipes/convert_weights.py llava-delta --checkpoint LLaVA-Lightning-7B-delta-v1-1 --base llama-7b \\
@@ -17,11 +18,13 @@ import sys
 from pathlib import Path
 
 from lisa_hf.conversion.checkpoints import (
+    LazyTensor,
     add_delta,
     is_zero_checkpoint,
     merge_lora_tensors,
     open_checkpoint,
     open_zero_checkpoint,
+    recognize_source,
 )
 from lisa_hf.conversion.lisa import convert_lisa
 from lisa_hf.conversion.llava import convert_llava, find_config
@@ -31,6 +34,7 @@ from lisa_hf.errors import report_user_errors
 
 
 SOURCES = {
+    "auto": "any of these, told by its tensors",
     "llava-delta": "LLaVA v1, published as a difference to LLaMA (--base)",
     "llava": "LLaVA v1, v1.1, on Llama 2, v1.5",
     "sam": "sam_vit_{b,l,h}*.pth, sam_hq_vit_{b,l,h}.pth",
@@ -76,21 +80,44 @@ def convert(args: argparse.Namespace) -> ConvertedModel:
             f"--checkpoint: expected a file or directory, got {args.checkpoint}, which does not exist. Download a "
             "repository of the Hub first: `hf download ORGANIZATION/NAME --local-dir DIRECTORY`"
         )
-    if args.source == "lisa-train":
-        is_zero = is_zero_checkpoint(args.checkpoint)
-        tensors = open_zero_checkpoint(args.checkpoint) if is_zero else open_checkpoint(args.checkpoint)
+    is_zero = is_zero_checkpoint(args.checkpoint)
+    tensors = open_zero_checkpoint(args.checkpoint) if is_zero else open_checkpoint(args.checkpoint)
+    source = choose_source(args.source, "lisa-train" if is_zero else recognize_source(tensors), tensors)
+    if source == "lisa-train":
         tensors = merge_lora_tensors(tensors, args.lora_alpha)
         return convert_lisa(tensors, args.base or find_config(args.checkpoint), **options)
-    tensors = open_checkpoint(args.checkpoint)
-    if args.source == "sam":
+    if source == "sam":
         return convert_sam(tensors)
-    if args.source == "lisa":
+    if source == "lisa":
         return convert_lisa(tensors, find_config(args.checkpoint), **options)
-    if args.source == "llava-delta":
+    if source == "llava-delta":
         if args.base is None:
             raise ValueError("--base: expected the directory of the LLaMA that this delta belongs to, got none.")
         tensors = add_delta(tensors, open_checkpoint(args.base))
     return convert_llava(tensors, find_config(args.checkpoint), **options)
+
+
+def choose_source(given: str, recognized: str | None, tensors: dict[str, LazyTensor]) -> str:
+    """Return the source to convert from.
+
+    Raises:
+        ValueError: The tensors are of another source than the one given, or `auto` does not recognize them.
+    """
+    if given == "auto":
+        if recognized is None:
+            raise ValueError(
+                f"--checkpoint: expected the tensors of an original LLaVA, SAM or LISA, got {list(tensors)[:3]}. A "
+                "model in transformers' format needs no conversion."
+            )
+        print(f"Source: {recognized}, {SOURCES[recognized]}")
+        return recognized
+    # Tensors of no original are listed by the key tables; a run may have been trained without LoRA, or be merged.
+    if recognized in (None, given) or (given, recognized) == ("lisa-train", "lisa"):
+        return given
+    raise ValueError(
+        f"SOURCE: expected `{recognized}` for this checkpoint, got `{given}`: its tensors are those of "
+        f"{recognized} ({SOURCES[recognized]}). Name `{recognized}`, or `auto`."
+    )
 
 
 def main():

@@ -144,6 +144,28 @@ def _read_pickle(file: Path, device: str) -> dict[str, torch.Tensor]:
     return content
 
 
+# ---- which original it is -------------------------------------------------------------------------------------------
+
+# RMSNorm scales are around 1 in a model, and their differences to the base's around 0 in a delta.
+MAX_NORM_OF_DELTA = 0.2
+
+
+def recognize_source(tensors: dict[str, LazyTensor]) -> str | None:
+    """Return the source, as `recipes/convert_weights.py` names it, that tensors are of; None for no original's."""
+    if any(name.startswith("image_encoder.") for name in tensors):
+        return "sam"
+    if any(name.startswith("base_model.model.") or LORA_FACTOR.fullmatch(name) for name in tensors):
+        return "lisa-train"
+    if any(name.startswith("model.visual_model.") for name in tensors):
+        return "lisa"
+    if not any(name.startswith("model.mm_projector.") for name in tensors):
+        return None
+    norm = tensors.get("model.norm.weight")
+    is_delta = norm is not None and norm.load().float().abs().mean() < MAX_NORM_OF_DELTA
+    close_files()
+    return "llava-delta" if is_delta else "llava"
+
+
 # ---- ZeRO -----------------------------------------------------------------------------------------------------------
 
 

@@ -13,8 +13,46 @@ from transformers import HfArgumentParser
 from ..errors import nearest_name
 
 
-# Former names of arguments whose nearest valid name is another argument.
-RENAMED = {"learning_rates": "part_learning_rates"}
+# Former names of arguments, and those of LISA's train_ds.py, with the names that they have here.
+RENAMED = {
+    "learning_rates": "part_learning_rates",
+    "version": "vlm",
+    "vision_pretrained": "mask_model",
+    "conv_type": "chat_template",
+    "precision": "bf16",
+    "model_max_length": "max_length",
+    "train_mask_decoder": "trainable",
+    "dataset": "sources",
+    "sem_seg_data": "sources",
+    "refer_seg_data": "sources",
+    "vqa_data": "sources",
+    "reason_seg_data": "sources",
+    "sample_rates": "sources",
+    "val_dataset": "eval_sources",
+    "no_eval": "eval_sources",
+    "dataset_dir": "data_dir",
+    "exclude_val": "exclude_refer_val",
+    "num_classes_per_sample": "num_questions",
+    "explanatory": "explanatory_probability",
+    "log_base_dir": "output_dir",
+    "exp_name": "output_dir",
+    "vis_save_path": "output_dir",
+    "epochs": "max_steps",
+    "steps_per_epoch": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "val_batch_size": "per_device_eval_batch_size",
+    "grad_accumulation_steps": "gradient_accumulation_steps",
+    "workers": "dataloader_num_workers",
+    "lr": "learning_rate",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "bce_loss_weight": "mask_bce_loss_weight",
+    "dice_loss_weight": "mask_dice_loss_weight",
+    "resume": "resume_from_checkpoint",
+    "auto_resume": "resume_from_checkpoint",
+    "start_epoch": "resume_from_checkpoint",
+    "print_freq": "logging_steps",
+}
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -146,6 +146,53 @@ def test_missing_and_converted_checkpoints_are_refused(fail):
     assert "['LisaForConditionalGeneration']" in message and "needs no conversion" in message
 
 
+def write_llava_delta(directory: Path) -> None:
+    base, delta = language_model(640), language_model(640) | linear_projector()
+    delta |= {name: torch.full_like(tensor, 0.01) for name, tensor in base.items() if "layers.0" not in name}
+    write_llava(directory, delta, {}, mm_vision_tower=str(CLIP), mm_use_im_start_end=False)
+
+
+@pytest.fixture
+def originals(tmp_path, sam_file):
+    """One original of every source, by the source's name."""
+    state_dict = language_model(640) | linear_projector()
+    write_llava(tmp_path / "llava", state_dict, {}, mm_vision_tower=str(CLIP), mm_use_im_start_end=False)
+    write_llava_delta(tmp_path / "difference")
+    torch.save(training_state_dict(), tmp_path / "pytorch_model.bin")
+    return {
+        "sam": sam_file,
+        "llava": tmp_path / "llava",
+        "llava-delta": tmp_path / "difference",
+        "lisa": original_directory(),
+        "lisa-train": tmp_path / "pytorch_model.bin",
+    }
+
+
+def test_a_wrong_source_is_refused_with_the_right_one(originals, fail):
+    for recognized, checkpoint in originals.items():
+        for given in originals.keys() - {recognized}:
+            if (given, recognized) != ("lisa-train", "lisa"):  # merged, or trained without LoRA
+                message = fail(given, "--checkpoint", checkpoint, "--base", originals["llava"])
+                assert f"expected `{recognized}` for this checkpoint, got `{given}`" in message
+
+
+def test_auto_recognizes_every_source(originals, tmp_path, capsys, fail):
+    assert "--base: expected the directory of the LLaMA" in fail("auto", "--checkpoint", originals["llava-delta"])
+    write_zero_checkpoint(tmp_path / "ckpt_model", training_state_dict())
+    recognized = {originals[source]: source for source in ("sam", "llava", "lisa", "lisa-train")}
+    for index, (checkpoint, source) in enumerate((recognized | {tmp_path / "ckpt_model": "lisa-train"}).items()):
+        base = ("--base", original_directory()) if source == "lisa-train" else ()
+        output = tmp_path / f"{index}"
+        convert("auto", "--checkpoint", checkpoint, *base, "--vision_tower", CLIP, "--output", output)
+        assert f"Source: {source}," in capsys.readouterr().out and (output / "config.json").is_file()
+
+
+def test_auto_refuses_what_is_no_original(sam_file, fail):
+    torch.save({"weight": torch.zeros(1)}, sam_file)
+    message = fail("auto", "--checkpoint", sam_file)
+    assert "expected the tensors of an original LLaVA, SAM or LISA, got ['weight']" in message
+
+
 # ---- on disk --------------------------------------------------------------------------------------------------------
 
 

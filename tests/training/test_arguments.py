@@ -1,11 +1,14 @@
 """Arguments: the YAML file, the command line over it, and one clear line about every mistake."""
 
+import dataclasses
+
 import pytest
 from fixtures.paths import ROOT
 from transformers.trainer_utils import SaveStrategy
 
 from lisa_hf.errors import report_user_errors
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
+from lisa_hf.training.parser import RENAMED
 
 
 CONFIG = """
@@ -139,10 +142,18 @@ def test_file_that_is_no_mapping(fails, text, expected):
     assert expected in fails(text)
 
 
+def test_renamed_arguments_exist():
+    classes = (ModelArguments, DataArguments, LisaTrainingArguments)
+    arguments = {field.name for dataclass_type in classes for field in dataclasses.fields(dataclass_type)}
+    assert set(RENAMED.values()) <= arguments and not RENAMED.keys() & arguments
+
+
 @pytest.mark.parametrize(
     "argv, expected",
     [
         (["--lora-alfa", "4"], "got `--lora-alfa`. Did you mean `lora_alpha`?"),
+        (["--lr", "3e-4"], "got `--lr`. Did you mean `learning_rate`?"),  # LISA's name; lora_r is nearer
+        (["--batch_size=2"], "got `--batch_size`. Did you mean `per_device_train_batch_size`?"),
         (["--learn", "4"], "expected the name of an argument, got `--learn`. Did you mean"),  # no abbreviations
         (["stray"], "expected no further value, got `stray`"),
         (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
