@@ -21,15 +21,22 @@ from .losses import IGNORE_INDEX
 logger = logging.getLogger(__name__)
 
 # VLMs that hand positions and a mask to their language model as they are, and language models that take them. Packed
-# rows of each are tested to equal separate ones. PaliGemma cannot be among them: its image tokens attend to the
-# question, so no two questions share the states of a prefix.
+# rows of each are tested to equal separate ones, and answers from a shared prefix those without. PaliGemma and Molmo2
+# cannot be among them: their image tokens attend to the question, so no two questions share the states of a prefix.
 VLMS = (
-    *("gemma3", "gemma4", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl"),
-    *("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm"),
+    *("aria", "aya_vision", "chameleon", "cohere2_vision", "cohere_compass", "cosmos3_omni", "deepseek_ocr2"),
+    *("deepseek_vl", "deepseek_vl_hybrid", "emu3", "gemma3", "gemma3n", "gemma4", "glm46v", "glm4v", "glm4v_moe"),
+    *("glm_ocr", "glmga", "got_ocr2", "granite_docling", "hunyuan_vl", "idefics2", "idefics3", "internvl", "janus"),
+    *("kimi_k25", "lfm3_vl", "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3"),
+    *("muse_glimmer", "muse_spark", "paddleocr_vl", "perception_lm", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl"),
+    *("qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llama_3", "video_llava", "vipllava"),
 )
 LANGUAGE_MODELS = (
-    *("gemma3_text", "gemma4_text", "llama", "ministral3", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text"),
-    *("qwen3", "qwen3_vl_moe_text", "qwen3_vl_text"),
+    *("aria_text", "chameleon", "cohere2", "cohere_compass_text", "deepseek_ocr2_text", "deepseek_v3"),
+    *("emu3_text_model", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4v_moe_text", "glm4v_text", "glm_ocr_text"),
+    *("granite_docling_text", "hunyuan_vl_text", "lfm3", "llama", "ministral3", "mistral", "muse_glimmer_text"),
+    *("muse_spark_text", "paddleocr_vl_text", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3"),
+    *("qwen3_vl_moe_text", "qwen3_vl_text"),
 )
 # Attention that a mask can limit. Linear attention and convolutions carry states from one question to the next.
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -49,9 +56,11 @@ def packing_unsupported_reason(config) -> str | None:
         )
     if vlm.model_type not in VLMS or text.model_type not in LANGUAGE_MODELS:
         return (
-            f"packing is tested for {', '.join(VLMS)} on {', '.join(LANGUAGE_MODELS)}, got {vlm.model_type} on "
-            f"{text.model_type}"
+            "packing needs a VLM and a language model that it is tested with, got "
+            f"{vlm.model_type} on {text.model_type}"
         )
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        return f"packing needs tokens that see earlier ones only, got bidirectional attention in {text.model_type}"
     if text._attn_implementation not in ATTENTIONS:
         return (
             f"packing needs an attn_implementation that takes a mask, one of {', '.join(ATTENTIONS)}, got "

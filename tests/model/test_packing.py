@@ -7,6 +7,8 @@ import torch
 from fixtures.packed_batches import QWEN_LIKE, VLMS, make_family
 from fixtures.tiny_models import FAMILIES, conversation, image, sam_config
 from fixtures.tiny_training import Items, assert_gradients_equal, build_model, make_trainer
+from matrix_checks import IMAGE_TOKEN_ID, Model, check_generate, mask_labels, require_close
+from tiny_vlms import tiny_vlm_config
 from transformers import AutoConfig
 
 from lisa_hf import LisaConfig, LisaDataCollator
@@ -15,6 +17,7 @@ from lisa_hf.model.packing import pack_rows, packing_unsupported_reason, resolve
 
 
 PACKED = ["llava", "idefics3", "gemma3", *QWEN_LIKE, *VLMS]
+OTHERS = sorted(set(packing.VLMS) - set(PACKED))
 
 
 def loss_and_gradients(model, batch: dict):
@@ -43,6 +46,26 @@ def test_packed_equals_separate(name, attention):
     for parameter, gradient in gradients.items():
         scale = max(gradient.abs().max(), 0.01 * overall)
         assert (packed_gradients[parameter] - gradient).abs().max() <= 1e-5 * scale, parameter
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_vlms_pack_and_share_a_prefix(model_type):
+    """States and gradients of packed rows are those of separate ones; answers are the VLM's own."""
+    model = Model(model_type)
+    batch = {**model.batch([1, 0, 2], [0, 1, 1]), "mask_labels": mask_labels(1, 2)}
+    packed_batch = pack_rows(batch, IMAGE_TOKEN_ID, pad_token_id=0)
+    separate, gradients = loss_and_gradients(model.lisa, copy.deepcopy(batch))
+    packed, packed_gradients = loss_and_gradients(model.lisa, copy.deepcopy(packed_batch))
+    require_close("losses", packed.loss, separate.loss, 1e-5)
+    unpacked = unpack_rows({**packed_batch, "labels": packed.last_hidden_state})["labels"]
+    real = batch["attention_mask"].bool()
+    require_close("states", unpacked[real], separate.last_hidden_state[real], 1e-5)
+    assert packed_gradients.keys() == gradients.keys()
+    overall = max(gradient.abs().max() for gradient in gradients.values())
+    for parameter, gradient in gradients.items():
+        scale = max(gradient.abs().max(), 0.01 * overall)
+        assert (packed_gradients[parameter] - gradient).abs().max() <= 1e-5 * scale, parameter
+    check_generate(model)
 
 
 @pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3", "qwen2_5_vl"])
@@ -105,8 +128,17 @@ def test_layers_with_a_running_state_are_refused():
 
 def test_every_family_that_packs_is_tested():
     models = [make_family(name)[0] for name in PACKED]
-    assert {model.config.vlm_config.model_type for model in models} == set(packing.VLMS)
-    assert {model.config.get_text_config().model_type for model in models} == set(packing.LANGUAGE_MODELS)
+    assert {model.config.vlm_config.model_type for model in models} == set(packing.VLMS) - set(OTHERS)
+    tested = {model.config.get_text_config().model_type for model in models}
+    tested |= {tiny_vlm_config(model_type).get_text_config().model_type for model_type in OTHERS}
+    assert tested == set(packing.LANGUAGE_MODELS)
+
+
+def test_text_that_sees_later_tokens_is_refused():
+    config = make_family("gemma3")[0].config
+    assert packing_unsupported_reason(config) is None
+    config.get_text_config().use_bidirectional_attention = True
+    assert "got bidirectional attention in gemma3_text" in packing_unsupported_reason(config)
 
 
 def test_training_and_evaluation_do_not_depend_on_packing(tmp_path):
