@@ -1,10 +1,11 @@
 """Packed rows are separate rows: the same loss, gradients, masks and evaluation, whatever the VLM."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
-from fixtures.packed_batches import QWEN_LIKE, VLMS, make_family
+from fixtures.packed_batches import QWEN_LIKE, VLMS, make_family, make_prompts
 from fixtures.tiny_models import FAMILIES, conversation, image, sam_config
 from fixtures.tiny_training import Items, assert_gradients_equal, build_model, make_trainer
 from matrix_checks import IMAGE_TOKEN_ID, Model, check_generate, mask_labels, require_close
@@ -66,6 +67,30 @@ def test_other_vlms_pack_and_share_a_prefix(model_type):
         scale = max(gradient.abs().max(), 0.01 * overall)
         assert (packed_gradients[parameter] - gradient).abs().max() <= 1e-5 * scale, parameter
     check_generate(model)
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_vlms_answer_from_a_shared_prefix(model_type, monkeypatch):
+    """With a window as wide as the prompts, so that sharing is possible."""
+
+    def with_wide_window(model_type: str):
+        config = tiny_vlm_config(model_type)
+        if getattr(config.get_text_config(), "sliding_window", None):
+            config.get_text_config().sliding_window = 128
+        return config
+
+    monkeypatch.setattr("matrix_checks.tiny_vlm_config", with_wide_window)
+    model = Model(model_type)
+    lisa, prompts = model.lisa, make_prompts(model.batch([0, 2], [0, 0]))
+    options = {"max_new_tokens": 5, "do_sample": False}
+    shared = lisa.generate(**copy.deepcopy(prompts), **options).sequences
+    with monkeypatch.context() as patch:
+        patch.setattr(type(lisa), "_can_share_prefix", lambda *args: False)
+        separate = lisa.generate(**copy.deepcopy(prompts), **options).sequences
+    assert torch.equal(shared, separate)
+    monkeypatch.setattr(type(lisa), "_read_prefix", mock.Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):  # it was read
+        lisa.generate(**prompts, **options)
 
 
 @pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3", "qwen2_5_vl"])
