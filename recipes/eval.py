@@ -11,6 +11,8 @@
     evaluation.md              the same as a table, in percent
     predictions_NAME.png       the best, the median and the worst answers
 
+An earlier evaluation there is replaced only with `--overwrite`.
+
 All other arguments are those of recipes/train.py: `--dtype bfloat16`, `--eval_generate false` for the teacher-forced
 protocols only, `--generation_max_new_tokens`, `--max_eval_items`, ...
 """
@@ -28,6 +30,7 @@ from lisa_hf.evaluation.predict import draw_predictions
 from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
 from lisa_hf.training.build import load_lisa
+from lisa_hf.training.model_card import EVALUATION
 
 
 logger = logging.getLogger("evaluate")
@@ -54,6 +57,12 @@ def main():
     args, model_args, data_args, training_args = parse()
     logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
     with report_user_errors():
+        output_dir = Path(training_args.output_dir)
+        if (output_dir / EVALUATION).exists() and not args.overwrite:
+            raise ValueError(
+                f"--output_dir: expected a directory without an earlier evaluation, got {output_dir} with its "
+                f"{EVALUATION}. Name another, or replace it with --overwrite."
+            )
         # 2. Data, prepared by one process
         with training_args.main_process_first(desc="data preparation"):
             sources, datasets = load_datasets(args.benchmarks, data_args, not args.first_text_only)
@@ -69,7 +78,7 @@ def main():
         )
 
         # 4. Evaluate, and write results after each benchmark, since the next one may take hours
-        output_dir, results = Path(training_args.output_dir), {}
+        results = {}
         for name, dataset in datasets.items():
             logger.info("%s: %d images", name, len(dataset))
             subsets, questions = evaluate_benchmark(trainer, dataset)
@@ -90,6 +99,7 @@ def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrai
     parser.add_argument("model", help="LISA model: directory or Hub id")
     parser.add_argument("--benchmarks", nargs="+", default=[], metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--first_text_only", action="store_true", help="leave out the protocols with all texts")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in --output_dir")
     args, others = parser.parse_known_args()
     defaults = DEFAULTS | {"output_dir": f"outputs/evaluate/{Path(args.model).name}"}
     defaults = [text for name, value in defaults.items() for text in (f"--{name}", value)]

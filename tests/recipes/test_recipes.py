@@ -110,6 +110,15 @@ def test_unknown_benchmark_names_the_nearest(tmp_path):
     assert_one_line(result, "reasonseg_val", "Did you mean `reason_seg_val`?", "refcoco_testA")
 
 
+def test_an_earlier_evaluation_is_kept(tmp_path):
+    (tmp_path / "evaluation.json").write_text("mine")
+    arguments = ("eval.py", "model", "--eval_sources", "{shapes: {}}", "--output_dir", tmp_path)
+    assert_one_line(run(*arguments, cwd=tmp_path, check=False), "without an earlier evaluation", "--overwrite")
+    assert (tmp_path / "evaluation.json").read_text() == "mine"
+    result = run(*arguments, "--overwrite", cwd=tmp_path, check=False)  # goes on to the model, which is none
+    assert "earlier evaluation" not in result.stderr and result.returncode == 2
+
+
 def test_predict_prints_the_answer_and_writes_masks(trained, tmp_path):
     PIL.Image.fromarray(np.full((40, 60, 3), 200, dtype=np.uint8)).save(tmp_path / "scene.png")
     result = run(
