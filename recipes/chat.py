@@ -18,10 +18,11 @@ import argparse
 import base64
 import io
 import os
+import signal
 import sys
 import tempfile
 import webbrowser
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -102,20 +103,26 @@ def read_line() -> str | None:
 def print_answer(conversation: Conversation, question: str):
     """Print the answer to a question while it is generated, each `[SEG]` in the color of its mask."""
     number, is_colored = 0, sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    # Closing stops the answer.
-    with closing(conversation.ask(question)) as pieces:
-        try:
-            for piece in pieces:
-                texts = piece.split(SEG_TOKEN)
-                for text in texts[:-1]:
-                    color = ";".join(map(str, COLORS[number % len(COLORS)]))
-                    seg = f"\033[1;38;2;{color}m{SEG_TOKEN}\033[0m" if is_colored else SEG_TOKEN
-                    print(text + seg, end="", flush=True)
-                    number += 1
-                print(texts[-1], end="", flush=True)
-            print()
-        except KeyboardInterrupt:
-            print(" (stopped)")
+    is_stopped = False
+
+    def stop(*_):
+        nonlocal is_stopped
+        is_stopped = True
+        conversation.stop()
+
+    handler = signal.signal(signal.SIGINT, stop)
+    try:
+        for piece in conversation.ask(question):
+            texts = piece.split(SEG_TOKEN)
+            for text in texts[:-1]:
+                color = ";".join(map(str, COLORS[number % len(COLORS)]))
+                seg = f"\033[1;38;2;{color}m{SEG_TOKEN}\033[0m" if is_colored else SEG_TOKEN
+                print(text + seg, end="", flush=True)
+                number += 1
+            print(texts[-1], end="", flush=True)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    print(" (stopped)" if is_stopped else "")
 
 
 def show_masks(conversation: Conversation):

@@ -68,6 +68,7 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self.turns: list[Turn] = []
         self._image_inputs = processor.preprocess_images([self.image])
+        self._is_stopped = threading.Event()
         self._cache: Cache | None = None
         self._cached_ids = torch.empty(0, dtype=torch.int64)  # [L], tokens that the cache holds
 
@@ -85,16 +86,20 @@ class Conversation:
             self.messages(question), add_generation_prompt=True, tokenize=False
         )
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        is_stopped = threading.Event()
+        self._is_stopped.clear()
         with ThreadPoolExecutor(max_workers=1) as executor:
-            answer = executor.submit(self._answer, prompt, streamer, is_stopped, generate_kwargs)
+            answer = executor.submit(self._answer, prompt, streamer, generate_kwargs)
             answer.add_done_callback(lambda _: streamer.end())  # after an error too
             try:
                 yield next(streamer, "").lstrip()
                 yield from streamer
-            finally:  # also if the caller closes the iterator, or Ctrl-C interrupts the wait for the next piece
-                is_stopped.set()
+            finally:  # also if the caller closes the iterator
+                self.stop()
                 self.turns.append(Turn(question, answer.result()))
+
+    def stop(self) -> None:
+        """Stop the answer that is being generated at its next token; it may be called from anywhere."""
+        self._is_stopped.set()
 
     def messages(self, question: str) -> list[dict]:
         """Return the chat messages up to a question."""
@@ -105,7 +110,7 @@ class Conversation:
         messages[0]["content"].insert(0, {"type": "image"})
         return messages
 
-    def _answer(self, prompt: str, streamer, is_stopped: threading.Event, generate_kwargs: dict) -> Answer:
+    def _answer(self, prompt: str, streamer: TextIteratorStreamer, generate_kwargs: dict) -> Answer:
         """Generate the answer to a prompt, from the cache where it begins as the last one did."""
         # 1. The image, once.
         features = self._image_inputs.cached_features
@@ -120,7 +125,7 @@ class Conversation:
             **inputs,
             past_key_values=self._reusable_cache(inputs["input_ids"][0].cpu()),
             streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_StopEvent(is_stopped)]),
+            stopping_criteria=StoppingCriteriaList([_StopEvent(self._is_stopped)]),
             **{"max_new_tokens": self.max_new_tokens, "do_sample": False, **generate_kwargs},
         )
         # 3. What the next answer can begin with. The last token was chosen, but not read.

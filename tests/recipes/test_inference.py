@@ -4,9 +4,11 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import PIL.Image
@@ -51,17 +53,32 @@ class Terminal:
         assert text in output, output
         return output
 
+    def read_now(self) -> str:
+        """Return what has been printed in the last second."""
+        output = ""
+        while select.select([self.file], [], [], 1)[0]:
+            output += os.read(self.file, 4096).decode()
+        return output
+
     def type(self, keys: str, until: str = "\n> ") -> str:
         os.write(self.file, keys.encode())
         return self.read_until(until)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
-def test_chat_in_a_terminal(talkative, tmp_path):
+@pytest.fixture
+def terminal(talkative, tmp_path):
+    """A chat about the first of two images."""
     image(40, 60).save(tmp_path / "first.png")
     image(64, 32, seed=1).save(tmp_path / "second.png")
     options = ("--image", "first.png", "--max_new_tokens", 2000)
     terminal = Terminal(ROOT / "recipes" / "chat.py", talkative, *options, cwd=tmp_path)
+    yield terminal
+    with suppress(ProcessLookupError):  # it has ended
+        os.kill(terminal.process, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_chat_in_a_terminal(terminal, tmp_path):
     assert "60 x 40 pixels" in terminal.read_until("> ")
     assert "has no [SEG]" in terminal.type("/mask\n")
 
@@ -70,8 +87,10 @@ def test_chat_in_a_terminal(talkative, tmp_path):
         assert "\033[1;38;2;230;25;75m[SEG]" in terminal.type("What is red?\n", until="[SEG]")
         assert "(stopped)" in terminal.type(CTRL_C)
     assert "Saved: " in terminal.type("/mask\n")
-    time.sleep(0.5)  # nobody presses it in the moment between the prompt and the reading of keys
-    assert "Ctrl-D leaves" in terminal.type(CTRL_C)
+    printed = ""
+    while "Ctrl-D leaves" not in printed:  # one between the prompt and the reading of keys waits for the next key
+        os.write(terminal.file, CTRL_C.encode())
+        printed += terminal.read_now()
     assert "Saved: " in terminal.type("/save talk\n")
     turns = json.loads((tmp_path / "talk" / "conversation.json").read_text("utf-8"))
     assert [turn["question"] for turn in turns] == ["What is red?"] * 3
