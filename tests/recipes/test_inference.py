@@ -39,6 +39,7 @@ class Terminal:
         }
         self.process, self.file = pty.fork()
         if self.process == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # pytest-xdist's processes ignore it, and so would this one
             os.chdir(cwd)
             os.execve(sys.executable, [sys.executable, *map(str, command)], environment)
 
@@ -88,9 +89,12 @@ def test_chat_in_a_terminal(terminal, tmp_path):
         assert "(stopped)" in terminal.type(CTRL_C)
     assert "Saved: " in terminal.type("/mask\n")
     printed = ""
-    while "Ctrl-D leaves" not in printed:  # one between the prompt and the reading of keys waits for the next key
+    for _ in range(10):  # one between the prompt and the reading of keys waits for the next key
         os.write(terminal.file, CTRL_C.encode())
         printed += terminal.read_now()
+        if "Ctrl-D leaves" in printed:
+            break
+    assert "Ctrl-D leaves" in printed
     assert "Saved: " in terminal.type("/save talk\n")
     turns = json.loads((tmp_path / "talk" / "conversation.json").read_text("utf-8"))
     assert [turn["question"] for turn in turns] == ["What is red?"] * 3
