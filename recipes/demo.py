@@ -60,7 +60,8 @@ def main():
         models = {}
         for path in filter(None, (args.model, args.compare)):
             model, processor = load_lisa(path, dtype=args.dtype)
-            models[Path(path).name] = model.to(args.device).eval(), processor
+            name = Path(path).name
+            models[path if name in models else name] = model.to(args.device).eval(), processor
         with tempfile.TemporaryDirectory() as directory:
             demo = build_demo(models, draw_examples(Path(directory)), args.max_megapixels, args.max_new_tokens)
             demo.launch(allowed_paths=[directory])

@@ -53,9 +53,11 @@ def main():
         asked = read_questions(args.questions) if args.questions else [{"question": text} for text in args.question]
         questions = questions_by_image(images, asked)
         settings = {name: str(getattr(args, name)) for name in ("model", "dtype", "batch_size", "max_new_tokens")}
-        open_output_dir(args.output_dir, settings | {"questions": questions}, args.overwrite)
-        # 2. Answer.
         state = PartialState(cpu=args.device == "cpu")
+        if state.is_main_process:  # others would remove what it has begun to write
+            open_output_dir(args.output_dir, settings | {"questions": questions}, args.overwrite)
+        state.wait_for_everyone()
+        # 2. Answer.
         model, processor = load_lisa(args.model, dtype=args.dtype)
         model.to(state.device if state.num_processes > 1 else args.device).eval()
         records = label_images(

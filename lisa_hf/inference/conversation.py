@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import PIL.Image
 import torch
-from transformers import Cache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import Cache, StoppingCriteriaList, TextIteratorStreamer
 
 from ..model.images import load_image
 from ..model.mask_backbone import encode_images
@@ -26,16 +26,6 @@ class Turn:
 
 def _message(role: str, text: str) -> dict:
     return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
-class _StopEvent(StoppingCriteria):
-    """Stop generation at the next token once an event is set."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
 class Conversation:
@@ -101,6 +91,9 @@ class Conversation:
         """Stop the answer that is being generated at its next token; it may be called from anywhere."""
         self._is_stopped.set()
 
+    def _should_stop(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._is_stopped.is_set(), device=input_ids.device)  # [N]
+
     def messages(self, question: str) -> list[dict]:
         """Return the chat messages up to a question."""
         messages = []
@@ -125,7 +118,7 @@ class Conversation:
             **inputs,
             past_key_values=self._reusable_cache(inputs["input_ids"][0].cpu()),
             streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_StopEvent(self._is_stopped)]),
+            stopping_criteria=StoppingCriteriaList([self._should_stop]),
             **{"max_new_tokens": self.max_new_tokens, "do_sample": False, **generate_kwargs},
         )
         # 3. What the next answer can begin with. The last token was chosen, but not read.

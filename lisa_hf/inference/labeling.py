@@ -158,6 +158,7 @@ def label_images(
     names = list(questions)
     batches = [names[start : start + batch_size] for start in range(0, len(names), batch_size)]
     known = read_records(output_dir)
+    state.wait_for_everyone()  # before anything is written: all processes must find the same batches to do
     todo = [batch for batch in batches if not all(_is_answered(known, name, questions[name]) for name in batch)]
     mine = todo[state.process_index :: state.num_processes]
     progress = tqdm(total=sum(map(len, mine)), unit="image", disable=not state.is_local_main_process)
