@@ -25,11 +25,10 @@ import webbrowser
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from lisa_hf.errors import report_user_errors
 from lisa_hf.evaluation.visualization import COLORS, overlay_masks
 from lisa_hf.inference.annotation_files import save_conversation
+from lisa_hf.inference.arguments import add_model_arguments
 from lisa_hf.inference.conversation import Conversation
 from lisa_hf.model.processing_lisa import SEG_TOKEN
 from lisa_hf.training.build import load_lisa
@@ -42,9 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="LISA model: directory or Hub id")
     parser.add_argument("--image", help="image file or URL to begin with")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    parser.add_argument("--dtype", default="auto", help="dtype of the weights: float32, bfloat16, ... (%(default)s)")
+    add_model_arguments(parser)
     return parser.parse_args()
 
 

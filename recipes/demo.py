@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import torch
 
 from data_scripts.shapes import draw_scene
 from lisa_hf.errors import report_user_errors
+from lisa_hf.inference.arguments import add_model_arguments
 from lisa_hf.training.build import load_lisa
 
 
@@ -33,9 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model", help="LISA model: directory or Hub id")
     parser.add_argument("--compare", metavar="MODEL", help="another model that answers beside it")
     parser.add_argument("--max_megapixels", type=float, default=40, help="largest image (%(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    parser.add_argument("--dtype", default="auto", help="dtype of the weights: float32, bfloat16, ... (%(default)s)")
+    add_model_arguments(parser)
     return parser.parse_args()
 
 

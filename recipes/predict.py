@@ -12,11 +12,11 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-import torch
 from accelerate import PartialState
 
 from lisa_hf.errors import report_user_errors
 from lisa_hf.inference.annotation_files import Format, write_annotations
+from lisa_hf.inference.arguments import add_model_arguments, positive_int
 from lisa_hf.inference.labeling import find_images, label_images, open_output_dir, questions_by_image, read_questions
 from lisa_hf.model.images import load_image
 from lisa_hf.training.build import load_lisa
@@ -36,10 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default="outputs/predict", help="default: %(default)s")
     parser.add_argument("--format", choices=get_args(Format), default="masks", help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="drop the predictions of an earlier run")
-    parser.add_argument("--batch_size", type=int, default=1, help="images per batch (%(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    parser.add_argument("--dtype", default="auto", help="dtype of the weights: float32, bfloat16, ... (%(default)s)")
+    parser.add_argument("--batch_size", type=positive_int, default=1, help="images per batch (%(default)s)")
+    add_model_arguments(parser)
     return parser.parse_args()
 
 
@@ -53,7 +51,7 @@ def main():
         asked = read_questions(args.questions) if args.questions else [{"question": text} for text in args.question]
         questions = questions_by_image(images, asked)
         settings = {name: str(getattr(args, name)) for name in ("model", "dtype", "batch_size", "max_new_tokens")}
-        state = PartialState(cpu=args.device == "cpu")
+        state = PartialState(cpu=args.device.type == "cpu")
         if state.is_main_process:  # others would remove what it has begun to write
             open_output_dir(args.output_dir, settings | {"questions": questions}, args.overwrite)
         state.wait_for_everyone()

@@ -1,0 +1,41 @@
+"""Command-line arguments that recipes/chat.py, demo.py and predict.py share."""
+
+import argparse
+
+import torch
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how a model runs."""
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, type, default, help in (
+        ("--max_new_tokens", positive_int, 256, "longest answer, in tokens"),
+        ("--device", _available_device, default_device, "cpu, cuda, cuda:1, mps, ..."),
+        ("--dtype", _dtype_name, "auto", "dtype of the weights: float32, bfloat16, ...; auto: as saved"),
+    ):
+        parser.add_argument(name, type=type, default=default, help=f"{help} (%(default)s)")
+
+
+def positive_int(text: str) -> int:
+    """Parse an int of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def _available_device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        module = torch.get_device_module(device)
+        is_available = module.is_available() and (device.index or 0) < module.device_count()
+    except RuntimeError:  # there is no such kind
+        is_available = False
+    if not is_available:
+        raise argparse.ArgumentTypeError(f"expected a device of this machine, such as cpu, got {text!r}")
+    return device
+
+
+def _dtype_name(text: str) -> str:
+    if text != "auto" and not isinstance(getattr(torch, text, None), torch.dtype):
+        raise argparse.ArgumentTypeError(f"expected auto or a dtype, such as float32 or bfloat16, got {text!r}")
+    return text
