@@ -18,12 +18,16 @@ import argparse
 import base64
 import io
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import webbrowser
 from contextlib import suppress
 from pathlib import Path
+
+import PIL.Image
+import PIL.ImageOps
 
 from lisa_hf.errors import report_user_errors
 from lisa_hf.evaluation.visualization import COLORS, overlay_masks
@@ -128,11 +132,8 @@ def show_masks(conversation: Conversation):
         print(f"The last answer has no {SEG_TOKEN}. Ask as in training: '... Please output segmentation mask.'")
         return
     overlay = overlay_masks(conversation.image, conversation.turns[-1].answer.masks.numpy())
-    # WezTerm and iTerm2 share a protocol of pictures: https://iterm2.com/documentation-images.html
-    if sys.stdout.isatty() and os.environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
-        file = io.BytesIO()
-        overlay.save(file, "PNG")
-        print(f"\033]1337;File=inline=1;height=50%:{base64.b64encode(file.getvalue()).decode()}\a")
+    if sys.stdout.isatty() and (sequence := picture_in_terminal(overlay)):
+        print(sequence)
         return
     with tempfile.NamedTemporaryFile(prefix="overlay_", suffix=".png", delete=False) as file:
         overlay.save(file, "PNG")
@@ -140,6 +141,30 @@ def show_masks(conversation: Conversation):
     has_display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if has_display:
         webbrowser.open(Path(file.name).as_uri())
+
+
+def picture_in_terminal(picture: PIL.Image.Image) -> str | None:
+    """Return what makes the terminal show a picture, in half of its height; None if it cannot."""
+    picture = PIL.ImageOps.contain(picture, (min(picture.width, 1280), min(picture.height, 1280)))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    # iTerm2 and WezTerm: https://iterm2.com/documentation-images.html
+    if os.environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
+        return f"\033]1337;File=inline=1;height=50%:{data}\a"
+    # kitty and Ghostty: https://sw.kovidgoyal.net/kitty/graphics-protocol. In tmux, which cannot pass them on, TERM is
+    # another.
+    if os.environ.get("TERM") in ("xterm-kitty", "xterm-ghostty"):
+        columns, lines = shutil.get_terminal_size()
+        is_wide = lines * picture.width > columns * picture.height  # a character is twice as high as it is wide
+        size = f"c={columns}" if is_wide else f"r={lines // 2}"
+        *chunks, last = [data[start : start + 4096] for start in range(0, len(data), 4096)]
+        parts = [(chunk, 1) for chunk in chunks] + [(last, 0)]
+        return "".join(
+            f"\033_G{f'a=T,f=100,{size},' if number == 0 else ''}m={has_more};{chunk}\033\\"
+            for number, (chunk, has_more) in enumerate(parts)
+        )
+    return None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """chat.py in a terminal and predict.py over many images, as a user runs them."""
 
+import base64
+import io
 import json
 import os
 import pty
+import re
+import runpy
 import select
 import signal
 import subprocess
@@ -11,6 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 from fixtures.paths import ROOT
@@ -113,6 +118,68 @@ def test_chat_in_a_terminal(terminal, tmp_path):
     assert json.loads((tmp_path / "second" / "conversation.json").read_text("utf-8")) == []
     terminal.type(CTRL_D, until="\n")
     assert os.waitpid(terminal.process, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    "name, value", [("TERM_PROGRAM", "iTerm.app"), ("TERM_PROGRAM", "WezTerm"), ("TERM", "xterm-kitty")]
+)
+@pytest.mark.parametrize("size", [(40, 30), (400, 90), (1500, 2000)])
+def test_a_terminal_that_can_gets_the_picture_itself(monkeypatch, name, value, size):
+    for other in ("TERM", "TERM_PROGRAM"):
+        monkeypatch.setenv(other, "")
+    chat = runpy.run_path(str(ROOT / "recipes" / "chat.py"))
+    picture = image(*size[::-1])
+    assert chat["picture_in_terminal"](picture) is None
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "40")
+    sequence = chat["picture_in_terminal"](picture)
+    if name == "TERM_PROGRAM":
+        data = re.fullmatch(r"\033\]1337;File=inline=1;height=50%:([\w+/=]+)\a", sequence)[1]
+    else:
+        parts = re.findall(r"\033_G([\w,=]+);([\w+/=]+)\033\\", sequence)
+        assert "".join(f"\033_G{keys};{chunk}\033\\" for keys, chunk in parts) == sequence
+        # At most 4096 bytes each; all but the last say that more follow.
+        assert max(len(chunk) for _, chunk in parts) <= 4096
+        first = f"a=T,f=100,{'c=80' if size == (400, 90) else 'r=20'},m="
+        assert [keys for keys, _ in parts] == [
+            f"{first if number == 0 else 'm='}{int(number < len(parts) - 1)}" for number in range(len(parts))
+        ]
+        data = "".join(chunk for _, chunk in parts)
+    shown = PIL.Image.open(io.BytesIO(base64.b64decode(data)))
+    if max(size) <= 1280:
+        assert np.array_equal(shown, picture)
+    else:
+        assert shown.size == (960, 1280)
+
+
+@pytest.mark.slow
+def test_two_processes_label_as_one_does(talkative, tmp_path):
+    for index in range(9):  # one process gets three batches, the other two
+        image(20 + index, 40, seed=index).save(tmp_path / f"{index}.png")
+    (tmp_path / "4.png").write_bytes(b"no picture")
+    arguments = [talkative, "--image", "*.png", "--question", "What is red?", "And blue?", "--max_new_tokens", 6]
+    arguments += ["--batch_size", 2, "--format", "coco", "--device", "cpu"]
+    run("predict.py", *arguments, "--output_dir", "one", cwd=tmp_path)
+    launcher = ["--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no"]
+    launcher += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", 1]
+    command = ["accelerate.commands.launch", *launcher, ROOT / "recipes" / "predict.py", *arguments]
+    result = subprocess.run(
+        [sys.executable, "-m", *map(str, command), "--output_dir", "two"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Saved 16 answers") == 1 and result.stdout.count("4.png: passed over") == 1
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        "instances.json",
+        "predictions.jsonl",
+        "settings.json",
+    ]
+    for name in ("predictions.jsonl", "instances.json", "settings.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 @pytest.mark.slow
