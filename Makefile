@@ -1,5 +1,6 @@
 # make quickstart   train, evaluate and show a tiny LISA on drawn scenes, on CPU
 # make demo         talk to the quick start's model in the browser
+# make docs         build the documentation into docs/_build/index.html, offline
 # make test         run the whole test suite, offline, on CPU
 # make lint         check the style
 #
@@ -20,7 +21,7 @@ PRINT_TORCH := from importlib.metadata import version; print("torch==" + version
 # Run the code of this checkout, even in a VENV that another checkout was installed into.
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: quickstart demo test lint
+.PHONY: quickstart demo docs test lint
 
 # Two processes with one thread each are faster than one with two. accelerate calls this multi_gpu, on CPU too.
 quickstart: $(INSTALLED)
@@ -31,6 +32,9 @@ quickstart: $(INSTALLED)
 demo: $(INSTALLED)
 	@test -e outputs/quickstart/config.json || { echo "error: expected outputs/quickstart, got none. Run make quickstart."; exit 2; }
 	$(BIN)/python recipes/demo.py outputs/quickstart
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx --fail-on-warning --nitpicky --quiet docs docs/_build
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES)
@@ -47,6 +51,6 @@ $(INSTALLED): setup.cfg constraints.txt
 		$(BIN)/pip install --no-deps -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
 	@grep -vE '^torch(vision)?==' constraints.txt > $(VENV)/constraints.txt
 	@$(BIN)/python -c '$(PRINT_TORCH)' >> $(VENV)/constraints.txt
-	$(BIN)/pip install -c $(VENV)/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[test]'
+	$(BIN)/pip install -c $(VENV)/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[docs,test]'
 	@$(BIN)/python -c 'import lisa_hf'
 	@touch $@

@@ -180,7 +180,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         if not os.path.exists(found):
             error = FileNotFoundError(
                 f"{type(self).__name__}: expected {found!r}, which does not exist. Check `data_dir`, or download the "
-                f"data from {self.DOWNLOAD_PAGE} and arrange it as in data_scripts/README.md."
+                f"data from {self.DOWNLOAD_PAGE} and arrange it as in docs/data_sources.md."
             )
             error.add_note(inspect.getdoc(type(self)))  # shown in a stack trace only, not in the one line of a recipe
             raise error

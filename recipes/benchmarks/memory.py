@@ -3,7 +3,7 @@
     python recipes/benchmarks/memory.py --config recipes/configs/qwen3_vl_sam2.yaml --vlm Qwen/Qwen3-VL-8B-Instruct
 
 The arguments are those of train.py. The VLM and the mask model are built at full size without memory, and nothing but
-their configurations and processors is downloaded. Prints what trains, and a row of the table in recipes/README.md.
+their configurations and processors is downloaded. Prints what trains, and a row of the table in docs/backbones.md.
 """
 
 import json

@@ -241,7 +241,7 @@ STOPPED = [
     ("json_without_images", "paco_lvis", PACO, lambda path: path.write_text("{}"), "key 'images', which is missing"),
     ("empty_split", "llava_instruct", LLAVA, lambda path: path.write_text("[]"), "expected records"),
     ("empty_directory", "ade20k", ADE_PNG, lambda path: [*map(remove, path.iterdir())], "expected records"),
-    ("missing_file", "llava_instruct", LLAVA, remove, "which does not exist.*arrange it as in data_scripts/README.md"),
+    ("missing_file", "llava_instruct", LLAVA, remove, "which does not exist.*arrange it as in docs/data_sources.md"),
 ]  # fmt: skip
 
 

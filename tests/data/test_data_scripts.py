@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from datasets import Image
-from fixtures.paths import GOLDEN, TREE
+from fixtures.paths import GOLDEN, ROOT, TREE
 from fixtures.sources import edit_json, measure
 from safetensors.numpy import load_file
 
@@ -261,16 +261,16 @@ def test_coco_masks_may_be_run_lengths(load, tree, counts):
     assert decode_mask(target["rle"]).sum() == 3300
 
 
-# The README
+# The page of data sources
 
 
-README = (Path(data_scripts.__file__).parent / "README.md").read_text()
+PAGE = (ROOT / "docs" / "data_sources.md").read_text()
 
 
 @pytest.mark.parametrize("name", sorted(name for name, builder in data_scripts.SOURCES.items() if builder.LICENSE))
-def test_readme_has_what_the_builders_say(name):
+def test_the_page_has_what_the_builders_say(name):
     builder = data_scripts.SOURCES[name]
-    _, _, section = README.partition(f"\n### `{name}`\n")
+    _, _, section = PAGE.partition(f"\n### `{name}`\n")
     section, _, _ = section.partition("\n### ")
     description = inspect.getdoc(builder)
     for line in [builder.DOWNLOAD_PAGE, builder.LICENSE, *re.findall(r"\n {4,}(.*)", description)]:
@@ -280,7 +280,7 @@ def test_readme_has_what_the_builders_say(name):
 
 
 def test_example_of_a_new_source_works(load, tmp_path, monkeypatch):
-    (example,) = re.findall(r"```python\n(\"\"\"Boxes.*?)```", README, re.DOTALL)
+    (example,) = re.findall(r"```python\n(\"\"\"Boxes.*?)```", PAGE, re.DOTALL)
     assert example.count("\n") < 60
     (tmp_path / "my_builder.py").write_text(example)
     monkeypatch.chdir(tmp_path)

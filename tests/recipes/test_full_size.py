@@ -1,4 +1,4 @@
-"""Recipes at full size, from the configurations as published: what trains, and the table of recipes/README.md."""
+"""Recipes at full size, from the configurations as published: what trains, and the table of docs/backbones.md."""
 
 import json
 import re
@@ -17,9 +17,9 @@ from lisa_hf.training.build import build_config_and_processor, build_model
 from lisa_hf.training.trainable import find_parts, prepare_for_training
 
 
-README = (ROOT / "recipes" / "README.md").read_text()
+PAGE = (ROOT / "docs" / "backbones.md").read_text()
 # Rows such as "| Qwen3-VL-4B-Instruct, sam2.1-hiera-large | 306.2 | ...", by their models.
-TABLE = {tuple(row[2:].split(" | ")[0].split(", ")): row for row in re.findall(r"^\| \S+, \S+ \| \d.*", README, re.M)}
+TABLE = {tuple(row[2:].split(" | ")[0].split(", ")): row for row in re.findall(r"^\| \S+, \S+ \| \d.*", PAGE, re.M)}
 QUICK = ("SmolVLM2-500M-Video-Instruct", "Qwen3.5-0.8B")
 PAIRS = [pytest.param(*pair, id="-".join(pair), marks=[] if pair[0] in QUICK else pytest.mark.slow) for pair in TABLE]
 
@@ -63,7 +63,7 @@ def test_the_table_has_every_published_model_that_opens():
 @pytest.mark.slow
 @pytest.mark.parametrize("vlm, mask_model", [pytest.param(*pair, id="-".join(pair)) for pair in TABLE])
 def test_the_table_is_what_the_command_prints(vlm, mask_model, tmp_path):
-    """20 to 80 s each. If it differs, run recipes/benchmarks/memory.py and write its row into the README."""
+    """20 to 80 s each. If it differs, run recipes/benchmarks/memory.py and write its row into the page."""
     assert memory.report(arguments(vlm, mask_model, tmp_path)).splitlines()[-1] == TABLE[vlm, mask_model]
 
 

@@ -264,10 +264,11 @@ def test_every_recipe_is_valid(path, tmp_path, monkeypatch):
 
 
 def test_the_table_of_recipes_and_of_the_original_s_flags():
-    text = (ROOT / "recipes" / "README.md").read_text()
-    assert sorted(re.findall(r"^\| \[`.*?`\]\(configs/(\w+\.yaml)\)", text, re.MULTILINE)) == [
+    text = (ROOT / "docs" / "backbones.md").read_text()
+    assert sorted(re.findall(r"^\| \[`.*?`\]\(../recipes/configs/(\w+\.yaml)\)", text, re.MULTILINE)) == [
         path.name for path in RECIPES
     ]
+    text = (ROOT / "docs" / "from_lisa.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| `--", "| in the code"))]
     assert len(rows) > 25
     keys = {key for _, here in rows for key in re.findall(r"`(\w+)(?:: [^`]*)?`", here)}
