@@ -26,7 +26,7 @@ from lisa_hf.conversion.checkpoints import (
     open_zero_checkpoint,
     recognize_source,
 )
-from lisa_hf.conversion.lisa import convert_lisa
+from lisa_hf.conversion.lisa import LISA_LAYOUTS, convert_lisa
 from lisa_hf.conversion.llava import convert_llava, find_config
 from lisa_hf.conversion.sam import convert_sam
 from lisa_hf.conversion.saving import DTYPES, ConvertedModel, save_converted
@@ -38,7 +38,8 @@ SOURCES = {
     "llava-delta": "LLaVA v1, published as a difference to LLaMA (--base)",
     "llava": "LLaVA v1, v1.1, on Llama 2, v1.5",
     "sam": "sam_vit_{b,l,h}*.pth, sam_hq_vit_{b,l,h}.pth",
-    "lisa": "a published LISA",
+    "lisa": "LISA v1, explanatory, LISA++, SESAME",
+    "lisa-v0": "LISA v0, which has its SAM in a file of its own",
     "lisa-train": "a run of LISA's train_ds.py: its ZeRO checkpoint, or the pytorch_model.bin made from it",
 }
 
@@ -88,8 +89,8 @@ def convert(args: argparse.Namespace) -> ConvertedModel:
         return convert_lisa(tensors, args.base or find_config(args.checkpoint), **options)
     if source == "sam":
         return convert_sam(tensors)
-    if source == "lisa":
-        return convert_lisa(tensors, find_config(args.checkpoint), **options)
+    if source in LISA_LAYOUTS:
+        return convert_lisa(tensors, find_config(args.checkpoint), layout=LISA_LAYOUTS[source], **options)
     if source == "llava-delta":
         if args.base is None:
             raise ValueError("--base: expected the directory of the LLaMA that this delta belongs to, got none.")

@@ -73,17 +73,22 @@ def close_files() -> None:
     _load_pickle.cache_clear()
 
 
+# Files of LISA v0 that its index does not list.
+LISA_V0_FILES = ("pytorch_model-visual_model.bin", "pytorch_model-text_hidden_fcs.bin")
+
+
 def _find_files(path: Path) -> tuple[list[Path], set[str]]:
     """Return the files of a checkpoint, and the tensor names in its index (empty without an index)."""
     if path.is_file():
         return [path], set()
+    beside = [path / name for name in LISA_V0_FILES] if (path / LISA_V0_FILES[0]).is_file() else []
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{name}.index.json"
         if index.is_file():
             weight_map = json.loads(index.read_text())["weight_map"]
-            return [path / shard for shard in sorted(set(weight_map.values()))], set(weight_map)
+            return [path / shard for shard in sorted(set(weight_map.values()))] + beside, set(weight_map)
         if (path / name).is_file():
-            return [path / name], set()
+            return [path / name, *beside], set()
     raise ValueError(
         f"{path}: expected a checkpoint file, or a directory with pytorch_model.bin or model.safetensors (or their "
         "shards and index), got neither. Name another path."
@@ -158,6 +163,8 @@ def recognize_source(tensors: dict[str, LazyTensor]) -> str | None:
         return "lisa-train"
     if any(name.startswith("model.visual_model.") for name in tensors):
         return "lisa"
+    if any(name.startswith("visual_model.") for name in tensors):
+        return "lisa-v0"
     if not any(name.startswith("model.mm_projector.") for name in tensors):
         return None
     norm = tensors.get("model.norm.weight")

@@ -1,6 +1,11 @@
-"""Convert original LISA checkpoints to `LisaForConditionalGeneration`: LLaVA's keys, SAM's, and the projector's."""
+"""Convert published models of LISA's kind to `LisaForConditionalGeneration`: LLaVA's keys, SAM's, the projector's.
+
+A layout holds all that tells one such model from another: the names of its tensors and its prompt protocol. SESAME and
+LISA++ have LISA's.
+"""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,34 +34,68 @@ from .sam import SAM_KEY_TABLE, sam_config, sam_image_processor
 from .saving import ConvertedModel, build_without_weights
 
 
-SAM_PREFIX = "model.visual_model."
-
 LISA_KEY_TABLE = [
     *nest(LLAVA_KEY_TABLE, "", "vlm."),
-    *nest(SAM_KEY_TABLE, SAM_PREFIX, "mask_model."),
+    *nest(SAM_KEY_TABLE, "model.visual_model.", "mask_model."),
     (r"model\.text_hidden_fcs\.0\.0\.(weight|bias)", r"seg_projector.linear_1.\1"),
     (r"model\.text_hidden_fcs\.0\.2\.(weight|bias)", r"seg_projector.linear_2.\1"),
 ]
 
-# Tokens that the original's training script adds, in this order.
-LISA_TOKENS = [SEG_TOKEN, "<im_start>", "<im_end>"]
-# Fields that the script sets, by default, in the configuration of the LLaVA that it starts from.
+# Before LISA became a part of its LLaVA, SAM and the projector were beside it, in files of their own.
+LISA_V0_KEY_TABLE = [
+    *nest(LLAVA_KEY_TABLE, "", "vlm."),
+    *nest(SAM_KEY_TABLE, "visual_model.", "mask_model."),
+    (r"text_hidden_fcs\.0\.0\.(weight|bias)", r"seg_projector.linear_1.\1"),
+    (r"text_hidden_fcs\.0\.2\.(weight|bias)", r"seg_projector.linear_2.\1"),
+]
+
+
+@dataclass(frozen=True)
+class LisaLayout:
+    """Layout and prompt protocol of a published model.
+
+    Args:
+        key_table: From the original's names to those of the converted model.
+        sam_prefix: Start of the names of the original's SAM.
+        tokens: Tokens that the original's code adds to LLaVA's, in this order.
+        chat_template: Name of the template that the original was trained with.
+    """
+
+    key_table: list
+    sam_prefix: str
+    tokens: tuple[str, ...]
+    chat_template: str
+
+
+# By the names of `recipes/convert_weights.py`.
+LISA_LAYOUTS = {
+    # The template is the default of the original's scripts for all its checkpoints, including those on Llama 2.
+    "lisa": LisaLayout(LISA_KEY_TABLE, "model.visual_model.", (SEG_TOKEN, "<im_start>", "<im_end>"), "llava_v1"),
+    "lisa-v0": LisaLayout(
+        LISA_V0_KEY_TABLE, "visual_model.", (SEG_TOKEN, "<im_patch>", "<im_start>", "<im_end>"), "lisa_v0"
+    ),
+}
+
+# Fields that the scripts set, by default, in the configuration of the LLaVA that they start from.
 TRAINING_CONFIG = {"mm_use_im_start_end": True, "mm_vision_tower": "openai/clip-vit-large-patch14"}
-# Default of the original's scripts for all its checkpoints, including those on Llama 2.
-CHAT_TEMPLATE = "llava_v1"
 
 
 def convert_lisa(
-    tensors: dict[str, LazyTensor], directory: Path, vision_tower: str | None = None, chat_template: str | None = None
+    tensors: dict[str, LazyTensor],
+    directory: Path,
+    vision_tower: str | None = None,
+    chat_template: str | None = None,
+    layout: LisaLayout = LISA_LAYOUTS["lisa"],
 ) -> ConvertedModel:
     """Convert an original LISA to `LisaForConditionalGeneration` with its processor.
 
     Args:
-        tensors: Tensors of `LISAForCausalLM`, LoRA merged, with or without its CLIP tower.
+        tensors: Tensors of `LISAForCausalLM` or a model like it, LoRA merged, with or without its CLIP tower.
         directory: Directory with `config.json` and tokenizer of the LISA, or of the LLaVA that its training started
             from.
         vision_tower: Directory or Hub id of the CLIP tower; by default the one named in `config.json`.
-        chat_template: Name of one of this package's templates, or a Jinja file; by default `llava_v1`.
+        chat_template: Name of one of this package's templates, or a Jinja file; by default the layout's.
+        layout: Layout of the tensors and its prompt protocol.
 
     Raises:
         ValueError: If the self-check fails, on a small random model with this configuration and processor.
@@ -67,13 +106,15 @@ def convert_lisa(
         original_config |= TRAINING_CONFIG
     vision_tower = vision_tower or original_config.get("mm_vision_tower")
     vision_config, image_processor = load_vision_settings(vision_tower)
-    tokenizer = load_original_tokenizer(directory, LISA_TOKENS, Shapes.of(tensors)["model.embed_tokens.weight"][0])
+    tokenizer = load_original_tokenizer(
+        directory, list(layout.tokens), Shapes.of(tensors)["model.embed_tokens.weight"][0]
+    )
     tensors = add_vision_tower(tensors, vision_tower)
     # Build the model without weights, then rename the original's tensors to its own.
-    config = lisa_config(original_config, tensors, vision_config, tokenizer)
+    config = lisa_config(original_config, tensors, vision_config, tokenizer, layout.sam_prefix)
     model = build_without_weights(LisaForConditionalGeneration, config)
     model.generation_config = generation_config(config.vlm_config, config.suppress_tokens)
-    template = render_template(chat_template or CHAT_TEMPLATE, original_config)
+    template = render_template(chat_template or layout.chat_template, original_config)
     processor = LisaProcessor(
         vlm_processor=llava_processor(config.vlm_config, tokenizer, image_processor, template),
         mask_image_processor=sam_image_processor(config.mask_config.vision_config.image_size),
@@ -82,7 +123,7 @@ def convert_lisa(
     check_against_vlm(_small_model(config), processor)
     return ConvertedModel(
         model=model,
-        tensors=convert_llava_tensors(tensors, len(tokenizer), LISA_KEY_TABLE, prefix="vlm."),
+        tensors=convert_llava_tensors(tensors, len(tokenizer), layout.key_table, prefix="vlm."),
         processor=processor,
     )
 
@@ -97,9 +138,11 @@ def _small_model(config: LisaConfig) -> LisaForConditionalGeneration:
         return LisaForConditionalGeneration(config)
 
 
-def lisa_config(original_config: dict, state_dict: dict, vision_config: CLIPVisionConfig, tokenizer) -> LisaConfig:
-    """Return the configuration of the converted model; arguments as in [`llava_config`]."""
-    sam_state = {key[len(SAM_PREFIX) :]: value for key, value in state_dict.items() if key.startswith(SAM_PREFIX)}
+def lisa_config(
+    original_config: dict, state_dict: dict, vision_config: CLIPVisionConfig, tokenizer, sam_prefix: str
+) -> LisaConfig:
+    """Return the configuration of the converted model; arguments as in [`llava_config`] and [`LisaLayout`]."""
+    sam_state = {key[len(sam_prefix) :]: value for key, value in state_dict.items() if key.startswith(sam_prefix)}
     return LisaConfig(
         vlm_config=llava_config(original_config, state_dict, vision_config, tokenizer),
         mask_config=sam_config(sam_state),

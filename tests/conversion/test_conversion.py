@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
 from lisa_hf.conversion.checkpoints import LazyTensor
 from lisa_hf.conversion.key_tables import convert_state_dict
-from lisa_hf.conversion.lisa import LISA_KEY_TABLE, LISA_TOKENS
+from lisa_hf.conversion.lisa import LISA_KEY_TABLE, LISA_LAYOUTS
 from lisa_hf.conversion.llava import convert_llava_tensors, llava_config, load_original_tokenizer
 
 
@@ -46,7 +46,7 @@ def test_llava_with_a_two_layer_projector():
     original = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
     state_dict |= {f"model.mm_projector.{key}": value for key, value in original.state_dict().items()}
 
-    tokenizer = load_original_tokenizer(original_directory(), LISA_TOKENS, 643)
+    tokenizer = load_original_tokenizer(original_directory(), list(LISA_LAYOUTS["lisa"].tokens), 643)
     vision_config = CLIPVisionConfig.from_pretrained(GOLDEN / "clip_tiny")
     model = LlavaForConditionalGeneration(llava_config(original_config(), state_dict, vision_config, tokenizer))
     converted = convert_llava_tensors(lazy(state_dict), len(tokenizer))
@@ -58,4 +58,4 @@ def test_llava_with_a_two_layer_projector():
 @pytest.mark.parametrize("vocab_size, message", [(640, "640 rows, got 643 tokens"), (700, "700 rows, got 643 tokens")])
 def test_tokenizer_of_another_model_is_refused(vocab_size, message):
     with pytest.raises(ValueError, match=message):
-        load_original_tokenizer(original_directory(), LISA_TOKENS, vocab_size)
+        load_original_tokenizer(original_directory(), list(LISA_LAYOUTS["lisa"].tokens), vocab_size)

@@ -45,6 +45,7 @@ VICUNA_TEMPLATE = (  # a system line, and the end token without a line break
 TEMPLATES = {
     "llava_1_5": (load_chat_template("llava_1_5"), "</s>"),
     "llava_v1": (load_chat_template("llava_v1"), "</s>"),
+    "lisa_v0": (load_chat_template("lisa_v0"), "</s>"),
     "llava_llama_2": (load_chat_template("llava_llama_2"), " </s>"),
     "vicuna": (VICUNA_TEMPLATE, "</s>"),
     "chatml": (CHATML_TEMPLATE, "<|im_end|>"),
