@@ -69,7 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--lora_alpha", "--lora-alpha", type=float, default=16, help="lisa-train: of the run (default: %(default)s)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the original's most common)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of the weights (auto: the original's most common)"
+    )
     return parser.parse_args()
 
 
@@ -126,7 +128,7 @@ def main():
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("lisa_hf").setLevel(logging.INFO)
     with report_user_errors():
-        save_converted(convert(args), args.output, DTYPES.get(args.dtype))
+        save_converted(convert(args), args.output, DTYPES[args.dtype])
         print(f"Done. Model and processor: {args.output.resolve()}")
 
 

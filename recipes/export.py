@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="output directory of a training run, or a checkpoint")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new directory to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: that of the training)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (auto: the training's)")
     parser.add_argument(
         *("--adapter_only", "--adapter-only"),
         action="store_true",
@@ -43,7 +43,7 @@ def main():
         # 1. Find the final model, or the newest complete checkpoint.
         checkpoint = find_newest_model(args.run)
         # 2. Write the model, its processor, and where it comes from: all of it or nothing.
-        dtype = DTYPES.get(args.dtype)
+        dtype = DTYPES[args.dtype]
         model_id = args.push_to_hub or args.output.name
         with atomic_directory(args.output) as directory:
             if args.adapter_only:

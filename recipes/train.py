@@ -3,12 +3,20 @@
     accelerate launch recipes/train.py --config recipes/configs/quickstart.yaml --max_steps 20 --output_dir outputs/try
     accelerate launch --config_file recipes/accelerate/zero2.yaml --num_processes 2 recipes/train.py --config ...
 
-The keys of the YAML file are the arguments in `lisa_hf.training.arguments`; the command line overrides the file. With
+The keys of the YAML file are the arguments that `--help` lists; the command line overrides the file. With
 `--resume_from_checkpoint auto`, the same command starts a run and resumes it.
 """
 
 import logging
+import sys
 from pathlib import Path
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # the imports below take seconds
+    from train_help import print_help
+
+    print_help(__doc__)
+    sys.exit()
 
 import transformers
 

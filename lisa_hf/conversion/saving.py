@@ -22,15 +22,8 @@ logger = logging.getLogger(__name__)
 # Peak memory is two to three shards at any depth (measured: 4.2 GB at 7B's widths, 6.6 GB for a 13B delta).
 MAX_SHARD_SIZE = "2GB"
 
-# Values of the recipes' `--dtype`.
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+# Values of the recipes' `--dtype`; None: as the weights are.
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass

@@ -78,7 +78,7 @@ class ModelArguments:
     load_in_4bit: bool = HfArg(default=False, help="Quantize the frozen weights of the VLM to 4 bits (QLoRA).")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = HfArg(default="nf4", help="Data type of 4-bit weights.")
     bnb_4bit_use_double_quant: bool = HfArg(default=True, help="Quantize the scales of 4-bit weights to 8 bits.")
-    bnb_4bit_compute_dtype: str | None = HfArg(
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = HfArg(
         default=None, help="Dtype in which 4-bit weights are multiplied. Default: dtype, else bfloat16."
     )
     trainable: list[str] = HfArg(
@@ -102,9 +102,13 @@ class ModelArguments:
     attn_implementation: str | None = HfArg(
         default=None, help="Attention of the VLM: sdpa, eager, flash_attention_2 (no packing), flex_attention, ..."
     )
-    dtype: str | None = HfArg(default=None, help="Dtype of the loaded weights (bfloat16, ...). Default: as saved.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = HfArg(
+        default=None, help="Dtype of the loaded weights. Default (auto): as saved."
+    )
 
     def __post_init__(self):
+        if self.dtype == "auto":
+            self.dtype = None
         for pair in (("vlm", "vlm_config"), ("mask_model", "mask_config")):
             given = [name for name in ("model", *pair) if getattr(self, name) is not None]
             if len(given) != 1:
@@ -331,12 +335,15 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     """
     parser = ArgumentParser((ModelArguments, DataArguments, LisaTrainingArguments), allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are the names of the arguments.")
+    parser.add_argument("--device", help="Kind of device: cpu, cuda, mps, ... Default: the fastest, see `use_cpu`.")
     try:
         config = parser.parse_args(argv).config
         values = vars(parser.parse_args(argv, parser.parse_config(config) if config else None))
         del values["config"]
+        if device := values.pop("device"):
+            values["use_cpu"] = device == "cpu"
         model_args, data_args, training_args = parser.parse_dict(values)
-        _check_together(model_args, training_args)
+        _check_together(model_args, training_args, device)
         return model_args, data_args, training_args
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
@@ -357,7 +364,12 @@ def parse_data_arguments(path: str) -> DataArguments:
         raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from error
 
 
-def _check_together(model_args: ModelArguments, training_args: LisaTrainingArguments):
+def _check_together(model_args: ModelArguments, training_args: LisaTrainingArguments, device: str | None):
+    if device and training_args.device.type != device:
+        raise ValueError(
+            f"--device: expected a kind of device of this machine, such as {training_args.device.type}, got {device}. "
+            "To choose among several of a kind, set CUDA_VISIBLE_DEVICES."
+        )
     if training_args.shards_weights and (model_args.load_in_8bit or model_args.load_in_4bit):
         raise ValueError(
             "load_in_8bit, load_in_4bit: expected neither with ZeRO-3 and FSDP, got one. Quantized weights cannot be "
@@ -393,7 +405,7 @@ def _complete_options(arguments: DataArguments, field_name: str, defaults: dict)
             options = {"weight": options}
         if not isinstance(options, dict | None):
             raise ValueError(f"{field_name}: {name}: expected a mapping of options, got {options!r}.")
-        completed[name] = defaults | (options or {})
+        completed[name] = defaults | {key: value for key, value in (options or {}).items() if value is not None}
         weight = completed[name].get("weight")
         if weight is not None and "weight" not in defaults:
             raise ValueError(f"{field_name}: {name}: expected no weight, got {weight}. Every row is evaluated.")

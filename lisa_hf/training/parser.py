@@ -5,7 +5,8 @@ import json
 import re
 import sys
 from argparse import ArgumentTypeError, Namespace
-from typing import Any, get_args, get_type_hints
+from collections.abc import Iterable
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -20,6 +21,7 @@ RENAMED = {
     "vision_pretrained": "mask_model",
     "conv_type": "chat_template",
     "precision": "bf16",
+    "device": "use_cpu",
     "model_max_length": "max_length",
     "train_mask_decoder": "trainable",
     "dataset": "sources",
@@ -68,6 +70,20 @@ _YamlLoader.add_implicit_resolver(
 class ArgumentParser(HfArgumentParser):
     """HfArgumentParser that takes mappings and empty lists, reads YAML, and raises `ValueError` for any mistake."""
 
+    def __init__(self, dataclass_types, **kwargs):
+        super().__init__(dataclass_types, usage="%(prog)s [--config FILE] [--NAME VALUE ...]", **kwargs)
+        self.add_argument("--help-all", action="help", help="Print this, and exit.")
+        # List what this package defines first, by dataclass, then what it inherits.
+        for dataclass_type in dataclass_types:
+            self._group(dataclass_type.__doc__.splitlines()[0].rstrip("."), dataclass_type.__annotations__)
+        self._group("transformers' TrainingArguments", self._hints())
+
+    def _group(self, title: str, names: Iterable[str]):
+        group, others = self.add_argument_group(title), []
+        for action in self._optionals._group_actions:
+            (group._group_actions if action.dest in names else others).append(action)
+        self._optionals._group_actions = others
+
     def add_argument(self, *flags, **kwargs):
         if kwargs.get("nargs") == "+":
             kwargs["nargs"] = "*"
@@ -82,7 +98,7 @@ class ArgumentParser(HfArgumentParser):
         args = list(sys.argv[1:] if args is None else args)
         cleared = self._take_nulls(args)
         namespace, unknown = self.parse_known_args(args, namespace)
-        vars(namespace).update(dict.fromkeys(cleared))
+        vars(namespace).update(cleared)
         if unknown and unknown[0].startswith("--"):
             flag = unknown[0].split("=")[0]
             raise self._unknown_name(flag, flag.lstrip("-").replace("-", "_"))
@@ -102,9 +118,9 @@ class ArgumentParser(HfArgumentParser):
             if key not in hints:
                 raise ValueError(f"{where}: {self._unknown_name(key, str(key))}")
             if node.tag == "tag:yaml.org,2002:null":
-                if type(None) not in get_args(hints[key]):
+                if not _can_be_cleared(hints[key]):
                     raise ValueError(f"{where}: {key}: expected a value, got null.")
-                setattr(namespace, key, None)
+                setattr(namespace, key, _cleared(hints[key]))
                 continue
             # A value is parsed from the text that it has on the command line.
             is_list = isinstance(node, yaml.SequenceNode)
@@ -115,16 +131,17 @@ class ArgumentParser(HfArgumentParser):
                 raise ValueError(f"{where}: {key}: {error}") from error
         return namespace
 
-    def _take_nulls(self, args: list[str]) -> list[str]:
-        """Remove `--key null`, which clears what a file sets, from `args`; return the keys."""
-        optional = {f"--{name}": name for name, hint in self._hints().items() if type(None) in get_args(hint)}
-        cleared = []
+    def _take_nulls(self, args: list[str]) -> dict[str, Any]:
+        """Remove `--key null`, which clears what a file sets, from `args`; return the keys and their values."""
+        hints = self._hints()
+        optional = {f"--{name}": name for name, hint in hints.items() if _can_be_cleared(hint)}
+        cleared = {}
         for index in reversed(range(len(args))):
             flag, _, value = args[index].partition("=")
             is_pair = args[index] in optional and args[index + 1 : index + 2] == ["null"]
             if flag in optional and (is_pair or value == "null"):
                 del args[index : index + 1 + is_pair]
-                cleared.append(optional[flag])
+                cleared[optional[flag]] = _cleared(hints[optional[flag]])
         return cleared
 
     def _hints(self) -> dict[str, Any]:
@@ -138,6 +155,15 @@ class ArgumentParser(HfArgumentParser):
     def _unknown_name(self, found: str, name: str) -> ValueError:
         suggestion = RENAMED.get(name) or nearest_name(name, self._hints())
         return ValueError(f"expected the name of an argument, got `{found}`. Did you mean `{suggestion}`?")
+
+
+def _can_be_cleared(hint: Any) -> bool:
+    return type(None) in get_args(hint) or (get_origin(hint) or hint) in (dict, list)
+
+
+def _cleared(hint: Any) -> Any:
+    """Return what null means: None where there may be none, else an empty mapping or list."""
+    return None if type(None) in get_args(hint) else (get_origin(hint) or hint)()
 
 
 def _as_text(node: yaml.Node) -> str:

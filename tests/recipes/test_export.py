@@ -156,7 +156,7 @@ def test_adapter_alone_is_restored_on_its_base(runs, command, tmp_path):
 def test_final_model_in_shards_of_another_type(runs, command, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "MAX_SHARD_SIZE", "200KB")
     # The final model is taken: it is as new as the newest checkpoint.
-    assert f"Exported {runs('lora') / 'run'}:" in command(runs("lora") / "run", "--dtype", "bf16")
+    assert f"Exported {runs('lora') / 'run'}:" in command(runs("lora") / "run", "--dtype", "bfloat16")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = set(index["weight_map"].values())
     assert len(shards) > 2

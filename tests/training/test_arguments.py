@@ -1,9 +1,13 @@
 """Arguments: the YAML file, the command line over it, and one clear line about every mistake."""
 
 import dataclasses
+import re
+import subprocess
+import sys
 
 import pytest
 from fixtures.paths import ROOT
+from fixtures.recipes import run_here
 from transformers.trainer_utils import SaveStrategy
 
 from lisa_hf.errors import report_user_errors
@@ -94,6 +98,53 @@ def test_null_on_the_command_line_clears_what_the_file_sets(parse):
     assert training_args.metric_for_best_model == "loss"
 
 
+def test_null_clears_mappings_lists_and_options(parse):
+    cleared = "sources: null\ntrainable: null\neval_sources: {shapes: {split: null}}\n"
+    model_args, data_args, _ = parse("model: some/model\n" + cleared)
+    assert (data_args.sources, model_args.trainable) == ({}, [])
+    assert data_args.eval_sources == {"shapes": {"split": "validation"}}
+    cleared = ("--sources", "null", "--eval_sources=null", "--trainable", "null")
+    model_args, data_args, _ = parse(CONFIG, *cleared)
+    assert (data_args.sources, data_args.eval_sources, model_args.trainable) == ({}, {}, [])
+
+
+def test_device_and_dtype_are_spelled_alike_everywhere(parse, capsys):
+    options = {"predict": 2, "chat": 2, "demo": 2, "export": 1, "convert_weights": 1}
+    for recipe, number in options.items():
+        with pytest.raises(SystemExit):
+            run_here(f"{recipe}.py", "--help")
+        printed = capsys.readouterr().out
+        assert "--dtype" in printed and "bfloat16" in printed
+        assert ("--device DEVICE" in printed) == (number == 2)
+    model_args, _, training_args = parse("model: some/model", "--device", "cpu", "--dtype", "auto")
+    assert model_args.dtype is None and training_args.use_cpu
+    assert parse("model: some/model", "--dtype", "bfloat16")[0].dtype == "bfloat16"
+
+
+def test_help_is_quick_and_lists_ours_first():
+    """Timed by what it imports: transformers' TrainingArguments take seconds."""
+    code = f"import runpy, sys; sys.argv[1:] = ['--help']; sys.path.insert(0, {str(ROOT / 'recipes')!r})\ntry:\n"
+    code += f"    runpy.run_path({str(ROOT / 'recipes' / 'train.py')!r}, run_name='__main__')\n"
+    code += "finally:\n    print({'torch', 'transformers', 'datasets', 'lisa_hf'} & set(sys.modules), file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert result.stderr == "set()\n"
+    names = [name for cls in (ModelArguments, DataArguments, LisaTrainingArguments) for name in cls.__annotations__]
+    listed = re.findall(r"^  --(\w+) ", result.stdout, re.MULTILINE)
+    assert [name for name in listed if name not in ("config", "device")] == names
+    text = " ".join(result.stdout.split())
+    assert " --thinking {off,on} Whether" in text and "(q_proj v_proj)" in text
+
+
+def test_help_of_all_has_groups(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(["--help-all"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    headings = ["Which model is built", "--lora_r", "Which data", "--sources", "--part_learning_rates"]
+    places = [printed.index(text) for text in (*headings, "\ntransformers' TrainingArguments:", "--learning_rate")]
+    assert places == sorted(places)
+
+
 def test_weights_are_given_or_lisa_s(parse):
     assert parse(CONFIG)[1].weights == {"shapes": 1.5, "reason_seg": 9}
     assert parse_arguments(["--model", "some/model", "--sources", "{a: , b: {split: val}}"])[1].weights is None
@@ -156,6 +207,8 @@ def test_renamed_arguments_exist():
         (["--batch_size=2"], "got `--batch_size`. Did you mean `per_device_train_batch_size`?"),
         (["--learn", "4"], "expected the name of an argument, got `--learn`. Did you mean"),  # no abbreviations
         (["stray"], "expected no further value, got `stray`"),
+        (["--device", "tpu"], "--device: expected a kind of device of this machine, such as"),
+        (["--dtype", "bf16"], "--dtype: invalid choice: 'bf16'"),
         (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
         (["--sources", "{a: "], "expected a mapping in YAML or JSON, got `{a: `"),
         (["--config", "absent.yaml"], "No such file or directory: 'absent.yaml'"),
