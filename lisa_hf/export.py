@@ -13,13 +13,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .conversion.checkpoints import LazyTensor, is_zero_checkpoint, open_checkpoint, open_zero_checkpoint
 from .conversion.saving import MAX_SHARD_SIZE, most_common_dtype
+from .evaluation.benchmarks import EVALUATION
 from .model.configuration_lisa import LisaConfig
 from .model.modeling_lisa import LisaForConditionalGeneration
 from .model.processing_lisa import LisaProcessor
 from .training.arguments import ModelArguments
 from .training.build import build_config_and_processor, build_model
 from .training.checkpointing import find_checkpoint
-from .training.model_card import EVALUATION, write_model_card
+from .training.model_card import write_model_card
 from .training.run_record import RUN_RECORD, find_run_record
 from .training.trainable import merge_lora
 from .training.trainer import LisaTrainer

@@ -1,17 +1,24 @@
-"""Evaluate a LISA model on benchmarks, by every protocol of lisa_hf/evaluation/benchmarks.py.
+"""Evaluate a LISA model, or masks that any program made, on benchmarks by every protocol of lisa_hf.
 
     python recipes/eval.py outputs/mine --data_dir dataset --benchmarks reason_seg_val reason_seg_test refcoco_val
-    accelerate launch recipes/eval.py MODEL --data_dir dataset --benchmarks grefcoco_val
+    accelerate launch recipes/eval.py MODEL --data_dir dataset --benchmarks grefcoco_val --protocols generated gres
     python recipes/eval.py outputs/quickstart --eval_sources "{shapes: {num_validation_scenes: 200}}"
+
+Other models, without loading one: write the questions, answer them, score the answers.
+
+    python recipes/eval.py --export_questions questions.jsonl --data_dir dataset --benchmarks reason_seg_val
+    python recipes/eval.py --predictions answers.jsonl --data_dir dataset --benchmarks reason_seg_val
 
 `--eval_sources` evaluates on your own data. A table is printed, and `--output_dir` (outputs/evaluate/MODEL) gets:
 
-    evaluation.json            {"model": ..., "benchmarks": {name: {"builder", "split" and other options of the
-                               source, "num_items", "protocols": {"lisa" | "generated" ...: {"giou": 0.53, ...}}}}}
+    evaluation.json            {"model": ..., "settings": ..., "benchmarks": {name: {"builder", "split" and other
+                               options of the source, "num_items", "protocols": {"lisa" | ...: {"giou": 0.53, ...}}}}}
     evaluation.md              the same as a table, in percent
+    predictions_NAME.jsonl     answers and masks, see lisa_hf/evaluation/predictions.py
     predictions_NAME.png       the best, the median and the worst answers
+    scores_NAME.jsonl          the pixels of every mask by protocol, which recipes/compare.py reads
 
-An earlier evaluation there is replaced only with `--overwrite`.
+An interrupted evaluation goes on when it is started again. A finished one is replaced only with `--overwrite`.
 
 All other arguments are those of recipes/train.py: `--dtype bfloat16`, `--eval_generate false` for the teacher-forced
 protocols only, `--generation_max_new_tokens`, `--max_eval_items`, ...
@@ -19,18 +26,29 @@ protocols only, `--generation_max_new_tokens`, `--max_eval_items`, ...
 
 import argparse
 import logging
+from collections.abc import Collection
 from pathlib import Path
+
+from accelerate import PartialState
 
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.errors import nearest_name, report_user_errors
-from lisa_hf.evaluation.benchmarks import evaluate_benchmark, markdown_table, write_results
+from lisa_hf.evaluation.benchmarks import (
+    markdown_table,
+    open_evaluation,
+    questions_to_draw,
+    score_predictions,
+    write_evaluation,
+    write_scores,
+)
 from lisa_hf.evaluation.predict import draw_predictions
+from lisa_hf.evaluation.predictions import export_questions, find_predictions, predict_benchmark, read_predictions
+from lisa_hf.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
 from lisa_hf.training.build import load_lisa
-from lisa_hf.training.model_card import EVALUATION
 
 
 logger = logging.getLogger("evaluate")
@@ -57,57 +75,107 @@ def main():
     args, model_args, data_args, training_args = parse()
     logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
     with report_user_errors():
-        output_dir = Path(training_args.output_dir)
-        if (output_dir / EVALUATION).exists() and not args.overwrite:
-            raise ValueError(
-                f"--output_dir: expected a directory without an earlier evaluation, got {output_dir} with its "
-                f"{EVALUATION}. Name another, or replace it with --overwrite."
-            )
         # 2. Data, prepared by one process
         with training_args.main_process_first(desc="data preparation"):
-            sources, datasets = load_datasets(args.benchmarks, data_args, not args.first_text_only)
+            sources, datasets = load_datasets(args.benchmarks, data_args, args.protocols)
+        if args.export_questions:
+            num_questions = export_questions(Path(args.export_questions), datasets, args.protocols, args.overwrite)
+            print(f"Done. {num_questions} questions: {Path(args.export_questions).resolve()}")
+            return
 
-        # 3. Model and trainer
-        model, processor = load_lisa(args.model, **({"dtype": model_args.dtype} if model_args.dtype else {}))
-        packing = resolve_packing(model.config, data_args.packing)
-        trainer = LisaTrainer(
-            model=model,
-            args=training_args,
-            data_collator=LisaDataCollator(processor, packing=packing, compact=True),
-            processing_class=processor,
-        )
+        # 3. An output directory, which may hold the beginning of this evaluation
+        output_dir, model = Path(training_args.output_dir), args.model or args.predictions
+        settings = settings_of(args, model_args, training_args)
+        with training_args.main_process_first(desc="output directory"):
+            results = open_evaluation(output_dir, model, settings, sources, args.overwrite)
 
-        # 4. Evaluate, and write results after each benchmark, since the next one may take hours
-        results = {}
+        # 4. Model and trainer, unless there are predictions
+        trainer = None if args.predictions else make_trainer(args.model, model_args, data_args, training_args)
+
+        # 5. Answer, score, and write results after each benchmark, since the next one may take hours
         for name, dataset in datasets.items():
             logger.info("%s: %d images", name, len(dataset))
-            subsets, questions = evaluate_benchmark(trainer, dataset)
-            results |= {name + subset: {**sources[name], **result} for subset, result in subsets.items()}
-            if trainer.is_world_process_zero():
-                write_results(output_dir, args.model, results)
-                if questions:
-                    max_new_tokens = training_args.generation_max_new_tokens
-                    sheet = draw_predictions(model, processor, dataset, max_new_tokens, titles=questions)
-                    sheet.save(output_dir / f"predictions_{name}.png")
-        if trainer.is_world_process_zero():
-            print(f"{markdown_table(results)}\nDone. Metrics and sheets of predictions: {output_dir.resolve()}")
+            path = output_dir / f"predictions_{name}.jsonl"
+            if trainer is None:
+                path = find_predictions(Path(args.predictions), name)
+            else:
+                predict_benchmark(trainer, dataset, path)
+            if PartialState().is_main_process:
+                predictions = read_predictions(path, dataset, args.missing_as_empty)
+                subsets, scores = score_predictions(dataset, predictions, args.protocols)
+                results |= {name + subset: {**sources[name], **result} for subset, result in subsets.items()}
+                write_scores(output_dir / f"scores_{name}.jsonl", scores)
+                write_evaluation(output_dir, model, settings, results)
+                if "generated" in scores:
+                    titles = questions_to_draw(scores["generated"])
+                    draw_predictions(dataset, predictions, titles).save(output_dir / f"predictions_{name}.png")
+        if PartialState().is_main_process:
+            print(f"{markdown_table(results)}\nDone. Metrics, masks and sheets of them: {output_dir.resolve()}")
 
 
 def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrainingArguments]:
     """Parse this recipe's arguments and those that it shares with recipes/train.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="LISA model: directory or Hub id")
+    parser.add_argument("model", nargs="?", help="LISA model: directory or Hub id")
     parser.add_argument("--benchmarks", nargs="+", default=[], metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--first_text_only", action="store_true", help="leave out the protocols with all texts")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in --output_dir")
+    parser.add_argument(
+        "--protocols",
+        nargs="+",
+        default=DEFAULT_PROTOCOLS,
+        choices=PROTOCOLS,
+        metavar="NAME",
+        help=f"{', '.join(PROTOCOLS)} (default: {' '.join(DEFAULT_PROTOCOLS)})",
+    )
+    parser.add_argument("--predictions", metavar="PATH", help="JSON Lines file or directory of masks to score")
+    parser.add_argument(
+        "--missing_as_empty", action="store_true", help="count a question without a prediction as one without a mask"
+    )
+    parser.add_argument("--export_questions", metavar="FILE", help="JSON Lines file to write the questions to")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation, or the file")
     args, others = parser.parse_known_args()
-    defaults = DEFAULTS | {"output_dir": f"outputs/evaluate/{Path(args.model).name}"}
+    given = [args.model, args.predictions, args.export_questions]
+    if sum(value is not None for value in given) != 1:
+        parser.error("expected a model, --predictions or --export_questions, one of the three")
+    name = Path(args.model).name if args.model else f"scored_{Path(args.predictions or '').stem}"
+    defaults = DEFAULTS | {"output_dir": f"outputs/evaluate/{name}"}
     defaults = [text for name, value in defaults.items() for text in (f"--{name}", value)]
-    return args, *parse_arguments([*defaults, "--model", args.model, *others])
+    model = ["--model", args.model] if args.model else []
+    return args, *parse_arguments([*defaults, *model, *others])
+
+
+def make_trainer(
+    name: str, model_args: ModelArguments, data_args: DataArguments, training_args: LisaTrainingArguments
+) -> LisaTrainer:
+    """Load a model and make the trainer that evaluates it."""
+    model, processor = load_lisa(name, **({"dtype": model_args.dtype} if model_args.dtype else {}))
+    packing = resolve_packing(model.config, data_args.packing)
+    return LisaTrainer(
+        model=model,
+        args=training_args,
+        data_collator=LisaDataCollator(processor, packing=packing, compact=True),
+        processing_class=processor,
+    )
+
+
+def settings_of(args: argparse.Namespace, model_args: ModelArguments, training_args: LisaTrainingArguments) -> dict:
+    """Return what predictions depend on besides their benchmark."""
+    settings = {"protocols": list(args.protocols)}
+    if args.predictions:
+        return settings | {"predictions": args.predictions, "missing_as_empty": args.missing_as_empty}
+    weights = sorted(Path(args.model).glob("*.safetensors"))
+    return settings | {
+        "model": args.model,
+        # A model that was trained again has other files.
+        "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
+        "dtype": str(model_args.dtype),
+        "eval_generate": training_args.eval_generate,
+        "generation_max_new_tokens": training_args.generation_max_new_tokens,
+        "per_device_eval_batch_size": training_args.per_device_eval_batch_size,
+    }
 
 
 def load_datasets(
-    benchmarks: list[str], data_args: DataArguments, all_texts: bool
+    benchmarks: list[str], data_args: DataArguments, protocols: Collection[str]
 ) -> tuple[dict[str, dict], dict[str, EvaluationDataset]]:
     """Return the sources to evaluate on, with their options, and their datasets, both by name."""
     sources = {}
@@ -123,9 +191,10 @@ def load_datasets(
     if not sources:
         raise ValueError("expected --benchmarks or --eval_sources '{reason_seg: {split: val}}', got neither")
     rows = load_sources(sources, data_args.data_dir, data_args.max_eval_items)
+    texts = {PROTOCOLS[name].texts for name in protocols}
     datasets = {
         # Published benchmarks ask about each of several objects of one name on its own.
-        name: EvaluationDataset(rows[name], merge_instances=name not in benchmarks, all_texts=all_texts)
+        name: EvaluationDataset(rows[name], merge_instances=name not in benchmarks, texts=texts)
         for name in sources
     }
     return {name: {"builder": name, **options} for name, options in sources.items()}, datasets

@@ -73,6 +73,10 @@ class Mask:
         rle = coco_mask.frPyObjects({"size": size, "counts": np.diff(self.run_ends, prepend=0).tolist()}, *size)
         return {"size": size, "counts": rle["counts"]}
 
+    def at(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the values of pixels, bool, by their numbers down the columns."""
+        return np.searchsorted(self.run_ends, pixels, side="right") % 2 == 1
+
     def draw(self) -> np.ndarray:
         """Return the pixels, shape `(H, W)`, uint8 in {0, 1}."""
         return draw_run_ends(torch.from_numpy(self.run_ends)[None], self.size)[0].numpy()

@@ -15,7 +15,7 @@ shuffle and resume, and the number of loader workers makes no difference. An ite
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -232,16 +232,24 @@ class EvaluationDataset(torch.utils.data.Dataset):
     Args:
         rows: Rows of `lisa_hf.data.rows.FEATURES`.
         merge_instances: Whether a phrase refers to all targets that have it, see [`~prompts.evaluation_questions`].
-        all_texts: Whether every phrase gives a question, see [`~prompts.evaluation_questions`].
+        texts: Which texts to ask, see [`~prompts.evaluation_questions`].
+
+    Attributes:
+        image_ids: Ids of the rows' images. One that repeats gets a number, as in "cat", "cat#2".
 
     Raises:
         ValueError: When an item is made, if its row is bad or gives no question.
     """
 
-    def __init__(self, rows: Dataset, merge_instances: bool = True, all_texts: bool = False):
+    def __init__(self, rows: Dataset, merge_instances: bool = True, texts: Collection[str] = ("first",)):
         self.rows = undecoded(rows)
         self.merge_instances = merge_instances
-        self.all_texts = all_texts
+        self.texts = texts
+        seen: Counter[str] = Counter()
+        self.image_ids = []
+        for image_id in self.rows["image_id"]:
+            seen[image_id] += 1
+            self.image_ids.append(image_id if seen[image_id] == 1 else f"{image_id}#{seen[image_id]}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -253,7 +261,7 @@ class EvaluationDataset(torch.utils.data.Dataset):
         try:
             image = load_row_image(row)
             questions = self.questions(row)
-            item = _make_item(row, image, questions, num_skipped=0)
+            item = _make_item(row, image, questions, num_skipped=0) | {"image_id": self.image_ids[index]}
             if not questions:
                 raise ValueError("expected a target to ask about, got none. Filter such rows out.")
         except ValueError as error:
@@ -262,7 +270,7 @@ class EvaluationDataset(torch.utils.data.Dataset):
 
     def questions(self, row: dict) -> list[Question]:
         """Return the questions about a row, without reading its image."""
-        return evaluation_questions(row, self.merge_instances, self.all_texts)
+        return evaluation_questions(row, self.merge_instances, self.texts)
 
 
 def _make_item(row: dict, image: dict, questions: list[Question], num_skipped: int) -> dict[str, Any]:

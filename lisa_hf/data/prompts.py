@@ -5,7 +5,7 @@ trained on exactly these strings, so a missing space or a different case costs a
 its own in the first user message; the line break that LISA writes after `<image>` belongs to the chat template.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +44,14 @@ EVALUATION_ANSWER = "[SEG]."
 
 SEG_PATTERN = token_pattern([SEG_TOKEN])
 
+# Which texts a protocol of evaluation asks:
+# - "first": of each target the first, and every referring expression, as LISA validates;
+# - "all": every text;
+# - "one_per_object": of each target the first;
+# - "normalized": the same in lower case, without punctuation at its ends, as Seg-Zero asks.
+TEXTS = ("first", "all", "one_per_object", "normalized")
+PUNCTUATION = '."?!'
+
 
 @dataclass
 class Question:
@@ -54,12 +62,19 @@ class Question:
             `{"type": "text", "text": ...}` in the first user message, one text part in all others. An assistant
             message with `"is_context": True` is given and not learned.
         masks: One mask per `[SEG]` of the assistant messages that are learned, in their order.
-        is_first_text: Whether LISA validates with this question too, see [`evaluation_questions`].
+        phrase: The text that `messages` ask with, before it was put into a template; empty in a conversation.
+        texts: Those of `TEXTS` that the text is among.
     """
 
     messages: list[dict]
     masks: list[Mask] = field(default_factory=list)
-    is_first_text: bool = True
+    phrase: str = ""
+    texts: frozenset[str] = frozenset(TEXTS)
+
+    @property
+    def prompt(self) -> str:
+        """The last text of the user."""
+        return self.messages[-2]["content"][-1]["text"].strip()
 
 
 def sample_questions(
@@ -130,7 +145,9 @@ def sample_questions(
     return questions
 
 
-def evaluation_questions(row: dict, merge_instances: bool = True, all_texts: bool = False) -> list[Question]:
+def evaluation_questions(
+    row: dict, merge_instances: bool = True, texts: Collection[str] = ("first",)
+) -> list[Question]:
     """Return the questions that LISA validates with, which use one fixed template.
 
     - Referring rows: every expression of every target.
@@ -142,7 +159,7 @@ def evaluation_questions(row: dict, merge_instances: bool = True, all_texts: boo
     Args:
         row: Row of `lisa_hf.data.rows.FEATURES`. Its image is not read.
         merge_instances: Whether the mask of a phrase is the union of all targets that have it.
-        all_texts: Whether to ask with every phrase. The questions above are then those with `is_first_text`.
+        texts: What to ask, some of `TEXTS`. The questions above are "first".
 
     Returns:
         Questions whose last message is the expected answer, `"[SEG]."` where a mask is expected.
@@ -154,30 +171,46 @@ def evaluation_questions(row: dict, merge_instances: bool = True, all_texts: boo
         turns = _split_turns(_conversation(row))
         return turns[:1] if row["task"] == "vqa" else turns
 
-    choices = []
-    for target in row["targets"]:
+    questions = {}
+    for number, target in enumerate(row["targets"]):
         for index, phrase in enumerate(target["phrases"]):
-            is_first = index == 0 or row["task"] == "referring"
-            if is_first or all_texts:
-                choices.append((target, phrase, is_first))
-    if merge_instances:
-        by_phrase = {}
-        for target, phrase, is_first in choices:
-            by_phrase[phrase] = (target, phrase, is_first or (phrase in by_phrase and by_phrase[phrase][2]))
-        choices = list(by_phrase.values())
-    questions = []
-    for target, phrase, is_first in choices:
-        text = phrase.strip()
-        if row["is_sentence"]:
-            text = EVALUATION_LONG_QUESTION.format(phrase=text)
-        else:
-            # As LISA, which lower-cases every phrase in training and referring expressions here, but not ReasonSeg's.
-            text = text if row["task"] == "reasoning" else text.lower()
-            text = EVALUATION_SHORT_QUESTION.format(phrase=text)
-        question = _question(text, EVALUATION_ANSWER, _mask(row, target, phrase, merge_instances))
-        question.is_first_text = is_first
-        questions.append(question)
-    return questions
+            for text, among in _wordings(phrase.strip(), index, row):
+                if not among & set(texts):
+                    continue
+                # Instances of one name are asked for at once; otherwise each text of each target counts.
+                key = (phrase, text) if merge_instances else (number, index, text)
+                if key in questions:
+                    questions[key].texts |= among
+                else:
+                    question = _question(text, EVALUATION_ANSWER, _mask(row, target, phrase, merge_instances))
+                    question.phrase, question.texts = phrase.strip(), among
+                    questions[key] = question
+    for question in questions.values():
+        if question.texts == {"normalized"}:
+            question.phrase = _normalize(question.phrase)
+    return list(questions.values())
+
+
+def _wordings(phrase: str, index: int, row: dict) -> list[tuple[str, frozenset[str]]]:
+    """Return how a target's phrase of this index is asked for, and of which `TEXTS` each wording is."""
+    among = {"all"}
+    if index == 0 or row["task"] == "referring":
+        among.add("first")
+    if index == 0:
+        among.add("one_per_object")
+    if row["is_sentence"]:
+        template = EVALUATION_LONG_QUESTION
+    else:
+        # As LISA, which lower-cases every phrase in training and referring expressions here, but not ReasonSeg's.
+        template, phrase = EVALUATION_SHORT_QUESTION, phrase if row["task"] == "reasoning" else phrase.lower()
+    wordings = {template.format(phrase=phrase): among}
+    if index == 0:
+        wordings.setdefault(template.format(phrase=_normalize(phrase)), set()).add("normalized")
+    return [(text, frozenset(among)) for text, among in wordings.items()]
+
+
+def _normalize(text: str) -> str:
+    return text.lower().strip(PUNCTUATION)
 
 
 def _choices(row: dict, merge_instances: bool) -> list[tuple[dict, list[str]]]:

@@ -1,89 +1,216 @@
-"""Metrics of a model on benchmarks, by protocol: the pixel counts of [`LisaTrainer`] become tables.
-
-Published numbers mix protocols, so all are computed. A protocol says who answers, and which texts are asked:
-
-- `lisa`: the true answer is given and its `[SEG]` tokens are decoded, as LISA validates; the first text of each target
-  is asked, and every referring expression.
-- `generated`: the same texts, and the model answers by itself; a mask that is due and not given counts as empty.
-- `all_texts`, `generated_all_texts`: the same two with all texts of each target; left out where no target has several.
-
-Pixels that are annotated as ambiguous count in no protocol, as in LISA.
-"""
+"""Results of benchmarks: predictions are compared with the truth by each protocol, and the numbers become tables."""
 
 import json
-from itertools import compress
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from transformers import EvalPrediction, Trainer
 
+from ..data.masks import Mask, merge_masks
 from ..data.mixture import EvaluationDataset
+from ..data.prompts import Question
 from ..files import atomic_file
-from .counts import GENERATED, PADDING
-from .metrics import PRECISION_THRESHOLDS, SegmentationMetric
+from .counts import compute_protocol
+from .metrics import PRECISION_THRESHOLDS
+from .predictions import QuestionPrediction, iterate_questions
+from .protocols import PROTOCOLS, Protocol
 
 
+EVALUATION = "evaluation.json"
 SHEET_RANKS = 4  # questions that a sheet shows of the best, the median and the worst each
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Compute the metrics of [`SegmentationMetric`] from the gathered counts of [`LisaTrainer.prediction_step`]."""
-    lines = prediction.predictions
-    metrics = _compute(_columns(lines), is_generated=False)
-    if "num_seg_tokens" in lines:
-        generated = _compute(_columns(lines, GENERATED), is_generated=True)
-        metrics |= {GENERATED + key: value for key, value in generated.items() if not key.startswith("num_")}
-    return metrics
-
-
-def evaluate_benchmark(trainer: Trainer, dataset: EvaluationDataset) -> tuple[dict[str, dict], dict]:
-    """Evaluate the model of a [`LisaTrainer`] on one dataset; every process must call it.
+@dataclass
+class QuestionScore:
+    """Pixels of the masks that a question asks for.
 
     Args:
-        trainer: The trainer; with `args.eval_generate` the model also answers by itself.
-        dataset: The dataset; with `all_texts` for the protocols that ask all texts.
+        question_id: Id of the question, see `predictions`.
+        image_id: Id of its image.
+        intersections: Pixels of the prediction and the truth together, an int per mask.
+        unions: Pixels of either, an int per mask.
+        targets: Pixels of the truth, an int per mask.
+        num_seg_tokens: Number of masks in the answer.
+    """
+
+    question_id: str
+    image_id: str
+    intersections: list[int]
+    unions: list[int]
+    targets: list[int]
+    num_seg_tokens: int
+
+
+def score_predictions(
+    dataset: EvaluationDataset, predictions: dict[str, QuestionPrediction], protocols: Collection[str]
+) -> tuple[dict[str, dict], dict[str, list[QuestionScore]]]:
+    """Compare predictions with the truth.
+
+    Args:
+        dataset: The dataset, which asks for the texts of all protocols.
+        predictions: What was predicted for each question, see [`read_predictions`].
+        protocols: Names in `PROTOCOLS`. A protocol is left out if the predictions have no masks of its kind, or if it
+            asks all texts and no target has several.
 
     Returns:
-        The results, the same on every process: `{"num_items": int, "protocols": {name: metrics}}`, under the key "".
-        If the dataset has reasoning questions that are phrases and others that are sentences, "_short" and "_long"
-        hold their results. And the questions to draw, best to worst by the model's own answers,
-        `{(image, question): title}`; none if it gave none.
+        The results, `{"num_items": int, "protocols": {name: metrics}}`, under the key "". If the dataset has reasoning
+        questions that are phrases and others that are sentences, "_short" and "_long" hold their results. And the
+        scores of all questions by protocol.
     """
-    # 1. Count the pixels of all questions, once.
-    lines = trainer.predict(dataset).predictions
-    rows = list(dataset.rows.remove_columns("image"))
+    # 1. Count pixels.
+    scores = {name: [] for name in protocols}
+    images = {"": set(), "_short": set(), "_long": set()}
+    later_texts = set()  # questions that are not asked with a first text
+    for row, image_id, questions in iterate_questions(dataset):
+        images[""].add(image_id)
+        if row["task"] == "reasoning":
+            images["_long" if row["is_sentence"] else "_short"].add(image_id)
+        ignored = None if row["ignore"] is None else Mask.from_rle(row["ignore"])
+        for question_id, question in questions.items():
+            if "first" not in question.texts:
+                later_texts.add(question_id)
+            for name in protocols:
+                counts = _count_pixels(question, predictions[question_id], ignored, PROTOCOLS[name])
+                if counts is not None:
+                    scores[name].append(QuestionScore(question_id, image_id, *counts))
+    if not (images["_short"] and images["_long"]):
+        images = {"": images[""]}
 
-    # 2. Select subsets of the images ...
-    is_long = np.array([row["is_sentence"] for row in rows])
-    is_reasoning = np.array([row["task"] == "reasoning" for row in rows])
-    subsets = {"": np.ones(len(rows), dtype=bool)}  # [num_images] each
-    short, long = is_reasoning & ~is_long, is_reasoning & is_long
-    if short.any() and long.any():
-        subsets |= {"_short": short, "_long": long}
-    results = {name: {"num_items": int(subset.sum()), "protocols": {}} for name, subset in subsets.items()}
-
-    # 3. ... and of their questions, one per protocol.
-    is_first = np.array([question.is_first_text for row in rows for question in dataset.questions(row)])
-    prefixes = {"": "lisa", GENERATED: "generated"} if "num_seg_tokens" in lines else {"": "lisa"}
-    for prefix, protocol in prefixes.items():
-        columns = _columns(lines, prefix)
-        for name, subset in subsets.items():
-            protocols = results[name]["protocols"]
-            asked = subset[columns["images"]]  # [num_questions]
-            protocols[protocol] = _compute(_select(columns, asked & is_first), bool(prefix))
-            if not is_first[asked].all():
-                protocols[f"{prefix}all_texts"] = _compute(_select(columns, asked), bool(prefix))
-    questions = _questions_to_draw(_columns(lines, GENERATED)) if GENERATED in prefixes else {}
-    return results, questions
+    # 2. Compute metrics.
+    results = {subset: {"num_items": len(members), "protocols": {}} for subset, members in images.items()}
+    for subset, members in images.items():
+        for name in protocols:
+            asked = [score for score in scores[name] if score.image_id in members]
+            has_several_texts = any(score.question_id in later_texts for score in asked)
+            if asked and (PROTOCOLS[name].texts != "all" or has_several_texts):
+                results[subset]["protocols"][name] = _compute(asked, PROTOCOLS[name])
+    return results, {name: asked for name, asked in scores.items() if name in results[""]["protocols"]}
 
 
-def write_results(output_dir: Path, model: str, results: dict[str, dict]) -> None:
+def _count_pixels(
+    question: Question, prediction: QuestionPrediction, ignored: Mask | None, protocol: Protocol
+) -> tuple[list[int], list[int], list[int], int] | None:
+    """Return intersections, unions, targets and number of masks, or None if the protocol does not ask this."""
+    masks = prediction.teacher_forced_masks if protocol.teacher_forced else prediction.masks
+    if masks is None or protocol.texts not in question.texts:
+        return None
+    due, given = question.masks, masks
+    if protocol.merges_masks:
+        due, given = ([merge_masks(found)] if found else [] for found in (due, given))
+    counts = []
+    for number, target in enumerate(due):
+        predicted = given[number] if number < len(given) else Mask(target.size, target.run_ends[-1:])  # empty
+        counts.append(intersection_and_union_of_runs(predicted, target, ignored if protocol.ignores_pixels else None))
+    intersections, unions, targets = map(list, zip(*counts)) if counts else ([], [], [])
+    return intersections, unions, targets, len(masks)
+
+
+def intersection_and_union_of_runs(predicted: Mask, target: Mask, ignored: Mask | None) -> tuple[int, int, int]:
+    """Count pixels as [`~metrics.intersection_and_union`] does, from the runs of the masks.
+
+    Returns:
+        Pixels of the intersection, of the union, and of the target.
+    """
+    # Between two ends of runs, every mask has one value.
+    ends = [mask.run_ends for mask in (predicted, target, ignored) if mask is not None]
+    starts = np.unique(np.concatenate([[0], *ends]))
+    lengths, starts = np.diff(starts), starts[:-1]
+    is_predicted, is_target = predicted.at(starts), target.at(starts)
+    if ignored is not None:
+        is_predicted &= is_target | ~ignored.at(starts)  # where a pixel is annotated as both, it is a target
+    return tuple(
+        int(lengths[where].sum()) for where in (is_predicted & is_target, is_predicted | is_target, is_target)
+    )
+
+
+def _compute(scores: list[QuestionScore], protocol: Protocol) -> dict[str, float]:
+    numbers = {image_id: number for number, image_id in enumerate(dict.fromkeys(s.image_id for s in scores))}
+    columns = {
+        name: [getattr(score, name) for score in scores]
+        for name in ("intersections", "unions", "targets", "num_seg_tokens")
+    }
+    columns["images"] = [numbers[score.image_id] for score in scores]
+    return compute_protocol(columns, not protocol.teacher_forced, empty_target=protocol.empty_target)
+
+
+def questions_to_draw(scores: list[QuestionScore]) -> dict[str, str]:
+    """Choose the best, median and worst questions by mean IoU: `{question_id: title}`, best first."""
+    ranked = []
+    for score in scores:
+        if score.unions:
+            pairs = zip(score.intersections, score.unions)
+            ranked.append((np.mean([i / u if u else 1.0 for i, u in pairs]), score.question_id))
+    ranked.sort(key=lambda question: -question[0])
+    rest = max(len(ranked) - SHEET_RANKS, 0)
+    ranks = {start + offset for start in (0, rest // 2, rest) for offset in range(min(SHEET_RANKS, len(ranked)))}
+    return {ranked[rank][1]: f"rank {rank + 1} of {len(ranked)}, IoU {ranked[rank][0]:.2f}" for rank in sorted(ranks)}
+
+
+def open_evaluation(
+    output_dir: Path, model: str, settings: dict[str, Any], sources: dict[str, dict], overwrite: bool
+) -> dict[str, dict]:
+    """Return the results of an evaluation that goes on, none for a new one.
+
+    Args:
+        output_dir: Directory of the evaluation.
+        model: What is evaluated.
+        settings: What its predictions depend on, as JSON can hold it.
+        sources: Benchmarks to evaluate on, with the options of their sources.
+        overwrite: Whether to remove another evaluation.
+
+    Raises:
+        ValueError: If the directory holds another evaluation, or this one and it is complete.
+    """
+    path = output_dir / EVALUATION
+    if overwrite and path.exists():
+        for pattern in ("predictions_*", "scores_*.jsonl", "evaluation.*"):
+            for found in output_dir.glob(pattern):
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
+    if not path.exists():
+        write_evaluation(output_dir, model, settings, {})
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        known, results = found["settings"], found["benchmarks"]
+    except (ValueError, KeyError, TypeError):
+        known, results = {}, {}
+    changed = [name for name in settings if known.get(name) != settings[name]]
+    changed += [name for name in sources if name in results and not sources[name].items() <= results[name].items()]
+    if changed or results.keys() >= sources.keys():
+        what = f"one with other settings ({', '.join(changed)})" if changed else "a complete one"
+        raise ValueError(
+            f"--output_dir: expected a directory without an earlier evaluation, got {output_dir} with {what}. Name "
+            "another, or replace it with --overwrite."
+        )
+    return results
+
+
+def write_evaluation(output_dir: Path, model: str, settings: dict[str, Any], results: dict[str, dict]) -> None:
     """Write results of benchmarks by name as `evaluation.json` and, in percent, as the table `evaluation.md`."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"model": model, "benchmarks": results}, indent=2) + "\n"
-    for name, text in (("evaluation.json", content), ("evaluation.md", markdown_table(results))):
+    content = json.dumps({"model": model, "settings": settings, "benchmarks": results}, indent=2) + "\n"
+    for name, text in ((EVALUATION, content), ("evaluation.md", markdown_table(results))):
         with atomic_file(output_dir / name) as path:
             path.write_text(text, encoding="utf-8")
+
+
+def write_scores(path: Path, scores: dict[str, list[QuestionScore]]) -> None:
+    """Write the scores of questions by protocol as JSON Lines."""
+    with atomic_file(path) as incomplete, open(incomplete, "w", encoding="utf-8") as file:
+        for protocol, asked in scores.items():
+            file.writelines(json.dumps({"protocol": protocol, **vars(score)}) + "\n" for score in asked)
+
+
+def read_scores(path: Path) -> dict[str, list[QuestionScore]]:
+    """Read what [`write_scores`] wrote."""
+    scores = {}
+    with open(path, encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            scores.setdefault(line.pop("protocol"), []).append(QuestionScore(**line))
+    return scores
 
 
 def markdown_table(results: dict[str, dict]) -> str:
@@ -101,53 +228,3 @@ def markdown_table(results: dict[str, dict]) -> str:
                 cells.append(f"{100 * metrics[name]:.1f}" if name in metrics else "")
             table.append([benchmark, protocol, str(metrics["num_questions"]), *cells])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
-
-
-def _columns(lines: dict[str, np.ndarray], prefix: str = "") -> dict[str, list]:
-    """Regroup counts from one padded line per image to the columns of [`SegmentationMetric`], one entry per question.
-
-    Args:
-        lines: Counts `(num_images, ...)` of [`LisaTrainer.prediction_step`], padded with -100.
-        prefix: `GENERATED` for the model's own answers.
-    """
-    # Each image has its number of masks due per question; that tells how to cut its line of masks into questions.
-    masks_due = [line[line != PADDING] for line in lines["masks_due"]]  # num_images x [num_questions]
-    keys = {"intersections": f"{prefix}intersections", "unions": f"{prefix}unions", "targets": "targets"}
-    columns = {
-        name: [
-            part.tolist()
-            for line, due in zip(lines[key], masks_due)
-            for part in np.split(line[: due.sum()], np.cumsum(due)[:-1])
-        ]
-        for name, key in keys.items()
-    }
-    # A true answer has as many [SEG] tokens as masks are due.
-    seg_tokens = lines["num_seg_tokens"] if prefix else lines["masks_due"]
-    columns["num_seg_tokens"] = seg_tokens[seg_tokens != PADDING].tolist()
-    columns["images"] = [image for image, due in enumerate(masks_due) for _ in due]
-    return columns
-
-
-def _select(columns: dict[str, list], questions: np.ndarray) -> dict[str, list]:
-    return {name: list(compress(column, questions)) for name, column in columns.items()}
-
-
-def _compute(columns: dict[str, list], is_generated: bool) -> dict[str, float]:
-    metrics = SegmentationMetric(keep_in_memory=True).compute(**columns)
-    if not is_generated:  # with the true answer given, [SEG] rates mean nothing
-        metrics = {key: value for key, value in metrics.items() if "seg_rate" not in key}
-    return metrics
-
-
-def _questions_to_draw(columns: dict[str, list]) -> dict[tuple[int, int], str]:
-    """Choose the best, median and worst questions by mean IoU: `{(image, question): title}`, best first."""
-    ranked, number_in_image = [], {}
-    for image, intersections, unions in zip(columns["images"], columns["intersections"], columns["unions"]):
-        number_in_image[image] = number_in_image.get(image, -1) + 1
-        if unions:
-            iou = np.mean([i / u if u else 1.0 for i, u in zip(intersections, unions)])
-            ranked.append((iou, image, number_in_image[image]))
-    ranked.sort(key=lambda question: -question[0])
-    rest = max(len(ranked) - SHEET_RANKS, 0)
-    ranks = {start + offset for start in (0, rest // 2, rest) for offset in range(min(SHEET_RANKS, len(ranked)))}
-    return {ranked[rank][1:]: f"rank {rank + 1} of {len(ranked)}, IoU {ranked[rank][0]:.2f}" for rank in sorted(ranks)}

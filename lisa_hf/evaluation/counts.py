@@ -4,14 +4,39 @@ All metrics follow from three integers per mask, so processes exchange counts an
 per image: a gather that pads and cuts lines keeps the masks of an image together.
 """
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import EvalPrediction
 
-from .metrics import intersection_and_union
+from ..model.pipeline_lisa import Answer
+from .metrics import SegmentationMetric, intersection_and_union
 
 
 PADDING = -100  # fills lines up to the longest one, as in Trainer's own gather
 GENERATED = "generated_"  # prefix of what is counted on the model's own answers
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Compute the metrics of [`SegmentationMetric`] from the gathered counts of [`LisaTrainer.prediction_step`]."""
+    lines = prediction.predictions
+    metrics = compute_protocol(_columns(lines), is_generated=False)
+    if "num_seg_tokens" in lines:
+        generated = compute_protocol(_columns(lines, GENERATED), is_generated=True)
+        metrics |= {GENERATED + key: value for key, value in generated.items() if not key.startswith("num_")}
+    return metrics
+
+
+def compute_protocol(columns: dict[str, list], is_generated: bool, **options) -> dict[str, float]:
+    """Compute the metrics of [`SegmentationMetric`] from its columns, leaving out those without a meaning.
+
+    Args:
+        columns: Counts, one entry per question.
+        is_generated: Whether the model answered by itself. `[SEG]` rates of a given answer mean nothing.
+        options: Arguments of [`SegmentationMetric.compute`].
+    """
+    metrics = SegmentationMetric(keep_in_memory=True).compute(**columns, **options)
+    return {key: value for key, value in metrics.items() if is_generated or "seg_rate" not in key}
 
 
 def count_masks_due(batch: dict, seg_token_id: int) -> torch.Tensor:
@@ -39,17 +64,14 @@ def count_teacher_forced(batch: dict, masks: list[torch.Tensor], seg_token_id: i
     }
 
 
-def count_generated(
-    batch: dict, masks: list[torch.Tensor], num_seg_tokens: torch.Tensor, seg_token_id: int
-) -> dict[str, torch.Tensor]:
+def count_generated(batch: dict, answers: list[Answer], seg_token_id: int) -> dict[str, torch.Tensor]:
     """Count the pixels of masks in the model's own answers.
 
     A mask that is due and was not generated counts as empty; masks beyond those that are due count nowhere.
 
     Args:
         batch: As in [`count_teacher_forced`].
-        masks: N bool tensors `(M_n, H, W)`, the masks in the answer of each row.
-        num_seg_tokens: `(N,)`, number of `[SEG]` tokens in each answer.
+        answers: The model's answer to each of N rows.
         seg_token_id: Id of `[SEG]`.
 
     Returns:
@@ -61,10 +83,11 @@ def count_generated(
     masks_by_image = []
     for image in range(len(batch["mask_labels"])):
         rows = (batch["image_indices"] == image).nonzero().flatten().tolist()
-        masks_by_image.append(torch.cat([_take(masks[row], masks_due[row]) for row in rows]))  # [M_b, H_b, W_b]
+        masks = torch.cat([_take(answers[row].masks, masks_due[row]) for row in rows])  # [M_b, H_b, W_b]
+        masks_by_image.append(masks.to(batch["mask_labels"][image].device))
     return {
         **_count_pixels(GENERATED, masks_by_image, batch["mask_labels"]),
-        "num_seg_tokens": _by_image(num_seg_tokens, batch),
+        "num_seg_tokens": _by_image(batch["labels"].new_tensor([len(answer.masks) for answer in answers]), batch),
     }
 
 
@@ -88,3 +111,28 @@ def _by_image(values: torch.Tensor, batch: dict) -> torch.Tensor:
 def _pad(lines: list[torch.Tensor]) -> torch.Tensor:
     lines = [*lines, lines[0].new_zeros(1)]  # keeps at least one column, without which a gather would fail
     return pad_sequence(lines, batch_first=True, padding_value=PADDING)[:-1].long()
+
+
+def _columns(lines: dict[str, np.ndarray], prefix: str = "") -> dict[str, list]:
+    """Regroup counts from one padded line per image to the columns of [`SegmentationMetric`], one entry per question.
+
+    Args:
+        lines: Counts `(num_images, ...)` of [`LisaTrainer.prediction_step`], padded with -100.
+        prefix: `GENERATED` for the model's own answers.
+    """
+    # Each image has its number of masks due per question; that tells how to cut its line of masks into questions.
+    masks_due = [line[line != PADDING] for line in lines["masks_due"]]  # num_images x [num_questions]
+    keys = {"intersections": f"{prefix}intersections", "unions": f"{prefix}unions", "targets": "targets"}
+    columns = {
+        name: [
+            part.tolist()
+            for line, due in zip(lines[key], masks_due)
+            for part in np.split(line[: due.sum()], np.cumsum(due)[:-1])
+        ]
+        for name, key in keys.items()
+    }
+    # A true answer has as many [SEG] tokens as masks are due.
+    seg_tokens = lines["num_seg_tokens"] if prefix else lines["masks_due"]
+    columns["num_seg_tokens"] = seg_tokens[seg_tokens != PADDING].tolist()
+    columns["images"] = [image for image, due in enumerate(masks_due) for _ in due]
+    return columns

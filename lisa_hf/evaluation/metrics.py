@@ -5,6 +5,7 @@
 """
 
 from itertools import chain
+from typing import Literal, get_args
 
 import datasets
 import evaluate
@@ -14,6 +15,9 @@ import torch
 
 CONFIDENCE = 0.95
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+# What is right where nothing is due: a mask without pixels or none, an answer without a mask, or nothing at all.
+EmptyTarget = Literal["empty_mask", "no_mask", "always_wrong"]
 
 
 def intersection_and_union(
@@ -54,6 +58,20 @@ def intersection_and_union(
     return (prediction & foreground).sum((-2, -1)), (prediction | foreground).sum((-2, -1))  # [...] each
 
 
+def iou_per_mask(
+    intersections: np.ndarray, unions: np.ndarray, has_prediction: np.ndarray, empty_target: EmptyTarget
+) -> np.ndarray:
+    """Divide intersections by unions, in pixels.
+
+    Args:
+        intersections, unions: Pixels of each mask, `(num_masks,)` int64.
+        has_prediction: Whether a mask was predicted, `(num_masks,)` bool. Where a union is empty, this is wrong.
+        empty_target: With "always_wrong", an empty union counts as 0 in any case.
+    """
+    empty_iou = 0.0 if empty_target == "always_wrong" else ~has_prediction
+    return np.where(unions > 0, intersections / np.maximum(unions, 1), empty_iou)
+
+
 class SegmentationMetric(evaluate.Metric):
     """gIoU and cIoU with bootstrap intervals, precision, and `[SEG]` rates, from pixel counts per mask.
 
@@ -68,7 +86,11 @@ class SegmentationMetric(evaluate.Metric):
         false_seg_rate = share of answers with a [SEG], over questions without
 
     gIoU and cIoU are those of LISA (arXiv 2308.00692, section 4.1), N-acc and T-acc those of the gRefCOCO paper (arXiv
-    2306.00968); the code published with that paper divides by one more in both.
+    2306.00968).
+
+    These are the formulas of `empty_target="empty_mask"`. With "no_mask", nothing is predicted if the answer has no
+    `[SEG]`, as in the code of the gRefCOCO paper. With "always_wrong", an empty union counts as 0, as in Seg-Zero's
+    code, and there is no accuracy.
 
     Example:
 
@@ -98,6 +120,7 @@ Args, one entry per question (`add_batch`, or `compute` directly):
     images: Ints, number of the question's image, the same for all questions about it.
 
 Args of `compute`:
+    empty_target: What is right where nothing is due: "empty_mask" (default), "no_mask" or "always_wrong".
     bootstrap: Number of resamples behind the intervals, default 1000.
     seed: Seed of the resampling, default 0.
 
@@ -134,9 +157,12 @@ Returns a dict, floats unless stated. Metrics without any mask or question are 0
         targets: list[list[int]],
         num_seg_tokens: list[int],
         images: list[int],
+        empty_target: EmptyTarget = "empty_mask",
         bootstrap: int = 1000,
         seed: int = 0,
     ) -> dict[str, float | int]:
+        if empty_target not in get_args(EmptyTarget):
+            raise ValueError(f"empty_target: expected one of {get_args(EmptyTarget)}, got {empty_target!r}.")
         for index, counts in enumerate(zip(intersections, unions, targets)):
             if len({len(count) for count in counts}) > 1:
                 raise ValueError(
@@ -149,9 +175,11 @@ Returns a dict, floats unless stated. Metrics without any mask or question are 0
         intersection, union, target = (
             np.fromiter(chain.from_iterable(counts), dtype=np.int64) for counts in (intersections, unions, targets)
         )  # [num_masks] each
-        iou = np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
-        has_target, has_prediction = target > 0, union - target + intersection > 0
         due, emitted = masks_due > 0, np.array(num_seg_tokens, dtype=np.int64) > 0
+        has_target, has_prediction = target > 0, union - target + intersection > 0  # [num_masks]
+        if empty_target == "no_mask":
+            has_prediction = np.repeat(emitted, masks_due)
+        iou = iou_per_mask(intersection, union, has_prediction, empty_target)
 
         # 2. gIoU and cIoU are both sum(numerators) / sum(denominators), so images can be resampled by their sums.
         _, image_of_mask = np.unique(np.repeat(np.array(images, dtype=np.int64), masks_due), return_inverse=True)
@@ -166,7 +194,7 @@ Returns a dict, floats unless stated. Metrics without any mask or question are 0
         # 3. Precision, and accuracy where some questions are about nothing.
         for threshold in PRECISION_THRESHOLDS:
             metrics[f"p@{threshold}"] = _ratio((iou[has_target] >= threshold).sum(), has_target.sum())
-        if not has_target.all():
+        if not has_target.all() and empty_target != "always_wrong":
             metrics["n_acc"] = _ratio((~has_prediction)[~has_target].sum(), (~has_target).sum())
             metrics["t_acc"] = _ratio(has_prediction[has_target].sum(), has_target.sum())
         return metrics | {

@@ -1,16 +1,19 @@
 """Ask a LISA model about images: text and masks, masks of a whole batch, or a contact sheet."""
 
+import numpy as np
 import PIL.Image
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.masks import compact_mask_labels, draw_mask_labels
 from ..data.mixture import EvaluationDataset
+from ..data.prompts import Question
 from ..model.losses import IGNORE_INDEX
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.packing import TEXT_INPUTS
-from ..model.pipeline_lisa import Answer, answer_prompts
+from ..model.pipeline_lisa import Answer, answer_prompts, read_answers
 from ..model.processing_lisa import LisaProcessor
+from .predictions import QuestionPrediction, iterate_questions
 from .visualization import Prediction, contact_sheet
 
 
@@ -39,9 +42,9 @@ def answer_questions(
     )
 
 
-def generate_masks(
-    model: LisaForConditionalGeneration, processor: LisaProcessor, batch: dict, max_new_tokens: int
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+def generate_answers(
+    model: LisaForConditionalGeneration, processor: LisaProcessor, batch: dict, max_new_tokens: int, image_embeddings
+) -> list[Answer]:
     """Answer the first question of every row of a training batch, greedily.
 
     Args:
@@ -49,20 +52,18 @@ def generate_masks(
         processor: The model's processor.
         batch: Inputs of N rows with their answers, as `forward` takes them.
         max_new_tokens: Longest answer, in tokens.
+        image_embeddings: What the mask model's encoder made of the images, see [`LisaOutput`].
 
     Returns:
-        N bool tensors `(M_n, H, W)`, the masks in each answer at its image's size, and their numbers `(N,)`.
+        N answers, with masks at the sizes of their images.
     """
-    images = {name: value for name, value in batch.items() if name not in (*TEXT_INPUTS, "labels", "mask_labels")}
-    output = model.generate(**images, **cut_prompts(batch, processor), max_new_tokens=max_new_tokens, do_sample=False)
-    masks = processor.post_process_masks(
-        output.low_res_masks,
-        batch["original_sizes"],
-        batch["reshaped_input_sizes"],
-        output.seg_row_indices,
-        batch["image_indices"],
+    replaced = (*TEXT_INPUTS, "labels", "mask_labels", "mask_pixel_values")
+    images = {name: value for name, value in batch.items() if name not in replaced}
+    prompts = cut_prompts(batch, processor)
+    output = model.generate(
+        **images, **prompts, image_embeddings=image_embeddings, max_new_tokens=max_new_tokens, do_sample=False
     )
-    return masks, torch.bincount(output.seg_row_indices, minlength=len(masks))
+    return read_answers(processor, batch | prompts, output)
 
 
 def cut_prompts(batch: dict, processor: LisaProcessor) -> dict[str, torch.Tensor]:
@@ -80,40 +81,56 @@ def cut_prompts(batch: dict, processor: LisaProcessor) -> dict[str, torch.Tensor
     return prompts
 
 
-def draw_predictions(
+def draw_answers(
     model: LisaForConditionalGeneration,
     processor: LisaProcessor,
     dataset: EvaluationDataset,
     max_new_tokens: int = 256,
-    titles: dict[tuple[int, int], str] | None = None,
 ) -> PIL.Image.Image:
-    """Draw generated answers to questions of a dataset on a contact sheet.
+    """Draw generated answers to the first questions of the first twelve items of a dataset on a contact sheet.
 
     Args:
         model: A LISA.
         processor: The model's processor.
         dataset: Evaluation items.
         max_new_tokens: Longest answer, in tokens.
-        titles: Titles of the questions to draw, by the numbers of item and question. By default the first questions of
-            the first twelve items are drawn, without a title.
     """
-    if titles is None:
-        titles = {(index, 0): "" for index in range(min(12, len(dataset)))}
     predictions = []
-    for (index, number), title in titles.items():
+    for index in range(min(12, len(dataset))):
         item = dataset[index]
-        question = item["questions"][number]
-        labels = compact_mask_labels(question.masks, item["ignore"])
-        prompt = question.messages[:-1]
-        (answer,) = answer_questions(model, processor, item["image"], [prompt], max_new_tokens)
-        predictions.append(
-            Prediction(
-                image=item["image"],
-                question=prompt[-1]["content"][-1]["text"].strip(),
-                answer=answer.text,
-                masks=answer.masks.numpy(),
-                mask_labels=draw_mask_labels(*labels, item["original_size"]).numpy(),
-                title=title,
-            )
-        )
+        question = item["questions"][0]
+        (answer,) = answer_questions(model, processor, item["image"], [question.messages[:-1]], max_new_tokens)
+        predictions.append(_drawn(item, question, answer.text, answer.masks.numpy()))
     return contact_sheet(predictions)
+
+
+def draw_predictions(
+    dataset: EvaluationDataset, predictions: dict[str, QuestionPrediction], titles: dict[str, str]
+) -> PIL.Image.Image:
+    """Draw a model's own answers that were predicted before on a contact sheet.
+
+    Args:
+        dataset: Evaluation items.
+        predictions: Answers by the ids of their questions, see [`read_predictions`].
+        titles: Titles of the questions to draw, by their ids.
+    """
+    drawn = {}
+    for index, (_, _, questions) in enumerate(iterate_questions(dataset)):
+        for name, question in questions.items():
+            if name in titles:
+                item, masks = dataset[index], [mask.draw() for mask in predictions[name].masks]
+                masks = np.array(masks, dtype=bool).reshape(-1, *item["original_size"])
+                drawn[name] = _drawn(item, question, predictions[name].text, masks, titles[name])
+    return contact_sheet([drawn[name] for name in titles])
+
+
+def _drawn(item: dict, question: Question, text: str, masks: np.ndarray, title: str = "") -> Prediction:
+    labels = compact_mask_labels(question.masks, item["ignore"])
+    return Prediction(
+        image=item["image"],
+        question=question.prompt,
+        answer=text,
+        masks=masks,
+        mask_labels=draw_mask_labels(*labels, item["original_size"]).numpy(),
+        title=title,
+    )

@@ -81,6 +81,7 @@ class LisaOutput(ModelOutput):
         iou_scores: The decoder's own estimate of each mask's IoU, which LISA does not train, `(M,)`.
         last_hidden_state: States that enter the VLM's vocabulary projection, `(N, L, hidden_size)`.
         seg_embeddings: Prompts of the mask decoder, `(M, C)`.
+        image_embeddings: Output of [`encode_images`]; None while training.
     """
 
     loss: torch.Tensor | None = None
@@ -93,6 +94,7 @@ class LisaOutput(ModelOutput):
     iou_scores: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
     seg_embeddings: torch.Tensor | None = None
+    image_embeddings: torch.Tensor | list | None = None
 
 
 class LisaSegProjector(nn.Module):
@@ -399,6 +401,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             iou_scores=iou_scores,
             last_hidden_state=hidden_states,
             seg_embeddings=seg_embeddings[: len(low_res_masks)],
+            image_embeddings=None if self.training else image_embeddings,
         )
 
     def _image_indices(self, image_indices, input_ids: torch.Tensor, num_images: int) -> torch.Tensor:

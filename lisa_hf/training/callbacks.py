@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from transformers import BatchFeature, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from ..evaluation.predict import draw_predictions
+from ..evaluation.predict import draw_answers
 from ..model.self_check import check_against_vlm
 from .trainable import parameter_parts
 
@@ -255,7 +255,7 @@ class PredictionSheet(TrainerCallback):
         if not (args.shards_weights or state.is_world_process_zero):
             return
         model = trainer.accelerator.unwrap_model(trainer.model)
-        sheet = draw_predictions(model, trainer.processing_class, self.dataset, args.generation_max_new_tokens)
+        sheet = draw_answers(model, trainer.processing_class, self.dataset, args.generation_max_new_tokens)
         if state.is_world_process_zero:
             path = Path(args.output_dir, "predictions", f"step-{state.global_step}.png")
             path.parent.mkdir(parents=True, exist_ok=True)

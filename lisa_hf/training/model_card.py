@@ -6,12 +6,11 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from ..evaluation.benchmarks import markdown_table
+from ..evaluation.benchmarks import EVALUATION, markdown_table
 from .run_record import find_run_record
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-EVALUATION = "evaluation.json"  # what recipes/eval.py writes
 PROTOCOLS = {"": "lisa", "generated_": "generated"}  # as recipes/eval.py names them
 BASES = ("vlm", "mask_model", "language_model", "model")  # arguments that name the models a run starts from
 TRAINING_ARGUMENTS = (

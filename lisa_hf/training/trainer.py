@@ -13,9 +13,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.collator import expand_batch
 from ..data.streaming import StreamingMixtureDataset
-from ..evaluation.benchmarks import compute_metrics
-from ..evaluation.counts import count_generated, count_teacher_forced
-from ..evaluation.predict import generate_masks
+from ..evaluation.counts import compute_metrics, count_generated, count_masks_due, count_teacher_forced
+from ..evaluation.predict import generate_answers
+from ..evaluation.predictions import PredictionWriter
 from ..from_scratch.muon import use_muon
 from ..model.packing import unpack_rows
 from .callbacks import SkipNonFiniteSteps, Throughput
@@ -54,6 +54,7 @@ class LisaTrainer(Trainer):
         self.num_skipped_rows = 0
         self._num_masks_in_batch = None
         self.nonfinite_steps = SkipNonFiniteSteps(self.args.max_nonfinite_steps)
+        self.prediction_writer: PredictionWriter | None = None  # what evaluation predicts, if it is to be kept
         self.throughput = Throughput()
         self.add_callback(self.throughput)
 
@@ -262,6 +263,7 @@ class LisaTrainer(Trainer):
                 f"expected all evaluation rows to fit, got {num_skipped} skipped ones, see the warnings above. Raise "
                 "`max_length` or remove these rows."
             )
+        image_ids = inputs["meta"].image_ids
         inputs = self._prepare_inputs(inputs)
         # 1. Decode the [SEG] tokens of the true answers.
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -273,8 +275,14 @@ class LisaTrainer(Trainer):
         masks = [logits > 0 for logits in outputs.pred_masks]  # B x [M_b, H_b, W_b]
         counts = count_teacher_forced(inputs, masks, processor.seg_token_id)
         # 3. Let the model answer by itself.
+        answers = None
         if self.args.eval_generate:
             lisa = self.accelerator.unwrap_model(model)
-            generated = generate_masks(lisa, processor, inputs, self.args.generation_max_new_tokens)
-            counts |= count_generated(inputs, *generated, processor.seg_token_id)
+            max_new_tokens = self.args.generation_max_new_tokens
+            answers = generate_answers(lisa, processor, inputs, max_new_tokens, outputs.image_embeddings)
+            counts |= count_generated(inputs, answers, processor.seg_token_id)
+        # 4. Keep the masks.
+        if self.prediction_writer is not None:
+            masks_due = count_masks_due(inputs, processor.seg_token_id)
+            self.prediction_writer.write(image_ids, inputs["image_indices"], masks_due, masks, answers)
         return outputs.loss.detach(), counts, counts["masks_due"]

@@ -190,9 +190,9 @@ def test_evaluation_with_all_texts_marks_those_that_lisa_asks():
         phrases = [phrase for target in example["targets"] for phrase in target["phrases"]]
         for merge_instances in (True, False):
             asked = evaluation_questions(example, merge_instances)
-            everything = evaluation_questions(example, merge_instances, all_texts=True)
+            everything = evaluation_questions(example, merge_instances, texts=("all",))
             # The same questions, maybe in another order, and more.
-            first = [question for question in everything if question.is_first_text]
+            first = [question for question in everything if "first" in question.texts]
             assert sorted(map(repr, first)) == sorted(map(repr, asked))
             assert len(everything) == len(set(phrases) if merge_instances else phrases)
             if not merge_instances:

@@ -11,8 +11,7 @@ from fixtures.paths import GOLDEN
 from safetensors.torch import load_file
 from transformers import EvalPrediction
 
-from lisa_hf.evaluation.benchmarks import compute_metrics
-from lisa_hf.evaluation.counts import PADDING
+from lisa_hf.evaluation.counts import PADDING, compute_metrics
 from lisa_hf.evaluation.metrics import SegmentationMetric, intersection_and_union
 
 

@@ -25,7 +25,7 @@ from workers.launching import finish, launch, start
 
 from lisa_hf import export
 from lisa_hf.conversion.checkpoints import open_zero_checkpoint
-from lisa_hf.evaluation.benchmarks import write_results
+from lisa_hf.evaluation.benchmarks import write_evaluation
 from lisa_hf.training.trainable import prepare_for_training
 
 
@@ -266,7 +266,7 @@ def test_model_card_shows_an_evaluation_on_benchmarks(runs, command, tmp_path):
     assert "evaluation: expected the evaluation.json" in command(
         runs("full") / "run", "--evaluation", evaluation, fails=True
     )
-    write_results(evaluation, "outputs/mine", {"reason_seg_val": result, "mine": result})
+    write_evaluation(evaluation, "outputs/mine", {}, {"reason_seg_val": result, "mine": result})
     PIL.Image.new("RGB", (4, 4)).save(evaluation / "predictions_reason_seg_val.png")
     command(runs("full") / "run", "--evaluation", evaluation)
     card = (tmp_path / "out" / "README.md").read_text()

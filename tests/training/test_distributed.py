@@ -8,6 +8,8 @@ from workers import distributed_worker
 from workers.distributed_worker import TRAINING_RUNS
 from workers.launching import launch
 
+from lisa_hf.evaluation.benchmarks import questions_to_draw
+from lisa_hf.evaluation.protocols import PROTOCOLS
 from lisa_hf.training.trainer import LOSS_PARTS
 
 
@@ -28,8 +30,8 @@ def run_in_processes(directory, num_processes: int, num_steps: int = NUM_STEPS) 
 
 
 @pytest.fixture(scope="module")
-def one():
-    return distributed_worker.run(1, NUM_STEPS)
+def one(tmp_path_factory):
+    return distributed_worker.run(1, NUM_STEPS, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
@@ -118,22 +120,24 @@ def test_evaluation_to_the_last_bit(one, two, three):
     expected = one["benchmarks"]
     assert two["benchmarks"] == three["benchmarks"] == expected
 
-    results, questions = expected[distributed_worker.NUM_EVAL_ITEMS]
+    results, scores, _ = expected[distributed_worker.NUM_EVAL_ITEMS]
     assert [results[name]["num_items"] for name in ("", "_short", "_long")] == [7, 3, 4]
     counts = {name: figures["num_questions"] for name, figures in results[""]["protocols"].items()}
-    assert counts == {"lisa": 7, "generated": 7, "all_texts": 13, "generated_all_texts": 13}
+    all_texts = {"all_texts": 13, "generated_all_texts": 13}
+    assert counts == dict.fromkeys(PROTOCOLS, 7) | all_texts
     assert 0 < results[""]["protocols"]["generated"]["seg_rate"] < 1
     assert results[""]["protocols"]["lisa"].keys() >= {"giou_low", "ciou_high", "p@0.5", "n_acc", "t_acc"}
-    assert len(questions) == 12 and list(questions.values())[0].startswith("rank 1 of 13, IoU ")
+    titles = questions_to_draw(scores["generated_all_texts"])
+    assert len(titles) == 12 and list(titles.values())[0].startswith("rank 1 of 13, IoU ")
     # Fewer images than processes, and none of the same kind twice.
-    results, _ = expected[2]
+    results, _, _ = expected[2]
     assert {name: result["num_items"] for name, result in results.items()} == {"": 2, "_short": 1, "_long": 1}
-    assert results["_long"]["protocols"].keys() == {"lisa", "generated"}
+    assert results["_long"]["protocols"].keys() == PROTOCOLS.keys() - all_texts.keys()
 
 
 @pytest.mark.slow
 def test_engines_agree_over_twenty_steps(tmp_path):
-    expected, found = distributed_worker.run(1, 20), run_in_processes(tmp_path, 2, 20)
+    expected, found = distributed_worker.run(1, 20, tmp_path / "one"), run_in_processes(tmp_path, 2, 20)
     for engine in ENGINES:
         assert_same_curve(found[engine], expected["ddp"], 20)
         assert_same_figures(found[engine], expected["ddp"])

@@ -361,7 +361,10 @@ def test_generated_answers_with_too_few_and_too_many_masks(tiny, tmp_path, monke
         low_res_masks = torch.ones(len(seg_row_indices), 8, 8)
         low_res_masks[1] = -1
         return LisaGenerateOutput(
-            sequences=input_ids, low_res_masks=low_res_masks, seg_row_indices=seg_row_indices.clone()
+            sequences=input_ids,
+            low_res_masks=low_res_masks,
+            seg_row_indices=seg_row_indices.clone(),
+            iou_scores=torch.ones(len(seg_row_indices)),
         )
 
     monkeypatch.setattr(LisaForConditionalGeneration, "generate", generate)

@@ -32,8 +32,11 @@ from torch.utils.data import ConcatDataset, Subset
 
 from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.mixture import EvaluationDataset
+from lisa_hf.data.prompts import TEXTS
 from lisa_hf.data.rows import FEATURES, make_row
-from lisa_hf.evaluation.benchmarks import evaluate_benchmark
+from lisa_hf.evaluation.benchmarks import score_predictions
+from lisa_hf.evaluation.predictions import predict_benchmark, read_predictions
+from lisa_hf.evaluation.protocols import PROTOCOLS
 from lisa_hf.training.arguments import TRAINABLE_PARTS
 from lisa_hf.training.callbacks import PredictionSheet, SelfCheck
 from lisa_hf.training.trainable import prepare_for_training
@@ -164,19 +167,23 @@ def reasoning_rows(num_rows: int) -> Dataset:
     return Dataset.from_list(rows, features=FEATURES)
 
 
-def evaluate_benchmarks() -> dict[int, tuple[dict, dict]]:
-    """Results and questions to draw, by the number of images: more and fewer of them than processes."""
-    with tempfile.TemporaryDirectory() as output_dir:
-        trainer = make_evaluator(output_dir, per_device_eval_batch_size=1)
-        return {
-            num_rows: evaluate_benchmark(trainer, EvaluationDataset(reasoning_rows(num_rows), all_texts=True))
-            for num_rows in (NUM_EVAL_ITEMS, 2)
-        }
+def evaluate_benchmarks(output_dir: Path) -> dict[int, tuple]:
+    """Results, scores and the file of predictions, by the number of images: more and fewer of them than processes."""
+    trainer = make_evaluator(output_dir, per_device_eval_batch_size=1)
+    outcome = {}
+    for num_rows in (NUM_EVAL_ITEMS, 2):
+        dataset = EvaluationDataset(reasoning_rows(num_rows), texts=TEXTS)
+        path = output_dir / f"{num_rows}.jsonl"
+        predict_benchmark(trainer, dataset, path)
+        if trainer.is_world_process_zero():
+            scored = score_predictions(dataset, read_predictions(path, dataset), PROTOCOLS)
+            outcome[num_rows] = (*scored, path.read_text())
+    return outcome
 
 
-def run(num_processes: int, num_steps: int) -> dict:
+def run(num_processes: int, num_steps: int, output_dir: Path) -> dict:
     """All runs; a single process takes the eight items of a step at once."""
-    results = {"metrics": evaluate(), "benchmarks": evaluate_benchmarks()}
+    results = {"metrics": evaluate(), "benchmarks": evaluate_benchmarks(output_dir)}
     for engine in ENGINES if num_processes > 1 else ["ddp"]:
         results[engine] = train_and_evaluate(engine, num_processes, num_steps)
     if num_processes > 2:  # the eight items of a step cannot be shared by three
@@ -194,7 +201,7 @@ def run(num_processes: int, num_steps: int) -> dict:
 if __name__ == "__main__":
     # A process that waits for another in vain shall say so, rather than hang.
     state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=300))
-    outcome = run(state.num_processes, int(sys.argv[2]))
+    outcome = run(state.num_processes, int(sys.argv[2]), Path(sys.argv[1]).parent)
     if state.is_main_process:
         torch.save(outcome, sys.argv[1])
     state.destroy_process_group()

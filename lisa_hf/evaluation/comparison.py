@@ -1,0 +1,203 @@
+"""Compare evaluations: a table over any number of them, and paired differences between two."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .benchmarks import EVALUATION, QuestionScore, read_scores
+from .metrics import CONFIDENCE, iou_per_mask
+from .protocols import PROTOCOLS, Protocol
+
+
+# Settings of an evaluation that may differ between models that are compared.
+OF_THE_MODEL = {"model", "weights", "predictions", "protocols", "per_device_eval_batch_size"}
+
+
+@dataclass
+class Comparison:
+    """How another model's masks differ from a first one's, on the same questions.
+
+    Args:
+        giou, ciou: Differences of gIoU and cIoU, other minus first: value, and the ends of the 95% interval, from a
+            bootstrap over images.
+        num_better, num_worse, num_equal: On how many images the other model's mean IoU is higher, lower, equal.
+        p_value: Of the two-sided sign test over images, without those that are equal.
+    """
+
+    giou: tuple[float, float, float]
+    ciou: tuple[float, float, float]
+    num_better: int
+    num_worse: int
+    num_equal: int
+    p_value: float
+
+
+def compare_scores(
+    first: list[QuestionScore], other: list[QuestionScore], protocol: Protocol, resamples: int = 1000, seed: int = 0
+) -> Comparison:
+    """Compare the scores of two models, image by image.
+
+    Args:
+        first, other: Scores by one protocol, see [`read_scores`].
+        protocol: The protocol.
+        resamples: Number of resamples behind the intervals.
+        seed: Seed of the resampling.
+
+    Raises:
+        ValueError: If the scores are of other questions, or of another truth.
+    """
+    other_by_id = {score.question_id: score for score in other}
+    if other_by_id.keys() != {score.question_id for score in first}:
+        raise ValueError(
+            f"expected two evaluations of the same questions, got {len(first)} and {len(other)}, of which "
+            f"{len(other_by_id.keys() & {score.question_id for score in first})} are the same. Evaluate both alike."
+        )
+    other = [other_by_id[score.question_id] for score in first]
+    if changed := [a.question_id for a, b in zip(first, other) if a.targets != b.targets]:
+        raise ValueError(f"expected two evaluations with the same true masks, got another one in {changed[0]}.")
+
+    # Sums over the masks of each image, [num_images] each.
+    names, images = np.unique([score.image_id for score in first for _ in score.targets], return_inverse=True)
+    count = np.bincount(images, minlength=len(names))
+    sums = []
+    for scores in (first, other):
+        iou, intersection, union = _mask_columns(scores, protocol)
+        sums.append([np.bincount(images, values, len(names)) for values in (iou, intersection, union)])
+    (iou, intersection, union), (other_iou, other_intersection, other_union) = sums
+
+    def differences(draw: np.ndarray) -> tuple[float, float]:
+        giou = (other_iou - iou)[draw].sum() / count[draw].sum()
+        return giou, _ratio(other_intersection[draw], other_union[draw]) - _ratio(intersection[draw], union[draw])
+
+    rng = np.random.default_rng(seed)
+    everything = differences(np.arange(len(names)))
+    resampled = [differences(rng.integers(len(names), size=len(names))) for _ in range(resamples)]
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    better, worse = int((other_iou > iou).sum()), int((other_iou < iou).sum())
+    return Comparison(
+        giou=(everything[0], low[0], high[0]),
+        ciou=(everything[1], low[1], high[1]),
+        num_better=better,
+        num_worse=worse,
+        num_equal=len(names) - better - worse,
+        p_value=sign_test(better, worse),
+    )
+
+
+def sign_test(num_better: int, num_worse: int) -> float:
+    """Return the two-sided p-value of the exact sign test: both are as likely as the other if nothing differs."""
+    number = num_better + num_worse
+    tail = sum(math.comb(number, k) for k in range(min(num_better, num_worse) + 1))
+    return min(1.0, 2 * tail / 2**number)
+
+
+def comparison_report(directories: list[Path]) -> str:
+    """Write a report about evaluations in Markdown: their results side by side, and differences to the first one.
+
+    Args:
+        directories: What recipes/eval.py wrote, with different models.
+
+    Raises:
+        ValueError: If a directory has no evaluation, or if the evaluations share no benchmark.
+    """
+    evaluations = {_name(path, directories): _read(path) for path in directories}
+    names = list(evaluations)
+    shared = [
+        (benchmark, protocol)
+        for benchmark, result in evaluations[names[0]]["benchmarks"].items()
+        for protocol in result["protocols"]
+        if all(protocol in _protocols(other, benchmark) for other in evaluations.values())
+    ]
+    if not shared:
+        raise ValueError(f"expected evaluations that share a benchmark and a protocol, got none among {names}.")
+    lines = ["# Results", "", "gIoU / cIoU in percent.", ""]
+    lines += [f"| benchmark | protocol | questions | {' | '.join(names)} |", "|---|---|---:|" + "---:|" * len(names)]
+    for benchmark, protocol in shared:
+        metrics = [_protocols(evaluation, benchmark)[protocol] for evaluation in evaluations.values()]
+        numbers = " / ".join(sorted({str(found["num_questions"]) for found in metrics}))
+        cells = [f"{100 * found['giou']:.1f} / {100 * found['ciou']:.1f}" for found in metrics]
+        lines.append(f"| {benchmark} | {protocol} | {numbers} | {' | '.join(cells)} |")
+    lines += _warnings(evaluations)
+    lines += [
+        "",
+        f"# Differences to {names[0]}",
+        "",
+        "In points, with 95% intervals from a bootstrap over images.",
+        "",
+    ]
+    lines += ["| benchmark | protocol | model | gIoU | cIoU | better / worse / equal images | sign test |"]
+    lines += ["|---|---|---|---:|---:|---:|---:|"]
+    for benchmark in dict.fromkeys(benchmark for benchmark, _ in shared):
+        lines += _difference_rows(benchmark, dict(zip(names, directories)))
+    return "\n".join(lines) + "\n"
+
+
+def _difference_rows(benchmark: str, directories: dict[str, Path]) -> list[str]:
+    paths = {name: directory / f"scores_{benchmark}.jsonl" for name, directory in directories.items()}
+    if not all(path.exists() for path in paths.values()):
+        return []  # a subset of another benchmark
+    scores = {name: read_scores(path) for name, path in paths.items()}
+    first, *others = scores
+    rows = []
+    for protocol in scores[first]:
+        for name in others:
+            if protocol in scores[name]:
+                found = compare_scores(scores[first][protocol], scores[name][protocol], PROTOCOLS[protocol])
+                cells = [
+                    f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+                    for value, low, high in (found.giou, found.ciou)
+                ]
+                cells += [f"{found.num_better} / {found.num_worse} / {found.num_equal}", f"p = {found.p_value:.2g}"]
+                rows.append(f"| {benchmark} | {protocol} | {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def _warnings(evaluations: dict[str, dict]) -> list[str]:
+    """Say in what evaluations differ besides the model."""
+    lines = []
+    first, *others = evaluations
+    for name in others:
+        known, settings = evaluations[first]["settings"], evaluations[name]["settings"]
+        changed = sorted(key for key in known.keys() & settings.keys() - OF_THE_MODEL if known[key] != settings[key])
+        for benchmark, result in evaluations[first]["benchmarks"].items():
+            other = evaluations[name]["benchmarks"].get(benchmark, result)
+            changed += [f"{benchmark}.{key}" for key in result if key != "protocols" and result[key] != other.get(key)]
+        if changed:
+            lines += ["", f"**{name} was evaluated differently from {first}**: {', '.join(changed)}."]
+    return lines
+
+
+def _mask_columns(scores: list[QuestionScore], protocol: Protocol) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return IoU, intersection and union of all masks, `(num_masks,)` each."""
+    intersection, union, target = (
+        np.array([pixels for score in scores for pixels in getattr(score, name)], dtype=np.int64)
+        for name in ("intersections", "unions", "targets")
+    )
+    has_prediction = union - target + intersection > 0
+    if protocol.empty_target == "no_mask":
+        has_prediction = np.array([score.num_seg_tokens > 0 for score in scores for _ in score.targets], dtype=bool)
+    return iou_per_mask(intersection, union, has_prediction, protocol.empty_target), intersection, union
+
+
+def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
+    return numerators.sum() / max(denominators.sum(), 1)
+
+
+def _name(path: Path, directories: list[Path]) -> str:
+    """Return the name of a directory, with its parent's if another has the same."""
+    same = [other for other in directories if other.resolve().name == path.resolve().name]
+    return path.resolve().name if len(same) == 1 else str(path)
+
+
+def _read(directory: Path) -> dict:
+    path = directory / EVALUATION
+    if not path.is_file():
+        raise ValueError(f"{directory}: expected the {EVALUATION} that recipes/eval.py writes, got none. Run it.")
+    return json.loads(path.read_text("utf-8"))
+
+
+def _protocols(evaluation: dict, benchmark: str) -> dict[str, dict]:
+    return evaluation["benchmarks"].get(benchmark, {"protocols": {}})["protocols"]

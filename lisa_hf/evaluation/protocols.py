@@ -1,0 +1,65 @@
+"""Protocols: who answers, which texts are asked, and what counts as right where nothing is due.
+
+Published numbers mix protocols that differ by several points, so each has its name here, and a table names it beside
+its numbers.
+"""
+
+from dataclasses import dataclass
+
+from .metrics import EmptyTarget
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How answers become numbers.
+
+    Args:
+        source: Paper and code that the rules come from.
+        texts: Which texts are asked, one of [`~lisa_hf.data.prompts.TEXTS`].
+        teacher_forced: Whether masks are decoded from the `[SEG]` tokens of the true answer. Otherwise, the model
+            answers by itself, and a mask that is due and not given counts as empty.
+        ignores_pixels: Whether pixels that are annotated as ambiguous count nowhere. Otherwise they are background.
+        merges_masks: Whether all masks of an answer are one, compared with the union of what is due. Otherwise they
+            are compared one by one, in order.
+        empty_target: What is right where nothing is due, see [`SegmentationMetric`].
+    """
+
+    source: str
+    texts: str = "first"
+    teacher_forced: bool = False
+    ignores_pixels: bool = True
+    merges_masks: bool = False
+    empty_target: EmptyTarget = "empty_mask"
+
+
+_LISA = "LISA, arXiv 2308.00692, `validate` in train_ds.py"
+_VISION_REASONER = "arXiv 2505.12081, evaluation/calculate_iou_with_bbox_nonobj.py in JIA-Lab-research/VisionReasoner"
+PROTOCOLS = {
+    "lisa": Protocol(_LISA, teacher_forced=True),
+    "generated": Protocol(f"{_LISA}, without the true answer"),
+    "all_texts": Protocol(f"{_LISA}, with all texts of ReasonSeg", texts="all", teacher_forced=True),
+    "generated_all_texts": Protocol(f"{_LISA}, without the true answer and with all texts", texts="all"),
+    "one_per_object": Protocol(
+        f"{_LISA}, without the true answer and with one expression per object", texts="one_per_object"
+    ),
+    "seg_zero": Protocol(
+        "Seg-Zero, arXiv 2503.06520, evaluation/calculate_iou.py in JIA-Lab-research/VisionReasoner",
+        texts="normalized",
+        ignores_pixels=False,
+        merges_masks=True,
+        empty_target="always_wrong",
+    ),
+    "vision_reasoner": Protocol(
+        f"VisionReasoner, {_VISION_REASONER}",
+        texts="normalized",
+        ignores_pixels=False,
+        merges_masks=True,
+        empty_target="no_mask",
+    ),
+    "gres": Protocol(
+        "GRES, arXiv 2306.00968, gres_model/evaluation/refer_evaluation.py in henghuiding/ReLA",
+        merges_masks=True,
+        empty_target="no_mask",
+    ),
+}
+DEFAULT_PROTOCOLS = ("lisa", "generated", "all_texts", "generated_all_texts")
