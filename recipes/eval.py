@@ -26,6 +26,7 @@ protocols only, `--generation_max_new_tokens`, `--max_eval_items`, ...
 
 import argparse
 import logging
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def main():
         with training_args.main_process_first(desc="data preparation"):
             sources, datasets = load_datasets(args.benchmarks, data_args, args.protocols)
         if args.export_questions:
-            num_questions = export_questions(Path(args.export_questions), datasets, args.protocols, args.overwrite)
+            num_questions = export_questions(Path(args.export_questions), datasets, args.overwrite)
             print(f"Done. {num_questions} questions: {Path(args.export_questions).resolve()}")
             return
 
@@ -115,8 +116,11 @@ def main():
 
 def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrainingArguments]:
     """Parse this recipe's arguments and those that it shares with recipes/train.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="LISA model: directory or Hub id")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [MODEL] [arguments]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--benchmarks", nargs="+", default=[], metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument(
         "--protocols",
@@ -132,15 +136,19 @@ def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrai
     )
     parser.add_argument("--export_questions", metavar="FILE", help="JSON Lines file to write the questions to")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation, or the file")
-    args, others = parser.parse_known_args()
+    # The model comes first. An optional positional argument would take the value of any argument of recipes/train.py.
+    model = sys.argv[1] if sys.argv[1:] and not sys.argv[1].startswith("-") else None
+    args, others = parser.parse_known_args(sys.argv[2:] if model else None)
+    args.model = model
     given = [args.model, args.predictions, args.export_questions]
     if sum(value is not None for value in given) != 1:
         parser.error("expected a model, --predictions or --export_questions, one of the three")
     name = Path(args.model).name if args.model else f"scored_{Path(args.predictions or '').stem}"
     defaults = DEFAULTS | {"output_dir": f"outputs/evaluate/{name}"}
     defaults = [text for name, value in defaults.items() for text in (f"--{name}", value)]
-    model = ["--model", args.model] if args.model else []
-    return args, *parse_arguments([*defaults, *model, *others])
+    # The arguments of a model need one, which is loaded only if it is `args.model`.
+    name = next(value for value in given if value is not None)
+    return args, *parse_arguments([*defaults, "--model", name, *others])
 
 
 def make_trainer(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 import subprocess
 from pathlib import Path
@@ -10,12 +11,13 @@ import numpy as np
 import PIL.Image
 import pytest
 from fixtures.paths import REAL_SAMPLES, ROOT, STORIES
-from fixtures.recipes import SHAPES, run, write_config
+from fixtures.recipes import SHAPES, run, run_here, write_config
 from transformers import AutoModel, AutoProcessor
 
 import lisa_hf  # noqa: F401  registers the classes
 from data_scripts import SOURCES
 from lisa_hf.chat_templates import load_chat_template
+from lisa_hf.evaluation.protocols import PROTOCOLS
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
 
 
@@ -103,6 +105,73 @@ def test_benchmarks_by_protocol(trained, tmp_path):
     assert "n_acc" not in results["grefcoco_val"]["protocols"]["lisa"]
     for name in benchmarks:
         assert PIL.Image.open(output_dir / f"predictions_{name}.png").width > 1000
+
+
+def evaluation(directory: Path) -> tuple[dict, str]:
+    """Results and predictions that eval.py wrote."""
+    results = json.loads((directory / "evaluation.json").read_text())["benchmarks"]
+    predictions = directory / "predictions_mine.jsonl"
+    return results, predictions.read_text() if predictions.exists() else ""
+
+
+def test_a_file_of_predictions_scores_as_its_model_and_an_evaluation_goes_on(
+    trained, tmp_path, caplog, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
+    data = ["--eval_sources", json.dumps({"mine": {"builder": "shapes", **SHAPES}}), "--use_cpu", "true"]
+    model = [str(trained), "--generation_max_new_tokens", "8", *data]
+    run_here("eval.py", *model, "--protocols", *PROTOCOLS, "--output_dir", "whole")
+    results, predictions = evaluation(tmp_path / "whole")
+    assert results["mine"]["protocols"].keys() == PROTOCOLS.keys()
+    # 1. Scored alone, to the last bit.
+    run_here("eval.py", "--predictions", "whole", *data, "--protocols", *PROTOCOLS, "--output_dir", "scored")
+    assert evaluation(tmp_path / "scored") == (results, "")
+    scores = [(tmp_path / name / "scores_mine.jsonl").read_text() for name in ("whole", "scored")]
+    assert scores[0] == scores[1] and len(scores[0].splitlines()) > 20
+    # 2. Killed while it wrote its second image.
+    lines = predictions.splitlines(keepends=True)
+    images = [json.loads(line)["image_id"] for line in lines]
+    second = images.index(next(image for image in images if image != images[0]))
+    (tmp_path / "whole" / "predictions_mine.jsonl").unlink()
+    parts = tmp_path / "whole" / "predictions_mine.incomplete"
+    parts.mkdir()
+    (parts / "0.jsonl").write_text("".join([*lines[:second], lines[second][:40]]))
+    written = json.loads((tmp_path / "whole" / "evaluation.json").read_text())
+    (tmp_path / "whole" / "evaluation.json").write_text(json.dumps(written | {"benchmarks": {}}))
+    run_here("eval.py", *model, "--protocols", *PROTOCOLS, "--output_dir", "whole")
+    assert "1 of 3 images were answered before" in caplog.text
+    assert evaluation(tmp_path / "whole") == (results, predictions) and not parts.exists()
+    # 3. With other settings, or when nothing is left to do.
+    assert "got whole with a complete one" in fail(capsys, *model, "--protocols", *PROTOCOLS, "--output_dir", "whole")
+    assert "(protocols, eval_generate)" in fail(capsys, *model, "--eval_generate", "false", "--output_dir", "whole")
+
+
+def fail(capsys, *arguments, script: str = "eval.py") -> str:
+    """Return the line with which a recipe ends."""
+    with pytest.raises(SystemExit, match="2"):
+        run_here(script, *arguments)
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_compare_tells_which_model_is_better(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = ["--eval_sources", json.dumps({"mine": {"builder": "shapes", **SHAPES}}), "--use_cpu", "true"]
+    run_here("eval.py", "--export_questions", "questions.jsonl", *data)
+    questions = [json.loads(line) for line in Path("questions.jsonl").read_text().splitlines()]
+    height, width = np.asarray(PIL.Image.open(questions[0]["image"])).shape[:2]
+    everything = {"size": [height, width], "counts": [0, height * width]}
+    for name, masks in (("nothing", []), ("everything", [everything])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(line | {"masks": masks}) + "\n" for line in questions))
+        run_here("eval.py", "--predictions", f"{name}.jsonl", *data)
+    run_here("compare.py", "outputs/evaluate/scored_nothing", "outputs/evaluate/scored_everything", "--output", "r.md")
+    report = Path("r.md").read_text()
+    assert report in capsys.readouterr().out
+    assert "| 3 / 0 / 0 | p = 0.25 |" in report and "evaluated differently" not in report
+    run_here("eval.py", "--predictions", "nothing.jsonl", *data, "--max_eval_items", "2", "--output_dir", "two")
+    nothing = "outputs/evaluate/scored_nothing"
+    assert "expected two evaluations of the same questions" in fail(capsys, nothing, "two", script="compare.py")
+    assert "expected the evaluation.json" in fail(capsys, nothing, "three", script="compare.py")
 
 
 def test_unknown_benchmark_names_the_nearest(tmp_path):
