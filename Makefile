@@ -1,3 +1,4 @@
+# make install      create the virtual environment
 # make quickstart   train, evaluate and show a tiny LISA on drawn scenes, on CPU
 # make demo         talk to the quick start's model in the browser
 # make docs         build the documentation into docs/_build/index.html, offline
@@ -21,7 +22,9 @@ PRINT_TORCH := from importlib.metadata import version; print("torch==" + version
 # Run the code of this checkout, even in a VENV that another checkout was installed into.
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: quickstart demo docs test lint
+.PHONY: install quickstart demo docs test lint
+
+install: $(INSTALLED)
 
 # Two processes with one thread each are faster than one with two. accelerate calls this multi_gpu, on CPU too.
 quickstart: $(INSTALLED)

@@ -6,20 +6,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from fixtures.documentation import PAGES, page_name
 from fixtures.paths import ROOT
 
 
-PAGES = sorted(
-    path
-    for path in ROOT.rglob("*.md")
-    if not any(part.startswith((".", "_")) or part in ("outputs", "shared") for part in path.relative_to(ROOT).parts)
-)
 CODE = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(<?([^)>\s]+)>?\)|^ {0,3}\[[^\]]+\]: (\S+)|<(https?://[^>\s]+)>", re.MULTILINE)
-
-
-def page_id(path: Path) -> str:
-    return str(path.relative_to(ROOT))
 
 
 def links(page: Path) -> list[str]:
@@ -36,7 +28,7 @@ def anchors(page: Path) -> set[str]:
 EXTERNAL = sorted({link for page in PAGES for link in links(page) if urlsplit(link).scheme})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_within_the_repository_lead_somewhere(page):
     broken = []
     for link in links(page):
