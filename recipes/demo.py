@@ -1,9 +1,10 @@
-"""Show a LISA model in the browser: ask about an image, see the masks, download them.
+"""Show a LISA model in the browser: ask about an image, see the masks, download them. Or look at the data of a recipe.
 
     pip install -e '.[demo]'
     python recipes/demo.py outputs/quickstart
+    python recipes/demo.py --data recipes/configs/quickstart.yaml
 
-The page is an API as well:
+A model's page is an API as well:
 
     from gradio_client import Client, handle_file
 
@@ -21,20 +22,32 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import torch
 
+from data_scripts import load_sources
 from data_scripts.shapes import draw_scene
+from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.errors import report_user_errors
 from lisa_hf.inference.arguments import add_model_arguments
+from lisa_hf.inference.data_items import DataItems
+from lisa_hf.training.arguments import parse_data_arguments
 from lisa_hf.training.build import load_lisa
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="LISA model: directory or Hub id")
+    parser.add_argument("model", nargs="?", help="LISA model: directory or Hub id")
     parser.add_argument("--compare", metavar="MODEL", help="another model that answers beside it")
+    parser.add_argument(
+        "--data", metavar="CONFIG", help="browse the training and evaluation sources of a recipe (YAML)"
+    )
+    parser.add_argument("--data_dir", help="directory of all datasets in LISA's layout (default: the recipe's)")
     parser.add_argument("--max_megapixels", type=float, default=40, help="largest image (%(default)s)")
     add_model_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.model or args.data):
+        parser.error("expected a model, or a recipe with --data, got neither")
+    return args
 
 
 def draw_examples(directory: Path) -> list[tuple[str, str]]:
@@ -48,21 +61,48 @@ def draw_examples(directory: Path) -> list[tuple[str, str]]:
     return examples
 
 
+def load_items(config: str, data_dir: str | None):
+    """Load the rows of a recipe's sources, as training and evaluation load them."""
+    data_args = parse_data_arguments(config)
+    data_dir = data_dir or data_args.data_dir
+    options = {"on_bad_row": data_args.on_bad_row, "exclude_refer_val": data_args.exclude_refer_val}
+    train_rows = load_sources(data_args.sources, data_dir, **options)
+    eval_rows = load_sources(data_args.eval_sources, data_dir, data_args.max_eval_items)
+    if not train_rows | eval_rows:
+        raise ValueError(f"--data: expected sources or eval_sources in {config}, got none.")
+    return DataItems(train_rows, {name: EvaluationDataset(rows) for name, rows in eval_rows.items()})
+
+
+def load_models(paths: list[str], device: torch.device, dtype: str) -> dict:
+    """Load models and their processors, by the name on the page."""
+    models = {}
+    for path in paths:
+        model, processor = load_lisa(path, dtype=dtype)
+        name = Path(path).name
+        models[path if name in models else name] = model.to(device).eval(), processor
+    return models
+
+
 def main():
     args = parse_arguments()
-    with report_user_errors():
+    with report_user_errors(), tempfile.TemporaryDirectory() as directory:
         try:
+            import gradio as gr
+
+            from lisa_hf.inference.data_page import build_data_page
             from lisa_hf.inference.demo import build_demo
         except ImportError as error:
             raise ValueError(f"expected Gradio, got {error}. Do `pip install -e '.[demo]'`.") from error
-        models = {}
-        for path in filter(None, (args.model, args.compare)):
-            model, processor = load_lisa(path, dtype=args.dtype)
-            name = Path(path).name
-            models[path if name in models else name] = model.to(args.device).eval(), processor
-        with tempfile.TemporaryDirectory() as directory:
-            demo = build_demo(models, draw_examples(Path(directory)), args.max_megapixels, args.max_new_tokens)
-            demo.launch(allowed_paths=[directory])
+        pages = {}
+        if args.model:
+            models = load_models(list(filter(None, (args.model, args.compare))), args.device, args.dtype)
+            examples = draw_examples(Path(directory))
+            pages["Ask"] = build_demo(models, examples, args.max_megapixels, args.max_new_tokens)
+        if args.data:
+            pages["Data"] = build_data_page(load_items(args.data, args.data_dir))
+        first, *others = pages.values()
+        demo = gr.TabbedInterface(list(pages.values()), list(pages)) if others else first
+        demo.launch(allowed_paths=[directory])
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ demo.launch()
 """
 
 import html
+import itertools
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ import gradio as gr
 import numpy as np
 import PIL.Image
 
-from ..evaluation.visualization import COLORS, overlay_masks
+from ..evaluation.visualization import overlay_masks
 from ..model.images import load_image, open_image
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.pipeline_lisa import Answer
-from ..model.processing_lisa import SEG_TOKEN, LisaProcessor
+from ..model.processing_lisa import LisaProcessor
 from .annotation_files import answer_record, record_masks, to_labelme
 from .conversation import Conversation, Turn
+from .page import color_words, errors_on_page, fit_masks, fit_page
 
 
 try:  # on a Hugging Face Space with ZeroGPU, a function has a GPU only under this decorator
@@ -35,7 +35,6 @@ except ImportError:
         return function
 
 
-DISPLAY_SIDES = (640, 1280)  # pixels of the longer side of the picture on the page, at least and at most
 FILES = ("PNG", "RLE JSON", "LabelMe JSON")  # of all answers
 Turns = list[dict[str, Any]]
 
@@ -80,7 +79,7 @@ def build_demo(
             page = [image, panel.turns, panel.hidden, opacity]
             for event in (ask.click, question.submit):
                 answers.append(event(panel.answer, [question, *page], panel.outputs, **private, **queued))
-            for event in (image.change, clear.click):
+            for event in (image.change, clear.click, panel.chat.clear):
                 event(panel.restart, image, panel.outputs, **private)
             opacity.release(panel.draw, page, panel.overlay, **private)
             panel.overlay.select(panel.toggle, page, [panel.hidden, panel.overlay], **private)
@@ -135,7 +134,7 @@ class _Panel:
         request: gr.Request,
     ):
         """Yield the outputs while the answer grows, then with its masks."""
-        with _errors_on_page():
+        with errors_on_page():
             self.check(path, question)
             for turns in self.respond(request.session_hash, path, question.strip(), turns):
                 yield turns, hidden, _chat_messages(turns), *[gr.skip()] * (1 + len(FILES))
@@ -144,14 +143,14 @@ class _Panel:
 
     def segment(self, image: str, question: str) -> dict[str, Any]:
         """Answer a question about an image: text, masks as pycocotools' compressed RLE, and their scores."""
-        with _errors_on_page():
+        with errors_on_page():
             self.check(image, question)
             *_, (record,) = self.respond(None, image, question.strip(), [])
         return {name: record[name] for name in ("text", "masks", "scores", "height", "width")}
 
     def restart(self, path: str | None):
         """Return the outputs of a new conversation."""
-        with _errors_on_page():
+        with errors_on_page():
             if path:
                 self.check(path)
         return [], [], [], path and _display_image(path), *[gr.DownloadButton(interactive=False)] * len(FILES)
@@ -162,7 +161,7 @@ class _Panel:
             return None
         image = _display_image(path)
         masks = _display_masks(turns, image)
-        masks[hidden] = False
+        masks[hidden] = 0
         return overlay_masks(image, masks, opacity)
 
     def toggle(self, path: str, turns: Turns, hidden: list[int], opacity: float, click: gr.SelectData):
@@ -198,53 +197,26 @@ class _Panel:
         yield [*turns, answer_record(Path(path).name, question, conversation.turns[-1].answer)]
 
 
-@contextmanager
-def _errors_on_page():
-    """Show errors of the user as a sentence on the page."""
-    try:
-        yield
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
-
-
 # ---- what is on the page --------------------------------------------------------------------------------------------
 
 
 def _chat_messages(turns: Turns) -> list[dict[str, str]]:
     """Return the messages of Gradio's chatbot, with the words before each `[SEG]` in the color of its mask."""
-    messages, number = [], 0
+    messages, mask_numbers = [], itertools.count()
     for turn in turns:
-        *segmented, rest = turn["text"].split(SEG_TOKEN)
-        content = ""
-        for text in segmented:
-            # The words after the last punctuation mark.
-            start = max((match.end() for match in re.finditer(r"[.,;:!?]\s", text)), default=0)
-            color = ", ".join(map(str, COLORS[number % len(COLORS)]))
-            words = html.escape(f"{text[start:]}{SEG_TOKEN}")
-            content += f'{html.escape(text[:start])}<b style="color: rgb({color})">{words}</b>'
-            number += 1
         messages.append({"role": "user", "content": html.escape(turn["question"])})
-        messages.append({"role": "assistant", "content": content + html.escape(rest)})
+        messages.append({"role": "assistant", "content": color_words(turn["text"], mask_numbers)})
     return messages
 
 
 @lru_cache(maxsize=8)
 def _display_image(path: str) -> PIL.Image.Image:
-    image = load_image(path)
-    smallest, largest = DISPLAY_SIDES
-    scale = min(max(max(image.size), smallest), largest) / max(image.size)
-    return image.resize([max(round(side * scale), 1) for side in image.size])
+    return fit_page(load_image(path))
 
 
 def _display_masks(turns: Turns, image: PIL.Image.Image) -> np.ndarray:
-    """Return the masks of all answers at the size of the picture on the page, `(M, H, W)` bool."""
-    masks = [
-        np.asarray(PIL.Image.fromarray(mask).resize(image.size, PIL.Image.Resampling.NEAREST))
-        for turn in turns
-        if "masks" in turn
-        for mask in record_masks(turn)
-    ]
-    return np.array(masks, dtype=bool).reshape(-1, image.height, image.width)
+    """Return the masks of all answers at the size of the picture on the page, `(M, H, W)` uint8."""
+    return fit_masks([mask for turn in turns if "masks" in turn for mask in record_masks(turn)], image)
 
 
 def _write_files(path: str, turns: Turns) -> list[str]:

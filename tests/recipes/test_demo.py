@@ -2,19 +2,14 @@
 
 import io
 import json
-import os
-import shutil
-import socket
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-from fixtures.paths import ROOT
-from fixtures.recipes import run
+from fixtures.recipes import run, serve_demo
 from fixtures.tiny_models import image, save_talkative
 
 from lisa_hf.evaluation.visualization import COLORS
@@ -22,8 +17,6 @@ from lisa_hf.inference.annotation_files import record_masks
 
 
 pytest.importorskip("gradio")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 QUESTION = "What is the red circle?"
 NUM_TOKENS = 20
 
@@ -36,25 +29,8 @@ def talkative(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def url(talkative, tmp_path_factory):
     """The address of a demo of the model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "GRADIO_SERVER_PORT": str(port),
-        "GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("gradio")),
-        "PYTHONUNBUFFERED": "1",
-    }
-    command = [sys.executable, ROOT / "recipes" / "demo.py", talkative, "--max_new_tokens", str(NUM_TOKENS)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "Running on local URL" in line:
-            break
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait()
+    with serve_demo(talkative, "--max_new_tokens", NUM_TOKENS, directory=tmp_path_factory.mktemp("gradio")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -132,17 +108,6 @@ def test_a_file_of_the_server_is_not_read(url):
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 class Visitor:

@@ -1,0 +1,141 @@
+"""The page that browses data: an image with its masks, what is asked about it, and what a model answered.
+
+page = build_data_page(DataItems(train_rows, eval_datasets))
+page.launch()
+"""
+
+import html
+
+import gradio as gr
+import numpy as np
+
+from ..evaluation.visualization import overlay_masks
+from ..model.losses import MASK_IGNORE_INDEX
+from .data_items import DataItems, Item
+from .page import color_words, errors_on_page, fit_masks, fit_page
+
+
+ALL_SOURCES = "all"
+# Clicks the button of the page that is shown.
+ON_ARROW_KEYS = """() => {
+    document.onkeydown = event => {
+        if (event.target.closest("input, textarea")) return;
+        const name = {ArrowLeft: ".previous-item", ArrowRight: ".next-item"}[event.key];
+        if (name) [...document.querySelectorAll(name)].find(button => button.offsetParent)?.click();
+    };
+}"""
+
+
+def build_data_page(items: DataItems) -> gr.Blocks:
+    """Build the page that browses items.
+
+    Args:
+        items: The items.
+    """
+    page = _Page(items)
+    with gr.Blocks(title="lisa_hf", analytics_enabled=False) as blocks:
+        position = gr.State(0)  # among the items found
+        with gr.Row():
+            source = gr.Dropdown([ALL_SOURCES, *items.sources], label="Source", min_width=160)
+            image_id = gr.Textbox("", label="Image", placeholder="part of its name, Enter", min_width=160)
+            without_mask = gr.Checkbox(label="Has no mask", min_width=160)
+            number = gr.Number(1, label="Item, Enter", precision=0, min_width=100)  # people count from 1
+            opacity = gr.Slider(0, 1, 0.5, label="Opacity of the masks", min_width=160)
+        with gr.Row():
+            backward = gr.Button("← Previous", size="sm", min_width=100, elem_classes="previous-item")
+            forward = gr.Button("Next →", size="sm", min_width=100, elem_classes="next-item")
+        title = gr.HTML()
+        with gr.Row():
+            pictures = [
+                gr.Image(
+                    label=label,
+                    interactive=False,
+                    format="png",
+                    height=480,
+                    min_width=320,
+                    buttons=["fullscreen"],
+                    elem_classes="item",
+                )
+                for label in items.pictures
+            ]
+            with gr.Column(min_width=320):
+                texts = gr.HTML(max_height=480)
+
+        filters = [source, image_id, without_mask]
+        shown = [position, number, title, *pictures, texts]
+        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        for event in (source.input, without_mask.input, image_id.submit, blocks.load):
+            event(page.first, [*filters, opacity], shown, **hidden)
+        backward.click(page.previous, [position, *filters, opacity], shown, **hidden)
+        forward.click(page.next, [position, *filters, opacity], shown, **hidden)
+        number.submit(page.jump, [number, *filters, opacity], shown, **hidden)
+        opacity.release(page.show, [position, *filters, opacity], shown, **hidden)
+        blocks.load(None, js=ON_ARROW_KEYS)
+    return blocks
+
+
+class _Page:
+    """The events of the page. Each returns what is shown then."""
+
+    def __init__(self, items: DataItems):
+        self.items = items
+
+    def first(self, *filters_and_opacity):
+        return self.show(0, *filters_and_opacity)
+
+    def previous(self, position: int, *filters_and_opacity):
+        return self.show(max(position - 1, 0), *filters_and_opacity)
+
+    def next(self, position: int, *filters_and_opacity):
+        return self.show(position + 1, *filters_and_opacity)
+
+    def jump(self, number: int, source: str, image_id: str, without_mask: bool, opacity: float):
+        """Show the item of a number."""
+        with errors_on_page():
+            (positions,) = np.nonzero(self._find(source, image_id, without_mask) == number - 1)
+            if len(positions) == 0:
+                raise ValueError(
+                    f"expected the number of an item from 1 to {len(self.items)} that the filters let through, "
+                    f"got {number}."
+                )
+        return self.show(int(positions[0]), source, image_id, without_mask, opacity)
+
+    def show(self, position: int, source: str, image_id: str, without_mask: bool, opacity: float):
+        """Show the item at a position among those that the filters let through."""
+        found = self._find(source, image_id, without_mask)
+        if len(found) == 0:
+            return 0, gr.skip(), "No item is like this.", *[None] * len(self.items.pictures), ""
+        position = min(position, len(found) - 1)
+        number = int(found[position])
+        item = self.items[number]
+        lines = [f"<b>{position + 1} of {len(found)}</b>", *map(html.escape, item.title)]
+        if item.error:
+            error = html.escape(item.error)
+            lines.append(f'<span style="color: var(--error-text-color)">Cannot be shown: {error}</span>')
+        return position, number + 1, "<br>".join(lines), *self._draw(item, opacity), _texts(item)
+
+    def _find(self, source: str, image_id: str, without_mask: bool) -> np.ndarray:
+        return self.items.find(None if source == ALL_SOURCES else source, image_id.strip(), without_mask)
+
+    def _draw(self, item: Item, opacity: float) -> list:
+        if item.image is None:
+            return [None] * len(self.items.pictures)
+        image = fit_page(item.image)
+        ignore = fit_masks([] if item.ignore is None else [item.ignore.draw()], image) * np.uint8(MASK_IGNORE_INDEX)
+        drawn = []
+        for masks in item.pictures.values():
+            masks = fit_masks([mask.draw() for mask in masks], image)
+            drawn.append(overlay_masks(image, np.concatenate([masks, ignore]), opacity))
+        return drawn
+
+
+def _texts(item: Item) -> str:
+    """Return the messages as HTML, word for word."""
+    parts = []
+    for message in item.messages:
+        if message.role == "user":
+            parts.append(f'<p style="margin-top: 1em; opacity: 0.75">{html.escape(message.text)}</p>')
+        else:
+            reasoning = f"<p><i>{html.escape(message.reasoning)}</i></p>" if message.reasoning else ""
+            parts.append(f"{reasoning}<p>{color_words(message.text, iter(message.mask_numbers))}</p>")
+    return "".join(parts)

@@ -1,0 +1,58 @@
+"""What all pages show: pictures in a size for the screen, words in the colors of their masks, errors as sentences."""
+
+import html
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import gradio as gr
+import numpy as np
+import PIL.Image
+
+from ..evaluation.visualization import COLORS
+from ..model.conversation_text import CUT_MARK
+from ..model.processing_lisa import SEG_TOKEN
+
+
+DISPLAY_SIDES = (640, 1280)  # pixels of the longer side of a picture on the page, at least and at most
+
+
+@contextmanager
+def errors_on_page():
+    """Show errors of the user as a sentence on the page."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+def fit_page(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Resize an image for the page."""
+    smallest, largest = DISPLAY_SIDES
+    scale = min(max(max(image.size), smallest), largest) / max(image.size)
+    return image.resize([max(round(side * scale), 1) for side in image.size])
+
+
+def fit_masks(masks: Iterable[np.ndarray], picture: PIL.Image.Image) -> np.ndarray:
+    """Resize M masks, bool or uint8, to the size of a picture on the page, `(M, H, W)` uint8."""
+    resized = [PIL.Image.fromarray(mask).resize(picture.size, PIL.Image.Resampling.NEAREST) for mask in masks]
+    return np.array(resized, dtype=np.uint8).reshape(-1, picture.height, picture.width)
+
+
+def color_words(text: str, mask_numbers: Iterator[int]) -> str:
+    """Return a text as HTML, with the words before each `[SEG]` in the color of its mask.
+
+    Args:
+        text: The text.
+        mask_numbers: The number of each `[SEG]`'s mask among those of the picture.
+    """
+    *segmented, rest = text.split(SEG_TOKEN)
+    content = ""
+    for part, number in zip(segmented, mask_numbers):
+        # The words after the last punctuation mark.
+        start = max((match.end() for match in re.finditer(r"[.,;:!?]\s", part)), default=0)
+        color = ", ".join(map(str, COLORS[number % len(COLORS)]))
+        words = html.escape(f"{part[start:]}{SEG_TOKEN}")
+        style = f"color: rgb({color}); background: white; padding: 0 2px"  # dark colors are lost on a dark page
+        content += f'{html.escape(part[:start])}<b style="{style}">{words}</b>'
+    return (content + html.escape(rest)).replace(CUT_MARK, "")
