@@ -239,12 +239,15 @@ def save_records(
     Raises:
         ValueError: `evaluation` holds no metrics, or the run has no record.
     """
-    sheets = list(checkpoint.glob("predictions*.png"))
     if evaluation is not None:
         _copy_evaluation(evaluation, checkpoint, directory)
-        sheets = list(evaluation.glob("predictions*.png"))
-    for sheet in sheets:
-        shutil.copy(sheet, directory)
+        for sheet in evaluation.glob("predictions*.png"):
+            shutil.copy(sheet, directory)
+    else:
+        step = checkpoint.name.removeprefix("checkpoint-")
+        for sheet in (checkpoint / "predictions.png", checkpoint.parent / "predictions" / f"step-{step}.png"):
+            if sheet.is_file():
+                shutil.copy(sheet, directory / "predictions.png")
     if record := find_run_record(checkpoint):
         (directory / RUN_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     write_model_card(directory, checkpoint, model_id, is_adapter)

@@ -42,8 +42,8 @@ def main():
     # 1. Arguments: a YAML file, then the command line
     model_args, data_args, training_args = parse_arguments()
     logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
-    # These log once what was skipped, how large the feature cache is, which checkpoint is resumed, and the self-check.
-    modules = ("data.feature_cache", "training.checkpointing", "training.callbacks")
+    # These log once what was skipped, how large the feature cache is, which checkpoint is loaded, and the self-check.
+    modules = ("data.feature_cache", "training.checkpointing", "training.callbacks", "training.trainer")
     for name in ("data_scripts", *(f"lisa_hf.{module}" for module in modules)):
         logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
 

@@ -233,9 +233,9 @@ class SelfCheck(TrainerCallback):
 class PredictionSheet(TrainerCallback):
     """Draws the model's answers about the same few images at each evaluation, so that progress can be seen.
 
-    The sheet is `predictions/step-N.png` in the output directory, and the newest one is `predictions.png` too. With
-    several evaluation sets it is drawn after the first one. TensorBoard, trackio and wandb show it as an image, if
-    `report_to` names them.
+    The sheet is `predictions/step-N.png` in the output directory, by the step that the weights come from; the newest
+    one, at the end that of the best model if it is loaded, is `predictions.png` too. With several evaluation sets it
+    is drawn after the first one. TensorBoard, trackio and wandb show it as an image, if `report_to` names them.
 
     Args:
         trainer: A [`LisaTrainer`]; `trainer.add_callback(PredictionSheet(trainer, dataset))`.
@@ -247,24 +247,22 @@ class PredictionSheet(TrainerCallback):
         self.drawn_step = None
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if state.global_step == self.drawn_step:
-            return  # this is another evaluation set of the same step
-        self.drawn_step = state.global_step
         trainer = self.trainer
+        step = trainer.weights_step
+        if step == self.drawn_step:
+            return  # this is another evaluation set of the same weights
+        self.drawn_step = step
         # With sharded weights, a model can answer only if all processes take part.
         if not (args.shards_weights or state.is_world_process_zero):
             return
         model = trainer.accelerator.unwrap_model(trainer.model)
         sheet = draw_answers(model, trainer.processing_class, self.dataset, args.generation_max_new_tokens)
         if state.is_world_process_zero:
-            path = Path(args.output_dir, "predictions", f"step-{state.global_step}.png")
+            path = Path(args.output_dir, "predictions", f"step-{step}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet.save(path)
             shutil.copy(path, Path(args.output_dir, "predictions.png"))
             self._report(sheet, state.global_step)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.drawn_step = None  # the last evaluation may see another model: the best one
 
     def _report(self, sheet: PIL.Image.Image, step: int):
         for callback in self.trainer.callback_handler.callbacks:

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
 
 from ..conversion.checkpoints import open_checkpoint, open_zero_checkpoint
@@ -83,6 +84,31 @@ def allow_other_engine(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
         mock.patch.object(trainer, "_load_optimizer_and_scheduler", lambda path: _load_schedule(trainer, Path(path))),
     ):
         yield
+
+
+def load_best_weights(trainer: Trainer, checkpoint: Path) -> bool:
+    """Load the weights of the best checkpoint, which another engine may have saved; return whether that was possible.
+
+    Trainer passes over some checkpoints of other engines, and [`allow_other_engine`] over those of DeepSpeed.
+    """
+    if not checkpoint.is_dir():
+        logger.warning("The best model, %s, is not there any more: the last one is evaluated and saved.", checkpoint)
+        return False
+    saved, running = saved_engine(checkpoint), running_engine(trainer)
+    if saved == running:
+        with mock.patch("transformers.trainer.deepspeed_load_checkpoint", deepspeed_load_checkpoint):
+            Trainer._load_best_model(trainer)
+        return True
+    if not trainer.args.shards_weights:
+        load_weights(trainer.accelerator.unwrap_model(trainer.model), checkpoint)
+        return True
+    if trainer.is_world_process_zero():
+        logger.warning(
+            "The best model, %s, was saved with %s and cannot be loaded with %s: the last one is evaluated and saved. "
+            "Export the best one by `python recipes/export.py %s --output DIRECTORY`.",
+            *(checkpoint, saved, running, checkpoint),
+        )
+    return False
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:

@@ -67,7 +67,8 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
             "there: the model card is made from it."
         )
     state = _read_json(checkpoint / "trainer_state.json")
-    results = evaluation_results(record, _metrics(checkpoint, state))
+    step, is_best = weights_step(checkpoint, record, state)
+    results = evaluation_results(record, _metrics(checkpoint, state, step))
     stages = _stages(record)
     data = [row for stage in stages for row in stage["data"]["train"]]
     bases = list({base["name"]: base for stage in stages for base in _bases(stage)}.values())
@@ -87,7 +88,7 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
         predictions=sorted(path.name for path in directory.glob("predictions*.png")),
         data=list({json.dumps(row): row for row in data}.values()),
         not_train=sorted({(row["source"], row["split"]) for row in data if row["split"] != "train"}),
-        hyperparameters=_hyperparameters(record, state),
+        hyperparameters=_hyperparameters(record, state, step if is_best else None),
         versions=record["versions"],
         git_commit=record["git_commit"],
     )
@@ -126,11 +127,19 @@ def evaluation_results(record: dict, metrics: dict[str, float]) -> list[dict]:
     return results
 
 
-def _metrics(checkpoint: Path, state: dict) -> dict[str, float]:
-    """Return the metrics of exactly these weights: from the end of the run, or from the checkpoint's step."""
+def weights_step(checkpoint: Path, record: dict, state: dict) -> tuple[int | None, bool]:
+    """Return the step that the weights come from, if that is known, and whether it is the best, not the last one."""
+    last, best = state.get("global_step"), state.get("best_global_step")
+    is_final = not checkpoint.name.startswith("checkpoint-")
+    is_best = bool(is_final and record["arguments"]["training"]["load_best_model_at_end"] and best and best != last)
+    return (best if is_best else last), is_best
+
+
+def _metrics(checkpoint: Path, state: dict, step: int | None) -> dict[str, float]:
+    """Return the metrics of exactly these weights: from the end of the run, or from their step."""
     if metrics := _read_json(checkpoint / "eval_results.json"):
         return metrics
-    entries = [entry for entry in state.get("log_history", []) if entry["step"] == state["global_step"]]
+    entries = [entry for entry in state.get("log_history", []) if entry["step"] == step]
     return {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
 
 
@@ -197,11 +206,12 @@ def _card_data(model_id: str, bases: list[dict], results: list[dict], is_adapter
     )
 
 
-def _hyperparameters(record: dict, state: dict) -> dict:
+def _hyperparameters(record: dict, state: dict, best_step: int | None) -> dict:
     arguments = record["arguments"]
     training = arguments["training"]
     batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
-    chosen = {
+    chosen = {"weights": f"step {best_step}, the best by {training['metric_for_best_model']}"} if best_step else {}
+    chosen |= {
         "steps": state.get("global_step", training["max_steps"]),
         "epochs": round(state.get("epoch") or 0, 2),
         "images per step": batch * record["hardware"]["num_processes"],

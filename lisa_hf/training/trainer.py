@@ -20,7 +20,7 @@ from ..from_scratch.muon import use_muon
 from ..model.packing import unpack_rows
 from .callbacks import SkipNonFiniteSteps, Throughput
 from .checkpointing import complete_save, resolve_checkpoint
-from .engine_change import allow_other_engine
+from .engine_change import allow_other_engine, load_best_weights
 from .model_card import write_model_card
 from .run_record import find_run_record
 from .trainable import split_parameter_groups
@@ -53,6 +53,7 @@ class LisaTrainer(Trainer):
             self.model.mask_model.vision_encoder.compile(dynamic=False)
         self.num_skipped_rows = 0
         self._num_masks_in_batch = None
+        self._best_step = None  # of the best model, once it was loaded
         self.nonfinite_steps = SkipNonFiniteSteps(self.args.max_nonfinite_steps)
         self.prediction_writer: PredictionWriter | None = None  # what evaluation predicts, if it is to be kept
         self.throughput = Throughput()
@@ -83,6 +84,11 @@ class LisaTrainer(Trainer):
                     f"metric_for_best_model: expected a metric of one evaluation set ({', '.join(names)}), got "
                     f"{metric}. Name its set, as in {next(iter(names))}_{metric}."
                 )
+
+    @property
+    def weights_step(self) -> int:
+        """The step that the weights come from, which is not the last one after the best model was loaded."""
+        return self.state.global_step if self._best_step is None else self._best_step
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -191,6 +197,7 @@ class LisaTrainer(Trainer):
         """Train; `resume_from_checkpoint` may also be "auto", see [`checkpointing.resolve_checkpoint`]."""
         self._reset_loss_parts()
         self.throughput.reset()
+        self._best_step = None
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         with allow_other_engine(self, Path(checkpoint)) if checkpoint else nullcontext():
             output = super().train(checkpoint, *args, **kwargs)
@@ -211,6 +218,19 @@ class LisaTrainer(Trainer):
         directory = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with complete_save(self, directory):
             super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self):
+        best, metric = Path(self.state.best_model_checkpoint), self.args.metric_for_best_model
+        if not load_best_weights(self, best):
+            # The records of the run then do not say that the best model is what was saved.
+            self.state.best_global_step = self.state.best_model_checkpoint = None
+            return
+        self._best_step = self.state.best_global_step
+        if self.is_world_process_zero():
+            logger.info(
+                "Loaded the best model, of step %d (%s %.4g), in place of the last one, of step %d.",
+                *(self._best_step, metric, self.state.best_metric, self.state.global_step),
+            )
 
     def _reset_loss_parts(self):
         self._loss_parts, self._loss_parts_steps = dict.fromkeys(LOSS_PARTS, 0.0), 0
@@ -244,9 +264,15 @@ class LisaTrainer(Trainer):
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args, **kwargs):
-        # Iterating over a loader draws a seed. The fork keeps that from changing dropout after the evaluation.
-        with torch.random.fork_rng(devices=[]):
-            return super().evaluation_loop(*args, **kwargs)
+        # ZeRO-1 and 2 divide what only training has. Without a training before, transformers refuses them.
+        is_enabled = self.is_deepspeed_enabled
+        self.is_deepspeed_enabled = is_enabled and (self.deepspeed is not None or self.args.shards_weights)
+        try:
+            # Iterating over a loader draws a seed. The fork keeps that from changing dropout after the evaluation.
+            with torch.random.fork_rng(devices=[]):
+                return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.is_deepspeed_enabled = is_enabled
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Reduce one evaluation batch to integers.

@@ -238,6 +238,22 @@ def test_model_card_tells_the_run(runs, command, tmp_path):
     assert 'model="out"' in code
 
 
+def test_model_card_tells_which_step_the_weights_and_the_sheet_come_from(runs, command, tmp_path):
+    shutil.copytree(runs("from_nothing") / "run", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["arguments"]["training"]["load_best_model_at_end"] = True
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps(state | {"best_global_step": 2}))
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "run" / "predictions" / "step-4.png")
+    command(tmp_path / "run")
+    assert "| weights | step 2, the best by giou |" in (tmp_path / "out" / "README.md").read_text()
+    command(tmp_path / "run" / "checkpoint-4", output=tmp_path / "four")
+    card = (tmp_path / "four" / "README.md").read_text()
+    assert "| weights |" not in card and "| steps | 4 |" in card and "](predictions.png)" in card
+    assert PIL.Image.open(tmp_path / "four" / "predictions.png").size == (4, 4)
+
+
 def test_model_card_of_a_run_on_a_test_split_and_of_bases(runs, tmp_path):
     record = json.loads((runs("lora") / "run" / "run.json").read_text())
     source = {"source": "reason_seg", "split": "val", "weight": 0.25, "num_rows": None, "fingerprint": None}

@@ -314,6 +314,22 @@ def test_each_evaluation_draws_the_same_images_and_changes_nothing(tmp_path):
     assert not np.array_equal(sheets[0], sheets[2])
 
 
+def test_sheets_of_the_best_model_keep_their_step(tiny, tmp_path):
+    model, processor = tiny
+    steps = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(
+        model, processor, tmp_path, Items(), Items(1), learning_rate=0.5, load_best_model_at_end=True, **steps
+    )
+    trainer.compute_metrics = lambda prediction: {"giou": 1 / trainer.state.global_step}
+    trainer.add_callback(PredictionSheet(trainer, Items(1)))
+    trainer.train()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "predictions").iterdir()}
+    trainer.evaluate()
+    after = {path.name: path.read_bytes() for path in (tmp_path / "predictions").iterdir()}
+    assert after == before and before["step-1.png"] != before["step-2.png"]
+    assert (tmp_path / "predictions.png").read_bytes() == before["step-1.png"]
+
+
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_sheets_go_to_trackers_that_take_images(name, tiny, tmp_path, monkeypatch):
     model, processor = tiny

@@ -3,6 +3,9 @@
 Two processes are in test_distributed.py.
 """
 
+import logging
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +25,7 @@ from fixtures.tiny_training import (
 from lisa_hf import LisaForConditionalGeneration
 from lisa_hf.evaluation.metrics import intersection_and_union
 from lisa_hf.model.generation_lisa import LisaGenerateOutput
+from lisa_hf.training import engine_change
 from lisa_hf.training.arguments import TRAINABLE_PARTS, LisaTrainingArguments
 from lisa_hf.training.trainable import find_parts, prepare_for_training
 from lisa_hf.training.trainer import LOSS_PARTS
@@ -245,7 +249,7 @@ def test_resume_restores_every_tensor_and_continues_the_same_curve(lora_r, num_w
 
 
 @pytest.mark.parametrize("lora_r", [0, 4])
-def test_best_model_by_giou_is_loaded_and_remembered_across_a_resume(lora_r, tmp_path):
+def test_best_model_by_giou_is_loaded_and_remembered_across_a_resume(lora_r, tmp_path, caplog):
     arguments = {
         "max_steps": 4,
         "eval_strategy": "steps",
@@ -264,17 +268,47 @@ def test_best_model_by_giou_is_loaded_and_remembered_across_a_resume(lora_r, tmp
         return made
 
     first = trainer(tmp_path, [0.9, 0.5, 0.7, 0.6])
-    first.train()
+    with caplog.at_level(logging.INFO, "lisa_hf.training.trainer"):
+        first.train()
+    assert "Loaded the best model, of step 1 (giou 0.9), in place of the last one, of step 4." in caplog.text
     resumed = trainer(tmp_path, [0.7, 0.6])
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     best = first.recorder.saved_states[1]
     for done in (first, resumed):
         assert done.state.best_metric == 0.9
         assert done.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+        assert (done.weights_step, done.state.global_step) == (1, 4)
         loaded = copy_state(done.model)
         assert [name for name in best if not torch.equal(best[name], loaded[name])] == []
     last = first.recorder.saved_states[4]
     assert any(not torch.equal(best[name], last[name]) for name in best)
+
+
+@pytest.mark.parametrize("saved", ["gone", "by another engine", "by another engine, weights are sharded"])
+def test_best_model_that_trainer_would_pass_over(saved, tiny, tmp_path, monkeypatch, caplog):
+    model, processor = tiny
+    arguments = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "eval_strategy": "steps"}
+    trainer = make_trainer(model, processor, tmp_path, Items(), Items(1), max_steps=2, eval_steps=1, **arguments)
+    scores = iter([0.9, 0.5])
+
+    def score(prediction):
+        if trainer.state.global_step == 2 and saved == "gone":
+            shutil.rmtree(tmp_path / "checkpoint-1")
+        return {"giou": next(scores)}
+
+    trainer.compute_metrics = score
+    if saved != "gone":
+        monkeypatch.setattr(engine_change, "running_engine", lambda trainer: engine_change.FSDP)
+    if "sharded" in saved:
+        monkeypatch.setattr(type(trainer.args), "shards_weights", True)
+    with caplog.at_level(logging.WARNING, "lisa_hf.training.engine_change"):
+        trainer.train()
+    is_loaded = saved == "by another engine"
+    weights, expected = copy_state(model), trainer.recorder.saved_states[1 if is_loaded else 2]
+    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
+    assert trainer.weights_step == (1 if is_loaded else 2)
+    assert trainer.state.best_global_step == (1 if is_loaded else None)
+    assert ("the last one is evaluated and saved" in caplog.text) == (not is_loaded)
 
 
 def test_best_model_by_giou_with_the_real_metric(tiny, tmp_path):
