@@ -15,7 +15,7 @@ from typing import get_args
 from accelerate import PartialState
 
 from lisa_hf.errors import report_user_errors
-from lisa_hf.inference.annotation_files import Format, write_annotations
+from lisa_hf.inference.annotation_files import Format, annotation_paths, write_annotations
 from lisa_hf.inference.arguments import add_model_arguments, positive_int
 from lisa_hf.inference.labeling import find_images, label_images, open_output_dir, questions_by_image, read_questions
 from lisa_hf.model.images import load_image
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, default="outputs/predict", help="default: %(default)s")
     parser.add_argument("--format", choices=get_args(Format), default="masks", help="default: %(default)s")
-    parser.add_argument("--overwrite", action="store_true", help="drop the predictions of an earlier run")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier predictions, or other files")
     parser.add_argument("--batch_size", type=positive_int, default=1, help="images per batch (%(default)s)")
     add_model_arguments(parser)
     return parser.parse_args()
@@ -51,9 +51,10 @@ def main():
         asked = read_questions(args.questions) if args.questions else [{"question": text} for text in args.question]
         questions = questions_by_image(images, asked)
         settings = {name: str(getattr(args, name)) for name in ("model", "dtype", "batch_size", "max_new_tokens")}
-        state = PartialState(cpu=args.device.type == "cpu")
+        state, is_same = PartialState(cpu=args.device.type == "cpu"), False
         if state.is_main_process:  # others would remove what it has begun to write
-            open_output_dir(args.output_dir, settings | {"questions": questions}, args.overwrite)
+            planned = annotation_paths(args.format, images, sum(map(len, questions.values())), args.output_dir)
+            is_same = open_output_dir(args.output_dir, settings | {"questions": questions}, args.overwrite, planned)
         state.wait_for_everyone()
         # 2. Answer.
         model, processor = load_lisa(args.model, dtype=args.dtype)
@@ -63,8 +64,10 @@ def main():
         )
         # 3. Write what labeling tools read.
         if state.is_main_process:
-            write_annotations(args.format, records, images, args.output_dir)
+            kept = write_annotations(args.format, records, images, args.output_dir, keep_edited=is_same)
             report(records, args.output_dir)
+            if kept:
+                print(f"Kept {len(kept)} files that were edited since, such as {kept[0]}; --overwrite replaces them.")
 
 
 def check_image(source: str):

@@ -24,7 +24,7 @@ from data_scripts import SOURCES, complete_options, find_builder, load_source
 from data_scripts.cache import clean_cache
 from data_scripts.check import check_source
 from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
-from data_scripts.parquet import write_card, write_parquet
+from data_scripts.parquet import check_card, write_card, write_parquet
 from lisa_hf.errors import report_user_errors
 from lisa_hf.evaluation.visualization import preview_sheet
 from lisa_hf.training.arguments import parse_data_arguments
@@ -82,22 +82,31 @@ def run_check(args: argparse.Namespace):
 def run_preview(args: argparse.Namespace):
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name, options in find_sources(args):
+    sources = find_sources(args)
+    paths = [output_dir / f"{name}_{options.get('split', 'train')}.png" for name, options in sources]
+    if (old := [path for path in paths if path.exists()]) and not args.overwrite:
+        raise ValueError(
+            f"--output_dir: expected no earlier sheet, got {old[0]}. Name another, or replace it with --overwrite."
+        )
+    for (name, options), path in zip(sources, paths):
         rows = load_source(name, args.data_dir, **options).cast_column("image", datasets.Image(decode=False))
         # Choose rows at equal distances, because neighbors are often alike.
         chosen = rows.select(np.linspace(0, len(rows) - 1, min(args.num_rows, len(rows)), dtype=int))
-        path = output_dir / f"{name}_{options.get('split', 'train')}.png"
         preview_sheet(chosen).save(path)
         print(f"{name}: {len(chosen)} of {len(rows)} rows in {path.resolve()}")
 
 
 def run_convert(args: argparse.Namespace):
     output_dir = Path(args.output_dir)
+    if not args.overwrite:
+        check_card(output_dir)
     for name, options in find_sources(args):
         loaded = load_source(name, args.data_dir, **{"split": None} | options)
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else {options["split"]: loaded}
         for split, rows in splits.items():
-            paths = write_parquet(rows, output_dir / name, split, args.num_threads, args.max_shard_size)
+            paths = write_parquet(
+                rows, output_dir / name, split, args.num_threads, args.max_shard_size, args.overwrite
+            )
             print(f"{name} {split}: {len(rows)} rows in {len(paths)} files")
     write_card(output_dir, {name: builder.LICENSE for name, builder in SOURCES.items()})
     print(f'load_dataset("{output_dir}", "{name}", split="{split}", streaming=True)')
@@ -133,11 +142,13 @@ def main():
     command = commands.add_parser("preview", parents=[common], help="draw sheets of rows with their phrases and masks")
     command.add_argument("--output_dir", default="outputs/preview", help="directory of the sheets, one PNG per source")
     command.add_argument("--num_rows", type=int, default=8, help="number of rows per sheet")
+    command.add_argument("--overwrite", action="store_true", help="replace earlier sheets")
     command.set_defaults(run=run_preview)
     command = commands.add_parser("convert", parents=[common], help="write Parquet with the images inside (resumable)")
     command.add_argument("--output_dir", required=True, help="output directory, with one subdirectory per source")
     command.add_argument("--num_threads", type=int, default=4, help="number of files to write at once")
     command.add_argument("--max_shard_size", default="500MB", help="approximate largest size of a file")
+    command.add_argument("--overwrite", action="store_true", help="replace shards of other rows and the README.md")
     command.add_argument("--push_to_hub", metavar="NAME", help="also upload to this private dataset on the Hub")
     command.set_defaults(run=run_convert)
 

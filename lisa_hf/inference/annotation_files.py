@@ -122,12 +122,24 @@ def to_coco(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def annotation_paths(format: Format, images: dict[str, str], num_questions: int, output_dir: Path) -> list[Path]:
+    """Return the files that [`write_annotations`] writes, or the directories of those that it writes several of."""
+    if format == "coco":
+        return [output_dir / "instances.json"]
+    if format == "labelme":
+        return [(output_dir / name).with_suffix(".json") for name in images]
+    if format == "masks":
+        return [output_dir / name for name in images] if num_questions > 1 else [output_dir / "overlay.png"]
+    return []
+
+
 def write_annotations(
     format: Format,
     records: list[dict[str, Any]],
     images: dict[str, str],
     output_dir: Path,
-) -> None:
+    keep_edited: bool = False,
+) -> list[Path]:
     """Write answers about many images in a format of their own.
 
     - masks: `mask_0.png`, `mask_1.png`, ... and `overlay.png`. If there is more than one answer, those of each are in
@@ -141,7 +153,12 @@ def write_annotations(
         records: Answers, see [`answer_record`], and images that could not be read.
         images: Paths and URLs of the images by name.
         output_dir: Directory to write to.
+        keep_edited: Whether to keep LabelMe files that hold something else, such as corrections of an earlier run's.
+
+    Returns:
+        Files that were kept.
     """
+    kept = []
     records = [record for record in records if "text" in record]
     by_image = {name: [record for record in records if record["image"] == name] for name in images}
     if format == "coco":
@@ -152,17 +169,26 @@ def write_annotations(
         if format == "labelme":
             path = (output_dir / name).with_suffix(".json")
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_json(path, to_labelme(answers, os.path.relpath(images[name], path.parent)))
+            content = to_labelme(answers, os.path.relpath(images[name], path.parent))
+            if keep_edited and path.exists() and path.read_text("utf-8") != _as_json(content):
+                kept.append(path)
+            else:
+                _write_json(path, content)
         elif format == "masks":
             image = load_image(images[name])
             for number, record in enumerate(answers):
                 directory = output_dir if len(records) == 1 else output_dir / name / f"question_{number}"
                 _write_pictures(directory, image, record_masks(record))
+    return kept
+
+
+def _as_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with atomic_file(path) as incomplete:
-        incomplete.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+        incomplete.write_text(_as_json(content), "utf-8")
 
 
 def _write_pictures(directory: Path, image: PIL.Image.Image, masks: np.ndarray) -> None:

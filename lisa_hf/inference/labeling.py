@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -97,18 +98,30 @@ def questions_by_image(images: dict[str, str], questions: list[dict[str, str]]) 
     return {name: questions for name, questions in asked.items() if questions}
 
 
-def open_output_dir(output_dir: Path, settings: dict[str, Any], overwrite: bool) -> None:
+def open_output_dir(output_dir: Path, settings: dict[str, Any], overwrite: bool, planned: Iterable[Path] = ()) -> bool:
     """Make the directory of the answers, or check that those in it were made with the same settings.
 
     Args:
         output_dir: The directory.
         settings: What answers depend on, as JSON can hold it.
-        overwrite: Whether to remove answers with other settings. A single answer, of a first try, always makes room.
+        overwrite: Whether to replace answers with other settings, and files that are not answers. A single answer, of
+            a first try, always makes room.
+        planned: Files that will be written beside the answers.
+
+    Returns:
+        Whether there are answers with the same settings, which are kept.
 
     Raises:
-        ValueError: If there are answers with other settings.
+        ValueError: If there are answers with other settings, or files in the place of answers.
     """
-    path = output_dir / "settings.json"
+    path, is_same = output_dir / "settings.json", False
+    if not path.exists() and not overwrite:
+        for file in (*planned, output_dir / "predictions.jsonl"):
+            if file.exists():
+                raise ValueError(
+                    f"expected no file in the place of an answer, got {file}. Name another --output_dir, or replace "
+                    "it with --overwrite."
+                )
     if path.exists():
         known = json.loads(path.read_text("utf-8"))
         records = read_records(output_dir)
@@ -118,14 +131,17 @@ def open_output_dir(output_dir: Path, settings: dict[str, Any], overwrite: bool)
                 f"expected the settings with which the predictions in {output_dir} were made, got others: "
                 f"{', '.join(changed)}. Name another --output_dir, or replace them with --overwrite."
             )
-        if changed or overwrite:
+        is_same = not (changed or overwrite)
+        if not is_same:
             num_masks = max((len(record.get("masks", ())) for record in records.values()), default=0)
             old = [output_dir / f"mask_{index}.png" for index in range(num_masks)] if len(records) == 1 else []
+            old += [output_dir / "overlay.png"] if old else []
             for file in [*old, *output_dir.glob("predictions*.jsonl"), path]:
                 file.unlink(missing_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as incomplete:
         incomplete.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
+    return is_same
 
 
 def label_images(

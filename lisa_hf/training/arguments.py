@@ -277,7 +277,8 @@ class LisaTrainingArguments(TrainingArguments):
             self.save_strategy, self.eval_strategy, self.load_best_model_at_end = "steps", "no", False
             self.report_to, self.resume_from_checkpoint, self.max_nonfinite_steps = "none", None, 0
             self.overwrite_output_dir = True
-            self.output_dir = str(Path(self.output_dir or ".", "dry_run"))  # leaves output_dir as it is
+            # Leaves output_dir as it is; the name is that of a directory which is not kept.
+            self.output_dir = str(Path(self.output_dir or ".", "dry_run.incomplete"))
         super().__post_init__()
         self._check_engine()
         # Rows and images of a batch differ in number, so accelerate must not slice it.

@@ -29,6 +29,7 @@ from .arguments import LisaTrainingArguments
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+MODEL_FILES = ("*.safetensors", "*.bin", "config.json")
 LOCK = "_training.lock"  # Trainer uploads no file whose name begins with an underscore
 # Text of torch.save's errors: it reports a full disk as a RuntimeError, whose text depends on where it was noticed.
 TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
@@ -59,7 +60,7 @@ def claim_output_dir(args: LisaTrainingArguments) -> Iterator[None]:
     with lock:
         checkpoints = sort_checkpoints(str(output_dir))
         found = [Path(path).name for path in reversed(checkpoints)]
-        found += [path.name for path in output_dir.glob("*.safetensors")]
+        found += [path.name for pattern in MODEL_FILES for path in output_dir.glob(pattern)]
         if found and args.overwrite_output_dir:
             for path in checkpoints:
                 remove_checkpoint(Path(path))

@@ -57,6 +57,7 @@ def parse_arguments():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=3, help="Timed steps of each variant.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write the metrics to this file.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace earlier metrics.")
     return parser.parse_args()
 
 
@@ -93,6 +94,9 @@ def main():
     arguments = parse_arguments()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("step.py: error: --device: expected cpu where torch sees no GPU, got cuda")
+    for path in (arguments.json, arguments.growth and arguments.growth / "growth.json"):
+        if path and path.exists() and not arguments.overwrite:
+            sys.exit(f"step.py: error: expected a new file, got {path}. Name another, or add --overwrite.")
     if arguments.repeats < 1:
         sys.exit(f"step.py: error: --repeats: expected 1 or more, got {arguments.repeats}")
     if arguments.growth and find_spec("matplotlib") is None:  # before minutes of measuring

@@ -140,6 +140,16 @@ def test_a_single_answer_makes_room_for_the_next(answer_with_masks, photos, tmp_
         assert len(list(output_dir.glob("mask_*.png"))) == len(record["masks"]) > 0
 
 
+def test_corrected_labels_are_kept(answer_with_masks, photos, tmp_path):
+    images, records = label(answer_with_masks, photos, tmp_path / "out")
+    assert write_annotations("labelme", records, images, tmp_path / "out") == []
+    assert write_annotations("labelme", records, images, tmp_path / "out", keep_edited=True) == []
+    corrected = tmp_path / "out" / "a.json"
+    corrected.write_text("mine")
+    assert write_annotations("labelme", records, images, tmp_path / "out", keep_edited=True) == [corrected]
+    assert corrected.read_text() == "mine"
+
+
 @pytest.mark.parametrize("format", ["labelme", "coco"])
 def test_our_builders_read_what_is_written(answer_with_masks, photos, tmp_path, format):
     for path in [*photos.glob("more/*"), photos / "broken.png"]:

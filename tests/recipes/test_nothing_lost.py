@@ -1,14 +1,18 @@
 """Starts, stops and restarts of train.py in an output directory that matters."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import PIL.Image
 import pytest
-from fixtures.paths import ROOT
-from fixtures.recipes import run, write_config
+from fixtures.golden_model import converted_directory, original_directory
+from fixtures.paths import GOLDEN, ROOT
+from fixtures.recipes import run, run_here, write_config
 
 from lisa_hf.errors import report_user_errors
 from lisa_hf.training.arguments import LisaTrainingArguments
@@ -109,9 +113,11 @@ def test_an_output_dir_with_a_run_is_not_claimed_unless_it_goes_on_or_is_to_be_r
         assert (tmp_path / "checkpoint-2").exists()
     with claim(overwrite_output_dir=True):
         assert not (tmp_path / "checkpoint-2").exists()
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="with model.safetensors"), claim():
-        pass
+    for name in ("model.safetensors", "pytorch_model.bin", "config.json"):  # of a run, or of a downloaded model
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"with {name}"), claim():
+            pass
+        (tmp_path / name).unlink()
 
 
 def test_a_second_ctrl_c_quits_at_once(capfd):
@@ -131,3 +137,54 @@ def test_ctrl_c_outside_of_training_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop, report_user_errors():
         raise KeyboardInterrupt
     assert stop.value.code == 130 and capsys.readouterr().err.endswith(": interrupted\n")
+
+
+SHAPES_ALONE = "{shapes: {num_train_scenes: 2, num_validation_scenes: 1, image_size: 64}}"
+# A recipe with its arguments, and the file of the user's that lies where it writes.
+WRITERS = [
+    ("train.py --config tiny.yaml --output_dir out", "out/config.json"),
+    ("train.py --config tiny.yaml --output_dir out", "out/pytorch_model.bin"),
+    (f"eval.py MODEL --eval_sources '{SHAPES_ALONE}' --use_cpu true --output_dir out", "out/evaluation.json"),
+    ("compare.py somewhere --output report.md", "report.md"),
+    ("export.py MODEL --output out", "out/notes.txt"),
+    ("export.py MODEL --output out", "out"),
+    ("convert_weights.py lisa --checkpoint ORIGINAL --vision_tower CLIP --output out", "out/notes.txt"),
+    ("predict.py MODEL --image a.png --question x --output_dir .", "overlay.png"),
+    ("predict.py MODEL --image a.png --question x y --output_dir out", "out/a.png/notes.txt"),
+    ("predict.py MODEL --image a.png --question x --format coco --output_dir .", "instances.json"),
+    ("predict.py MODEL --image a.png --question x --format labelme --output_dir .", "a.json"),
+    ("predict.py MODEL --image a.png --question x --format jsonl --output_dir .", "predictions.jsonl"),
+    ("prepare_data.py preview --config tiny.yaml --output_dir out", "out/shapes_train.png"),
+    ("prepare_data.py convert --config tiny.yaml --output_dir out", "out/README.md"),
+    ("prepare_data.py convert --config tiny.yaml --output_dir out", "out/shapes/data/train-00000-of-00001.parquet"),
+    ("prepare_data.py convert --config tiny.yaml --output_dir out", "out/shapes/data/train-00000-of-00002.parquet"),
+    ("benchmarks/step.py --json step.json", "step.json"),
+    ("benchmarks/step.py --growth out", "out/growth.json"),
+]
+
+
+@pytest.mark.parametrize("command, file", WRITERS, ids=[f"{command.split()[0]}-{file}" for command, file in WRITERS])
+def test_no_command_replaces_a_file_of_the_user(command, file, config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    PIL.Image.new("RGB", (8, 8)).save("a.png")
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text("mine")
+    paths = {"MODEL": converted_directory(), "ORIGINAL": original_directory(), "CLIP": GOLDEN / "clip_tiny"}
+    with pytest.raises(SystemExit) as stop:
+        run_here(*(paths.get(word, word) for word in shlex.split(command)))
+    message = capsys.readouterr().err if stop.value.code == 2 else stop.value.code
+    assert file.split("/")[0] in message and ("--overwrite" in message or "Name another" in message)
+    assert Path(file).read_text() == "mine"
+
+
+@pytest.mark.parametrize("command, file", [writer for writer in WRITERS if "prepare_data" in writer[0]])
+def test_overwrite_replaces_it(command, file, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text("mine")
+    run_here(*shlex.split(command), "--overwrite")
+    assert not Path(file).exists() or Path(file).read_bytes() != b"mine"
+    if "convert" in command:
+        run_here(*shlex.split(command))  # what it wrote itself is no obstacle to going on

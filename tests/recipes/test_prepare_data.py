@@ -260,14 +260,17 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(load, open_parquet,
     assert open_parquet(tmp_path / "parquet/cocostuff", None) == without_paths(rows)
 
 
-def test_shards_of_other_rows_or_sizes_are_replaced(load, open_parquet, tmp_path, tree):
+def test_shards_of_other_rows_or_sizes_are_replaced_if_asked(load, open_parquet, tmp_path, tree):
     other = write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "val")
-    write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train", max_shard_size="1KB")
-    write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train")
+    first = write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train", max_shard_size="1KB")
+    with pytest.raises(ValueError, match=f"got {first[0]}. Name another, or replace them with --overwrite"):
+        write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train")
+    assert all(path.exists() for path in first)
+    write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train", overwrite=True)
     assert open_parquet(tmp_path / "parquet/x", None) == without_paths(load("cocostuff", tree))
     path = tree / "coco/train2017" / Path(load("cocostuff", tree)[0]["image"]["path"]).name
     path.write_bytes(path.read_bytes() + b"more")
-    write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train")
+    write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train", overwrite=True)
     assert open_parquet(tmp_path / "parquet/x", None)[0]["image"].endswith(b"more")
     assert other[0].exists()
 

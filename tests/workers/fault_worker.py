@@ -46,23 +46,24 @@ context.set_forkserver_preload(["fault_worker", "deepspeed"])
 
 @dataclass
 class Fault:
-    """What goes wrong in process `rank`, in the `occurrence`-th `phase` of a kind.
+    """What goes wrong in process `rank`, or in all if that is None, in the `occurrence`-th `phase` of a kind.
 
     Kinds: "kill": SIGKILL, `delay` seconds after the phase has begun, whatever is being done then; "full_disk" and
-    "signal": as it begins; "bad_row" and "worker_killed": in the training data, in whatever phase.
+    "signal" of a `number`: as it begins; "bad_row" and "worker_killed": in the training data, in whatever phase.
     """
 
     kind: str
     phase: str = "training"
     occurrence: int = 1
     delay: float = 0.0
-    rank: int = 0
+    rank: int | None = 0
+    number: signal.Signals = signal.SIGUSR1
 
     def strike(self):
         if self.kind == "full_disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
         elif self.kind == "signal":
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), self.number)
 
 
 class Progress:
@@ -165,7 +166,7 @@ def work(
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
         os.environ |= {name: str(value) for name, value in names.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    fault = fault if fault and fault.rank == rank else None
+    fault = fault if fault and fault.rank in (rank, None) else None
     progress.follow(fault)
     kind = fault.kind if fault else None
     model, processor = build_model()
