@@ -52,7 +52,7 @@ from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, Mod
 from lisa_hf.training.build import load_lisa
 
 
-logger = logging.getLogger("evaluate")
+logger = logging.getLogger("eval")
 
 SPLITS = {
     "reason_seg": ("val", "val_short", "val_long", "test", "test_short", "test_long"),
@@ -75,6 +75,8 @@ def main():
     # 1. Arguments: this recipe's own, then those of recipes/train.py
     args, model_args, data_args, training_args = parse()
     logging.basicConfig(format="%(message)s", level=training_args.get_process_log_level())
+    for name in (logger.name, "lisa_hf", "data_scripts"):
+        logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     with report_user_errors():
         # 2. Data, prepared by one process
         with training_args.main_process_first(desc="data preparation"):
