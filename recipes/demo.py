@@ -1,8 +1,9 @@
-"""Show a LISA model in the browser: ask about an image, see the masks, download them. Or look at the data of a recipe.
+"""Show a LISA model in the browser: ask about an image, see the masks, download them. Look at data and predictions.
 
     pip install -e '.[demo]'
     python recipes/demo.py outputs/quickstart
     python recipes/demo.py --data recipes/configs/quickstart.yaml
+    python recipes/demo.py --predictions outputs/evaluate/quickstart
 
 A model's page is an API as well:
 
@@ -17,6 +18,7 @@ Gradio's variables GRADIO_SERVER_NAME, GRADIO_SERVER_PORT and GRADIO_SHARE say w
 """
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 
@@ -28,8 +30,12 @@ from data_scripts import load_sources
 from data_scripts.shapes import draw_scene
 from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.errors import report_user_errors
+from lisa_hf.evaluation.benchmarks import EVALUATION, read_scores
+from lisa_hf.evaluation.predictions import find_predictions, read_predictions
+from lisa_hf.evaluation.protocols import PROTOCOLS
 from lisa_hf.inference.arguments import add_model_arguments
 from lisa_hf.inference.data_items import DataItems
+from lisa_hf.inference.predicted_items import EvaluatedItems, Evaluation, LabeledItems
 from lisa_hf.training.arguments import parse_data_arguments
 from lisa_hf.training.build import load_lisa
 
@@ -41,12 +47,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data", metavar="CONFIG", help="browse the training and evaluation sources of a recipe (YAML)"
     )
+    parser.add_argument(
+        "--predictions",
+        metavar="DIRECTORY",
+        type=Path,
+        help="browse what recipes/eval.py wrote, worst first beside the truth, or what recipes/predict.py wrote",
+    )
     parser.add_argument("--data_dir", help="directory of all datasets in LISA's layout (default: the recipe's)")
     parser.add_argument("--max_megapixels", type=float, default=40, help="largest image (%(default)s)")
     add_model_arguments(parser)
     args = parser.parse_args()
-    if not (args.model or args.data):
-        parser.error("expected a model, or a recipe with --data, got neither")
+    if not (args.model or args.data or args.predictions):
+        parser.error("expected a model, --data or --predictions, got none of them")
     return args
 
 
@@ -61,7 +73,7 @@ def draw_examples(directory: Path) -> list[tuple[str, str]]:
     return examples
 
 
-def load_items(config: str, data_dir: str | None):
+def load_data(config: str, data_dir: str | None) -> DataItems:
     """Load the rows of a recipe's sources, as training and evaluation load them."""
     data_args = parse_data_arguments(config)
     data_dir = data_dir or data_args.data_dir
@@ -71,6 +83,32 @@ def load_items(config: str, data_dir: str | None):
     if not train_rows | eval_rows:
         raise ValueError(f"--data: expected sources or eval_sources in {config}, got none.")
     return DataItems(train_rows, {name: EvaluationDataset(rows) for name, rows in eval_rows.items()})
+
+
+def load_predictions(directory: Path, data_dir: str | None) -> EvaluatedItems | LabeledItems:
+    """Load what recipes/eval.py or recipes/predict.py wrote."""
+    if (directory / "predictions.jsonl").exists():
+        return LabeledItems(directory)
+    if not (directory / EVALUATION).exists():
+        raise ValueError(
+            f"--predictions: expected a directory that recipes/eval.py or recipes/predict.py wrote, got {directory}."
+        )
+    content = json.loads((directory / EVALUATION).read_text("utf-8"))
+    protocols = content["settings"]["protocols"]
+    texts = {PROTOCOLS[name].texts for name in protocols}
+    evaluations = {}
+    for path in sorted(directory.glob("scores_*.jsonl")):
+        name = path.stem.removeprefix("scores_")
+        options = {**content["benchmarks"][name]}
+        num_items, _, merge_instances = map(options.pop, ("num_items", "protocols", "merge_instances"))
+        rows = load_sources({name: options}, data_dir, num_items)[name]
+        dataset = EvaluationDataset(rows, merge_instances, texts)
+        scores = read_scores(path)
+        protocol = "generated" if "generated" in scores else next(iter(scores))
+        source = find_predictions(Path(content["settings"].get("predictions", directory)), name)
+        predictions = read_predictions(source, dataset, content["settings"].get("missing_as_empty", False))
+        evaluations[name] = Evaluation(dataset, predictions, scores[protocol], protocol)
+    return EvaluatedItems(evaluations)
 
 
 def load_models(paths: list[str], device: torch.device, dtype: str) -> dict:
@@ -99,7 +137,9 @@ def main():
             examples = draw_examples(Path(directory))
             pages["Ask"] = build_demo(models, examples, args.max_megapixels, args.max_new_tokens)
         if args.data:
-            pages["Data"] = build_data_page(load_items(args.data, args.data_dir))
+            pages["Data"] = build_data_page(load_data(args.data, args.data_dir))
+        if args.predictions:
+            pages["Predictions"] = build_data_page(load_predictions(args.predictions, args.data_dir))
         first, *others = pages.values()
         demo = gr.TabbedInterface(list(pages.values()), list(pages)) if others else first
         demo.launch(allowed_paths=[directory])

@@ -207,7 +207,9 @@ def load_datasets(
         name: EvaluationDataset(rows[name], merge_instances=name not in benchmarks, texts=texts)
         for name in sources
     }
-    return {name: {"builder": name, **options} for name, options in sources.items()}, datasets
+    for name, options in sources.items():
+        sources[name] = {"builder": name, **options, "merge_instances": datasets[name].merge_instances}
+    return sources, datasets
 
 
 if __name__ == "__main__":

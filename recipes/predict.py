@@ -54,7 +54,8 @@ def main():
         state, is_same = PartialState(cpu=args.device.type == "cpu"), False
         if state.is_main_process:  # others would remove what it has begun to write
             planned = annotation_paths(args.format, images, sum(map(len, questions.values())), args.output_dir)
-            is_same = open_output_dir(args.output_dir, settings | {"questions": questions}, args.overwrite, planned)
+            settings["questions"] = questions
+            is_same = open_output_dir(args.output_dir, settings, images, args.overwrite, planned)
         state.wait_for_everyone()
         # 2. Answer.
         model, processor = load_lisa(args.model, dtype=args.dtype)

@@ -29,12 +29,14 @@ class Message:
         text: The text.
         mask_numbers: The number of each `[SEG]`'s mask among those of the picture.
         reasoning: What is thought before the answer.
+        title: Whose answer it is, if there are several.
     """
 
     role: str
     text: str
     mask_numbers: list[int] = field(default_factory=list)
     reasoning: str = ""
+    title: str = ""
 
 
 @dataclass
@@ -70,29 +72,30 @@ class DataItems:
     """
 
     pictures = ("Masks",)
+    group_label = "Source"
 
     def __init__(self, train_rows: dict[str, Dataset], eval_datasets: dict[str, EvaluationDataset]):
         self.eval_datasets = {f"{name} (evaluation)": dataset for name, dataset in eval_datasets.items()}
         self.rows = {name: undecoded(rows) for name, rows in train_rows.items()}
         self.rows |= {name: dataset.rows for name, dataset in self.eval_datasets.items()}
-        self.sources = list(self.rows)
+        self.groups = list(self.rows)
         self._starts = np.cumsum([0, *map(len, self.rows.values())])
         self._without_mask = lru_cache(maxsize=None)(self._find_without_mask)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def find(self, source: str | None = None, image_id: str = "", without_mask: bool = False) -> np.ndarray:
+    def find(self, group: str | None = None, image_id: str = "", without_mask: bool = False) -> np.ndarray:
         """Return the numbers of items, ascending.
 
         Args:
-            source: Name of the source. By default, all.
+            group: Name of a source. By default, all.
             image_id: Part of the image's name, in upper or lower case.
             without_mask: Whether to leave out items with a mask that has a pixel.
         """
         found = []
-        for name, start in zip(self.sources, self._starts):
-            if source in (None, name):
+        for name, start in zip(self.groups, self._starts):
+            if group in (None, name):
                 is_found = np.ones(len(self.rows[name]), dtype=bool)
                 if image_id:
                     names = _column(self.rows[name], "image_id")
@@ -105,7 +108,7 @@ class DataItems:
     def __getitem__(self, number: int) -> Item:
         """Read an item; one with a bad image or mask says why it cannot be shown."""
         source = int(np.searchsorted(self._starts, number, side="right")) - 1
-        name, index = self.sources[source], int(number - self._starts[source])
+        name, index = self.groups[source], int(number - self._starts[source])
         row = self.rows[name][index]
         title = [f"{name}, row {index}, {row['task']}", f"Image {row['image_id']}"]
         if row["image"] and row["image"]["path"]:

@@ -1,7 +1,6 @@
 """The page that browses data: an image with its masks, what is asked about it, and what a model answered.
 
-page = build_data_page(DataItems(train_rows, eval_datasets))
-page.launch()
+build_data_page(DataItems(train_rows, eval_datasets)).launch()
 """
 
 import html
@@ -13,9 +12,10 @@ from ..evaluation.visualization import overlay_masks
 from ..model.losses import MASK_IGNORE_INDEX
 from .data_items import DataItems, Item
 from .page import color_words, errors_on_page, fit_masks, fit_page
+from .predicted_items import EvaluatedItems, LabeledItems
 
 
-ALL_SOURCES = "all"
+ALL = "all"
 # Clicks the button of the page that is shown.
 ON_ARROW_KEYS = """() => {
     document.onkeydown = event => {
@@ -26,7 +26,7 @@ ON_ARROW_KEYS = """() => {
 }"""
 
 
-def build_data_page(items: DataItems) -> gr.Blocks:
+def build_data_page(items: DataItems | EvaluatedItems | LabeledItems) -> gr.Blocks:
     """Build the page that browses items.
 
     Args:
@@ -36,9 +36,9 @@ def build_data_page(items: DataItems) -> gr.Blocks:
     with gr.Blocks(title="lisa_hf", analytics_enabled=False) as blocks:
         position = gr.State(0)  # among the items found
         with gr.Row():
-            source = gr.Dropdown([ALL_SOURCES, *items.sources], label="Source", min_width=160)
+            group = gr.Dropdown([ALL, *items.groups], label=items.group_label, min_width=160)
             image_id = gr.Textbox("", label="Image", placeholder="part of its name, Enter", min_width=160)
-            without_mask = gr.Checkbox(label="Has no mask", min_width=160)
+            without_mask = gr.Checkbox(label="No mask", min_width=160)
             number = gr.Number(1, label="Item, Enter", precision=0, min_width=100)  # people count from 1
             opacity = gr.Slider(0, 1, 0.5, label="Opacity of the masks", min_width=160)
         with gr.Row():
@@ -61,10 +61,10 @@ def build_data_page(items: DataItems) -> gr.Blocks:
             with gr.Column(min_width=320):
                 texts = gr.HTML(max_height=480)
 
-        filters = [source, image_id, without_mask]
+        filters = [group, image_id, without_mask]
         shown = [position, number, title, *pictures, texts]
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
-        for event in (source.input, without_mask.input, image_id.submit, blocks.load):
+        for event in (group.input, without_mask.input, image_id.submit, blocks.load):
             event(page.first, [*filters, opacity], shown, **hidden)
         backward.click(page.previous, [position, *filters, opacity], shown, **hidden)
         forward.click(page.next, [position, *filters, opacity], shown, **hidden)
@@ -77,7 +77,7 @@ def build_data_page(items: DataItems) -> gr.Blocks:
 class _Page:
     """The events of the page. Each returns what is shown then."""
 
-    def __init__(self, items: DataItems):
+    def __init__(self, items: DataItems | EvaluatedItems | LabeledItems):
         self.items = items
 
     def first(self, *filters_and_opacity):
@@ -89,20 +89,20 @@ class _Page:
     def next(self, position: int, *filters_and_opacity):
         return self.show(position + 1, *filters_and_opacity)
 
-    def jump(self, number: int, source: str, image_id: str, without_mask: bool, opacity: float):
+    def jump(self, number: int, group: str, image_id: str, without_mask: bool, opacity: float):
         """Show the item of a number."""
         with errors_on_page():
-            (positions,) = np.nonzero(self._find(source, image_id, without_mask) == number - 1)
+            (positions,) = np.nonzero(self._find(group, image_id, without_mask) == number - 1)
             if len(positions) == 0:
                 raise ValueError(
                     f"expected the number of an item from 1 to {len(self.items)} that the filters let through, "
                     f"got {number}."
                 )
-        return self.show(int(positions[0]), source, image_id, without_mask, opacity)
+        return self.show(int(positions[0]), group, image_id, without_mask, opacity)
 
-    def show(self, position: int, source: str, image_id: str, without_mask: bool, opacity: float):
+    def show(self, position: int, group: str, image_id: str, without_mask: bool, opacity: float):
         """Show the item at a position among those that the filters let through."""
-        found = self._find(source, image_id, without_mask)
+        found = self._find(group, image_id, without_mask)
         if len(found) == 0:
             return 0, gr.skip(), "No item is like this.", *[None] * len(self.items.pictures), ""
         position = min(position, len(found) - 1)
@@ -114,8 +114,8 @@ class _Page:
             lines.append(f'<span style="color: var(--error-text-color)">Cannot be shown: {error}</span>')
         return position, number + 1, "<br>".join(lines), *self._draw(item, opacity), _texts(item)
 
-    def _find(self, source: str, image_id: str, without_mask: bool) -> np.ndarray:
-        return self.items.find(None if source == ALL_SOURCES else source, image_id.strip(), without_mask)
+    def _find(self, group: str, image_id: str, without_mask: bool) -> np.ndarray:
+        return self.items.find(None if group == ALL else group, image_id.strip(), without_mask)
 
     def _draw(self, item: Item, opacity: float) -> list:
         if item.image is None:
@@ -136,6 +136,7 @@ def _texts(item: Item) -> str:
         if message.role == "user":
             parts.append(f'<p style="margin-top: 1em; opacity: 0.75">{html.escape(message.text)}</p>')
         else:
+            title = f"<b>{message.title}:</b> " if message.title else ""
             reasoning = f"<p><i>{html.escape(message.reasoning)}</i></p>" if message.reasoning else ""
-            parts.append(f"{reasoning}<p>{color_words(message.text, iter(message.mask_numbers))}</p>")
+            parts.append(f"{reasoning}<p>{title}{color_words(message.text, iter(message.mask_numbers))}</p>")
     return "".join(parts)

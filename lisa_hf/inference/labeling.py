@@ -98,12 +98,15 @@ def questions_by_image(images: dict[str, str], questions: list[dict[str, str]]) 
     return {name: questions for name, questions in asked.items() if questions}
 
 
-def open_output_dir(output_dir: Path, settings: dict[str, Any], overwrite: bool, planned: Iterable[Path] = ()) -> bool:
+def open_output_dir(
+    output_dir: Path, settings: dict[str, Any], images: dict[str, str], overwrite: bool, planned: Iterable[Path] = ()
+) -> bool:
     """Make the directory of the answers, or check that those in it were made with the same settings.
 
     Args:
         output_dir: The directory.
         settings: What answers depend on, as JSON can hold it.
+        images: Paths and URLs by name, to look at the answers later. They may move between two runs.
         overwrite: Whether to replace answers with other settings, and files that are not answers. A single answer, of
             a first try, always makes room.
         planned: Files that will be written beside the answers.
@@ -140,7 +143,7 @@ def open_output_dir(output_dir: Path, settings: dict[str, Any], overwrite: bool,
                 file.unlink(missing_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as incomplete:
-        incomplete.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
+        incomplete.write_text(json.dumps(settings | {"images": images}, ensure_ascii=False), "utf-8")
     return is_same
 
 

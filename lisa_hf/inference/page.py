@@ -44,15 +44,17 @@ def color_words(text: str, mask_numbers: Iterator[int]) -> str:
 
     Args:
         text: The text.
-        mask_numbers: The number of each `[SEG]`'s mask among those of the picture.
+        mask_numbers: The number of each `[SEG]`'s mask among those of the picture. Those beyond have no color.
     """
     *segmented, rest = text.split(SEG_TOKEN)
     content = ""
-    for part, number in zip(segmented, mask_numbers):
+    for part in segmented:
         # The words after the last punctuation mark.
         start = max((match.end() for match in re.finditer(r"[.,;:!?]\s", part)), default=0)
-        color = ", ".join(map(str, COLORS[number % len(COLORS)]))
+        style, number = "", next(mask_numbers, None)
+        if number is not None:
+            color = ", ".join(map(str, COLORS[number % len(COLORS)]))
+            style = f"color: rgb({color}); background: white; padding: 0 2px"  # dark ones are lost on a dark page
         words = html.escape(f"{part[start:]}{SEG_TOKEN}")
-        style = f"color: rgb({color}); background: white; padding: 0 2px"  # dark colors are lost on a dark page
         content += f'{html.escape(part[:start])}<b style="{style}">{words}</b>'
     return (content + html.escape(rest)).replace(CUT_MARK, "")

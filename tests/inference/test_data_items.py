@@ -46,7 +46,7 @@ def own_rows(tmp_path) -> Dataset:
 
 def test_an_item_shows_each_mask_once_and_all_questions(own_rows):
     items = DataItems({"own": own_rows}, {"own": EvaluationDataset(own_rows)})
-    assert items.sources == ["own", "own (evaluation)"] and len(items) == 10
+    assert items.groups == ["own", "own (evaluation)"] and len(items) == 10
     for number in (0, 5):  # in training, and in evaluation
         item = items[number]
         assert len(item.pictures["Masks"]) == 2 and item.image.size == (30, 20)
@@ -67,10 +67,10 @@ def test_an_item_shows_each_mask_once_and_all_questions(own_rows):
 def test_items_are_found(own_rows):
     items = DataItems({"own": own_rows, "more": own_rows}, {"own": EvaluationDataset(own_rows.take(3))})
     assert items.find().tolist() == list(range(13))
-    assert items.find(source="more").tolist() == [5, 6, 7, 8, 9]
+    assert items.find(group="more").tolist() == [5, 6, 7, 8, 9]
     assert items.find(without_mask=True).tolist() == [2, 3, 7, 8, 12]
     assert items.find(image_id="photo_2").tolist() == [2, 7, 12]
-    assert items.find(source="more", image_id="3", without_mask=True).tolist() == [8]
+    assert items.find(group="more", image_id="3", without_mask=True).tolist() == [8]
     assert items.find(image_id="no such").tolist() == []
     assert "row 2" in items[12].title[0] and "own (evaluation)" in items[12].title[0]
 

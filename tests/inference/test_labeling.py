@@ -117,14 +117,14 @@ def test_a_mended_image_is_added(answer_with_masks, photos, tmp_path):
 
 def test_other_settings_do_not_mix(tmp_path):
     output_dir = tmp_path / "out"
-    open_output_dir(output_dir, {"model": "a", "batch_size": "1"}, overwrite=False)
+    open_output_dir(output_dir, {"model": "a", "batch_size": "1"}, {}, overwrite=False)
     records = [{"image": "a.png", "question": question, "text": "", "masks": []} for question in "ab"]
     (output_dir / "predictions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (output_dir / "mine.txt").write_text("")
-    open_output_dir(output_dir, {"model": "a", "batch_size": "1"}, overwrite=False)
+    open_output_dir(output_dir, {"model": "a", "batch_size": "1"}, {}, overwrite=False)
     with pytest.raises(ValueError, match="got others: model"):
-        open_output_dir(output_dir, {"model": "b", "batch_size": "1"}, overwrite=False)
-    open_output_dir(output_dir, {"model": "b", "batch_size": "1"}, overwrite=True)
+        open_output_dir(output_dir, {"model": "b", "batch_size": "1"}, {}, overwrite=False)
+    open_output_dir(output_dir, {"model": "b", "batch_size": "1"}, {}, overwrite=True)
     assert sorted(path.name for path in output_dir.iterdir()) == ["mine.txt", "settings.json"]
 
 
@@ -132,7 +132,7 @@ def test_a_single_answer_makes_room_for_the_next(answer_with_masks, photos, tmp_
     images, output_dir = {"a.png": str(photos / "a.png")}, tmp_path / "out"
     for question, num_tokens in (("What is it?", 8), ("Is it?", 4)):
         questions = questions_by_image(images, [{"question": question}])
-        open_output_dir(output_dir, {"questions": questions}, overwrite=False)
+        open_output_dir(output_dir, {"questions": questions}, {}, overwrite=False)
         records = label_images(*answer_with_masks, images, questions, output_dir, max_new_tokens=num_tokens)
         write_annotations("masks", records, images, output_dir)
         (record,) = records

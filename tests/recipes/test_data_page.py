@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import yaml
-from fixtures.recipes import serve_demo
+from fixtures.recipes import run_here, serve_demo
 from fixtures.tiny_models import image, save_talkative
 
 from lisa_hf.evaluation.visualization import COLORS
@@ -18,7 +18,7 @@ pytest.importorskip("gradio")
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    """The address of a demo of a model and of a recipe: five images of one source, two of another."""
+    """The address of a demo of a model, of a recipe (five images of one source, two of another) and of predictions."""
     directory = tmp_path_factory.mktemp("data")
     mask = np.zeros((427, 640), dtype=np.uint8)
     mask[:, :320] = 255
@@ -48,21 +48,28 @@ def url(tmp_path_factory):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
     sources = {name: source | {"questions": str(directory / f"{name}.jsonl")} for name in ("own", "more")}
     (directory / "config.yaml").write_text(yaml.safe_dump({"sources": sources}, sort_keys=False))
+    rle = {"size": [427, 640], "counts": [427 * 320, 427 * 320]}  # the right half
+    predictions = [{"image_id": f"{number}.png", "masks": [rle]} for number in (2, 0)]
+    (directory / "predicted.jsonl").write_text("".join(json.dumps(line) + "\n" for line in predictions))
+    evaluated = json.dumps({"test": sources["own"] | {"questions": str(directory / "test.jsonl")}})
+    (directory / "test.jsonl").write_text("".join(json.dumps(lines[number]) + "\n" for number in (2, 0)))
+    options = ("--eval_sources", evaluated, "--output_dir", directory / "evaluated", "--use_cpu", "true")
+    run_here("eval.py", "--predictions", directory / "predicted.jsonl", *options)
     model = save_talkative(tmp_path_factory.mktemp("talkative"))
-    options = ("--data", directory / "config.yaml", "--max_new_tokens", 8)
+    options = ("--data", directory / "config.yaml", "--predictions", directory / "evaluated", "--max_new_tokens", 8)
     with serve_demo(model, *options, directory=tmp_path_factory.mktemp("gradio")) as url:
         (directory / "3.png").unlink()
         yield url
 
 
 class Visitor:
-    """A user of the data page."""
+    """A user of the data page, or of the same page of predictions."""
 
-    def __init__(self, browser, url: str, width: int = 1280):
+    def __init__(self, browser, url: str, width: int = 1280, tab: str = "Data", begins: str = "1 of 7"):
         self.page = browser.new_context(viewport={"width": width, "height": 900}).new_page()
         self.page.goto(url)
-        self.page.get_by_role("tab", name="Data").click()
-        self.read("1 of 7")
+        self.page.get_by_role("tab", name=tab).click()
+        self.read(begins)
 
     def read(self, position: str) -> str:
         """Wait until the item at a position is shown, and return all that is written about it."""
@@ -70,8 +77,8 @@ class Visitor:
         self.page.wait_for_timeout(500)
         return self.page.inner_text("body")
 
-    def picture(self) -> np.ndarray:
-        address = self.page.locator(".item img").get_attribute("src")
+    def picture(self, number: int = 0) -> np.ndarray:
+        address = self.page.locator(".item:visible img").nth(number).get_attribute("src")
         return np.asarray(PIL.Image.open(io.BytesIO(self.page.request.get(address).body())).convert("RGB"))
 
 
@@ -113,13 +120,13 @@ def test_items_are_browsed(browser, url):
     assert "Cannot be shown: expected an image that can be read" in visitor.read("4 of 7")
     visitor.page.get_by_role("button", name="Next").click()
     visitor.read("5 of 7")
-    visitor.page.get_by_label("Has no mask").check()
+    visitor.page.get_by_label("No mask").check()
     assert "There is none." in visitor.read("1 of 1")
     assert np.array_equal(visitor.picture(), tinted(4, []))
     number.fill("2")
     number.press("Enter")
     visitor.page.get_by_text("from 1 to 7 that the filters let through, got 2").wait_for()
-    visitor.page.get_by_label("Has no mask").uncheck()
+    visitor.page.get_by_label("No mask").uncheck()
     visitor.page.get_by_label("Source").click()
     visitor.page.get_by_role("option", name="more").click()
     assert "more, row 0, referring" in visitor.read("1 of 2")
@@ -127,13 +134,25 @@ def test_items_are_browsed(browser, url):
     names.fill("NO SUCH")
     names.press("Enter")
     visitor.page.get_by_text("No item is like this.").wait_for()
-    assert visitor.page.locator(".item img").count() == 0
+    assert visitor.page.locator(".item:visible img").count() == 0
+
+
+def test_truth_and_predictions_are_browsed(browser, url):
+    visitor = Visitor(browser, url, tab="Predictions", begins="1 of 2")
+    text = visitor.read("1 of 2")
+    assert "IoU 0.000 (generated)" in text and "test, question 0.png_0" in text
+    for number, halves in enumerate(([COLORS[0], None], [None, COLORS[0]])):
+        assert np.array_equal(without_borders(visitor.picture(number)), without_borders(tinted(0, halves)))
+    visitor.page.keyboard.press("ArrowRight")
+    assert "IoU 1.000 (generated)" in visitor.read("2 of 2")
+    for number in range(2):
+        assert np.array_equal(without_borders(visitor.picture(number)), without_borders(tinted(2, [None, COLORS[0]])))
 
 
 def test_a_phone_shows_the_data_in_its_width(browser, url):
     visitor = Visitor(browser, url, width=390)
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert visitor.page.locator(".item").bounding_box()["width"] > 300
+    assert visitor.page.locator(".item:visible").bounding_box()["width"] > 300
 
 
 def test_the_model_is_asked_on_the_other_tab_and_from_python(browser, url, tmp_path):
