@@ -46,7 +46,7 @@ def report(argv: list[str]) -> str:
     device = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     model_args, data_args, training_args = parse_arguments([*argv, *device])
     config, processor = build_config_and_processor(model_args)
-    model = _empty_model(model_args, config)
+    model = make_empty_model(model_args, config)
     summary = trainable_summary(model, training_args)
     counts = [f"{count / 1e6:.1f}" for count in (*count_parameters(model).values(), _num_trained(model))]
     packing = resolve_packing(model.config, data_args.packing)
@@ -58,7 +58,7 @@ def report(argv: list[str]) -> str:
             cells += ["-" for _ in ZERO_STAGES]  # Muon needs whole matrices
             continue
         engines = [engine for engine in make_engines() if (engine.zero is not None) == has_deepspeed]
-        model = _empty_model(model_args, config)
+        model = make_empty_model(model_args, config)
         cells += _largest_of_ranks(engines, estimate_memory(model, model_args, training_args, batch, engines))
     sources = [source for source in (model_args.model, model_args.vlm, model_args.mask_model) if source]
     name = ", ".join(Path(source).name for source in sources) or "randomly initialized"
@@ -67,10 +67,16 @@ def report(argv: list[str]) -> str:
 
 def make_engines() -> list[Engine]:
     """Return every process of DDP, ZeRO-2 and ZeRO-3 on each number of GPUs."""
-    folder = Path(__file__).parents[2] / "ds_configs"
-    files = [folder / f"zero{stage}.json" for stage in ZERO_STAGES]
-    zeros = [None, *(json.loads(file.read_text())["zero_optimization"] for file in files)]
-    return [Engine(number, rank, zero) for zero in zeros for number in NUM_GPUS for rank in range(number)]
+    stages = (None, *ZERO_STAGES)
+    return [make_engine(number, rank, stage) for stage in stages for number in NUM_GPUS for rank in range(number)]
+
+
+def make_engine(num_processes: int, process_index: int, zero_stage: int | None) -> Engine:
+    """Return a process of DDP, or of a ZeRO stage as in `ds_configs`."""
+    if zero_stage is None:
+        return Engine(num_processes, process_index)
+    file = Path(__file__).parents[2] / "ds_configs" / f"zero{zero_stage}.json"
+    return Engine(num_processes, process_index, json.loads(file.read_text())["zero_optimization"])
 
 
 def count_parameters(model) -> dict[str, int]:
@@ -101,7 +107,8 @@ def _largest_of_ranks(engines: list[Engine], estimates: list[MemoryEstimate]) ->
     return [" / ".join(f"{more_than}{size / 2**30:.1f}" for size in sizes.values()) for sizes in largest.values()]
 
 
-def _empty_model(model_args: ModelArguments, config: LisaConfig):
+def make_empty_model(model_args: ModelArguments, config: LisaConfig):
+    """Make the model that a recipe trains, without weights."""
     return prepare_for_training(build_model(model_args, config, empty=True), **model_args.adaptation)
 
 

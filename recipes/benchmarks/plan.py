@@ -1,0 +1,162 @@
+"""Plan a run on GPUs that are not here: memory, step time and cost of a recipe with DDP, ZeRO-2 and ZeRO-3.
+
+    python recipes/benchmarks/plan.py --config recipes/configs/lisa_7b.yaml --nodes 2 --gpus_per_node 8 \
+        --gpu_memory 80 --peak_tflops 989 --mfu 0.35 --node_bandwidth 450 --network_bandwidth 50
+
+The numbers of the cluster default to eight H100 (SXM). All other arguments are those of train.py. The models are built
+at full size without memory, as in memory.py; nothing but their configurations and processors is downloaded.
+
+A step takes, in the model that this command uses:
+
+    computing      operations of a step on one GPU / (peak_tflops * mfu)
+    communicating  bytes that one GPU sends in a step / bandwidth of the slowest link
+
+Operations are counted in a forward and a backward pass, with what activation checkpointing repeats. In a ring of N
+GPUs, each sends 2 (N-1)/N times the gradients of the trained weights with DDP and ZeRO-2, once per step; with ZeRO-3,
+it sends (N-1)/N times the gradients and twice all weights in each accumulation step. Nothing is assumed to overlap.
+Data and evaluation take no time. `mfu` is what a GPU reaches of its peak: measure it with step.py.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from memory import make_empty_model, make_engine
+from torch.utils.flop_counter import FlopCounterMode
+
+from lisa_hf import LisaDataCollator
+from lisa_hf.errors import report_user_errors
+from lisa_hf.model.packing import resolve_packing
+from lisa_hf.training.arguments import LisaTrainingArguments, parse_arguments
+from lisa_hf.training.build import build_config_and_processor
+from lisa_hf.training.memory_estimate import estimate_memory, example_batch
+
+
+ENGINES = {"DDP": None, "ZeRO-2": 2, "ZeRO-3": 3}
+HEADER = (
+    "| engine | GiB per GPU | fits | computing, s | communicating, s | images per s | days | GPU hours |\n"
+    "|---|---:|---|---:|---:|---:|---:|---:|"
+)
+
+
+@dataclass
+class Cluster:
+    """GPUs and their links.
+
+    Args:
+        nodes: Number of machines.
+        gpus_per_node: GPUs of each.
+        gpu_memory: GiB of each GPU.
+        peak_tflops: 10^12 operations per second of a GPU, in the dtype of the training, without sparsity.
+        mfu: Share of the peak that a training step reaches.
+        node_bandwidth: 10^9 bytes per second that a GPU can send to the others of its machine.
+        network_bandwidth: 10^9 bytes per second that a GPU can send to other machines.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu_memory: float = 80
+    peak_tflops: float = 989
+    mfu: float = 0.35
+    node_bandwidth: float = 450
+    network_bandwidth: float = 50
+
+    @property
+    def num_gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def bytes_per_second(self) -> float:
+        return 1e9 * (self.node_bandwidth if self.nodes == 1 else self.network_bandwidth)
+
+
+@dataclass
+class Model:
+    """What a micro-step of a recipe costs on one GPU.
+
+    Args:
+        flops: Operations.
+        weight_bytes: Bytes of all weights.
+        gradient_bytes: Bytes of the trained weights' gradients.
+        memory: Bytes by the name of the engine; None if activations could not be measured.
+    """
+
+    flops: int
+    weight_bytes: int
+    gradient_bytes: int
+    memory: dict[str, int | None]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in vars(Cluster()).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
+    args, others = parser.parse_known_args()
+    with report_user_errors():
+        print(report(Cluster(**vars(args)), others))
+
+
+def report(cluster: Cluster, argv: list[str]) -> str:
+    """Return a table with a row per engine, and which is the best.
+
+    Args:
+        cluster: The GPUs.
+        argv: Arguments of train.py.
+    """
+    device = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
+    model_args, data_args, args = parse_arguments([*argv, *device])
+    if args.max_steps < 1:
+        raise ValueError(f"max_steps: expected the number of steps, got {args.max_steps}. Pass it: --max_steps 5000.")
+    model = measure_model(model_args, data_args, args, cluster.num_gpus)
+    images = cluster.num_gpus * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    lines, best = [], None
+    for engine, memory in model.memory.items():
+        computing, communicating = step_seconds(model, engine, cluster, args.gradient_accumulation_steps)
+        days = args.max_steps * (computing + communicating) / 86400
+        fits = memory is not None and memory / 2**30 <= cluster.gpu_memory
+        cells = [engine, "unknown" if memory is None else f"{memory / 2**30:.1f}", "yes" if fits else "no"]
+        cells += [f"{computing:.2f}", f"{communicating:.2f}", f"{images / (computing + communicating):.1f}"]
+        lines.append(f"| {' | '.join([*cells, f'{days:.2f}', f'{24 * days * cluster.num_gpus:.0f}'])} |")
+        if fits and (best is None or days < best[1]):
+            best = engine, days
+    advice = (
+        f"{best[0]} is the fastest of those that fit."
+        if best
+        else "None fits: see the remedies that train.py --dry_run names, or use GPUs with more memory."
+    )
+    what = f"{args.max_steps} steps of {images} images on {cluster.num_gpus} GPUs, {model.flops / 1e12:.2f} TFLOP per "
+    return f"{what}GPU and micro-step.\n\n{HEADER}\n" + "\n".join(lines) + f"\n\n{advice}"
+
+
+def measure_model(model_args, data_args, args: LisaTrainingArguments, num_gpus: int) -> Model:
+    """Count the operations and the memory of a micro-step, without weights."""
+    config, processor = build_config_and_processor(model_args)
+    memory = {}
+    for engine, stage in ENGINES.items():
+        if stage is not None and args.muon_learning_rate is not None:
+            continue  # Muon needs whole matrices
+        model = make_empty_model(model_args, config)
+        packing = resolve_packing(model.config, data_args.packing)
+        collator = LisaDataCollator(processor, data_args.max_length, packing=packing)
+        batch = example_batch(collator, args.per_device_train_batch_size, data_args.num_questions)
+        with FlopCounterMode(display=False) as counter:
+            (estimate,) = estimate_memory(model, model_args, args, batch, [make_engine(num_gpus, 0, stage)])
+        memory[engine] = None if estimate.activations is None else estimate.total
+        if stage is None:
+            flops = counter.get_total_flops()
+            sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    return Model(flops, sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained), memory)
+
+
+def step_seconds(model: Model, engine: str, cluster: Cluster, accumulation_steps: int) -> tuple[float, float]:
+    """Return the seconds of computing and of communicating in a step, see the top of this file."""
+    computing = accumulation_steps * model.flops / (1e12 * cluster.peak_tflops * cluster.mfu)
+    share = (cluster.num_gpus - 1) / cluster.num_gpus
+    sent = 2 * model.gradient_bytes
+    if engine == "ZeRO-3":
+        sent = accumulation_steps * (model.gradient_bytes + 2 * model.weight_bytes)
+    return computing, share * sent / cluster.bytes_per_second
+
+
+if __name__ == "__main__":
+    main()
