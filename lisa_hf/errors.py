@@ -1,18 +1,38 @@
-"""Messages about mistakes that a user can correct: one line without a stack trace, and the nearest valid name."""
+"""Messages about mistakes that a user can correct: one line without a stack trace, and the nearest valid name.
+
+And what no message or record may hold: secrets.
+"""
 
 import difflib
 import logging
+import os
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
+from huggingface_hub import get_token
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 
 logger = logging.getLogger(__name__)
+
+REDACTED = "<REDACTED>"
+SECRET_NAME = r"(?:token|api_?key|access_?key|secret|password|passwd|signature|credentials?)"
+SECRETS = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"()\bhf_[A-Z0-9]{16,}",
+        r"(://)[^/\s@]+(?=@)",  # https://user:password@server
+        rf"(--[\w-]*{SECRET_NAME}(?:=|\s+))\S+",  # --hub_token VALUE
+        rf"([?&;\s][\w-]*{SECRET_NAME}=)[^\s&;\"']{{8,}}",  # https://server/file?token=VALUE
+        rf"([{{,]\s*[\"']?[\w-]*{SECRET_NAME}[\"']?\s*:\s*[\"']?)[^\s\"',}}]{{8,}}",  # {token: VALUE}
+    )
+]
 
 
 @contextmanager
@@ -22,7 +42,12 @@ def report_user_errors():
     These are `ValueError`, `OSError` and `SafetensorError`, a weights file with code in it, and what torch and
     transformers raise as `RuntimeError`: a dead loader worker, a tracker that is not installed, and weights of other
     sizes than their configuration's. The stack trace goes to the debug log. Ctrl-C is one line and code 130.
+
+    Neither that line nor the log holds secrets, see [`redact`].
     """
+    for name in (None, "datasets", "huggingface_hub", "transformers"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_redact_log)
     try:
         yield
     except KeyboardInterrupt:
@@ -49,8 +74,44 @@ def report_user_errors():
         logger.debug("The full trace:", exc_info=True)
         # A loader worker's error carries its stack trace as text, whose last line is the error.
         text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
-        tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
+        tqdm.write(f"{Path(sys.argv[0]).name}: error: {redact(' '.join(text.split()))}", file=sys.stderr)
         sys.exit(2)
+
+
+def redact(value: Any) -> Any:
+    """Return a value, or a structure of them, with its secrets replaced: tokens, keys, passwords in URLs.
+
+    Secrets are recognized by their form, by their name, and by being in an environment variable of such a name.
+    """
+    is_name = re.compile(rf"(?:.*_)?{SECRET_NAME}(?:_.*)?", re.IGNORECASE).fullmatch
+    is_special_token = re.compile(r"(?:image|video|seg|bos|eos|pad|unk|cls|sep|mask)_token.*").fullmatch
+    known = [item for name, item in os.environ.items() if is_name(name) and not item.startswith(os.sep)]
+    known = [item for item in (*known, get_token() or "") if len(item) >= 8]
+
+    def redacted(value: Any, is_secret: bool = False) -> Any:
+        if isinstance(value, dict):
+            return {
+                key: redacted(item, bool(is_name(str(key)) and not is_special_token(str(key))))
+                for key, item in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [redacted(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        if is_secret and re.fullmatch(r"[\w.+/=-]{8,}", value):
+            return REDACTED
+        for secret in known:
+            value = value.replace(secret, REDACTED)
+        for pattern in SECRETS:
+            value = pattern.sub(rf"\g<1>{REDACTED}", value)
+        return value
+
+    return redacted(value)
+
+
+def _redact_log(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:

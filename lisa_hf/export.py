@@ -10,9 +10,11 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import PROCESSOR_NAME
 
 from .conversion.checkpoints import LazyTensor, is_zero_checkpoint, open_checkpoint, open_zero_checkpoint
-from .conversion.saving import MAX_SHARD_SIZE, most_common_dtype
+from .conversion.saving import MAX_SHARD_SIZE, build_without_weights, most_common_dtype
+from .errors import redact
 from .evaluation.benchmarks import EVALUATION
 from .model.configuration_lisa import LisaConfig
 from .model.modeling_lisa import LisaForConditionalGeneration
@@ -22,7 +24,7 @@ from .training.build import build_config_and_processor, build_model
 from .training.checkpointing import find_checkpoint
 from .training.model_card import write_model_card
 from .training.run_record import RUN_RECORD, find_run_record
-from .training.trainable import merge_lora
+from .training.trainable import merge_lora, prepare_for_training
 from .training.trainer import LisaTrainer
 
 
@@ -70,6 +72,27 @@ def find_newest_model(run: Path) -> Path:
     return Path(newest)
 
 
+def find_consolidated(run: Path) -> Path | None:
+    """Return the checkpoint that the output of DeepSpeed's zero_to_fp32.py belongs to, or None for anything else.
+
+    Args:
+        run: File or directory of weights alone, in the directory of its checkpoint.
+
+    Raises:
+        ValueError: It is in no checkpoint.
+    """
+    is_weights = run.is_file() or (_has_weights(run) and not (run / PROCESSOR_NAME).is_file())
+    if not is_weights:
+        return None
+    for directory in (run.resolve(), *run.resolve().parents):
+        if directory.name.startswith("checkpoint-") and (directory / PROCESSOR_NAME).is_file():
+            return directory
+    raise ValueError(
+        f"{run}: expected weights in the checkpoint that they were made from, which has their configuration, got them "
+        "elsewhere. Move them into its directory: `python zero_to_fp32.py . consolidated` there makes them so."
+    )
+
+
 def open_weights(checkpoint: Path) -> dict[str, LazyTensor]:
     """Return all weights of a checkpoint by the names they were trained under, without reading their values.
 
@@ -83,6 +106,10 @@ def open_weights(checkpoint: Path) -> dict[str, LazyTensor]:
     return open_checkpoint(checkpoint)
 
 
+def _has_weights(directory: Path) -> bool:
+    return any(file for pattern in ("pytorch_model*.bin", "model*.safetensors") for file in directory.glob(pattern))
+
+
 def _has_whole_model(directory: Path) -> bool:
     return any(directory.glob("model.safetensors*")) or any(directory.glob("model-*-of-*.safetensors"))
 
@@ -90,20 +117,28 @@ def _has_whole_model(directory: Path) -> bool:
 # ---- restore the model ----------------------------------------------------------------------------------------------
 
 
-def restore_model(checkpoint: Path) -> tuple[LisaForConditionalGeneration, LisaProcessor]:
+def restore_model(
+    checkpoint: Path, consolidated: Path | None = None
+) -> tuple[LisaForConditionalGeneration, LisaProcessor]:
     """Load the model of a checkpoint, with LoRA merged and ZeRO shards consolidated, and its processor.
+
+    Args:
+        checkpoint: The checkpoint.
+        consolidated: Output of DeepSpeed's zero_to_fp32.py to take the weights from: all, or those that trained.
 
     Raises:
         ValueError: A file is missing or truncated, or the weights do not match the configuration.
     """
     processor = LisaProcessor.from_pretrained(checkpoint)
     if (checkpoint / ADAPTER_CONFIG).is_file():
-        return merge_lora(restore_adapter(checkpoint)), processor
-    weights = open_weights(checkpoint)
+        return merge_lora(restore_adapter(checkpoint, consolidated)), processor
+    weights = open_checkpoint(consolidated) if consolidated else open_weights(checkpoint)
     config = LisaConfig.from_pretrained(checkpoint)
-    if _has_whole_model(checkpoint):
+    if not consolidated and _has_whole_model(checkpoint):
         source = {"pretrained_model_name_or_path": checkpoint}
-    else:  # ZeRO shards
+    elif consolidated and not _are_all(weights, config):
+        return _load_trained(checkpoint, weights), processor
+    else:
         source = {"pretrained_model_name_or_path": None, "state_dict": _load_all(weights)}
     model, info = LisaForConditionalGeneration.from_pretrained(
         **source, config=config, dtype=config.dtype, output_loading_info=True
@@ -116,26 +151,54 @@ def restore_model(checkpoint: Path) -> tuple[LisaForConditionalGeneration, LisaP
     return model, processor
 
 
-def restore_adapter(checkpoint: Path) -> PeftModel:
+def _are_all(weights: dict[str, LazyTensor], config: LisaConfig) -> bool:
+    model = build_without_weights(LisaForConditionalGeneration, config)
+    model.tie_weights()
+    parameters = model.state_dict(keep_vars=True)
+    given = {id(parameter) for name, parameter in parameters.items() if name in weights}
+    return all(id(parameter) in given for parameter in parameters.values())
+
+
+def _load_trained(checkpoint: Path, weights: dict[str, LazyTensor]) -> LisaForConditionalGeneration:
+    """Load the weights that trained, without LoRA, into the model that the run started from."""
+    base = restore_base(checkpoint)
+    adaptation = ModelArguments(**find_run_record(checkpoint)["arguments"]["model"]).adaptation
+    model = prepare_for_training(base, **adaptation)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _load_all_of(trained, model, weights, checkpoint)
+    return model
+
+
+def restore_adapter(checkpoint: Path, consolidated: Path | None = None) -> PeftModel:
     """Load the trained adapter of a LoRA run on the base model that the run started from.
+
+    Args:
+        checkpoint: The checkpoint.
+        consolidated: See [`restore_model`].
 
     Raises:
         ValueError: No record says what the run started from, or the weights do not match the adapter.
     """
-    weights = open_weights(checkpoint)
+    weights = open_checkpoint(consolidated) if consolidated else open_weights(checkpoint)
     base = restore_base(checkpoint)
-    if (checkpoint / ADAPTER_WEIGHTS).is_file():
+    if not consolidated and (checkpoint / ADAPTER_WEIGHTS).is_file():
         return PeftModel.from_pretrained(base, checkpoint)
     # ZeRO shards: they hold every weight, under PEFT's names.
     model = get_peft_model(base, PeftConfig.from_pretrained(checkpoint))
+    trained = {name for name, _ in model.named_parameters() if ".lora_" in name or ".modules_to_save." in name}
+    _load_all_of(trained, model, weights, checkpoint)
+    return model
+
+
+def _load_all_of(trained: set[str], model: torch.nn.Module, weights: dict[str, LazyTensor], checkpoint: Path) -> None:
+    """Load weights, among which must be those that trained."""
     result = model.load_state_dict(_load_all(weights), strict=False)
-    missing = [name for name in result.missing_keys if ".lora_" in name]
+    missing = sorted(trained.intersection(result.missing_keys))
     if missing or result.unexpected_keys:
         raise ValueError(
-            f"{checkpoint}: expected the weights of its {ADAPTER_CONFIG}, got {missing} missing and "
-            f"{result.unexpected_keys} unexpected. Restore the {ADAPTER_CONFIG} of the run."
+            f"{checkpoint}: expected the weights of the run's configuration, got {missing} missing and "
+            f"{result.unexpected_keys} unexpected. Restore the files of the run."
         )
-    return model
 
 
 def restore_base(checkpoint: Path) -> LisaForConditionalGeneration:
@@ -147,8 +210,8 @@ def restore_base(checkpoint: Path) -> LisaForConditionalGeneration:
     record = find_run_record(checkpoint)
     if record is None:
         raise ValueError(
-            f"{checkpoint} is a LoRA adapter: expected the {RUN_RECORD} of its run beside it or in the directory "
-            "above, which names its base model, got none. Copy it there."
+            f"{checkpoint} holds what was trained alone: expected the {RUN_RECORD} of its run beside it or in the "
+            "directory above, which names its base model, got none. Copy it there."
         )
     arguments = dict(record["arguments"]["model"])
     # Paths were relative to the directory that the run was started in.
@@ -210,7 +273,9 @@ def save_model(
     processor.save_pretrained(directory)
 
 
-def save_adapter(checkpoint: Path, directory: Path, dtype: torch.dtype | None = None) -> None:
+def save_adapter(
+    checkpoint: Path, directory: Path, dtype: torch.dtype | None = None, consolidated: Path | None = None
+) -> None:
     """Save the adapter and the fully trained parts of a LoRA run, and the processor, without the base model.
 
     Raises:
@@ -220,7 +285,7 @@ def save_adapter(checkpoint: Path, directory: Path, dtype: torch.dtype | None = 
         raise ValueError(
             f"{checkpoint}: expected the {ADAPTER_CONFIG} of a LoRA run, got none. Export without --adapter_only."
         )
-    restore_adapter(checkpoint).to(dtype).save_pretrained(directory)
+    restore_adapter(checkpoint, consolidated).to(dtype).save_pretrained(directory)
     LisaProcessor.from_pretrained(checkpoint).save_pretrained(directory)
 
 
@@ -249,7 +314,7 @@ def save_records(
             if sheet.is_file():
                 shutil.copy(sheet, directory / "predictions.png")
     if record := find_run_record(checkpoint):
-        (directory / RUN_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (directory / RUN_RECORD).write_text(json.dumps(redact(record), indent=2) + "\n", encoding="utf-8")
     write_model_card(directory, checkpoint, model_id, is_adapter)
 
 

@@ -3,7 +3,8 @@
     python recipes/export.py outputs/mine --output exports/mine
     python recipes/export.py outputs/mine/checkpoint-500 --output exports/mine --dtype bfloat16 --push_to_hub NAME
 
-LoRA is merged and ZeRO shards are consolidated. A run without a final model is exported from its newest complete
+LoRA is merged and ZeRO shards are consolidated; the output of DeepSpeed's zero_to_fp32.py in a checkpoint's directory
+is read too. A run without a final model is exported from its newest complete
 checkpoint. The directory appears once everything is written. A new repository on the Hub is private unless `--public`
 is given. If the upload is interrupted, the printed command resumes it.
 """
@@ -15,13 +16,23 @@ from pathlib import Path
 
 from lisa_hf.conversion.saving import DTYPES
 from lisa_hf.errors import report_user_errors
-from lisa_hf.export import find_newest_model, push_to_hub, restore_model, save_adapter, save_model, save_records
+from lisa_hf.export import (
+    find_consolidated,
+    find_newest_model,
+    push_to_hub,
+    restore_model,
+    save_adapter,
+    save_model,
+    save_records,
+)
 from lisa_hf.files import atomic_directory
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="output directory of a training run, or a checkpoint")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="output directory of a training run, a checkpoint, or weights in it"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new directory to write")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (auto: the training's)")
     parser.add_argument(
@@ -40,18 +51,20 @@ def main():
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("lisa_hf").setLevel(logging.INFO)
     with report_user_errors():
-        # 1. Find the final model, or the newest complete checkpoint.
-        checkpoint = find_newest_model(args.run)
+        # 1. Find the final model, or the newest complete checkpoint, or that of consolidated weights.
+        checkpoint = find_consolidated(args.run)
+        consolidated = args.run if checkpoint else None
+        checkpoint = checkpoint or find_newest_model(args.run)
         # 2. Write the model, its processor, and where it comes from: all of it or nothing.
         dtype = DTYPES[args.dtype]
         model_id = args.push_to_hub or args.output.name
         with atomic_directory(args.output) as directory:
             if args.adapter_only:
-                save_adapter(checkpoint, directory, dtype)
+                save_adapter(checkpoint, directory, dtype, consolidated)
             else:
-                save_model(*restore_model(checkpoint), directory, dtype)
+                save_model(*restore_model(checkpoint, consolidated), directory, dtype)
             save_records(checkpoint, directory, model_id, args.adapter_only, args.evaluation)
-        print(f"Exported {checkpoint}: {args.output.resolve()}")
+        print(f"Exported {consolidated or checkpoint}: {args.output.resolve()}")
         # 3. Upload the directory.
         if args.push_to_hub:
             private = "" if args.public else " --private"

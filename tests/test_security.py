@@ -7,21 +7,38 @@ and URLs in rows (`data/test_hub.py`) and in annotations (`data/test_export_form
 """
 
 import json
+import logging
 import os
 import shutil
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from fixtures.tiny_training import Items, build_model, make_item, make_trainer
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from data_scripts import load_source
 from lisa_hf import export
+from lisa_hf.data.mixture import MixtureDataset
+from lisa_hf.errors import redact, report_user_errors
 from lisa_hf.model.conversation_text import user_message
-from lisa_hf.training.arguments import parse_data_arguments
+from lisa_hf.training import model_card
+from lisa_hf.training.arguments import parse_arguments, parse_data_arguments
 from lisa_hf.training.build import load_lisa
 from lisa_hf.training.checkpointing import MANIFEST, write_manifest
+from lisa_hf.training.model_card import (
+    DATA_ARGUMENTS,
+    MODEL_ARGUMENTS,
+    TRAINING_ARGUMENTS,
+    escape,
+    write_model_card,
+)
+from lisa_hf.training.run_record import write_run_record
 from lisa_hf.training.trainable import prepare_for_training
 
 
@@ -169,6 +186,142 @@ def test_a_builder_runs_from_the_recipe_alone(tmp_path):
         if "://" in name:
             with pytest.raises(FileNotFoundError, match="does not exist"):
                 load_source("mine", str(tmp_path), builder=name)
+
+
+# ---- model cards: text of others stays text -------------------------------------------------------------------------
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[click](https://evil.example)",
+    "![seen](https://evil.example/pixel.png)",
+    "x | y |\n| more | cells",
+    "x\n\n# Heading",
+    "# Heading",
+    "x\n---\nlicense: mit\n---\n",
+    "`code` **bold** ~~no~~",
+    "--- \n- item",
+    "{{ 7 * 7 }}{% raw %}",
+    '"); import os; ("',
+    "```\n<b>x</b>\n```",
+]
+
+
+def make_record(text: str) -> dict:
+    row = {"source": text, "split": text, "num_rows": 1, "fingerprint": text, "weight": 1.0}
+    model = dict.fromkeys((*MODEL_ARGUMENTS, "language_model", "model")) | {"vlm": text, "mask_model": "some/sam"}
+    data = dict.fromkeys(DATA_ARGUMENTS)
+    training = dict.fromkeys(TRAINING_ARGUMENTS) | {
+        **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "optim": text},
+        **{"load_best_model_at_end": True, "metric_for_best_model": text},
+    }
+    return {
+        "directory": ".",
+        "arguments": {"model": model | {"trainable": [text]}, "training": training, "data": data},
+        "data": {"train": [row], "eval": [row]},
+        "hardware": {"num_processes": 1, "device": text},
+        "versions": {text: text},
+        "git_commit": text,
+        "continues": None,
+        "earlier_starts": [],
+    }
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_texts_of_others_in_a_model_card(text, monkeypatch):
+    """They come from the run.json and the cards of downloaded models, and from names of files."""
+    monkeypatch.setattr(model_card, "_license", lambda model: text)
+
+    def write(directory: str, text: str, name: str) -> str:
+        Path(directory).mkdir()
+        metrics = {f"eval_{metric}": 0.5 for metric in ("giou", "ciou", "giou_low", "giou_high", "num_masks")}
+        Path(directory, "run.json").write_text(json.dumps(make_record(text)))
+        Path(directory, "eval_results.json").write_text(json.dumps(metrics))
+        Path(directory, "trainer_state.json").write_text('{"global_step": 2, "best_global_step": 1, "epoch": 1}')
+        protocols = {"lisa": {"num_questions": 1} | {key.removeprefix("eval_"): 0.5 for key in metrics}}
+        protocols["lisa"] |= {"ciou_low": 0.5, "ciou_high": 0.5}
+        results = {text: {"split": text, "protocols": protocols}}
+        Path(directory, "evaluation.json").write_text(json.dumps({"benchmarks": results}))
+        Path(directory, "predictions_x](y.png").touch()
+        write_model_card(Path(directory), Path(directory), name)
+        return Path(directory, "README.md").read_text()
+
+    def structure(card: str) -> Counter:
+        """Count what Markdown makes of a card; what is of the same kind beside each other counts once."""
+        _, _, body = card.removeprefix("---").partition("\n---\n")
+        tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(body)
+        kinds = Counter(token.type for token in tokens if token.type != "inline")
+        children = [child for token in tokens for child in token.children or ()]
+        kinds.update(child.type for child in children if child.type not in ("text", "text_special", "softbreak"))
+        assert [token.content for token in tokens if token.type == "fence"][0].count("pipeline(") == 1
+        return kinds
+
+    harmless = write("harmless", "x y", "me/mine")
+    card = write("hostile", text, text)
+    assert structure(card) == structure(harmless)
+    data = ModelCard(card).data.to_dict()
+    assert data.keys() == ModelCard(harmless).data.to_dict().keys() and data["license"] == text
+    compile(card.split("```python\n")[1].split("\n```")[0], "README.md", "exec")
+
+
+# ---- secrets --------------------------------------------------------------------------------------------------------
+
+TOKEN = "hf_" + "aB3" * 10
+WANDB_KEY = "0123456789abcdef" * 2 + "01234567"
+COMMAND = [
+    "train.py",
+    *("--hub_token", TOKEN, "--model", "x", "--generation_max_new_tokens", "64"),
+    *("--sources", "{a: {path: 'https://me:open-sesame@server/a.parquet?token=open-sesame', api_key: open-sesame}}"),
+]
+
+
+@pytest.fixture
+def secrets(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", WANDB_KEY)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return (TOKEN, WANDB_KEY, "open-sesame")
+
+
+def test_no_secret_in_the_record_of_a_run_nor_in_its_checkpoints(secrets, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", COMMAND)
+    model_args, data_args, training_args = parse_arguments(
+        [*COMMAND[1:], "--output_dir", str(tmp_path / "run"), "--run_name", WANDB_KEY, "--use_cpu"]
+    )
+    rows = load_source("shapes", None, num_train_scenes=1, num_validation_scenes=1, image_size=32)
+    train_dataset = MixtureDataset({"a": rows}, 1)
+    Accelerator(cpu=True)  # a trainer makes one
+    write_run_record(model_args, data_args, training_args, train_dataset, {})
+    torch.save(training_args, tmp_path / "run" / "training_args.bin")
+    assert [secret for secret in secrets if secret in (tmp_path / "run" / "run.json").read_text()] == []
+    assert TOKEN.encode() not in (tmp_path / "run" / "training_args.bin").read_bytes()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert "--generation_max_new_tokens 64" in record["command"] and "server/a.parquet" in record["command"]
+    assert record["arguments"]["data"]["sources"]["a"]["split"] == "train"
+
+
+def test_no_secret_in_messages_nor_in_logs(secrets, capsys):
+    text = " ".join(COMMAND) + f" {WANDB_KEY}"
+    logger = logging.getLogger("lisa_hf.test")
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(handler)
+    try:
+        with pytest.raises(SystemExit), report_user_errors():
+            logger.warning("got %s", text)
+            raise ValueError(f"expected a row of 63 tokens (an example), got {text}")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    printed = capsys.readouterr().err
+    assert printed.count("server/a.parquet") == 2 and "a row of 63 tokens (an example)" in printed
+    assert [secret for secret in secrets if secret in printed] == []
+
+
+def test_no_secret_in_a_model_card(secrets):
+    assert [secret for secret in secrets if secret in str(escape([COMMAND, " ".join(COMMAND), WANDB_KEY]))] == []
+
+
+def test_special_tokens_are_no_secrets():
+    config = {"image_token": "IMAGETOKEN", "max_new_tokens": 64, "tokenizer": "some/tokenizer", "token": None}
+    assert redact({"vlm_config": config}) == {"vlm_config": config}
 
 
 def test_a_recipe_is_plain_yaml():

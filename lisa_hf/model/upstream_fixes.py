@@ -30,6 +30,16 @@ class UpstreamFixesMixin:
         """
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed, by the name that PEFT reads.
+
+        Version: transformers 5.23 with peft 0.21.
+        Symptom: every run with LoRA warns that `is_gradient_checkpointing` is deprecated, which its user never wrote.
+        Remove when: PEFT reads `is_activation_checkpointing`; tests/training/test_trainable.py.
+        """
+        return self.is_activation_checkpointing
+
 
 def drop_absent_no_split_modules(model: nn.Module) -> None:
     """Keep only those names in `model._no_split_modules` whose class is in the model.

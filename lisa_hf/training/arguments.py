@@ -295,7 +295,13 @@ class LisaTrainingArguments(TrainingArguments):
         _check_range(self, "max_nonfinite_steps", 0)
         _check_range(self, "generation_max_new_tokens", 1)
 
+    def __getstate__(self) -> dict:
+        """Leave out the token: Trainer pickles its arguments into every checkpoint, which may be shared."""
+        return self.__dict__ | {"hub_token": None}
+
     def _check_engine(self):
+        if self.device.type == "cpu":  # otherwise DeepSpeed, which accelerate imports, warns that it found no GPU
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
             raise ValueError(
                 "accelerator_config: expected neither split_batches nor dispatch_batches, got one of them. A batch "

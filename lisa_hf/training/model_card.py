@@ -1,16 +1,22 @@
 """The model card of a run: the models and data it was made from, its training and its metrics, from its records."""
 
+import html
 import json
+import re
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from ..errors import redact
 from ..evaluation.benchmarks import EVALUATION, markdown_table
 from .run_record import find_run_record
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 PROTOCOLS = {"": "lisa", "generated_": "generated"}  # as recipes/eval.py names them
 BASES = ("vlm", "mask_model", "language_model", "model")  # arguments that name the models a run starts from
 TRAINING_ARGUMENTS = (
@@ -76,23 +82,43 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
         name if result["split"] in name else f"{name} ({result['split']})": result
         for name, result in _read_json(directory / EVALUATION).get("benchmarks", {}).items()
     }
-    card = ModelCard.from_template(
-        _card_data(model_id, bases, results, is_adapter),
-        template_path=str(TEMPLATE),
+    texts = dict(
         model_name=Path(model_id).name,
-        model_id=model_id,
-        is_adapter=is_adapter,
         bases=bases,
         results=results,
-        benchmarks=markdown_table(benchmarks) if benchmarks else "",
-        predictions=sorted(path.name for path in directory.glob("predictions*.png")),
         data=list({json.dumps(row): row for row in data}.values()),
         not_train=sorted({(row["source"], row["split"]) for row in data if row["split"] != "train"}),
         hyperparameters=_hyperparameters(record, state, step if is_best else None),
         versions=record["versions"],
         git_commit=record["git_commit"],
     )
+    card = ModelCard.from_template(
+        _card_data(model_id, bases, results, is_adapter),
+        template_path=str(TEMPLATE),
+        model_literal=json.dumps(model_id, ensure_ascii=False),
+        is_adapter=is_adapter,
+        benchmarks=markdown_table({escape(name): result for name, result in benchmarks.items()}) if benchmarks else "",
+        predictions=sorted(quote(path.name) for path in directory.glob("predictions*.png")),
+        **escape(texts),
+    )
     card.save(directory / "README.md")
+
+
+def escape(value: Any) -> Any:
+    """Return a value, or a structure of them, whose texts are plain text in Markdown, in one line and without secrets.
+
+    Names of sources, models and licenses come from others' files too: from the record of the model that a run began
+    with, and from its card.
+    """
+    if isinstance(value, dict):
+        return {escape(key): escape(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(escape, value))
+    if not isinstance(value, str):
+        return value
+    text = html.escape(" ".join(redact(value).split()), quote=False)
+    text = re.sub(r"([\\`*\[\]|!~])", r"\\\1", text)
+    return re.sub(r"^([#+=-])", r"\\\1", text)
 
 
 def evaluation_results(record: dict, metrics: dict[str, float]) -> list[dict]:
@@ -150,7 +176,7 @@ def _stages(record: dict) -> list[dict]:
 
 
 def _bases(record: dict) -> list[dict]:
-    """Return name, Hub id (or None), link and license (or None) of the models that a run started from."""
+    """Return name, Hub id (or None) and license (or None) of the models that a run started from."""
     bases = []
     for argument in BASES:
         name = record["arguments"]["model"][argument]
@@ -161,8 +187,7 @@ def _bases(record: dict) -> list[dict]:
         bases.append(
             {
                 "name": path.name if is_local else name,
-                "hub_id": None if is_local else name,
-                "link": path.name if is_local else f"[{name}](https://huggingface.co/{name})",
+                "hub_id": name if not is_local and HUB_ID.fullmatch(name) else None,
                 "license": _license(str(path / "README.md") if is_local else name),
             }
         )

@@ -33,6 +33,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
 
 from ..data.mixture import EvaluationDataset, Mixture
+from ..errors import redact
 from ..files import atomic_file
 from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
 
@@ -96,7 +97,7 @@ def write_run_record(
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_file(output_dir / RUN_RECORD) as path:
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(redact(record), indent=2) + "\n", encoding="utf-8")
 
 
 def read_run_record(directory: Path) -> dict | None:

@@ -26,6 +26,8 @@ from workers.launching import finish, launch, start
 from lisa_hf import export
 from lisa_hf.conversion.checkpoints import open_zero_checkpoint
 from lisa_hf.evaluation.benchmarks import write_evaluation
+from lisa_hf.training import engine_change
+from lisa_hf.training.arguments import ModelArguments
 from lisa_hf.training.trainable import prepare_for_training
 
 
@@ -168,6 +170,46 @@ def test_final_model_in_shards_of_another_type(runs, command, tmp_path, monkeypa
     assert export_worker.largest_difference(model.float(), runs("lora") / "answers.safetensors") < 0.5
 
 
+@pytest.mark.parametrize("name", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["all", "trained", "trained, in shards"])
+def test_weights_that_deepspeed_consolidated(name, kind, runs, command, tmp_path, monkeypatch):
+    """As zero_to_fp32.py writes them: the names of the engine's module, and with an option what trained alone."""
+    shutil.copytree(runs(name) / "run", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-5"
+    arguments = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]["model"]
+    base = prepare_for_training(export.restore_base(checkpoint), **ModelArguments(**arguments).adaptation)
+    engine_change.load_weights(base, checkpoint)
+    trained = {n for n, parameter in base.named_parameters() if parameter.requires_grad}
+    state = {n: value.clone() for n, value in base.state_dict().items() if kind == "all" or n in trained}
+    for file in checkpoint.glob("*model.safetensors"):
+        file.unlink()
+    if kind == "all":
+        torch.save(state, source := checkpoint / "pytorch_model.bin")
+    else:
+        (source := checkpoint / "consolidated").mkdir()
+        names = sorted(state)
+        parts = [names] if kind == "trained" else [names[:3], names[3:]]
+        files = ["pytorch_model.bin"] if len(parts) == 1 else ["pytorch_model-1.bin", "pytorch_model-2.bin"]
+        for file, part in zip(files, parts):
+            torch.save({n: state[n] for n in part}, source / file)
+        if len(parts) > 1:
+            index = {"weight_map": {n: file for file, part in zip(files, parts) for n in part}}
+            (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    command(source)
+    model, _ = export.restore_model(tmp_path / "out")
+    assert export_worker.largest_difference(model, runs(name) / "answers.safetensors") <= 1e-4
+    assert "| steps | 5 |" in (tmp_path / "out" / "README.md").read_text()
+    if kind == "trained":  # a weight that trained is not there: it must not stay the base's
+        torch.save(dict(list(state.items())[:-1]), source / "pytorch_model.bin")
+        assert "missing" in command(source, output=tmp_path / "less", fails=True)
+
+
+def test_consolidated_weights_elsewhere_are_refused(tmp_path, command):
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    for source in (tmp_path, tmp_path / "pytorch_model.bin"):
+        assert "in the checkpoint that they were made from" in command(source, fails=True)
+
+
 # ---- interrupted and damaged ----------------------------------------------------------------------------------------
 
 
@@ -267,7 +309,7 @@ def test_model_card_of_a_run_on_a_test_split_and_of_bases(runs, tmp_path):
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     export.save_records(tmp_path / "run", tmp_path, "me/mine", is_adapter=False)
     card = ModelCard.load(tmp_path / "README.md")
-    assert "**Trained on the split `val` of reason_seg**" in card.text
+    assert "**Trained on the split val of reason_seg**" in card.text
     assert "| reason_seg | val | 25.0% | streamed |" in card.text
     assert "- sam: apache-2.0" in card.text
     assert "- [somebody/vlm](https://huggingface.co/somebody/vlm): license not recorded here" in card.text
@@ -395,3 +437,10 @@ def test_round_trip_of_zero_on_two_processes(stage, gather, lora_r, command, tmp
     weights = torch.load(tmp_path / "script" / "pytorch_model.bin", weights_only=True)
     expected = open_zero_checkpoint(run / "checkpoint-5")
     assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n].load()) for n in weights)
+    exports = {}
+    for name, option in (("whole", []), ("part", ["--exclude_frozen_parameters"])):
+        script = [sys.executable, "zero_to_fp32.py", ".", name, *option]
+        subprocess.run(script, cwd=run / "checkpoint-5", check=True, capture_output=True, timeout=300)
+        command(run / "checkpoint-5" / name, output=tmp_path / name)
+        exports[tmp_path / name] = answers
+    check_in_a_fresh_process(tmp_path, exports)

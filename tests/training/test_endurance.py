@@ -155,10 +155,10 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_resuming_is_exact(
 @pytest.mark.parametrize("engine", ["plain", *ENGINES])
 def test_stopped_by_any_signal_to_all_processes_every_engine_goes_on_exactly(engine, number, uninterrupted, tmp_path):
     """As Ctrl-C, a scheduler and a power cut reach a run."""
-    outcome = run_training(tmp_path, engine, fault=Fault("signal", occurrence=4, rank=None, number=number))
+    outcome = run_training(tmp_path, engine, fault=Fault("signal", occurrence=3, rank=None, number=number))
     is_killed = number == signal.SIGKILL
     assert outcome.exit_codes == [-number if is_killed else 0] * len(outcome.exit_codes), logs(tmp_path)
-    assert find_checkpoint(tmp_path / "run") == str(tmp_path / "run" / f"checkpoint-{3 if is_killed else 4}")
+    assert find_checkpoint(tmp_path / "run") == str(tmp_path / "run" / f"checkpoint-{2 if is_killed else 3}")
     assert "Traceback" not in logs(tmp_path)
     assert run_training(tmp_path, engine).is_good, logs(tmp_path)
     assert_ends_alike(tmp_path, uninterrupted(engine, False).final)
