@@ -1,7 +1,7 @@
 # make install      create the virtual environment
 # make quickstart   train, evaluate and show a tiny LISA on drawn scenes, on CPU
 # make demo         talk to the quick start's model in the browser
-# make docs         build the documentation into docs/_build/index.html, offline
+# make docs         build the documentation into docs/_build/html, offline
 # make test         run the whole test suite, offline, on CPU
 # make lint         check the style
 #
@@ -37,7 +37,7 @@ demo: $(INSTALLED)
 	$(BIN)/python recipes/demo.py outputs/quickstart
 
 docs: $(INSTALLED)
-	$(BIN)/python -m sphinx --fail-on-warning --nitpicky --quiet docs docs/_build
+	$(BIN)/python -m sphinx --fail-on-warning --quiet docs docs/_build/html
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES)

@@ -4,8 +4,11 @@ import argparse
 import ast
 import io
 import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -100,8 +103,9 @@ def test_python_compiles_and_its_imports_exist(block):
 def workplace(tmp_path_factory) -> Path:
     """All that the pages take for granted: models, a run, photos, data in LISA's layout and data of one's own."""
     directory = tmp_path_factory.mktemp("workplace")
-    for name in ("recipes", "ds_configs", "data_scripts", "lisa_hf", "docs", "setup.cfg", "Makefile"):
+    for name in ("recipes", "ds_configs", "data_scripts", "lisa_hf", "setup.cfg", "constraints.txt", "Makefile"):
         (directory / name).symlink_to(ROOT / name)
+    (directory / "docs").mkdir()
     shutil.copytree(TREE, directory / "dataset")
     save_quantizable(directory)
     (directory / "vlm").rename(directory / "VLM")
@@ -159,9 +163,7 @@ def runs_here(block) -> bool:
 
 @pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if any(map(runs_here, blocks))])
 def test_what_a_page_says_runs(page, workplace, tmp_path, monkeypatch):
-    directory = tmp_path / "workplace"
-    shutil.copytree(workplace, directory, symlinks=True)
-    monkeypatch.chdir(directory)
+    monkeypatch.chdir(shutil.copytree(workplace, tmp_path / "workplace", symlinks=True))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     namespace = {"__name__": "page"}
@@ -184,3 +186,76 @@ def run_recipe(script: str, launcher: list[str], arguments: list[str]) -> None:
         run_here(script, *arguments)
     except SystemExit as end:
         assert not end.code, f"{script} ended with {end.code}"
+
+
+# The notebook
+
+
+CELL = re.compile(r"^```{code-cell} python\n(?::[^\n]*\n\n)?(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_the_notebook_runs_on_a_tiny_model(workplace, tmp_path, monkeypatch):
+    interactiveshell = pytest.importorskip("IPython.core.interactiveshell")
+
+    def run_shell_command(command):
+        script, _, arguments = split_recipe(shlex.split(command))
+        run_here(script, *arguments, *(["--max_steps", "1"] if script == "train.py" else []))
+
+    monkeypatch.chdir(shutil.copytree(workplace, tmp_path / "workplace", symlinks=True) / "docs")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    shell = interactiveshell.InteractiveShell()
+    shell.system = run_shell_command
+    cells = CELL.findall((ROOT / "docs/twelve_photos.md").read_text())
+    assert len(cells) > 10
+    for cell in cells:
+        shell.run_cell(cell).raise_error()
+    assert 0 <= shell.user_ns["iou"](shell.user_ns["after"], shell.user_ns["mask"]) <= 1
+    assert (tmp_path / "workplace/exports/moons/model.safetensors").is_file()
+
+
+# With the quick start's model, in processes of their own
+
+
+@pytest.fixture(scope="module")
+def quickstart_workplace(workplace, tmp_path_factory) -> Path:
+    """The same with a trained model: that of this checkout, or one that is trained now."""
+    directory = shutil.copytree(workplace, tmp_path_factory.mktemp("quickstart") / "workplace", symlinks=True)
+    (directory / ".venv").symlink_to(sys.prefix)
+    shutil.rmtree(directory / "outputs" / "quickstart")
+    if (ROOT / "outputs/quickstart/config.json").is_file():
+        shutil.copytree(ROOT / "outputs" / "quickstart", directory / "outputs" / "quickstart")
+    else:
+        shell(directory, "make quickstart", timeout=1800)
+    return directory
+
+
+def shell(directory: Path, text: str, timeout: float = 300) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "PATH": f"{directory}/.venv/bin:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "MAKEFLAGS": "-o .venv/.lisa-hf-installed",  # the environment of this test is installed
+    }
+    result = subprocess.run(
+        ["bash", "-e", "-c", text], cwd=directory, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert result.returncode == 0, f"{text}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+    return result
+
+
+@pytest.mark.slow
+def test_the_notebook_teaches_the_quick_start_s_model_what_a_moon_is(quickstart_workplace, tmp_path):
+    directory = shutil.copytree(quickstart_workplace, tmp_path / "workplace", symlinks=True)
+    shutil.copyfile(ROOT / "docs/twelve_photos.md", directory / "docs/twelve_photos.md")
+    execute = """
+import sys, nbclient, nbformat
+from myst_nb.core.read import read_myst_markdown_notebook
+notebook = read_myst_markdown_notebook(open(sys.argv[1]).read())
+nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": "docs"}}).execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+    (directory / "execute.py").write_text(execute)
+    shell(directory, "python execute.py docs/twelve_photos.md executed.ipynb", timeout=1200)
+    before, after = map(float, re.findall(r"\[SEG\]\. IoU ([\d.]+)", (directory / "executed.ipynb").read_text()))
+    assert before < 0.2 and after > 0.5
