@@ -81,4 +81,9 @@ def setup(app):
     def change(app, what, name, obj, options, lines):
         lines[:] = to_restructured_text(lines)
 
+    def set_language(app, pagename, templatename, context, doctree):
+        if pagename.startswith("zh/"):
+            context["language"] = "zh-CN"  # browsers choose glyphs by it
+
+    app.connect("html-page-context", set_language)
     app.connect("autodoc-process-docstring", change, priority=100)  # before napoleon
