@@ -8,6 +8,8 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -238,7 +240,13 @@ def shell(directory: Path, text: str, timeout: float = 300) -> subprocess.Comple
         "MAKEFLAGS": "-o .venv/.lisa-hf-installed",  # the environment of this test is installed
     }
     result = subprocess.run(
-        ["bash", "-e", "-c", text], cwd=directory, env=environment, capture_output=True, text=True, timeout=timeout
+        ["bash", "-e", "-c", text],
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert result.returncode == 0, f"{text}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
     return result
@@ -259,3 +267,52 @@ nbformat.write(notebook, sys.argv[2])
     shell(directory, "python execute.py docs/twelve_photos.md executed.ipynb", timeout=1200)
     before, after = map(float, re.findall(r"\[SEG\]\. IoU ([\d.]+)", (directory / "executed.ipynb").read_text()))
     assert before < 0.2 and after > 0.5
+
+
+@pytest.fixture
+def port(monkeypatch) -> int:
+    """A free port, where a demo is served."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    monkeypatch.setenv("GRADIO_SERVER_PORT", str(number))
+    return number
+
+
+# What the tests of a page need not do again, and a demo that serves while the page goes on.
+SHELL = """
+make() { case $1 in install|quickstart|test) ;; demo) demo recipes/demo.py outputs/quickstart ;; *) return 2 ;; esac; }
+pip() { :; }
+python() { if [ "$1" = recipes/demo.py ]; then demo "$@"; else command python "$@"; fi; }
+demo() {
+    if [ -f demo.pid ]; then kill $(cat demo.pid); sleep 2; fi
+    command python "$@" >demo.log 2>&1 & echo $! >demo.pid
+    until grep -q "Running on local URL" demo.log; do kill -0 $!; sleep 0.2; done
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if any(not block.needs for block in blocks)])
+def test_what_a_page_says_runs_in_a_shell(page, quickstart_workplace, tmp_path, monkeypatch, port):
+    directory = shutil.copytree(quickstart_workplace, tmp_path / "workplace", symlinks=True)
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    namespace = {"__name__": "page"}
+    try:
+        for block in BLOCKS[page]:
+            text = block.text.replace("7860", str(port))
+            if block.needs:
+                continue
+            if block.language == "python":
+                exec(compile(text, str(block), "exec"), namespace)
+                continue
+            if "--output_dir outputs/mine" in text:
+                shutil.rmtree(directory / "outputs" / "mine")
+            shell(directory, SHELL + text, timeout=900)
+            if (directory / "mine.yaml").is_file():
+                change_marked_lines(directory / "mine.yaml")
+    finally:
+        if (directory / "demo.pid").is_file():
+            os.kill(int((directory / "demo.pid").read_text()), signal.SIGTERM)
