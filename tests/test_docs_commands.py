@@ -101,6 +101,16 @@ def test_python_compiles_and_its_imports_exist(block):
             exec(ast.unparse(node), {})
 
 
+@pytest.mark.parametrize("page", [name for name in BLOCKS if name.startswith("docs/zh/")])
+def test_a_chinese_page_has_the_commands_of_the_english_one(page):
+    def code(name):
+        return [
+            block.commands if block.language == "bash" else ast.dump(ast.parse(block.text)) for block in BLOCKS[name]
+        ]
+
+    assert code(page) == code(page.replace("zh/", ""))
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
     """All that the pages take for granted: models, a run, photos, data in LISA's layout and data of one's own."""
