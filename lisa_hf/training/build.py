@@ -38,6 +38,7 @@ from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import LisaProcessor
 from ..model.vlm_backbone import raise_if_not_vlm
 from .arguments import LOSS_OPTIONS, DataArguments, LisaTrainingArguments, ModelArguments
+from .run_record import RUN_RECORD
 
 
 def build_config_and_processor(
@@ -203,11 +204,19 @@ def _load_vlm_config(path: str) -> PreTrainedConfig:
 
 
 def _load_lisa_config(path: str) -> LisaConfig:
-    if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
-        raise ValueError(
-            f"{path}: expected a whole model, got a LoRA adapter. Resume its training with `resume_from_checkpoint`, "
-            f"or merge it into its base: `python recipes/export.py {path} --output DIRECTORY`."
-        )
+    directory = Path(path)
+    if not (directory / "config.json").exists():
+        export = f"`python recipes/export.py {path} --output DIRECTORY`"
+        if (directory / "adapter_config.json").exists():
+            raise ValueError(
+                f"{path}: expected a whole model, got a LoRA adapter. Resume its training with "
+                f"`resume_from_checkpoint`, or merge it into its base: {export}."
+            )
+        if (directory / RUN_RECORD).exists():
+            raise ValueError(
+                f"{path}: expected a finished run, got one without its final model. Finish it with "
+                f"`--resume_from_checkpoint auto`, or export its newest checkpoint: {export}."
+            )
     raise_if_original_format(path)
     config = AutoConfig.from_pretrained(path)
     if not isinstance(config, LisaConfig):

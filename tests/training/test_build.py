@@ -135,6 +135,12 @@ def test_options_of_the_image_processor_are_replaced_and_saved(halves, tmp_path)
         build.build_config_and_processor(model_args)
 
 
+def test_a_run_that_was_stopped_is_no_model_yet(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="got one without its final model. Finish it with `--resume_from_checkpoint"):
+        build.load_lisa(str(tmp_path))
+
+
 def test_a_lisa_model_is_continued_with_all_that_it_learned(halves, tmp_path):
     options = {"chat_template": "llava_v1", "thinking": "on", "ce_loss_weight": 0.5, "mask_dice_loss_weight": 0.7}
     model, processor = load(**halves, **options)
