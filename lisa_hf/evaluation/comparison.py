@@ -196,7 +196,10 @@ def _read(directory: Path) -> dict:
     path = directory / EVALUATION
     if not path.is_file():
         raise ValueError(f"{directory}: expected the {EVALUATION} that recipes/eval.py writes, got none. Run it.")
-    return json.loads(path.read_text("utf-8"))
+    evaluation = json.loads(path.read_text("utf-8"))
+    if not evaluation["benchmarks"]:
+        raise ValueError(f"{directory}: expected an evaluation with results, got none. Start recipes/eval.py again.")
+    return evaluation
 
 
 def _protocols(evaluation: dict, benchmark: str) -> dict[str, dict]:

@@ -39,7 +39,7 @@ def build_data_page(items: DataItems | EvaluatedItems | LabeledItems) -> gr.Bloc
             group = gr.Dropdown([ALL, *items.groups], label=items.group_label, min_width=160)
             image_id = gr.Textbox("", label="Image", placeholder="part of its name, Enter", min_width=160)
             without_mask = gr.Checkbox(label="No mask", min_width=160)
-            number = gr.Number(1, label="Item, Enter", precision=0, min_width=100)  # people count from 1
+            number = gr.Number(1, label="Go to item", precision=0, min_width=160)  # people count from 1
             opacity = gr.Slider(0, 1, 0.5, label="Opacity of the masks", min_width=160)
         with gr.Row():
             backward = gr.Button("← Previous", size="sm", min_width=100, elem_classes="previous-item")
@@ -112,7 +112,8 @@ class _Page:
         if item.error:
             error = html.escape(item.error)
             lines.append(f'<span style="color: var(--error-text-color)">Cannot be shown: {error}</span>')
-        return position, number + 1, "<br>".join(lines), *self._draw(item, opacity), _texts(item)
+        title = f'<div style="overflow-wrap: anywhere">{"<br>".join(lines)}</div>'  # paths are long
+        return position, number + 1, title, *self._draw(item, opacity), _texts(item)
 
     def _find(self, group: str, image_id: str, without_mask: bool) -> np.ndarray:
         return self.items.find(None if group == ALL else group, image_id.strip(), without_mask)

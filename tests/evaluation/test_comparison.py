@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lisa_hf.evaluation.benchmarks import QuestionScore, read_scores, write_scores
-from lisa_hf.evaluation.comparison import compare_scores, sign_test
+from lisa_hf.evaluation.comparison import compare_scores, comparison_report, sign_test
 from lisa_hf.evaluation.metrics import SegmentationMetric
 from lisa_hf.evaluation.protocols import PROTOCOLS
 
@@ -102,3 +102,9 @@ def test_other_questions_and_other_truth_are_refused():
 )
 def test_sign_test_is_exact(better, worse, p_value):
     assert sign_test(better, worse) == sign_test(worse, better) == pytest.approx(p_value)
+
+
+def test_an_evaluation_that_failed_has_no_results(tmp_path):
+    (tmp_path / "evaluation.json").write_text('{"model": "m", "settings": {}, "benchmarks": {}}')
+    with pytest.raises(ValueError, match="with results, got none. Start recipes/eval.py again"):
+        comparison_report([tmp_path, tmp_path])
