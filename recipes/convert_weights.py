@@ -28,6 +28,7 @@ from lisa_hf.conversion.checkpoints import (
 )
 from lisa_hf.conversion.lisa import LISA_LAYOUTS, convert_lisa
 from lisa_hf.conversion.llava import convert_llava, find_config
+from lisa_hf.conversion.sa2va import convert_sa2va
 from lisa_hf.conversion.sam import convert_sam
 from lisa_hf.conversion.saving import DTYPES, ConvertedModel, save_converted
 from lisa_hf.errors import report_user_errors
@@ -38,8 +39,10 @@ SOURCES = {
     "llava-delta": "LLaVA v1, published as a difference to LLaMA (--base)",
     "llava": "LLaVA v1, v1.1, on Llama 2, v1.5",
     "sam": "sam_vit_{b,l,h}*.pth, sam_hq_vit_{b,l,h}.pth",
-    "lisa": "LISA v1, explanatory, LISA++, SESAME",
+    "lisa": "LISA v1, explanatory, LISA++, SESAME, READ",
     "lisa-v0": "LISA v0, which has its SAM in a file of its own",
+    "glamm": "GLaMM-RefSeg and the other GLaMMs with masks; without their questions about boxes",
+    "sa2va": "Sa2VA on Qwen2.5-VL, Qwen3-VL, or InternVL 2.5 and 3",
     "lisa-train": "a run of LISA's train_ds.py: its ZeRO checkpoint, or the pytorch_model.bin made from it",
 }
 
@@ -64,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         *("--chat_template", "--chat-template"),
         help="llava_v1, llava_llama_2, llava_1_5 or a Jinja file (default for LLaVA: chosen by the model's name, as "
-        "in its code; for LISA: llava_v1, as in its code)",
+        "in its code; for others: the one that it was trained with)",
     )
     parser.add_argument(
         "--lora_alpha", "--lora-alpha", type=float, default=16, help="lisa-train: of the run (default: %(default)s)"
@@ -91,6 +94,8 @@ def convert(args: argparse.Namespace) -> ConvertedModel:
         return convert_lisa(tensors, args.base or find_config(args.checkpoint), **options)
     if source == "sam":
         return convert_sam(tensors)
+    if source == "sa2va":
+        return convert_sa2va(tensors, find_config(args.checkpoint), args.chat_template)
     if source in LISA_LAYOUTS:
         return convert_lisa(tensors, find_config(args.checkpoint), layout=LISA_LAYOUTS[source], **options)
     if source == "llava-delta":

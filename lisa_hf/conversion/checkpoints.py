@@ -156,15 +156,28 @@ MAX_NORM_OF_DELTA = 0.2
 
 
 def recognize_source(tensors: dict[str, LazyTensor]) -> str | None:
-    """Return the source, as `recipes/convert_weights.py` names it, that tensors are of; None for no original's."""
+    """Return the source, as `recipes/convert_weights.py` names it, that tensors are of; None for no original's.
+
+    Raises:
+        ValueError: They are of a model that makes masks in another way.
+    """
     if any(name.startswith("image_encoder.") for name in tensors):
         return "sam"
+    if any(name.startswith("grounding_encoder.sam2_model.") for name in tensors):
+        return "sa2va"
     if any(name.startswith("base_model.model.") or LORA_FACTOR.fullmatch(name) for name in tensors):
         return "lisa-train"
     if any(name.startswith("model.visual_model.") for name in tensors):
         return "lisa"
     if any(name.startswith("visual_model.") for name in tensors):
         return "lisa-v0"
+    if any(name.startswith("model.grounding_encoder.") for name in tensors):
+        return "glamm"
+    if any(name.startswith("seg_head.") for name in tensors):
+        raise ValueError(
+            "--checkpoint: expected a model that prompts its mask decoder with one token per [SEG], got UniPixel, "
+            "which makes two by a head of another kind, beside modules for objects that are pointed at. Use its code."
+        )
     if not any(name.startswith("model.mm_projector.") for name in tensors):
         return None
     norm = tensors.get("model.norm.weight")

@@ -1,10 +1,12 @@
 """Convert published models of LISA's kind to `LisaForConditionalGeneration`: LLaVA's keys, SAM's, the projector's.
 
-A layout holds all that tells one such model from another: the names of its tensors and its prompt protocol. SESAME and
-LISA++ have LISA's.
+A layout holds all that tells one such model from another: the names of its tensors and its prompt protocol. SESAME,
+LISA++ and READ have LISA's.
 """
 
 import copy
+import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from ..model.configuration_lisa import LisaConfig
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import SEG_TOKEN, LisaProcessor
 from ..model.self_check import check_against_vlm
+from ..model.similarity_points import PointOptions
 from .checkpoints import LazyTensor
 from .key_tables import Shapes, nest
 from .llava import (
@@ -34,6 +37,8 @@ from .sam import SAM_KEY_TABLE, sam_config, sam_image_processor
 from .saving import ConvertedModel, build_without_weights
 
 
+logger = logging.getLogger(__name__)
+
 LISA_KEY_TABLE = [
     *nest(LLAVA_KEY_TABLE, "", "vlm."),
     *nest(SAM_KEY_TABLE, "model.visual_model.", "mask_model."),
@@ -48,6 +53,19 @@ LISA_V0_KEY_TABLE = [
     (r"text_hidden_fcs\.0\.0\.(weight|bias)", r"seg_projector.linear_1.\1"),
     (r"text_hidden_fcs\.0\.2\.(weight|bias)", r"seg_projector.linear_2.\1"),
 ]
+
+GLAMM_KEY_TABLE = [
+    *nest(LLAVA_KEY_TABLE, "", "vlm."),
+    *nest(SAM_KEY_TABLE, "model.grounding_encoder.", "mask_model."),
+    (r"model\.text_hidden_fcs\.0\.0\.(weight|bias)", r"seg_projector.linear_1.\1"),
+    (r"model\.text_hidden_fcs\.0\.2\.(weight|bias)", r"seg_projector.linear_2.\1"),
+    (r"model\.region_encoder\..*", None),  # for questions about boxes, which there are none of here
+]
+
+
+# READ's code for its 13B model; its other numbers are the defaults.
+READ_13B_POINTS = PointOptions(count=60, positive=0.6, negative=0.2, stride=1)
+READ_13B_WIDTH = 5120
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,12 @@ LISA_LAYOUTS = {
     "lisa": LisaLayout(LISA_KEY_TABLE, "model.visual_model.", (SEG_TOKEN, "<im_start>", "<im_end>"), "llava_v1"),
     "lisa-v0": LisaLayout(
         LISA_V0_KEY_TABLE, "visual_model.", (SEG_TOKEN, "<im_patch>", "<im_start>", "<im_end>"), "lisa_v0"
+    ),
+    "glamm": LisaLayout(
+        GLAMM_KEY_TABLE,
+        "model.grounding_encoder.",
+        ("<im_start>", "<im_end>", "<bbox>", "<point>", SEG_TOKEN, "<p>", "</p>"),
+        "glamm",
     ),
 }
 
@@ -102,6 +126,8 @@ def convert_lisa(
     """
     # Read settings and tokenizer.
     original_config = read_original_config(directory)
+    if layout is LISA_LAYOUTS["glamm"]:
+        original_config["mm_use_im_start_end"] = True  # by its code, whatever its configuration says
     if "train_mask_decoder" not in original_config:  # a LLaVA's, from before the training
         original_config |= TRAINING_CONFIG
     vision_tower = vision_tower or original_config.get("mm_vision_tower")
@@ -119,6 +145,8 @@ def convert_lisa(
         vlm_processor=llava_processor(config.vlm_config, tokenizer, image_processor, template),
         mask_image_processor=sam_image_processor(config.mask_config.vision_config.image_size),
     )
+    if "READForCausalLM" in (original_config.get("architectures") or []):
+        config.similarity_points = read_points(config)
     config.answer_end_token_id = processor.template.answer_end_token_id
     check_against_vlm(_small_model(config), processor)
     return ConvertedModel(
@@ -126,6 +154,13 @@ def convert_lisa(
         tensors=convert_llava_tensors(tensors, len(tokenizer), layout.key_table, prefix="vlm."),
         processor=processor,
     )
+
+
+def read_points(config: LisaConfig) -> dict:
+    """Return the points of a READ, which are in its code alone: others for 13B than for 7B."""
+    options = READ_13B_POINTS if config.hidden_size == READ_13B_WIDTH else PointOptions()
+    logger.info("Points beside [SEG]: %s", options)
+    return dataclasses.asdict(options)
 
 
 def _small_model(config: LisaConfig) -> LisaForConditionalGeneration:

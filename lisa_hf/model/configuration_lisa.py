@@ -18,6 +18,8 @@ SUPPORTED_MASK_MODELS = ("sam", "sam_hq", *FEATURE_PYRAMID_MODELS)
 # SAM 2, SAM 3 and EdgeTAM are published as video models, which contain an image model.
 IMAGE_MODEL_TYPES = {"sam2_video": "sam2", "sam3_tracker_video": "sam3_tracker", "edgetam_video": "edgetam"}
 
+SEG_STATES = ("predicting", "own", "own_before_norm")
+
 
 def image_mask_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the configuration of the image model for the configuration of a mask model as it is published.
@@ -57,6 +59,14 @@ class LisaConfig(PreTrainedConfig):
             those of LISA's training script.
         mask_loss_points: Number of pixels of each mask on which the mask losses are trained, see
             [`sampled_mask_losses`] (Mask2Former: 12544). The default, 0, uses all pixels, as LISA.
+        seg_state: The hidden state that becomes a mask's prompt: "predicting", that which predicts `[SEG]` (LISA);
+            "own", that of `[SEG]` itself (Sa2VA), which an answer cut off there lacks; "own_before_norm", the same
+            before the language model's last norm (Sa2VA on Qwen3-VL).
+        video_mask_decoding: Whether masks are decoded as SAM 2's video model decodes a frame without points (Sa2VA):
+            from prompts behind two padding points, as the best of the masks by their estimated IoU, brought to the
+            size of the mask model's input first and then to that of the image.
+        similarity_points: How points are chosen that prompt the mask decoder beside `[SEG]` (READ): fields of
+            [`PointOptions`]. None for no points.
         suppress_tokens: Ids whose logits are minus infinity in loss and generation. For tokens that a conversion
             appended to the vocabulary (`<image>`, `<pad>`) and that the original model could not predict.
     """
@@ -75,9 +85,14 @@ class LisaConfig(PreTrainedConfig):
     mask_bce_loss_weight: float = 2.0
     mask_dice_loss_weight: float = 0.5
     mask_loss_points: int = 0
+    seg_state: str = "predicting"
+    video_mask_decoding: bool = False
+    similarity_points: dict | None = None
     suppress_tokens: list[int] | None = None
 
     def __post_init__(self, custom_pipelines: dict | None = None, **kwargs):
+        if self.seg_state not in SEG_STATES:
+            raise ValueError(f"seg_state: expected one of {', '.join(SEG_STATES)}, got '{self.seg_state}'. Name one.")
         self.custom_pipelines = saved_custom_pipelines(__name__, custom_pipelines)
         super().__post_init__(**kwargs)
         self.mask_config = image_mask_config(self.mask_config)
@@ -86,6 +101,11 @@ class LisaConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict:
         return {**super().to_dict(), "custom_pipelines": CUSTOM_PIPELINES}
+
+    @property
+    def states_at(self) -> str:
+        """Where [`record_states`] finds the states that masks are made of."""
+        return "before_norm" if self.seg_state == "own_before_norm" else "projection"
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """Return the language model's configuration, where transformers looks for sizes and cache settings."""

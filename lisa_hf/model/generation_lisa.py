@@ -44,7 +44,7 @@ class LisaGenerateOutput(ModelOutput):
 
 
 class SegTokens(NamedTuple):
-    """Rows, positions and images of M `[SEG]` tokens, `(M,)` int64 each; the state at (row, position) predicts one."""
+    """Rows, positions and images of M `[SEG]` tokens, `(M,)` int64 each; the state at (row, position) is a prompt."""
 
     rows: torch.Tensor
     positions: torch.Tensor
@@ -81,7 +81,7 @@ class LisaGenerationMixin:
         Args:
             input_ids, attention_mask: Prompts as in [`forward`], padded on the left, `(N, L)` int64.
             pixel_values, image_indices, vision_features, mask_pixel_values, image_embeddings: As in [`forward`].
-            original_sizes, reshaped_input_sizes: Ignored, so that a processor's output can be passed as it is.
+            original_sizes, reshaped_input_sizes: As in [`forward`]; read with `similarity_points` alone.
             past_key_values: Cache of an earlier call with the tokens that these N prompts begin with, the image among
                 them: earlier turns of N conversations. It is changed in place.
             kwargs: Further inputs of the VLM and arguments of its own `generate` (`max_new_tokens`, `do_sample`,
@@ -139,6 +139,9 @@ class LisaGenerationMixin:
             ends = generate_kwargs.get("eos_token_id", self.vlm.generation_config.eos_token_id)
             generate_kwargs.setdefault("pad_token_id", ends[0] if isinstance(ends, list) else ends)
 
+        if self.config.similarity_points is not None:
+            past_key_values = None  # the states of the image are read again
+
         # 1. Prompts: the prefix that rows share once, as a KV cache, or whole rows with the features of their images.
         prompts = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
         if past_key_values is None:
@@ -157,12 +160,15 @@ class LisaGenerationMixin:
         backbone = self.vlm.base_model
         if hasattr(past_key_values, "rope_deltas"):
             backbone.rope_deltas = past_key_values.rope_deltas
-        with record_states(self.vlm) as states:
+        # Points need the states of all positions of the prompt, of which only the last one is projected.
+        where = self.config.states_at if self.config.similarity_points is None else "after_norm"
+        with record_states(self.vlm, where=where) as states:
             output = self.vlm.generate(**prompts, return_dict_in_generate=True, **generate_kwargs)
         if hasattr(backbone, "rope_deltas") and output.past_key_values is not None:
             # By how much M-RoPE shifts what follows the image. A VLM keeps it of its last call only, which may be
             # about another image when this cache is continued.
             output.past_key_values.rope_deltas = backbone.rope_deltas
+        prompt_states = states[0]  # with `similarity_points` those of the whole prompts, [N * beams, L, hidden_size]
         states = torch.stack(
             [step[:, -1] for step in states], dim=1
         )  # [rows, steps, hidden_size], one row per answer or beam
@@ -170,23 +176,36 @@ class LisaGenerationMixin:
         copies = len(answers) // len(input_ids)  # num_return_sequences
 
         # 3. [SEG] tokens of the answers. Beams change rows as they go; `beam_indices` says in which row a token was
-        # predicted.
-        seg_rows, seg_steps = (answers == self.config.seg_token_id).nonzero(as_tuple=True)  # [M] each
-        state_rows = seg_rows
+        # predicted. The state of a token itself predicts the next one: an answer's last token has none.
+        is_seg = answers == self.config.seg_token_id
+        is_own = self.config.seg_state != "predicting"
+        if is_own:
+            is_seg[:, -1] = False
+        seg_rows, seg_steps = is_seg.nonzero(as_tuple=True)  # [M] each
+        state_rows, state_steps = seg_rows, seg_steps + is_own
         if output.get("beam_indices") is not None:
-            state_rows = output.beam_indices[seg_rows, seg_steps]
+            state_rows = output.beam_indices[seg_rows, state_steps]
         elif len(states) != len(answers):
             raise ValueError(
                 f"expected one decoded row per answer, got {len(states)} rows for {len(answers)} answers. Use greedy "
                 "search, sampling or beam search."
             )
-        seg_tokens = SegTokens(state_rows, seg_steps, image_indices[seg_rows // copies])
+        seg_tokens = SegTokens(state_rows, state_steps, image_indices[seg_rows // copies])
 
         # 4. Masks.
         if image_embeddings is None:
             image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
         seg_embeddings = self._seg_embeddings(states, seg_tokens)
-        low_res_masks, iou_scores, _ = self._decode(seg_embeddings, seg_tokens, image_embeddings)
+        points = None
+        if self.config.similarity_points is not None:
+            rows, steps, images = seg_tokens.or_dummy()
+            prompt_rows = seg_rows // copies if len(seg_rows) else rows
+            beams = len(prompt_states) // len(input_ids)
+            is_image = input_ids == self.image_token_id  # [N, L]
+            image_states = [prompt_states[row * beams][is_image[row]] for row in prompt_rows.tolist()]
+            sizes = [sizes.to(images.device)[images] for sizes in (original_sizes, reshaped_input_sizes)]
+            points = self._similarity_points(image_states, states[rows, steps], *sizes)
+        low_res_masks, iou_scores, _ = self._decode(seg_embeddings, seg_tokens, image_embeddings, points)
 
         return LisaGenerateOutput(
             sequences=torch.cat([input_ids.repeat_interleave(copies, dim=0), answers], dim=1),
@@ -259,6 +278,8 @@ class LisaGenerationMixin:
         is_plain = options <= PLAIN_DECODING and (self.vlm.generation_config.num_beams or 1) == 1
         is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self.vlm)
         if not is_plain or is_sharded or packing_unsupported_reason(self.config):
+            return False
+        if self.config.similarity_points is not None:  # states of the prefix are not recorded
             return False
         text_config = self.config.get_text_config()
         if "sliding_attention" not in attention_types(text_config):

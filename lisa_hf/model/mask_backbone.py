@@ -28,6 +28,11 @@ UNTRAINED_DECODER_MODULES = (
     "conv_s0",
     "conv_s1",
 )
+# With `video_mask_decoding`, one of the three others becomes the mask, and the first one never does.
+UNTRAINED_VIDEO_DECODER_MODULES = (
+    "output_hypernetworks_mlps.0",
+    *(module for module in UNTRAINED_DECODER_MODULES if not module.startswith("output_hypernetworks_mlps.")),
+)
 # Elements of an attention bias that exist at a time. On CPUs 16 MB: the allocator reuses blocks of up to 32 MB, and
 # requests larger ones from the system each time, page by page. On GPUs enough to keep all cores busy.
 BIAS_SIZE = {"cpu": 2**22, "cuda": 2**27}
@@ -38,10 +43,14 @@ def prompt_size(mask_config) -> int:
     return mask_config.prompt_encoder_config.hidden_size
 
 
-def padded_side(mask_config) -> int | None:
-    """Return the side, in pixels, of the square that Sam and SamHQ pad images to; None if images are stretched."""
+def padded_side(mask_config, video_mask_decoding: bool = False) -> int | None:
+    """Return the side, in pixels, of the square that Sam and SamHQ pad images to; None if images are stretched.
+
+    Args:
+        video_mask_decoding: See [`LisaConfig`]. Masks of stretched images have this square's size in between then.
+    """
     is_stretched = mask_config.model_type in FEATURE_PYRAMID_MODELS
-    return None if is_stretched else mask_config.prompt_encoder_config.image_size
+    return None if is_stretched and not video_mask_decoding else mask_config.prompt_encoder_config.image_size
 
 
 def use_chunked_attention(mask_model: nn.Module) -> None:
@@ -132,13 +141,20 @@ def select_images(image_embeddings, indices: torch.Tensor, dtype: torch.dtype):
 
 
 def decode_prompts(
-    mask_model: nn.Module, image_embeddings, prompts: torch.Tensor
+    mask_model: nn.Module,
+    image_embeddings,
+    prompts: torch.Tensor,
+    video_mask_decoding: bool = False,
+    points: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode one mask per prompt, all in one call.
 
     Args:
         image_embeddings: Embeddings of M images in a form of [`encode_images`], see [`select_images`].
         prompts: Prompt embeddings, one per mask, `(M, C)` float; M > 0.
+        video_mask_decoding: See [`LisaConfig`].
+        points: Points that prompt each mask before its prompt embedding: x and y in pixels of the mask model's input,
+            `(M, P, 2)` float, and labels `(M, P)` int64, see [`similarity_points`].
 
     Returns:
         Mask logits `(M, h, w)`, and the decoder's own estimate of each mask's IoU `(M,)`.
@@ -161,16 +177,29 @@ def decode_prompts(
     position = mask_model.get_image_wide_positional_embeddings().to(dtype).expand_as(embeddings)  # [M, C, h, w]
 
     # 3. Decoder. To it, the M prompts are a batch of M images with one prompt of one token each.
+    sparse = prompts.to(dtype)[:, None, None]  # [M, 1, 1, C]
+    if video_mask_decoding:
+        # No point, and the padding that SAM 2 appends to points.
+        not_a_point = mask_model.prompt_encoder.not_a_point_embed(
+            torch.zeros(2, dtype=torch.long, device=prompts.device)
+        )  # [2, C]
+        sparse = torch.cat([not_a_point.expand(len(prompts), 1, -1, -1), sparse], dim=2)  # [M, 1, 3, C]
+    elif points is not None:
+        coordinates, labels = points
+        embedded, _ = mask_model.prompt_encoder(coordinates[:, None], labels[:, None], None, None)  # [M, 1, P + 1, C]
+        sparse = torch.cat([embedded.to(dtype), sparse], dim=2)
     with patched_sam_hq_decoder(mask_model.mask_decoder) if model_type == "sam_hq" else nullcontext():
         masks, iou_scores, *_ = mask_model.mask_decoder(
             image_embeddings=embeddings.to(dtype),
             image_positional_embeddings=position,
-            sparse_prompt_embeddings=prompts.to(dtype)[:, None, None],  # [M, 1, 1, C]
+            sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
-            multimask_output=False,
+            multimask_output=video_mask_decoding,
             **decoder_kwargs,
         )
-    return masks[:, 0, 0], iou_scores[:, 0, 0]  # from [M, 1, 1, h, w] and [M, 1, 1]
+    masks, iou_scores = masks[:, 0], iou_scores[:, 0]  # [M, 1 or 3, h, w], [M, 1 or 3]
+    rows, best = torch.arange(len(masks), device=masks.device), iou_scores.argmax(1)
+    return masks[rows, best], iou_scores[rows, best]
 
 
 def unpad_masks(low_res_masks: torch.Tensor, reshaped_size, side: int | None) -> torch.Tensor:

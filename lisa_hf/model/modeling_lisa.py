@@ -36,6 +36,7 @@ from .mask_backbone import (
 )
 from .packing import packed_inputs, packing_unsupported_reason
 from .pipeline_lisa import ReasoningSegmentationPipeline  # noqa: F401  so that it is saved with this file
+from .similarity_points import PointOptions, similarity_points
 from .upstream_fixes import (
     UpstreamFixesMixin,
     drop_absent_no_split_modules,
@@ -79,7 +80,8 @@ class LisaOutput(ModelOutput):
         pred_masks: Mask logits at the original sizes, B tensors `(M_b, H_b, W_b)`; None without `output_masks`.
         low_res_masks: Mask logits of the decoder, image by image, in the order of the `[SEG]` tokens, `(M, h, w)`.
         iou_scores: The decoder's own estimate of each mask's IoU, which LISA does not train, `(M,)`.
-        last_hidden_state: States that enter the VLM's vocabulary projection, `(N, L, hidden_size)`.
+        last_hidden_state: States that enter the VLM's vocabulary projection, or the norm before it if `seg_state` in
+            the configuration says so, `(N, L, hidden_size)`.
         seg_embeddings: Prompts of the mask decoder, `(M, C)`.
         image_embeddings: Output of [`encode_images`]; None while training.
     """
@@ -372,7 +374,13 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         # 3. Mask decoder. Each image is encoded once, and all masks are decoded in one call.
         if image_embeddings is None:
             image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
-        low_res_masks, iou_scores, zero_loss = self._decode(seg_embeddings, seg_tokens, image_embeddings)
+        points = None
+        if self.config.similarity_points is not None:
+            rows, positions, images = seg_tokens.or_dummy()
+            image_states = [hidden_states[row][input_ids[row] == self.image_token_id] for row in rows.tolist()]
+            sizes = original_sizes[images], reshaped_input_sizes[images]
+            points = self._similarity_points(image_states, hidden_states[rows, positions], *sizes)
+        low_res_masks, iou_scores, zero_loss = self._decode(seg_embeddings, seg_tokens, image_embeddings, points)
         image_masks = low_res_masks.split(masks_per_image)  # B tensors [M_b, h, w]
 
         # 4. Losses.
@@ -389,7 +397,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         pred_masks = None
         if output_masks or (output_masks is None and not self.training):
             sizes = zip(reshaped_input_sizes.tolist(), original_sizes.tolist())
-            side = padded_side(self.config.mask_config)
+            side = padded_side(self.config.mask_config, self.config.video_mask_decoding)
             pred_masks = [upscale_masks(masks, *size, side) for masks, size in zip(image_masks, sizes)]
 
         return LisaOutput(
@@ -424,8 +432,8 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             kept: Positions whose logits are computed, `(N, L)` bool; None means all.
 
         Returns:
-            The states that predict tokens, `(N, L, hidden_size)`, and their logits, `(T, V)` of the kept positions or
-            `(N, L, V)`.
+            The last states, see [`record_states`], `(N, L, hidden_size)`, and their logits, `(T, V)` of the kept
+            positions or `(N, L, V)`.
         """
         vision_inputs, text_inputs = split_vision_inputs(self.vlm, vlm_inputs, input_ids, image_indices, num_images)
         if segment_ids is None:
@@ -436,23 +444,28 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             packed = packed_inputs(self.vlm, input_ids, attention_mask, segment_ids, text_inputs)
             text_inputs = {**packed, **text_inputs}
         features = encode_vlm_images(self.vlm, input_ids, image_indices, num_images, vision_inputs, vision_features)
-        with record_states(self.vlm, kept) as states:
+        with record_states(self.vlm, kept, self.config.states_at) as states:
             logits = self.vlm(input_ids=input_ids, mm_encoder_outputs=features, use_cache=False, **text_inputs).logits
         if self.config.suppress_tokens:
             logits[..., self.config.suppress_tokens] = torch.finfo(logits.dtype).min
         return states[-1], logits if kept is None else logits[0]
 
     def _find_seg_tokens(self, targets: torch.Tensor, image_indices: torch.Tensor) -> SegTokens:
-        """Find the M positions whose next token, in `targets` `(N, L)`, is `[SEG]`: image by image, row by row."""
+        """Find the M positions whose states become prompts: image by image, row by row.
+
+        Args:
+            targets: The next token of each position, `(N, L)`.
+        """
         rows, positions = (targets == self.config.seg_token_id).nonzero(as_tuple=True)  # [M] each, row by row
+        positions = positions + (self.config.seg_state != "predicting")
         images = image_indices[rows]
         by_image = torch.argsort(images, stable=True)
         return SegTokens(rows[by_image], positions[by_image], images[by_image])
 
     def _seg_embeddings(self, hidden_states: torch.Tensor, seg_tokens: SegTokens) -> torch.Tensor:
-        """Project the states that predict `[SEG]` to prompts of the mask decoder.
+        """Project the states of `[SEG]` to prompts of the mask decoder.
 
-        LISA prompts the decoder with the state that predicts `[SEG]`, not with that of `[SEG]` itself. Without any
+        LISA prompts the decoder with the state that predicts `[SEG]`, Sa2VA with that of `[SEG]` itself. Without any
         `[SEG]`, a dummy is projected and decoded: a process that skips these modules is an error under DDP and a hang
         under ZeRO-3.
 
@@ -465,21 +478,51 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         rows, positions, _ = seg_tokens.or_dummy()
         return self.seg_projector(hidden_states[rows, positions])
 
+    @property
+    def image_token_id(self) -> int:
+        """Id of the token that a row has for each feature of its image."""
+        return self.config.vlm_config.image_token_id
+
+    def _similarity_points(
+        self, image_states: list[torch.Tensor], seg_states: torch.Tensor, original_sizes, reshaped_input_sizes
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose the points that prompt M masks beside their `[SEG]`.
+
+        Args:
+            image_states: States of the tokens of each mask's image, M tensors `(tokens, hidden_size)`.
+            seg_states: `(M, hidden_size)`.
+            original_sizes, reshaped_input_sizes: Sizes of each mask's image, `(M, 2)`.
+
+        Returns:
+            x and y in pixels of the mask model's input, `(M, P, 2)`, and labels `(M, P)`.
+        """
+        options = PointOptions(**self.config.similarity_points)
+        chosen = [
+            similarity_points(*states, size, options)
+            for *states, size in zip(image_states, seg_states, original_sizes.tolist())
+        ]
+        scale = (reshaped_input_sizes / original_sizes).flip(1).to(seg_states.device)  # [M, 2], x and y
+        points = torch.stack([points for points, _ in chosen]) * scale[:, None]
+        return points, torch.stack([labels for _, labels in chosen])
+
     def _decode(
-        self, seg_embeddings: torch.Tensor, seg_tokens: SegTokens, image_embeddings
+        self, seg_embeddings: torch.Tensor, seg_tokens: SegTokens, image_embeddings, points=None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Decode one mask per prompt, on the embeddings of the prompt's image.
 
         Args:
             seg_embeddings: Prompts, `(max(M, 1), C)`, see [`_seg_embeddings`].
             image_embeddings: Output of [`encode_images`] for B images.
+            points: Points that prompt each mask first, see [`_similarity_points`].
 
         Returns:
             Masks `(M, h, w)` and their estimated IoU `(M,)`, both without the dummy's, and a scalar 0 whose graph
             reaches the dummy, so that adding it to a loss gives every weight a gradient of 0.
         """
         image_embeddings = select_images(image_embeddings, seg_tokens.or_dummy().images, self.mask_model.dtype)
-        low_res_masks, iou_scores = decode_prompts(self.mask_model, image_embeddings, seg_embeddings)
+        low_res_masks, iou_scores = decode_prompts(
+            self.mask_model, image_embeddings, seg_embeddings, self.config.video_mask_decoding, points
+        )
         num_masks = len(seg_tokens.rows)
         zero_loss = 0.0 * low_res_masks[num_masks:].float().sum()
         return low_res_masks[:num_masks], iou_scores[:num_masks], zero_loss
@@ -527,7 +570,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         Returns:
             Two scalars, each summed over the masks.
         """
-        side = padded_side(self.config.mask_config)
+        side = padded_side(self.config.mask_config, self.config.video_mask_decoding)
         if self.training and self.config.mask_loss_points:
             return sampled_mask_losses(unpad_masks(masks, reshaped_size, side), labels, self.config.mask_loss_points)
 

@@ -63,7 +63,9 @@ def vocabulary_projection(vlm: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def record_states(vlm: nn.Module, kept: torch.Tensor | None = None) -> Iterator[list[torch.Tensor]]:
+def record_states(
+    vlm: nn.Module, kept: torch.Tensor | None = None, where: str = "projection"
+) -> Iterator[list[torch.Tensor]]:
     """Record what enters a VLM's vocabulary projection, whether in its forward or in its `generate`.
 
     These are the states that predict tokens: whatever the VLM does to its last layer's output is done, and its scale,
@@ -71,6 +73,8 @@ def record_states(vlm: nn.Module, kept: torch.Tensor | None = None) -> Iterator[
 
     Args:
         kept: Positions that are projected, `(N, L)` bool, so that the VLM's logits are `(1, T, V)`; by default all.
+        where: "projection" for what enters the vocabulary projection; "before_norm" or "after_norm" for what enters or
+            leaves the language model's last norm instead.
 
     Yields:
         A list that grows by the states of each call, `(N, L, hidden_size)`.
@@ -79,13 +83,40 @@ def record_states(vlm: nn.Module, kept: torch.Tensor | None = None) -> Iterator[
 
     def record(_, inputs):
         states.append(inputs[0])
+
+    def record_output(_, inputs, output):
+        states.append(output)
+
+    def keep(_, inputs):
         return None if kept is None else (inputs[0][kept][None], *inputs[1:])
 
-    handle = vocabulary_projection(vlm).register_forward_pre_hook(record)
+    projection = vocabulary_projection(vlm)
+    if where == "after_norm":
+        recorder = last_norm(vlm).register_forward_hook(record_output)
+    else:
+        module = last_norm(vlm) if where == "before_norm" else projection
+        recorder = module.register_forward_pre_hook(record)
+    keeper = projection.register_forward_pre_hook(keep)  # after the recorder, which sees all positions
     try:
         yield states
     finally:
-        handle.remove()
+        recorder.remove()
+        keeper.remove()
+
+
+def last_norm(vlm: nn.Module) -> nn.Module:
+    """Return the norm behind the last layer of a VLM's language model, as Llama, Qwen and others have it.
+
+    Raises:
+        ValueError: The language model has none of this name.
+    """
+    norm = getattr(vlm.get_decoder(), "norm", None)
+    if norm is None:
+        raise ValueError(
+            f"seg_state: expected a language model with a `norm` for 'own_before_norm', got {type(vlm).__name__} "
+            "without. Choose 'own' or 'predicting'."
+        )
+    return norm
 
 
 def vision_inputs_of(vlm: nn.Module, kwargs: dict) -> dict:

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from ..chat_templates import load_chat_template
+from ..conversion.checkpoints import LISA_V0_FILES
 from ..data.feature_cache import FeatureCache
 from ..data.mixture import EvaluationDataset, MixtureDataset
 from ..data.streaming import StreamingMixtureDataset
@@ -179,11 +180,9 @@ def raise_if_original_format(path: str) -> None:
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             raise OSError(f"There is no model in {path}, neither as a directory nor on the Hub: {reason}") from error
-        if "mm_vision_select_layer" not in config:
+        source = _original_source(config, local)
+        if source is None:
             return
-        source = "lisa" if "train_mask_decoder" in config else "llava"
-        if source == "llava" and "delta" in local.name.lower():
-            source = "llava-delta"
     download, checkpoint = "", path
     if not local.exists():
         download, checkpoint = f"hf download {path} --local-dir DIRECTORY && ", "DIRECTORY"
@@ -192,6 +191,21 @@ def raise_if_original_format(path: str) -> None:
         f"{path}: expected a model in transformers' format, got an original one. Convert it with `{download}python "
         f"recipes/convert_weights.py {source} --checkpoint {checkpoint}{base} --output OUTPUT` and pass OUTPUT."
     )
+
+
+def _original_source(config: dict, local: Path) -> str | None:
+    """Return the source, as `recipes/convert_weights.py` names it, of an original's `config.json`; None for others."""
+    if config.get("model_type") == "sa2va_chat":
+        return "sa2va"
+    if "mm_vision_select_layer" not in config:
+        return None
+    if "GLaMMForCausalLM" in (config.get("architectures") or []):
+        return "glamm"
+    if "train_mask_decoder" in config:
+        return "lisa"
+    if (local / LISA_V0_FILES[0]).is_file():
+        return "lisa-v0"
+    return "llava-delta" if "delta" in local.name.lower() else "llava"
 
 
 def _load_vlm_config(path: str) -> PreTrainedConfig:

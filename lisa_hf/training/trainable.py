@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from ..model.mask_backbone import UNTRAINED_DECODER_MODULES
+from ..model.mask_backbone import UNTRAINED_DECODER_MODULES, UNTRAINED_VIDEO_DECODER_MODULES
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import LisaProcessor
 from ..model.vlm_backbone import image_encoder, map_token_fields, vision_inputs_of, vision_tower
@@ -149,8 +149,9 @@ def _trained_modules(model: nn.Module, paths: list[str], untrained: list[nn.Modu
     return trained
 
 
-def _untrained_decoder_modules(model: nn.Module) -> list[nn.Module]:
-    pattern = "|".join(map(re.escape, UNTRAINED_DECODER_MODULES))
+def _untrained_decoder_modules(model: LisaForConditionalGeneration) -> list[nn.Module]:
+    names = UNTRAINED_VIDEO_DECODER_MODULES if model.config.video_mask_decoding else UNTRAINED_DECODER_MODULES
+    pattern = "|".join(map(re.escape, names))
     path = re.compile(rf"(^|.*\.)mask_decoder\.(.*\.)?({pattern})$")
     return [module for name, module in model.named_modules() if path.match(name)]
 
