@@ -2,7 +2,7 @@
 
     python recipes/predict.py outputs/quickstart --image scene.png --question "What is blue?"
     python recipes/predict.py outputs/mine --image photos --question "Where is rust?" "Where are cracks?" \\
-        --batch_size 8 --format labelme --output_dir outputs/rust
+        --label rust crack --batch_size 8 --format labelme --output_dir outputs/rust
 
 Writes `predictions.jsonl`, with a line per image and question, and the files of `--format` to `--output_dir`. Start an
 interrupted run again to resume it. For several GPUs: `accelerate launch recipes/predict.py ...`.
@@ -33,6 +33,9 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         help='JSON Lines with "question" and, if need be, "label" and "image"',
     )
+    parser.add_argument(
+        "--label", nargs="+", help="what labeling tools call the masks of each --question (default: the question)"
+    )
     parser.add_argument("--output_dir", type=Path, default="outputs/predict", help="default: %(default)s")
     parser.add_argument("--format", choices=get_args(Format), default="masks", help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier predictions, or other files")
@@ -48,8 +51,7 @@ def main():
         images = find_images(args.image)
         if len(images) == 1:  # among several, one that cannot be read is passed over
             check_image(*images.values())
-        asked = read_questions(args.questions) if args.questions else [{"question": text} for text in args.question]
-        questions = questions_by_image(images, asked)
+        questions = questions_by_image(images, ask(args))
         settings = {name: str(getattr(args, name)) for name in ("model", "dtype", "batch_size", "max_new_tokens")}
         state, is_same = PartialState(cpu=args.device.type == "cpu"), False
         if state.is_main_process:  # others would remove what it has begun to write
@@ -71,6 +73,19 @@ def main():
                 print(f"Kept {len(kept)} files that were edited since, such as {kept[0]}; --overwrite replaces them.")
 
 
+def ask(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Return the questions and their labels."""
+    if args.questions:
+        if args.label:
+            raise ValueError("--label: expected none with --questions. Write a `label` beside each question.")
+        return read_questions(args.questions)
+    if not args.label:
+        return [{"question": question} for question in args.question]
+    if len(args.label) != len(args.question):
+        raise ValueError(f"--label: expected one for each of {len(args.question)} questions, got {len(args.label)}.")
+    return [{"question": question, "label": label} for question, label in zip(args.question, args.label)]
+
+
 def check_image(source: str):
     try:
         load_image(source)
@@ -84,12 +99,15 @@ def report(records: list[dict], output_dir: Path):
     if len(records) == len(answered) == 1:
         print(answered[0]["text"])
     num_masks = sum(len(record["masks"]) for record in answered)
+    num_without = sum(not record["masks"] for record in answered)
     num_unreadable = len({record["image"] for record in records if "text" not in record})
     print(f"Saved {len(answered)} answers with {num_masks} masks: {output_dir.resolve()}")
     if num_unreadable:
         print(f"{num_unreadable} images could not be read. Mend them and start again to add them.")
     if num_masks == 0:
         print("No answer has a [SEG]. Ask as in training: '... Please output segmentation mask.'")
+    elif num_without:
+        print(f"{num_without} answers have no mask. Look at them: python recipes/demo.py --predictions {output_dir}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
 
 from ..data.masks import decode_mask, encode_mask
 from ..evaluation.visualization import overlay_masks
@@ -18,6 +21,7 @@ from ..model.pipeline_lisa import Answer
 from .conversation import Conversation
 
 
+OVERLAY_SIDE = 2048  # pixels of the longer side of an overlay, at most
 Format = Literal["masks", "coco", "labelme", "jsonl"]
 
 
@@ -95,19 +99,18 @@ def to_coco(records: list[dict[str, Any]]) -> dict[str, Any]:
     image_ids = {name: number for number, name in enumerate(images, start=1)}
     annotations = []
     for record in records:
-        for rle, score, mask in zip(record["masks"], record["scores"], record_masks(record)):
-            if not mask.any():
+        for rle, score in zip(record["masks"], record["scores"]):
+            area = int(coco_mask.area(rle))
+            if area == 0:
                 continue
-            rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-            top, left, bottom, right = (int(edge) for edge in (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1))
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": image_ids[record["image"]],
                     "category_id": labels.index(record["label"]) + 1,
                     "segmentation": rle,
-                    "area": int(mask.sum()),
-                    "bbox": [left, top, right - left, bottom - top],
+                    "area": area,
+                    "bbox": coco_mask.toBbox(rle).tolist(),
                     "iscrowd": 0,
                     "score": score,
                 }
@@ -123,11 +126,24 @@ def to_coco(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def annotation_paths(format: Format, images: dict[str, str], num_questions: int, output_dir: Path) -> list[Path]:
-    """Return the files that [`write_annotations`] writes, or the directories of those that it writes several of."""
+    """Return the files that [`write_annotations`] writes, or the directories of those that it writes several of.
+
+    Raises:
+        ValueError: If two images would share a LabelMe file.
+    """
     if format == "coco":
         return [output_dir / "instances.json"]
     if format == "labelme":
-        return [(output_dir / name).with_suffix(".json") for name in images]
+        paths = {}
+        for name in images:
+            path = (output_dir / name).with_suffix(".json")
+            if path in paths:
+                raise ValueError(
+                    f"expected images whose names differ in more than their suffix, as LabelMe does, got "
+                    f"{paths[path]} and {name}. Rename one."
+                )
+            paths[path] = name
+        return list(paths)
     if format == "masks":
         return [output_dir / name for name in images] if num_questions > 1 else [output_dir / "overlay.png"]
     return []
@@ -142,8 +158,8 @@ def write_annotations(
 ) -> list[Path]:
     """Write answers about many images in a format of their own.
 
-    - masks: `mask_0.png`, `mask_1.png`, ... and `overlay.png`. If there is more than one answer, those of each are in
-      a directory of their own, such as `photo.jpg/question_0`.
+    - masks: `mask_0.png`, `mask_1.png`, ... and `overlay.png`, which is smaller than a large image. If there is more
+      than one answer, those of each are in a directory of their own, such as `photo.jpg/question_0`.
     - coco: `instances.json`.
     - labelme: a JSON file per image with the image's name.
     - jsonl: nothing beside `predictions.jsonl`.
@@ -160,12 +176,12 @@ def write_annotations(
     """
     kept = []
     records = [record for record in records if "text" in record]
-    by_image = {name: [record for record in records if record["image"] == name] for name in images}
+    by_image = {}
+    for record in records:
+        by_image.setdefault(record["image"], []).append(record)
     if format == "coco":
         _write_json(output_dir / "instances.json", to_coco(records))
-    for name, answers in by_image.items():
-        if not answers:
-            continue
+    for name, answers in tqdm(by_image.items(), desc=f"{format} files", disable=format not in ("labelme", "masks")):
         if format == "labelme":
             path = (output_dir / name).with_suffix(".json")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,9 +210,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _write_pictures(directory: Path, image: PIL.Image.Image, masks: np.ndarray) -> None:
     """Write masks `(M, H, W)` and their overlay as PNG."""
     directory.mkdir(parents=True, exist_ok=True)
-    for index, mask in enumerate(masks):
-        PIL.Image.fromarray(mask).save(directory / f"mask_{index}.png")
-    overlay_masks(image, masks).save(directory / "overlay.png")
+    pictures = [PIL.Image.fromarray(mask) for mask in masks]
+    for index, picture in enumerate(pictures):
+        picture.save(directory / f"mask_{index}.png")
+    # Of a photo of 12 megapixels, a full overlay would take longer than the answer.
+    image = image.copy()
+    image.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
+    masks = [np.asarray(picture.resize(image.size, PIL.Image.Resampling.NEAREST)) for picture in pictures]
+    overlay_masks(image, masks).save(directory / "overlay.png", compress_level=1)
 
 
 def save_conversation(conversation: Conversation, directory: Path) -> None:

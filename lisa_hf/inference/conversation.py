@@ -58,7 +58,8 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self.turns: list[Turn] = []
         self._image_inputs = processor.preprocess_images([self.image])
-        self._is_stopped = threading.Event()
+        self._is_stopped = threading.Event()  # of the last answer
+        self._answering = threading.Lock()
         self._cache: Cache | None = None
         self._cached_ids = torch.empty(0, dtype=torch.int64)  # [L], tokens that the cache holds
 
@@ -76,23 +77,21 @@ class Conversation:
             self.messages(question), add_generation_prompt=True, tokenize=False
         )
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._is_stopped.clear()
+        self.stop()  # an answer whose iterator was left and not closed
+        is_stopped = self._is_stopped = threading.Event()
         with ThreadPoolExecutor(max_workers=1) as executor:
-            answer = executor.submit(self._answer, prompt, streamer, generate_kwargs)
+            answer = executor.submit(self._answer, prompt, streamer, is_stopped, generate_kwargs)
             answer.add_done_callback(lambda _: streamer.end())  # after an error too
             try:
                 yield next(streamer, "").lstrip()
                 yield from streamer
             finally:  # also if the caller closes the iterator
-                self.stop()
+                is_stopped.set()
                 self.turns.append(Turn(question, answer.result()))
 
     def stop(self) -> None:
         """Stop the answer that is being generated at its next token; it may be called from anywhere."""
         self._is_stopped.set()
-
-    def _should_stop(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.full((len(input_ids),), self._is_stopped.is_set(), device=input_ids.device)  # [N]
 
     def messages(self, question: str) -> list[dict]:
         """Return the chat messages up to a question."""
@@ -103,8 +102,19 @@ class Conversation:
         messages[0]["content"].insert(0, {"type": "image"})
         return messages
 
-    def _answer(self, prompt: str, streamer: TextIteratorStreamer, generate_kwargs: dict) -> Answer:
-        """Generate the answer to a prompt, from the cache where it begins as the last one did."""
+    def _answer(
+        self, prompt: str, streamer: TextIteratorStreamer, is_stopped: threading.Event, generate_kwargs: dict
+    ) -> Answer:
+        """Generate the answer to a prompt once the one before has ended, from the cache where both begin alike."""
+        with self._answering:
+            return self._generate(prompt, streamer, is_stopped, generate_kwargs)
+
+    def _generate(
+        self, prompt: str, streamer: TextIteratorStreamer, is_stopped: threading.Event, generate_kwargs: dict
+    ) -> Answer:
+        def should_stop(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+            return torch.full((len(input_ids),), is_stopped.is_set(), device=input_ids.device)  # [N]
+
         # 1. The image, once.
         features = self._image_inputs.cached_features
         if "image_embeddings" not in features:
@@ -118,7 +128,7 @@ class Conversation:
             **inputs,
             past_key_values=self._reusable_cache(inputs["input_ids"][0].cpu()),
             streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([self._should_stop]),
+            stopping_criteria=StoppingCriteriaList([should_stop]),
             **{"max_new_tokens": self.max_new_tokens, "do_sample": False, **generate_kwargs},
         )
         # 3. What the next answer can begin with. The last token was chosen, but not read.

@@ -69,7 +69,7 @@ def build_data_page(items: DataItems | EvaluatedItems | LabeledItems) -> gr.Bloc
         backward.click(page.previous, [position, *filters, opacity], shown, **hidden)
         forward.click(page.next, [position, *filters, opacity], shown, **hidden)
         number.submit(page.jump, [number, *filters, opacity], shown, **hidden)
-        opacity.release(page.show, [position, *filters, opacity], shown, **hidden)
+        opacity.change(page.show, [position, *filters, opacity], shown, **hidden)
         blocks.load(None, js=ON_ARROW_KEYS)
     return blocks
 

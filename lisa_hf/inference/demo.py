@@ -29,7 +29,10 @@ from .page import color_words, errors_on_page, fit_masks, fit_page
 
 try:  # on a Hugging Face Space with ZeroGPU, a function has a GPU only under this decorator
     from spaces import GPU as needs_gpu
+
+    IS_ZERO_GPU = True
 except ImportError:
+    IS_ZERO_GPU = False
 
     def needs_gpu(function: Callable) -> Callable:
         return function
@@ -56,8 +59,6 @@ def build_demo(
     Returns:
         The app. Its API has the endpoint `/segment`, which the first model answers.
     """
-    # Requests wait in a queue, because a model answers one at a time.
-    queued = {"concurrency_limit": 1, "concurrency_id": "models"}
     private = {"api_visibility": "private"}
     with gr.Blocks(title="lisa_hf", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         with gr.Row():
@@ -74,21 +75,25 @@ def build_demo(
         if examples:
             gr.Examples([list(example) for example in examples], [image, question])
 
+        # Questions wait in a queue, because a model answers one at a time; several models do it side by side.
+        queues = [{"concurrency_limit": 1, "concurrency_id": name} for name in models]
         answers = []
-        for panel in panels:
+        for panel, queue in zip(panels, queues):
             page = [image, panel.turns, panel.hidden, opacity]
             for event in (ask.click, question.submit):
-                answers.append(event(panel.answer, [question, *page], panel.outputs, **private, **queued))
-            for event in (image.change, clear.click, panel.chat.clear):
-                event(panel.restart, image, panel.outputs, **private)
-            opacity.release(panel.draw, page, panel.overlay, **private)
+                answers.append(event(panel.answer, [question, *page], panel.outputs, **private, **queue))
+            opacity.change(panel.draw, page, panel.overlay, **private)
             panel.overlay.select(panel.toggle, page, [panel.hidden, panel.overlay], **private)
-        stop.click(None, cancels=answers, **private)
+        for panel in panels:
+            for event in (image.change, clear.click, panel.chat.clear):
+                event(panel.restart, image, panel.outputs, cancels=answers, **private)
+            # With ZeroGPU, a model answers in another process, where its answer can only be cut off.
+            stop.click(panel.stop, image, cancels=answers if IS_ZERO_GPU else None, queue=False, **private)
 
         # The API. Its components are not on the page; through them Gradio checks and documents what goes in and out.
         file, text = gr.File(label="image", visible=False), gr.Textbox(label="question", visible=False)
         answer = gr.JSON(label="answer", visible=False)
-        gr.Button(visible=False).click(panels[0].segment, [file, text], answer, api_name="segment", **queued)
+        gr.Button(visible=False).click(panels[0].segment, [file, text], answer, api_name="segment", **queues[0])
     return demo
 
 
@@ -147,6 +152,11 @@ class _Panel:
             self.check(image, question)
             *_, (record,) = self.respond(None, image, question.strip(), [])
         return {name: record[name] for name in ("text", "masks", "scores", "height", "width")}
+
+    def stop(self, path: str | None, request: gr.Request):
+        """Stop the user's answer: it keeps what there is of it, with the masks."""
+        if path:
+            self.conversation(request.session_hash, path).stop()
 
     def restart(self, path: str | None):
         """Return the outputs of a new conversation."""

@@ -21,7 +21,8 @@ from ..model.processing_lisa import LisaProcessor
 from .annotation_files import answer_record
 
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # of the images in a directory
+# Of the images in a directory. Those that cannot be read, such as .heic without a plugin of Pillow, are to be named.
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
 
 
 def find_images(sources: list[str]) -> dict[str, str]:

@@ -93,6 +93,22 @@ def test_an_answer_can_be_stopped_and_the_next_one_is_right(family):
     assert torch.equal(conversation.turns[1].answer.masks, expected.masks)
 
 
+def test_an_answer_that_was_left_is_stopped_by_the_next_question():
+    model, processor = FAMILIES["llava-sam"]()
+    conversation = Conversation(model, processor, image(40, 60))
+    left = conversation.ask(QUESTIONS[0], **seg_every_third(model) | {"max_new_tokens": 200})
+    next(left)
+    prompt = processor.apply_chat_template(
+        conversation.messages(QUESTIONS[1]), add_generation_prompt=True, tokenize=False
+    )
+    ask(conversation, QUESTIONS[1])
+    (expected,) = answer_prompts(model, processor, [conversation.image], [prompt], **seg_every_third(model))
+    assert conversation.turns[0].answer.text == expected.text
+    assert torch.equal(conversation.turns[0].answer.masks, expected.masks)
+    left.close()
+    assert len(processor.tokenizer(conversation.turns[1].answer.text)["input_ids"]) < 150
+
+
 def test_an_error_while_answering_reaches_the_caller_and_leaves_no_turn():
     model, processor = FAMILIES["llava-sam"]()
     conversation = Conversation(model, processor, image(40, 60))

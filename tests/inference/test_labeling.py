@@ -5,11 +5,19 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from fixtures.tiny_models import FAMILIES, image
 
 from data_scripts import load_source
 from lisa_hf.data.masks import decode_mask
-from lisa_hf.inference.annotation_files import record_masks, write_annotations
+from lisa_hf.inference.annotation_files import (
+    _write_pictures,
+    annotation_paths,
+    answer_record,
+    record_masks,
+    to_coco,
+    write_annotations,
+)
 from lisa_hf.inference.labeling import (
     find_images,
     label_images,
@@ -19,6 +27,7 @@ from lisa_hf.inference.labeling import (
     read_records,
 )
 from lisa_hf.model.generation_lisa import LisaGenerationMixin
+from lisa_hf.model.pipeline_lisa import Answer
 
 
 QUESTIONS = [{"question": "What is the red circle?", "label": "circle"}, {"question": "Is it?"}]
@@ -66,6 +75,8 @@ def label(model_and_processor, photos, output_dir, batch_size=2):
 def test_images_are_found_by_file_directory_pattern_and_address(photos):
     names = ["a.png", "b.png", "broken.png", "c.png", "more/a.png", "more/d.JPG"]
     assert list(find_images([str(photos)])) == names
+    (photos / "phone.HEIC").write_bytes(b"not read here, but named")
+    assert list(find_images([str(photos)])) == [*names, "phone.HEIC"]
     assert find_images([str(photos / "a.png")]) == {"a.png": str(photos / "a.png")}
     assert list(find_images([str(photos / "?.png"), str(photos / "more"), "http://host/x.jpg"])) == [
         *("a.png", "b.png", "c.png", "more/a.png", "more/d.JPG", "http://host/x.jpg")
@@ -175,6 +186,31 @@ def test_our_builders_read_what_is_written(answer_with_masks, photos, tmp_path, 
         found = [(target["phrases"][0], decode_mask(target["rle"]) == 1) for target in row["targets"]]
         assert [label for label, _ in found] == [label for label, _ in expected]
         assert all(np.array_equal(mask, other) for (_, mask), (_, other) in zip(found, expected))
+
+
+def test_images_that_would_share_a_file_are_refused(tmp_path):
+    images = {"a.png": "/a.png", "b.png": "/b.png", "a.jpg": "/a.jpg"}
+    assert annotation_paths("coco", images, 3, tmp_path)
+    with pytest.raises(ValueError, match="got a.png and a.jpg. Rename one"):
+        annotation_paths("labelme", images, 3, tmp_path)
+
+
+def test_boxes_and_areas_of_coco():
+    masks = np.zeros((2, 5, 7), dtype=bool)
+    masks[0, 1:4, 2:4] = True
+    record = answer_record("a.png", "Where?", Answer("", torch.from_numpy(masks), torch.tensor([0.5, 0.25])))
+    (annotation,) = to_coco([record])["annotations"]  # an empty mask is none
+    assert (annotation["bbox"], annotation["area"], annotation["score"]) == ([2, 1, 2, 3], 6, 0.5)
+
+
+def test_the_overlay_of_a_large_photo_is_reduced(tmp_path):
+    photo = PIL.Image.new("RGB", (3000, 1000))
+    masks = np.zeros((1, 1000, 3000), dtype=bool)
+    masks[:, :, :1500] = True
+    _write_pictures(tmp_path, photo, masks)
+    assert photo.size == PIL.Image.open(tmp_path / "mask_0.png").size == (3000, 1000)
+    overlay = np.asarray(PIL.Image.open(tmp_path / "overlay.png"))
+    assert overlay.shape == (683, 2048, 3) and overlay[:, :1023].any() and not overlay[:, 1025:].any()
 
 
 def test_masks_are_pictures(answer_with_masks, photos, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from fixtures.recipes import run, serve_demo
+from fixtures.paths import ROOT
+from fixtures.recipes import run, serve, serve_demo
 from fixtures.tiny_models import image, save_talkative
 
 from lisa_hf.evaluation.visualization import COLORS
 from lisa_hf.inference.annotation_files import record_masks
+from lisa_hf.training.build import load_lisa
 
 
 pytest.importorskip("gradio")
@@ -107,14 +110,39 @@ def test_a_file_of_the_server_is_not_read(url):
     assert "event: error" in result and "image that can be read" not in result
 
 
+def test_the_app_of_a_space_runs_where_a_function_needs_a_gpu(talkative, photos, tmp_path):
+    """The three lines in the documentation, with a stand-in for the package `spaces`."""
+    from gradio_client import Client, handle_file
+
+    page = (ROOT / "docs" / "inference.md").read_text("utf-8")
+    (app,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "build_demo(" in block)
+    (tmp_path / "app.py").write_text(app.replace("user/my-lisa", str(talkative)))
+    (tmp_path / "spaces.py").write_text(
+        "def GPU(function):\n    print('GPU:', function.__name__)\n    return function\n"
+    )
+    with serve(tmp_path / "app.py", directory=tmp_path) as (url, printed):
+        assert "GPU: _respond" in printed
+        client = Client(url, verbose=False)
+        answer = client.predict(image=handle_file(photos / "first.png"), question=QUESTION, api_name="/segment")
+        assert len(answer["masks"]) == answer["text"].count("[SEG]") > 0
+        # An answer in another process can only be cut off.
+        stop = id_of(client, "Stop")
+        assert any(event["cancels"] for event in client.config["dependencies"] if event["targets"][0][0] == stop)
+
+
+def id_of(client, label: str) -> int:
+    (found,) = (part["id"] for part in client.config["components"] if part["props"].get("value") == label)
+    return found
+
+
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 
 class Visitor:
     """A user and the page that they see."""
 
-    def __init__(self, browser, url: str, width: int = 1280):
-        self.page = browser.new_context(viewport={"width": width, "height": 900}).new_page()
+    def __init__(self, browser, url: str, width: int = 1280, **options):
+        self.page = browser.new_context(viewport={"width": width, "height": 900}, **options).new_page()
         self.page.goto(url)
         self.answers = self.page.locator("[data-testid=bot]")
 
@@ -137,11 +165,15 @@ class Visitor:
         self.page.get_by_label("Question", exact=True).fill(question)
         self.page.get_by_role("button", name="Ask").click()
         self.answers.nth(number).wait_for()
+        self.wait()
+        return list(dict.fromkeys(self.page.evaluate("window.texts")))
+
+    def wait(self):
+        """Wait until all answers have ended."""
         self.page.wait_for_function(
             "() => !document.querySelector('.overlay .wrap.generating, .overlay .wrap.pending')"
         )
         self.page.wait_for_timeout(1000)
-        return list(dict.fromkeys(self.page.evaluate("window.texts")))
 
     def colors(self) -> list[str]:
         """Return the colors of the words about masks, in order."""
@@ -149,7 +181,7 @@ class Visitor:
 
     def picture(self) -> np.ndarray:
         """Return the picture with the masks, `(H, W, 3)` uint8."""
-        address = self.page.locator(".overlay img").get_attribute("src")
+        address = self.page.locator(".overlay img").first.get_attribute("src")
         return np.asarray(PIL.Image.open(io.BytesIO(self.page.request.get(address).body())).convert("RGB"))
 
 
@@ -207,6 +239,81 @@ def test_a_phone_shows_all_in_its_width(browser, url, photos):
     visitor.ask(QUESTION)
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
     assert visitor.page.locator(".overlay").bounding_box()["width"] > 300
+
+
+@pytest.fixture(scope="module")
+def slow_url(talkative, photos):
+    """The address of a demo of two models whose answers take seconds, with an example."""
+    from lisa_hf.inference.demo import build_demo
+
+    models = {name: load_lisa(str(talkative)) for name in ("one", "other")}
+    demo = build_demo(models, [(str(photos / "second.png"), "What is here?")], max_new_tokens=1500)
+    yield demo.launch(prevent_thread_lock=True, quiet=True, allowed_paths=[str(photos)])[1]
+    demo.close()
+
+
+def test_stop_ends_the_answers_and_keeps_their_masks(browser, slow_url, photos):
+    visitor = Visitor(browser, slow_url)
+    visitor.upload(photos / "first.png")
+    for turn in (1, 2):
+        visitor.page.get_by_label("Question", exact=True).fill(QUESTION)
+        visitor.page.get_by_role("button", name="Ask").click()
+        visitor.page.wait_for_function(
+            "number => [...document.querySelectorAll('[data-testid=bot]')].filter("
+            "answer => answer.innerText.includes('[SEG]')).length == number",
+            arg=2 * turn,
+        )
+        visitor.page.get_by_role("button", name="Stop").click()
+        visitor.wait()
+        for panel in range(2):
+            with visitor.page.expect_download() as download:
+                visitor.page.get_by_text("RLE JSON").nth(panel).click()
+            records = json.loads(Path(download.value.path()).read_text("utf-8"))
+            assert len(records) == turn
+            for record in records:
+                assert len(record["masks"]) == record["text"].count("[SEG]") > 0
+                assert len(record["text"]) < 4000  # of 5000
+
+
+def test_another_image_ends_the_answers(browser, slow_url, photos):
+    visitor = Visitor(browser, slow_url)
+    visitor.page.get_by_text("What is here?").click()  # the example
+    visitor.page.locator(".overlay img").first.wait_for()
+    assert visitor.page.get_by_label("Question", exact=True).input_value() == "What is here?"
+    assert visitor.picture().shape == (640, 320, 3)
+    visitor.page.get_by_role("button", name="Ask").click()
+    visitor.answers.first.wait_for()
+    visitor.page.get_by_role("button", name="Start over").click()
+    visitor.page.wait_for_function("() => !document.querySelector('[data-testid=bot]')")
+    visitor.page.wait_for_timeout(1000)
+    assert visitor.answers.count() == 0
+    visitor.page.get_by_role("button", name="Ask").click()  # at once: the answers before have been stopped
+    visitor.page.wait_for_function("() => document.body.innerText.includes('[SEG]')")
+    visitor.page.get_by_role("button", name="Stop").click()
+    visitor.wait()
+    assert visitor.answers.count() == 2
+
+
+def test_opacity_and_colors_on_a_dark_page(browser, url, photos, predicted):
+    visitor = Visitor(browser, url, color_scheme="dark")
+    visitor.upload(photos / "first.png")
+    visitor.page.locator(".overlay img").wait_for()
+    plain = visitor.picture()
+    visitor.ask(QUESTION)
+    visitor.ask("And what is this?")
+    drawn = visitor.picture()
+    visitor.page.locator("input[type=range]").fill("0")
+    visitor.page.wait_for_timeout(1000)
+    assert np.array_equal(visitor.picture(), plain) and not np.array_equal(drawn, plain)
+    number = visitor.page.locator("input[type=number]")
+    number.fill("0.5")
+    number.press("Enter")
+    visitor.page.wait_for_timeout(1000)
+    assert np.array_equal(visitor.picture(), drawn)
+    backgrounds = visitor.answers.locator("b").evaluate_all(
+        "words => words.map(word => getComputedStyle(word).backgroundColor)"
+    )
+    assert set(backgrounds) == {"rgb(255, 255, 255)"}
 
 
 @pytest.mark.parametrize(

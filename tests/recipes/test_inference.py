@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import PIL.Image
@@ -151,6 +152,24 @@ def test_a_terminal_that_can_gets_the_picture_itself(monkeypatch, name, value, s
         assert np.array_equal(shown, picture)
     else:
         assert shown.size == (960, 1280)
+
+
+def test_questions_have_labels():
+    predict = runpy.run_path(str(ROOT / "recipes" / "predict.py"))
+
+    def ask(*options):
+        with mock.patch.object(sys, "argv", ["predict.py", "model", "--image", "photos", *options]):
+            return predict["ask"](predict["parse_arguments"]())
+
+    assert ask("--question", "Where is rust?", "A crack?", "--label", "rust", "crack") == [
+        {"question": "Where is rust?", "label": "rust"},
+        {"question": "A crack?", "label": "crack"},
+    ]
+    assert ask("--question", "Where is rust?") == [{"question": "Where is rust?"}]
+    with pytest.raises(ValueError, match="one for each of 2 questions, got 1"):
+        ask("--question", "Where is rust?", "A crack?", "--label", "rust")
+    with pytest.raises(ValueError, match="none with --questions"):
+        ask("--questions", "questions.jsonl", "--label", "rust")
 
 
 @pytest.mark.slow
