@@ -20,6 +20,7 @@ Gradio's variables GRADIO_SERVER_NAME, GRADIO_SERVER_PORT and GRADIO_SHARE say w
 import argparse
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -94,13 +95,17 @@ def load_predictions(directory: Path, data_dir: str | None) -> EvaluatedItems | 
             f"--predictions: expected a directory that recipes/eval.py or recipes/predict.py wrote, got {directory}."
         )
     content = json.loads((directory / EVALUATION).read_text("utf-8"))
-    protocols = content["settings"]["protocols"]
-    texts = {PROTOCOLS[name].texts for name in protocols}
     evaluations = {}
     for path in sorted(directory.glob("scores_*.jsonl")):
         name = path.stem.removeprefix("scores_")
-        options = {**content["benchmarks"][name]}
-        num_items, _, merge_instances = map(options.pop, ("num_items", "protocols", "merge_instances"))
+        try:
+            texts = {PROTOCOLS[protocol].texts for protocol in content["settings"]["protocols"]}
+            options = {**content["benchmarks"][name]}
+            num_items, _, merge_instances = map(options.pop, ("num_items", "protocols", "merge_instances"))
+        except KeyError as error:
+            raise ValueError(
+                f"{directory / EVALUATION}: expected {error}, got none. Run recipes/eval.py again."
+            ) from error
         rows = load_sources({name: options}, data_dir, num_items)[name]
         dataset = EvaluationDataset(rows, merge_instances, texts)
         scores = read_scores(path)
@@ -108,6 +113,8 @@ def load_predictions(directory: Path, data_dir: str | None) -> EvaluatedItems | 
         source = find_predictions(Path(content["settings"].get("predictions", directory)), name)
         predictions = read_predictions(source, dataset, content["settings"].get("missing_as_empty", False))
         evaluations[name] = Evaluation(dataset, predictions, scores[protocol], protocol)
+    if not evaluations:
+        raise ValueError(f"--predictions: expected scores of at least one benchmark, got none in {directory}.")
     return EvaluatedItems(evaluations)
 
 
@@ -140,8 +147,10 @@ def main():
             pages["Data"] = build_data_page(load_data(args.data, args.data_dir))
         if args.predictions:
             pages["Predictions"] = build_data_page(load_predictions(args.predictions, args.data_dir))
-        first, *others = pages.values()
-        demo = gr.TabbedInterface(list(pages.values()), list(pages)) if others else first
+        with gr.Blocks(title="lisa_hf", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
+            for name, page in pages.items():
+                with gr.Tab(name) if len(pages) > 1 else nullcontext():
+                    page.render()
         demo.launch(allowed_paths=[directory])
 
 

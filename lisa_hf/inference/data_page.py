@@ -33,7 +33,7 @@ def build_data_page(items: DataItems | EvaluatedItems | LabeledItems) -> gr.Bloc
         items: The items.
     """
     page = _Page(items)
-    with gr.Blocks(title="lisa_hf", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="lisa_hf", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         position = gr.State(0)  # among the items found
         with gr.Row():
             group = gr.Dropdown([ALL, *items.groups], label=items.group_label, min_width=160)
@@ -92,7 +92,7 @@ class _Page:
     def jump(self, number: int, group: str, image_id: str, without_mask: bool, opacity: float):
         """Show the item of a number."""
         with errors_on_page():
-            (positions,) = np.nonzero(self._find(group, image_id, without_mask) == number - 1)
+            (positions,) = np.nonzero(self._find(group, image_id, without_mask) == (number or 0) - 1)
             if len(positions) == 0:
                 raise ValueError(
                     f"expected the number of an item from 1 to {len(self.items)} that the filters let through, "

@@ -109,6 +109,9 @@ class LabeledItems:
 
     Args:
         output_dir: What it wrote: `predictions.jsonl` and `settings.json`.
+
+    Raises:
+        ValueError: If an earlier version wrote it, which did not keep the paths of images.
     """
 
     pictures = ("Prediction",)
@@ -116,7 +119,12 @@ class LabeledItems:
 
     def __init__(self, output_dir: Path):
         self.records = list(read_records(output_dir).values())
-        self.paths = json.loads((output_dir / "settings.json").read_text("utf-8"))["images"]
+        self.paths = json.loads((output_dir / "settings.json").read_text("utf-8")).get("images")
+        if self.paths is None:
+            raise ValueError(
+                f"{output_dir}: expected the paths of images in settings.json, got none. Start predict.py again "
+                "as before: it keeps the answers."
+            )
         self.groups = list(dict.fromkeys(record["question"] for record in self.records))
 
     def __len__(self) -> int:
