@@ -9,6 +9,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,9 @@ def build_demo(
             opacity.change(panel.draw, page, panel.overlay, **private)
             panel.overlay.select(panel.toggle, page, [panel.hidden, panel.overlay], **private)
         for panel in panels:
-            for event in (image.change, clear.click, panel.chat.clear):
-                event(panel.restart, image, panel.outputs, cancels=answers, **private)
+            image.change(panel.change_image, image, panel.outputs, **private)
+            for event in (clear.click, panel.chat.clear):
+                event(panel.restart, image, panel.outputs, **private)
             # With ZeroGPU, a model answers in another process, where its answer can only be cut off.
             stop.click(panel.stop, image, cancels=answers if IS_ZERO_GPU else None, queue=False, **private)
 
@@ -95,6 +97,13 @@ def build_demo(
         answer = gr.JSON(label="answer", visible=False)
         gr.Button(visible=False).click(panels[0].segment, [file, text], answer, api_name="segment", **queues[0])
     return demo
+
+
+@dataclass
+class _Running:
+    """An answer that grows, and the image that it is about."""
+
+    path: str | None
 
 
 class _Panel:
@@ -111,6 +120,7 @@ class _Panel:
             lambda session, path: Conversation(model, processor, path, max_new_tokens)
         )
         self.respond = needs_gpu(self._respond)
+        self.running: dict[str, _Running] = {}  # answers that grow, by session
         with gr.Column(min_width=320):
             self.turns, self.hidden = gr.State([]), gr.State([])
             label = f"{name}: click a mask to hide it"
@@ -139,12 +149,20 @@ class _Panel:
         request: gr.Request,
     ):
         """Yield the outputs while the answer grows, then with its masks."""
-        with errors_on_page():
-            self.check(path, question)
-            for turns in self.respond(request.session_hash, path, question.strip(), turns):
-                yield turns, hidden, _chat_messages(turns), *[gr.skip()] * (1 + len(FILES))
-            files = [gr.DownloadButton(value=file, interactive=True) for file in _write_files(path, turns)]
-            yield turns, hidden, _chat_messages(turns), self.draw(path, turns, hidden, opacity), *files
+        session = request.session_hash
+        running = self.running[session] = _Running(path)
+        try:
+            with errors_on_page():
+                self.check(path, question)
+                for turns in self.respond(session, path, question.strip(), turns):
+                    if self.running.get(session) is not running:  # the page is about something else
+                        return
+                    yield turns, hidden, _chat_messages(turns), *[gr.skip()] * (1 + len(FILES))
+                files = [gr.DownloadButton(value=file, interactive=True) for file in _write_files(path, turns)]
+                yield turns, hidden, _chat_messages(turns), self.draw(path, turns, hidden, opacity), *files
+        finally:
+            if self.running.get(session) is running:
+                del self.running[session]
 
     def segment(self, image: str, question: str) -> dict[str, Any]:
         """Answer a question about an image: text, masks as pycocotools' compressed RLE, and their scores."""
@@ -158,12 +176,20 @@ class _Panel:
         if path:
             self.conversation(request.session_hash, path).stop()
 
-    def restart(self, path: str | None):
-        """Return the outputs of a new conversation."""
+    def change_image(self, path: str | None, request: gr.Request):
+        """Return the outputs of a new conversation, and end an answer about another image."""
+        running = self.running.get(request.session_hash)
+        if running is not None and running.path != path:
+            del self.running[request.session_hash]
         with errors_on_page():
             if path:
                 self.check(path)
         return [], [], [], path and _display_image(path), *[gr.DownloadButton(interactive=False)] * len(FILES)
+
+    def restart(self, path: str | None, request: gr.Request):
+        """Return the outputs of a new conversation, and end the user's answer."""
+        self.running.pop(request.session_hash, None)
+        return self.change_image(path, request)
 
     def draw(self, path: str | None, turns: Turns, hidden: list[int], opacity: float) -> PIL.Image.Image | None:
         """Draw the masks that are not hidden."""

@@ -255,6 +255,7 @@ def slow_url(talkative, photos):
 def test_stop_ends_the_answers_and_keeps_their_masks(browser, slow_url, photos):
     visitor = Visitor(browser, slow_url)
     visitor.upload(photos / "first.png")
+    visitor.page.locator(".overlay img").first.wait_for()
     for turn in (1, 2):
         visitor.page.get_by_label("Question", exact=True).fill(QUESTION)
         visitor.page.get_by_role("button", name="Ask").click()
