@@ -86,9 +86,10 @@ def build_demo(
             opacity.change(panel.draw, page, panel.overlay, **private)
             panel.overlay.select(panel.toggle, page, [panel.hidden, panel.overlay], **private)
         for panel in panels:
-            image.change(panel.change_image, image, panel.outputs, **private)
+            # Not in the queue: they end an answer that grows.
+            image.change(panel.change_image, image, panel.outputs, queue=False, **private)
             for event in (clear.click, panel.chat.clear):
-                event(panel.restart, image, panel.outputs, **private)
+                event(panel.restart, image, panel.outputs, queue=False, **private)
             # With ZeroGPU, a model answers in another process, where its answer can only be cut off.
             stop.click(panel.stop, image, cancels=answers if IS_ZERO_GPU else None, queue=False, **private)
 
