@@ -157,6 +157,7 @@ class _Panel:
                 self.check(path, question)
                 for turns in self.respond(session, path, question.strip(), turns):
                     if self.running.get(session) is not running:  # the page is about something else
+                        yield [gr.skip()] * len(self.outputs)  # Gradio repeats the last outputs at the end
                         return
                     yield turns, hidden, _chat_messages(turns), *[gr.skip()] * (1 + len(FILES))
                 files = [gr.DownloadButton(value=file, interactive=True) for file in _write_files(path, turns)]
