@@ -86,8 +86,7 @@ def build_demo(
             opacity.change(panel.draw, page, panel.overlay, **private)
             panel.overlay.select(panel.toggle, page, [panel.hidden, panel.overlay], **private)
         for panel in panels:
-            # Not in the queue: they end an answer that grows.
-            image.change(panel.change_image, image, panel.outputs, queue=False, **private)
+            image.change(panel.change_image, image, panel.outputs, **private)  # queued, or its errors are not shown
             for event in (clear.click, panel.chat.clear):
                 event(panel.restart, image, panel.outputs, queue=False, **private)
             # With ZeroGPU, a model answers in another process, where its answer can only be cut off.
