@@ -112,7 +112,7 @@ def test_states_from_before_a_scale(monkeypatch):
     check_against_vlm(model, processor)
 
     @contextmanager
-    def record_last_hidden_state(vlm, kept=None):
+    def record_last_hidden_state(vlm, kept=None, where="projection"):
         states = []
         handle = vlm.base_model.register_forward_hook(lambda *args: states.append(args[-1].last_hidden_state))
         with vlm_backbone.record_states(vlm, kept):
