@@ -20,11 +20,24 @@ from .coco import CocoBuilder
 from .hub import Hub
 from .label_maps import Ade20k, CocoStuff, Mapillary
 from .llava_instruct import LlavaInstruct
+from .muse import Muse
 from .own_data import CocoInstances, ImageFolder, LabelMe
 from .paco_lvis import PacoLvis
 from .pascal_part import PascalPart
 from .reason_seg import ReasonSeg
-from .refer_seg import GRefCoco, RefClef, RefCoco, RefCocoG, RefCocoPlus
+from .refer_seg import (
+    FpRefCoco,
+    FpRefCocoG,
+    FpRefCocoPlus,
+    GRefCoco,
+    RefClef,
+    RefCoco,
+    RefCocoG,
+    RefCocoPlus,
+    RobustRefCoco,
+    RobustRefCocoG,
+    RobustRefCocoPlus,
+)
 from .shapes import Shapes
 from .source import SourceBuilder
 
@@ -43,8 +56,15 @@ SOURCES = {
     "refcocog": RefCocoG,
     "refclef": RefClef,
     "grefcoco": GRefCoco,
+    "fprefcoco": FpRefCoco,
+    "fprefcoco+": FpRefCocoPlus,
+    "fprefcocog": FpRefCocoG,
+    "R-refcoco": RobustRefCoco,
+    "R-refcoco+": RobustRefCocoPlus,
+    "R-refcocog": RobustRefCocoG,
     "llava_instruct": LlavaInstruct,
     "reason_seg": ReasonSeg,
+    "muse": Muse,
     # Your own data: a recipe chooses the name, and names one of these as `builder`.
     "coco_instances": CocoInstances,
     "labelme": LabelMe,

@@ -22,7 +22,8 @@ from lisa_hf.model.images import open_image
 from . import find_builder, load_source, make_builder
 
 
-# Numbers of rows (photos; in LLaVA-Instruct, conversations) by the authors. Rows without anything to ask are omitted.
+# Numbers of rows (photos; conversations of LLaVA-Instruct; questions on the Hub) by the authors. Rows without anything
+# to ask are omitted.
 PUBLISHED_ROWS = {
     "ade20k": {"train": 20210, "validation": 2000},
     "cocostuff": {"train": 118287},
@@ -34,6 +35,10 @@ PUBLISHED_ROWS = {
     "grefcoco": {"train": 16994, "val": 1500, "testA": 750, "testB": 750, "test": 1500},
     "llava_instruct": {"train": 157712},
     "reason_seg": {"train": 239, "val": 200, "test": 779},
+    "Ricky06662/ReasonSeg_val": {"test": 200},
+    "Ricky06662/ReasonSeg_test": {"test": 779},
+    "sj9909/ReasonSegX_val": {"test": 156},
+    "sj9909/ReasonSegX_test": {"test": 773},
 }
 
 
@@ -44,6 +49,7 @@ class Report:
     Args:
         name: Name of the source.
         builder: As in [`load_source`].
+        published: Numbers of rows by split that the authors publish.
         num_rows: Number of rows by split.
         num_images: Number of distinct image files in the rows.
         missing_images: Paths of the image files that do not exist or are empty.
@@ -54,6 +60,7 @@ class Report:
 
     name: str
     builder: str
+    published: dict[str, int] = dataclasses.field(default_factory=dict)
     num_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     num_images: int = 0
     missing_images: list[str] = dataclasses.field(default_factory=list)
@@ -67,12 +74,11 @@ class Report:
 
     def __str__(self) -> str:
         builder = find_builder(self.name, self.builder)
-        published = PUBLISHED_ROWS.get(self.builder, {})
         lines = [("source", inspect.getdoc(builder).splitlines()[0])]
         lines += [("error", error) for error in self.errors]
         lines += [("note", remark) for remark in self.remarks]
         for split, found in self.num_rows.items():
-            expected = f", {published[split]} published" if split in published else ""
+            expected = f", {self.published[split]} published" if split in self.published else ""
             lines.append((split, f"{found} rows{expected}"))
         if self.num_images:
             lines.append(("images", f"{self.num_images - len(self.missing_images)} of {self.num_images} found"))
@@ -96,7 +102,8 @@ def check_source(name: str, data_dir: str | None = None, split: str | None = Non
         split: Split to check. By default, all.
         options: Options of the source, see [`load_source`].
     """
-    report = Report(name, builder=options.get("builder") or name)
+    builder = options.get("builder") or name
+    report = Report(name, builder, PUBLISHED_ROWS.get(options.get("path", builder), {}))
     try:
         loaded = load_source(name, data_dir, split=split, **options)
     except (OSError, ValueError) as error:

@@ -18,7 +18,14 @@ from .segmentation import encode_visible
 from .source import SourceBuilder, SourceConfig, errors_naming, join_inside, read_json
 
 
-COCO_REFS = ("refcoco/refs(unc).p", "refcoco+/refs(unc).p", "refcocog/refs(umd).p", "grefcoco/grefs(unc).json")
+COCO_REFS = (
+    *("refcoco/refs(unc).p", "refcoco+/refs(unc).p", "refcocog/refs(umd).p", "grefcoco/grefs(unc).json"),
+    *(f"fprefcoco{end}/refs(berkeley_exclude_unified).p" for end in ("", "+", "g")),
+    *(
+        f"R-refcoco{end}/refs({split_by}_exclude_unified).p"
+        for end, split_by in zip(("", "+", "g"), ("unc", "unc", "umd"))
+    ),
+)
 
 
 class _PlainUnpickler(pickle.Unpickler):

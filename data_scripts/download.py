@@ -154,6 +154,7 @@ WEB_FILES = {
 }
 
 # Steps that cannot be automated.
+_REFS = "Download the refs from the Google Drive file that is linked there, and unpack them into {data_dir}/refer_seg."
 MANUAL_STEPS = {
     "mapillary": "Sign in, accept the license and download Mapillary Vistas 2.0. Unpack it into {data_dir}/mapillary.",
     "reason_seg": (
@@ -166,6 +167,8 @@ MANUAL_STEPS = {
         "--ann_path {data_dir}/vlpart/pascal_part/Annotations_Part "
         "--ann_out {data_dir}/vlpart/pascal_part/train.json"
     ),
+    **{f"{name}refcoco{end}": _REFS for name in ("fp", "R-") for end in ("", "+", "g")},
+    "muse": "Download the zip file from the Google Drive link there, and unpack it into {data_dir}/muse.",
 }
 
 

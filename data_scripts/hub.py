@@ -11,11 +11,13 @@ used unchanged.
 
 import dataclasses
 import glob
+import json
 import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 
 from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import FEATURES, make_row
@@ -40,11 +42,14 @@ class HubConfig(OwnDataConfig):
         subset: Name of the configuration, if there are several.
         revision: Branch, tag or commit on the Hub. Once rows are prepared, changes of a branch go unnoticed.
         image_column: Column of the images, as files or paths.
-        mask_column: Column of the masks, as images of one channel (0 for the background) or as COCO RLE.
+        mask_column: Column of the masks: images of one channel (0 for the background), rows of pixels, COCO RLE (its
+            counts alone are enough) or polygons, or one of these as JSON text.
         phrases_column: Column of the phrases that describe the mask, a text or a list of interchangeable texts.
         messages_column: Column of conversations, lists of `role` and `content`, instead of masks and phrases.
+        image_id_column: Column of the images' ids. By default, rows are numbered.
         task: Task of the rows, see [`~lisa_hf.data.rows.make_row`].
-        is_sentence: Whether the phrases are complete questions.
+        is_sentence: Whether the phrases are complete questions. None: those that end with a period or a question mark.
+        empty_masks: Whether a phrase whose mask has no pixel is about nothing. Otherwise, it is passed over.
         allow_urls: Whether to read images and masks that rows name by a URL of any server. Without it, rows may name
             files in `data_dir` and of the dataset itself.
     """
@@ -56,8 +61,10 @@ class HubConfig(OwnDataConfig):
     mask_column: str = "mask"
     phrases_column: str = "phrases"
     messages_column: str | None = None
+    image_id_column: str | None = None
     task: Literal["semantic", "referring", "reasoning"] = "referring"
-    is_sentence: bool = False
+    is_sentence: bool | None = False
+    empty_masks: bool = False
     allow_urls: bool = False
 
 
@@ -89,14 +96,15 @@ class Hub(OwnData):
         rows = datasets.load_dataset(**arguments, split=config.split, revision=config.revision, streaming=True)
         names = [config.image_column, config.messages_column or config.mask_column]
         names += [] if config.messages_column else [config.phrases_column]
+        names += [config.image_id_column] if config.image_id_column else []
         if FEATURES.keys() <= set(rows.column_names):
             rows, names = rows.select_columns(list(FEATURES)), ["image"]
         for name in names:
             if name not in rows.column_names:
                 raise ValueError(
                     f"source {self.source!r}: expected the column {name!r} in {config.path!r}, got "
-                    f"{rows.column_names}. Name its columns with image_column, mask_column, phrases_column or "
-                    "messages_column."
+                    f"{rows.column_names}. Name its columns with image_column, mask_column, phrases_column, "
+                    "messages_column or image_id_column."
                 )
         images = [names[0], *(name for name in names if isinstance(rows.features[name], datasets.Image))]
         for name in images:
@@ -126,6 +134,7 @@ class Hub(OwnData):
             if FEATURES.keys() <= row.keys():
                 return row | {"image": row["image"] and self._find_file(row["image"])}
             image = self._find_file(row[config.image_column])
+            name = str(row[config.image_id_column]) if config.image_id_column else name
             if config.messages_column:
                 return self._make_conversation(image, name, row)
             phrases = row[config.phrases_column]
@@ -133,10 +142,12 @@ class Hub(OwnData):
             if rle is None:
                 self.pass_over("masks without a pixel")
                 return None
-            target = {"phrases": [phrases] if isinstance(phrases, str) else phrases, "rle": rle}
-            return self._make_row(
-                image, name, config.task, targets=[target], ignore=ignore, is_sentence=config.is_sentence
-            )
+            phrases = [phrases] if isinstance(phrases, str) else phrases
+            is_sentence = config.is_sentence
+            if is_sentence is None:
+                is_sentence = all(phrase.rstrip().endswith((".", "?")) for phrase in phrases)
+            targets = [{"phrases": phrases, "rle": rle}]
+            return self._make_row(image, name, config.task, targets=targets, ignore=ignore, is_sentence=is_sentence)
 
     def _make_conversation(self, image: dict[str, Any], name: str, row: dict[str, Any]) -> dict[str, Any]:
         """Make a row of messages; with a column of masks, one mask per `[SEG]` of the answers."""
@@ -150,11 +161,17 @@ class Hub(OwnData):
 
     def _read_mask(self, image: dict[str, Any], mask: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Return the RLE of a mask (None if it is empty) and that of what it ignores."""
-        if isinstance(mask, list) or "counts" in mask:
+        if isinstance(mask, str):
+            mask = _read_text(mask)
+        if isinstance(mask, str | bytes | list) or "counts" in mask:
+            pixels = _read_pixels(mask)
             with open_file(image) as file:
-                declared = None if isinstance(mask, list) else mask["size"]
+                declared = mask["size"] if isinstance(mask, dict) else None if pixels is None else pixels.shape
                 _, size = self.find_space(*read_orientation(file), declared)
-            return encode_visible(mask, *size), None
+            if isinstance(mask, str | bytes):
+                mask = {"size": list(size), "counts": mask}
+            rle = encode_visible(mask, *size) if pixels is None else encode_mask(pixels) if pixels.any() else None
+            return encode_mask(np.zeros(size, dtype=bool)) if rle is None and self.config.empty_masks else rle, None
         with open_file(self._find_file(mask)) as file:
             pixels, void = read_mask(file)
         return encode_mask(pixels), None if void is None else encode_mask(void)
@@ -197,3 +214,19 @@ class Hub(OwnData):
         # Without `dirname`, which `datasets` replaces in modules of builders: its own drops the last directory.
         own = path if os.path.isdir(path) else path.partition("*")[0].rpartition(os.sep)[0]
         return list(dict.fromkeys([*filter(None, [self.config.data_dir]), *([own] if os.path.isdir(own) else [])]))
+
+
+def _read_text(mask: str) -> Any:
+    """Return what JSON text holds; other text, the counts of an RLE, is returned as it is."""
+    try:
+        found = json.loads(mask)
+    except ValueError:
+        return mask
+    return found if isinstance(found, dict | list) else mask
+
+
+def _read_pixels(mask: Any) -> np.ndarray | None:
+    """Return a mask that is given as rows of truth values, shape `(H, W)`, bool; None if it is given otherwise."""
+    if not (isinstance(mask, list) and mask and isinstance(mask[0], list) and mask[0]):
+        return None
+    return np.array(mask, dtype=bool) if isinstance(mask[0][0], bool) else None

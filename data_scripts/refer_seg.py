@@ -1,11 +1,12 @@
-"""Referring expressions: refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO.
+"""Referring expressions: refCOCO, refCOCO+, refCOCOg, refCLEF, gRefCOCO, and those with false premises.
 
     from data_scripts import load_source
     rows = load_source("refcoco", data_dir="dataset", split="testA")
 
 Mirrors `REFER` and `G_REFER` as the original uses them. A row holds all refs of one image in one split, with one
 target per ref, whose phrases are the expressions in the file. For the published scores, every expression of every ref
-is a question, even if two refs of an image share it: evaluate with `merge_instances=False`.
+is a question, even if two refs of an image share it: evaluate with `merge_instances=False`. The expressions of a ref
+that are false, about nothing in the image, are a target of their own with an empty mask.
 """
 
 import collections
@@ -26,6 +27,11 @@ from .source import errors_naming, join_inside, read_json
 def splits_of(split: str) -> list[str]:
     """Return the splits that contain the refs of a split: "testAB" is part of testA, testB and test."""
     return ["test", *(f"test{part}" for part in split[4:])] if split.startswith("test") else [split]
+
+
+def is_false(sentence: dict[str, Any]) -> bool:
+    """Return whether an expression is about nothing: marked so by FP-RefCOCO, or as not existing by R-RefCOCO."""
+    return bool(sentence.get("is_false_premise", not sentence.get("exist", True)))
 
 
 def _choose_segmentation(annotations: list[dict[str, Any]], image_id: str) -> Any:
@@ -78,6 +84,7 @@ class ReferSeg(CocoBuilder):
     REFS = "refs({}).p"
     SPLIT_BY = "unc"
     IMAGES = "images/mscoco/images/train2014"
+    ONE_ROW_PER_REF = False
     DOWNLOAD_PAGE = "https://github.com/lichengunc/refer"
     LICENSE = "The expressions: Apache-2.0 as the repository; photos: Flickr's terms of use."
 
@@ -107,9 +114,11 @@ class ReferSeg(CocoBuilder):
                 annotations = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
                 annotations = [] if annotations == [-1] else [id_key(number) for number in annotations]
                 missing = [f"annotation {number}" for number in annotations if number not in annotated]
+                sentences = ref.get("sentences", [])
                 referred = {
                     "ref_id": ref["ref_id"],
-                    "phrases": [sentence["sent"] for sentence in ref.get("sentences", [])],
+                    "phrases": [sentence["sent"] for sentence in sentences if not is_false(sentence)],
+                    "false_phrases": [sentence["sent"] for sentence in sentences if is_false(sentence)],
                     "segmentations": [
                         _choose_segmentation(annotated[number], image_id) if number in annotated else None
                         for number in annotations
@@ -118,7 +127,8 @@ class ReferSeg(CocoBuilder):
                 }
                 for split in splits_of(ref["split"]):
                     record = {"image": images.get(image_id, {"id": image_id}), "refs": []}
-                    splits[split].setdefault(image_id, record)["refs"].append(referred)
+                    key = (image_id, ref["ref_id"]) if self.ONE_ROW_PER_REF else image_id
+                    splits[split].setdefault(key, record)["refs"].append(referred)
         return {split: list(records.values()) for split, records in splits.items()}
 
     def make_row(self, record):
@@ -132,8 +142,11 @@ class ReferSeg(CocoBuilder):
                         f"Ref {ref['ref_id']} needs the {ref['missing']}, which {os.path.basename(instances_path)} "
                         "lacks. Download both files again."
                     )
-                rle = encode_object(ref["segmentations"], image["height"], image["width"])
-                targets.append({"phrases": ref["phrases"], "rle": rle})
+                size = image["height"], image["width"]
+                if ref["phrases"] or not ref["false_phrases"]:
+                    targets.append({"phrases": ref["phrases"], "rle": encode_object(ref["segmentations"], *size)})
+                if ref["false_phrases"]:
+                    targets.append({"phrases": ref["false_phrases"], "rle": encode_object([], *size)})
             return make_row(
                 image=join_inside(directory, image["file_name"]),
                 image_id=str(image["id"]),
@@ -219,3 +232,108 @@ class GRefCoco(ReferSeg):
     REFS = "grefs({}).json"
     DOWNLOAD_PAGE = "https://github.com/henghuiding/gRefCOCO"
     LICENSE = "The expressions: see the download page; photos: Flickr's terms of use."
+
+
+class FalsePremises(ReferSeg):
+    """Base of FP-RefCOCO and its siblings."""
+
+    SPLIT_BY = "berkeley_exclude_unified"
+    DOWNLOAD_PAGE = "https://github.com/see-say-segment/sesame/tree/main/dataset"
+    LICENSE = "The expressions: MIT as the repository; photos: Flickr's terms of use."
+
+
+class FpRefCoco(FalsePremises):
+    """FP-RefCOCO: expressions of refCOCO beside false ones that a language model changed (SESAME, arXiv 2312.08366).
+
+    Splits: train, val, testA, testB, test, as far as the refs have them. A false expression has an empty mask.
+
+        <data_dir>/refer_seg/
+            fprefcoco/refs(berkeley_exclude_unified).p
+            fprefcoco/instances.json
+            images/mscoco/images/train2014/*.jpg
+    """
+
+    SOURCE = "fprefcoco"
+
+
+class FpRefCocoPlus(FalsePremises):
+    """FP-RefCOCO+: expressions of refCOCO+ beside false ones that a language model changed (SESAME, arXiv 2312.08366).
+
+    Splits: train, val, testA, testB, test, as far as the refs have them. A false expression has an empty mask.
+
+        <data_dir>/refer_seg/
+            fprefcoco+/refs(berkeley_exclude_unified).p
+            fprefcoco+/instances.json
+            images/mscoco/images/train2014/*.jpg
+    """
+
+    SOURCE = "fprefcoco+"
+
+
+class FpRefCocoG(FalsePremises):
+    """FP-RefCOCOg: expressions of refCOCOg beside false ones that a language model changed (SESAME, arXiv 2312.08366).
+
+    Splits: train, val, test, as far as the refs have them. A false expression has an empty mask.
+
+        <data_dir>/refer_seg/
+            fprefcocog/refs(berkeley_exclude_unified).p
+            fprefcocog/instances.json
+            images/mscoco/images/train2014/*.jpg
+    """
+
+    SOURCE = "fprefcocog"
+
+
+class RobustRefer(ReferSeg):
+    """Base of R-RefCOCO and its siblings. One row per ref, because their metrics are means over refs."""
+
+    SPLIT_BY = "unc_exclude_unified"
+    ONE_ROW_PER_REF = True
+    DOWNLOAD_PAGE = "https://github.com/jianzongwu/robust-ref-seg"
+    LICENSE = "The expressions: none stated; photos: Flickr's terms of use."
+
+
+class RobustRefCoco(RobustRefer):
+    """R-RefCOCO: expressions of refCOCO beside negative ones, drawn from other photos (arXiv 2209.09554).
+
+    Splits: train, val, testA, testB, test, as far as the refs have them. One row per ref. A negative
+    expression has an empty mask. The files are those that SESAME publishes, or with `split_by: unc` the authors'.
+
+        <data_dir>/refer_seg/
+            R-refcoco/refs(unc_exclude_unified).p
+            R-refcoco/instances.json
+            images/mscoco/images/train2014/*.jpg
+    """
+
+    SOURCE = "R-refcoco"
+
+
+class RobustRefCocoPlus(RobustRefer):
+    """R-RefCOCO+: expressions of refCOCO+ beside negative ones, drawn from other photos (arXiv 2209.09554).
+
+    Splits: train, val, testA, testB, test, as far as the refs have them. One row per ref. A negative
+    expression has an empty mask. The files are those that SESAME publishes, or with `split_by: unc` the authors'.
+
+        <data_dir>/refer_seg/
+            R-refcoco+/refs(unc_exclude_unified).p
+            R-refcoco+/instances.json
+            images/mscoco/images/train2014/*.jpg
+    """
+
+    SOURCE = "R-refcoco+"
+
+
+class RobustRefCocoG(RobustRefer):
+    """R-RefCOCOg: expressions of refCOCOg beside negative ones, drawn from other photos (arXiv 2209.09554).
+
+    Splits: train, val, test, as far as the refs have them. One row per ref. A negative expression has an
+    empty mask. The files are those that SESAME publishes, or with `split_by: umd` the authors'.
+
+        <data_dir>/refer_seg/
+            R-refcocog/refs(umd_exclude_unified).p
+            R-refcocog/instances.json
+            images/mscoco/images/train2014/*.jpg
+    """
+
+    SOURCE = "R-refcocog"
+    SPLIT_BY = "umd_exclude_unified"
