@@ -14,6 +14,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from .conversion.checkpoints import LazyTensor, is_zero_checkpoint, open_checkpoint, open_zero_checkpoint
 from .conversion.saving import MAX_SHARD_SIZE, build_without_weights, most_common_dtype
+from .data.image_keys import read_image_keys, write_image_keys
 from .errors import redact
 from .evaluation.benchmarks import EVALUATION
 from .model.configuration_lisa import LisaConfig
@@ -315,6 +316,8 @@ def save_records(
                 shutil.copy(sheet, directory / "predictions.png")
     if record := find_run_record(checkpoint):
         (directory / RUN_RECORD).write_text(json.dumps(redact(record), indent=2) + "\n", encoding="utf-8")
+    if keys := read_image_keys(checkpoint):
+        write_image_keys(directory, keys)
     write_model_card(directory, checkpoint, model_id, is_adapter)
 
 

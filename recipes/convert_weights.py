@@ -13,6 +13,7 @@ Print the old and new name of every tensor, fail if one is missing or left over,
 """
 
 import argparse
+import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ from lisa_hf.conversion.sa2va import convert_sa2va
 from lisa_hf.conversion.sam import convert_sam
 from lisa_hf.conversion.saving import DTYPES, ConvertedModel, save_converted
 from lisa_hf.errors import report_user_errors
+from lisa_hf.training.run_record import write_conversion_record
 
 
 SOURCES = {
@@ -44,6 +46,14 @@ SOURCES = {
     "glamm": "GLaMM-RefSeg and the other GLaMMs with masks; without their questions about boxes",
     "sa2va": "Sa2VA on Qwen2.5-VL, Qwen3-VL, or InternVL 2.5 and 3",
     "lisa-train": "a run of LISA's train_ds.py: its ZeRO checkpoint, or the pytorch_model.bin made from it",
+}
+
+
+# What the authors say of the training data of published weights in these formats.
+TRAINING_DATA = {
+    "lisa": "LISA's published weights of v1 were trained on both ReasonSeg train and val, so their metrics on its val "
+    "cannot be compared.",
+    "lisa-v0": "LISA's published weights of v0 were trained on ReasonSeg train, and not on its val.",
 }
 
 
@@ -97,7 +107,8 @@ def convert(args: argparse.Namespace) -> ConvertedModel:
     if source == "sa2va":
         return convert_sa2va(tensors, find_config(args.checkpoint), args.chat_template)
     if source in LISA_LAYOUTS:
-        return convert_lisa(tensors, find_config(args.checkpoint), layout=LISA_LAYOUTS[source], **options)
+        converted = convert_lisa(tensors, find_config(args.checkpoint), layout=LISA_LAYOUTS[source], **options)
+        return dataclasses.replace(converted, training_data=TRAINING_DATA.get(source, ""))
     if source == "llava-delta":
         if args.base is None:
             raise ValueError("--base: expected the directory of the LLaMA that this delta belongs to, got none.")
@@ -133,7 +144,11 @@ def main():
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("lisa_hf").setLevel(logging.INFO)
     with report_user_errors():
-        save_converted(convert(args), args.output, DTYPES[args.dtype])
+        converted = convert(args)
+        save_converted(converted, args.output, DTYPES[args.dtype])
+        if converted.training_data:
+            write_conversion_record(args.output, str(args.checkpoint), converted.training_data)
+            print(converted.training_data)
         print(f"Done. Model and processor: {args.output.resolve()}")
 
 

@@ -9,10 +9,15 @@ Other models, without loading one: write the questions, answer them, score the a
     python recipes/eval.py --export_questions questions.jsonl --data_dir dataset --benchmarks reason_seg_val
     python recipes/eval.py --predictions answers.jsonl --data_dir dataset --benchmarks reason_seg_val
 
+`--base_model VLM`, the one that the model was trained from, says how likely the VLM's own answers to questions without
+masks still are.
+
 `--eval_sources` evaluates on your own data. A table is printed, and `--output_dir` (outputs/evaluate/MODEL) gets:
 
-    evaluation.json            {"model": ..., "settings": ..., "benchmarks": {name: {"builder", "split" and other
-                               options of the source, "num_items", "protocols": {"lisa" | ...: {"giou": 0.53, ...}}}}}
+    evaluation.json            {"model", "settings", "environments": [{"date", "git_commit", "versions", "device",
+                               "num_processes", "seed", "protocol_version"}], "train_overlap": {name: {training source:
+                               number of its images}}, "benchmarks": {name: {"builder", "split" and other options of
+                               the source, "num_items", "protocols": {"lisa" | ...: {"giou": 0.53, ...}}}}}
     evaluation.md              the same as a table, in percent
     predictions_NAME.jsonl     answers and masks, see lisa_hf/evaluation/predictions.py
     predictions_NAME.png       the best, the median and the worst answers
@@ -28,12 +33,17 @@ import argparse
 import logging
 import sys
 from collections.abc import Collection
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 from accelerate import PartialState
+from transformers.utils import cached_file
 
 from data_scripts import load_sources
+from data_scripts.benchmarks import BENCHMARKS
 from lisa_hf import LisaDataCollator, LisaTrainer
+from lisa_hf.data.image_keys import TRAIN_IMAGES, read_image_keys
 from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.errors import nearest_name, report_user_errors
 from lisa_hf.evaluation.benchmarks import (
@@ -44,26 +54,20 @@ from lisa_hf.evaluation.benchmarks import (
     write_evaluation,
     write_scores,
 )
+from lisa_hf.evaluation.leakage import count_seen_images, describe_seen_images
 from lisa_hf.evaluation.predict import draw_predictions
 from lisa_hf.evaluation.predictions import export_questions, find_predictions, predict_benchmark, read_predictions
-from lisa_hf.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
+from lisa_hf.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOL_VERSION, PROTOCOLS
+from lisa_hf.evaluation.text_perplexity import answer_questions_as_text, perplexity, raise_if_another_vlm
 from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
-from lisa_hf.training.build import load_lisa
+from lisa_hf.training.build import load_lisa, load_vlm
+from lisa_hf.training.run_record import RUN_RECORD, describe_hardware, describe_software, find_run_record, list_stages
 
 
 logger = logging.getLogger("eval")
 
-SPLITS = {
-    "reason_seg": ("val", "val_short", "val_long", "test", "test_short", "test_long"),
-    "refcoco": ("val", "testA", "testB"),
-    "refcoco+": ("val", "testA", "testB"),
-    "refcocog": ("val", "test"),
-    "refclef": ("val", "testA", "testB", "testC"),
-    "grefcoco": ("val", "testA", "testB"),
-}
-# Name of a benchmark -> its source and the source's options.
-BENCHMARKS = {f"{source}_{split}": (source, {"split": split}) for source, splits in SPLITS.items() for split in splits}
+NUM_TEXT_IMAGES = 4  # with `--base_model`
 DEFAULTS = {
     "eval_generate": "true",
     "per_device_eval_batch_size": "1",  # makes metrics equal to the last bit on any number of processes
@@ -89,8 +93,13 @@ def main():
         # 3. An output directory, which may hold the beginning of this evaluation
         output_dir, model = Path(training_args.output_dir), args.model or args.predictions
         settings = settings_of(args, model_args, training_args)
+        environment = environment_of(training_args)
         with training_args.main_process_first(desc="output directory"):
-            results = open_evaluation(output_dir, model, settings, sources, args.overwrite)
+            evaluation = open_evaluation(output_dir, model, settings, environment, sources, args.overwrite)
+        train_images, note = find_training_images(args.model) if args.model else (None, "")
+        if args.base_model and PartialState().is_main_process and "text" not in evaluation:
+            evaluation["text"] = compare_texts(args.model, args.base_model, model_args, training_args, datasets)
+            write_evaluation(output_dir, evaluation)
 
         # 4. Model and trainer, unless there are predictions
         trainer = None if args.predictions else make_trainer(args.model, model_args, data_args, training_args)
@@ -106,14 +115,20 @@ def main():
             if PartialState().is_main_process:
                 predictions = read_predictions(path, dataset, args.missing_as_empty)
                 subsets, scores = score_predictions(dataset, predictions, args.protocols)
-                results |= {name + subset: {**sources[name], **result} for subset, result in subsets.items()}
+                results = {name + subset: {**sources[name], **result} for subset, result in subsets.items()}
+                evaluation["benchmarks"] |= results
+                if args.model:
+                    seen = None if train_images is None else count_seen_images(train_images, dataset)
+                    evaluation["train_overlap"][name] = seen
+                    logger.warning(describe_seen_images(name, len(dataset), seen, note))
                 write_scores(output_dir / f"scores_{name}.jsonl", scores)
-                write_evaluation(output_dir, model, settings, results)
+                write_evaluation(output_dir, evaluation)
                 if "generated" in scores:
                     titles = questions_to_draw(scores["generated"])
                     draw_predictions(dataset, predictions, titles).save(output_dir / f"predictions_{name}.png")
         if PartialState().is_main_process:
-            print(f"{markdown_table(results)}\nDone. Metrics, masks and sheets of them: {output_dir.resolve()}")
+            print(markdown_table(evaluation["benchmarks"]))
+            print(f"Done. Metrics, masks and sheets of them: {output_dir.resolve()}")
 
 
 def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrainingArguments]:
@@ -137,12 +152,15 @@ def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrai
         "--missing_as_empty", action="store_true", help="count a question without a prediction as one without a mask"
     )
     parser.add_argument("--export_questions", metavar="FILE", help="JSON Lines file to write the questions to")
+    parser.add_argument("--base_model", metavar="NAME", help="VLM or LISA that the model was trained from")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation, or the file")
     # The model comes first. An optional positional argument would take the value of any argument of recipes/train.py.
     model = sys.argv[1] if sys.argv[1:] and not sys.argv[1].startswith("-") else None
     args, others = parser.parse_known_args(sys.argv[2:] if model else None)
     args.model = model
     given = [args.model, args.predictions, args.export_questions]
+    if args.base_model and not args.model:
+        parser.error("--base_model: expected a model to compare it with, got none")
     if sum(value is not None for value in given) != 1:
         parser.error("expected a model, --predictions or --export_questions, one of the three")
     name = Path(args.model).name if args.model else f"scored_{Path(args.predictions or '').stem}"
@@ -184,6 +202,58 @@ def settings_of(args: argparse.Namespace, model_args: ModelArguments, training_a
     }
 
 
+def compare_texts(
+    name: str,
+    base_name: str,
+    model_args: ModelArguments,
+    training_args: LisaTrainingArguments,
+    datasets: dict[str, EvaluationDataset],
+) -> dict:
+    """Measure the perplexity of a VLM's answers under it and under the model that was trained from it."""
+    dataset = next(iter(datasets.values()))
+    images = [dataset[index]["image"] for index in range(min(NUM_TEXT_IMAGES, len(dataset)))]
+    dtype = {"dtype": model_args.dtype} if model_args.dtype else {}
+    base, base_processor = load_vlm(base_name, **dtype)
+    rows = answer_questions_as_text(base.to(training_args.device).eval(), base_processor, images)
+    found = {"base_model": base_name, "num_answers": len(rows), "perplexity_of_base": perplexity(base, rows)}
+    base_config, base = base.config, None  # frees its memory
+    vlm, processor = load_vlm(name, **dtype)
+    raise_if_another_vlm(vlm.config, processor, base_config, base_processor)
+    found["perplexity"] = perplexity(vlm.to(training_args.device).eval(), rows)
+    logger.info(
+        "%d answers of %s about images have a perplexity of %.2f under it, and of %.2f under %s.",
+        *(len(rows), base_name, found["perplexity_of_base"], found["perplexity"], name),
+    )
+    return found
+
+
+def environment_of(training_args: LisaTrainingArguments) -> dict:
+    """Return what else results were made with; none of it should change them beyond rounding, but the last."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        **describe_software(),
+        **describe_hardware(training_args),
+        "seed": training_args.seed,
+        "protocol_version": PROTOCOL_VERSION,
+    }
+
+
+def find_training_images(model: str) -> tuple[dict[str, np.ndarray] | None, str]:
+    """Return the keys of a model's training images by source, None if unknown, and what is known otherwise."""
+    directory = Path(model)
+    if not directory.is_dir():  # on the Hub
+        missing = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        paths = [cached_file(model, name, **missing) for name in (RUN_RECORD, TRAIN_IMAGES)]
+        directory = next((Path(path).parent for path in paths if path), directory)
+    record, keys = find_run_record(directory), read_image_keys(directory)
+    stages = list_stages(record) if record else []
+    sources = {row["source"] for stage in stages for row in stage["data"]["train"]}
+    notes = [stage["training_data"] for stage in stages if "training_data" in stage]
+    if unknown := sorted(sources - keys.keys()):
+        notes.append(f"Not compared: {', '.join(unknown)}, whose images were not recorded.")
+    return keys or None, " ".join(notes)
+
+
 def load_datasets(
     benchmarks: list[str], data_args: DataArguments, protocols: Collection[str]
 ) -> tuple[dict[str, dict], dict[str, EvaluationDataset]]:
@@ -196,7 +266,8 @@ def load_datasets(
                 f"`{nearest_name(name, BENCHMARKS)}`?"
             )
         builder, options = BENCHMARKS[name]
-        sources[name] = {"builder": builder, **options}
+        sources[name.replace("/", "--")] = {"builder": builder, **options}  # it becomes a part of file names
+    published = set(sources)
     sources |= data_args.eval_sources
     if not sources:
         raise ValueError("expected --benchmarks or --eval_sources '{reason_seg: {split: val}}', got neither")
@@ -204,7 +275,7 @@ def load_datasets(
     texts = {PROTOCOLS[name].texts for name in protocols}
     datasets = {
         # Published benchmarks ask about each of several objects of one name on its own.
-        name: EvaluationDataset(rows[name], merge_instances=name not in benchmarks, texts=texts)
+        name: EvaluationDataset(rows[name], merge_instances=name not in published, texts=texts)
         for name in sources
     }
     for name, options in sources.items():

@@ -35,7 +35,7 @@ SHELL_BLOCKS = [block for blocks in BLOCKS.values() for block in blocks if block
 PYTHON_BLOCKS = [block for blocks in BLOCKS.values() for block in blocks if block.language == "python"]
 INLINE_COMMANDS = [command for path in PAGES for command in find_inline_commands(path)]
 # Programs that are not ours, and what a shell does itself.
-OTHER_PROGRAMS = {"source", "export", "cp", "curl"}
+OTHER_PROGRAMS = {"source", "export", "cp", "curl", "lmms-eval"}
 SERVER = "127.0.0.1:7860"
 
 

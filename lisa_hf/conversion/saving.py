@@ -34,11 +34,13 @@ class ConvertedModel:
         model: Model on the meta device; its class, configuration and generation settings are saved.
         tensors: Weights of the model, by its own names.
         processor: Processor that prepares its inputs.
+        training_data: What its authors say of its training data, in a sentence.
     """
 
     model: PreTrainedModel
     tensors: dict[str, LazyTensor]
     processor: ProcessorMixin
+    training_data: str = ""
 
 
 def build_without_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

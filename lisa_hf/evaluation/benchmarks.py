@@ -1,12 +1,14 @@
 """Results of benchmarks: predictions are compared with the truth by each protocol, and the numbers become tables."""
 
 import json
+import logging
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import networkx
 import numpy as np
 
 from ..data.masks import Mask, merge_masks
@@ -19,7 +21,11 @@ from .predictions import QuestionPrediction, iterate_questions
 from .protocols import PROTOCOLS, Protocol
 
 
+logger = logging.getLogger(__name__)
+
 EVALUATION = "evaluation.json"
+# Metrics of false premises, which tables show where they are computed.
+FALSE_PREMISES = {"see_acc": "See", "miou": "mIoU", "oiou": "oIoU", "mrr": "mRR", "riou": "rIoU"}
 SHEET_RANKS = 4  # questions that a sheet shows of the best, the median and the worst each
 
 
@@ -43,6 +49,11 @@ class QuestionScore:
     targets: list[int]
     num_seg_tokens: int
 
+    @property
+    def row_id(self) -> str:
+        """Id of the question's row, which differs from the image's if several rows are about it."""
+        return self.question_id.rpartition("_")[0]
+
 
 def score_predictions(
     dataset: EvaluationDataset, predictions: dict[str, QuestionPrediction], protocols: Collection[str]
@@ -62,12 +73,12 @@ def score_predictions(
     """
     # 1. Count pixels.
     scores = {name: [] for name in protocols}
-    images = {"": set(), "_short": set(), "_long": set()}
+    rows = {"": set(), "_short": set(), "_long": set()}  # of which there may be several about an image
     later_texts = set()  # questions that are not asked with a first text
-    for row, image_id, questions in iterate_questions(dataset):
-        images[""].add(image_id)
+    for row, row_id, questions in iterate_questions(dataset):
+        rows[""].add(row_id)
         if row["task"] == "reasoning":
-            images["_long" if row["is_sentence"] else "_short"].add(image_id)
+            rows["_long" if row["is_sentence"] else "_short"].add(row_id)
         ignored = None if row["ignore"] is None else Mask.from_rle(row["ignore"])
         for question_id, question in questions.items():
             if "first" not in question.texts:
@@ -75,15 +86,15 @@ def score_predictions(
             for name in protocols:
                 counts = _count_pixels(question, predictions[question_id], ignored, PROTOCOLS[name])
                 if counts is not None:
-                    scores[name].append(QuestionScore(question_id, image_id, *counts))
-    if not (images["_short"] and images["_long"]):
-        images = {"": images[""]}
+                    scores[name].append(QuestionScore(question_id, row["image_id"], *counts))
+    if not (rows["_short"] and rows["_long"]):
+        rows = {"": rows[""]}
 
     # 2. Compute metrics.
-    results = {subset: {"num_items": len(members), "protocols": {}} for subset, members in images.items()}
-    for subset, members in images.items():
+    results = {subset: {"num_items": len(members), "protocols": {}} for subset, members in rows.items()}
+    for subset, members in rows.items():
         for name in protocols:
-            asked = [score for score in scores[name] if score.image_id in members]
+            asked = [score for score in scores[name] if score.row_id in members]
             has_several_texts = any(score.question_id in later_texts for score in asked)
             if asked and (PROTOCOLS[name].texts != "all" or has_several_texts):
                 results[subset]["protocols"][name] = _compute(asked, PROTOCOLS[name])
@@ -98,14 +109,38 @@ def _count_pixels(
     if masks is None or protocol.texts not in question.texts:
         return None
     due, given = question.masks, masks
+    if protocol.matches_masks and due:
+        due, given = _match_masks(due, given)
     if protocol.merges_masks:
         due, given = ([merge_masks(found)] if found else [] for found in (due, given))
     counts = []
     for number, target in enumerate(due):
-        predicted = given[number] if number < len(given) else Mask(target.size, target.run_ends[-1:])  # empty
+        predicted = given[number] if number < len(given) else _empty(target)
         counts.append(intersection_and_union_of_runs(predicted, target, ignored if protocol.ignores_pixels else None))
     intersections, unions, targets = map(list, zip(*counts)) if counts else ([], [], [])
     return intersections, unions, targets, len(masks)
+
+
+def _match_masks(due: list[Mask], given: list[Mask]) -> tuple[list[Mask], list[Mask]]:
+    """Return what is due and what is given in pairs whose IoUs are the highest in sum, the rest beside empty masks."""
+    overlaps = networkx.Graph()
+    for i, target in enumerate(due):
+        for j, predicted in enumerate(given):
+            intersection, union, _ = intersection_and_union_of_runs(predicted, target, None)
+            if intersection:
+                overlaps.add_edge(("due", i), ("given", j), weight=intersection / union)
+    found = dict(sorted(edge, reverse=True) for edge in networkx.max_weight_matching(overlaps))  # given -> due
+    partner = {i: j for (_, j), (_, i) in found.items()}
+    rest = [j for j in range(len(given)) if ("given", j) not in found]
+    # Those that overlap nothing are paired too, as by the Hungarian algorithm.
+    order = [partner[i] if i in partner else rest.pop(0) if rest else None for i in range(len(due))]
+    beyond = [given[j] for j in rest if len(given[j].run_ends) > 1]
+    matched = [_empty(target) if j is None else given[j] for target, j in zip(due, order)]
+    return [*due, *map(_empty, beyond)], [*matched, *beyond]
+
+
+def _empty(mask: Mask) -> Mask:
+    return Mask(mask.size, mask.run_ends[-1:])
 
 
 def intersection_and_union_of_runs(predicted: Mask, target: Mask, ignored: Mask | None) -> tuple[int, int, int]:
@@ -133,7 +168,39 @@ def _compute(scores: list[QuestionScore], protocol: Protocol) -> dict[str, float
         for name in ("intersections", "unions", "targets", "num_seg_tokens")
     }
     columns["images"] = [numbers[score.image_id] for score in scores]
-    return compute_protocol(columns, not protocol.teacher_forced, empty_target=protocol.empty_target)
+    metrics = compute_protocol(columns, not protocol.teacher_forced, empty_target=protocol.empty_target)
+    if protocol.matches_masks:  # masks beyond those that are due are no questions about nothing
+        metrics = {name: value for name, value in metrics.items() if name not in ("n_acc", "t_acc", "see_acc")}
+    return metrics | (row_metrics(scores) if protocol.per_row else {})
+
+
+def row_metrics(scores: list[QuestionScore]) -> dict[str, float]:
+    """Return the metrics of R-RefCOCO (arXiv 2209.09554), whose rows are refs: true expressions beside negative ones.
+
+    Formula, for refs r with true expressions P_r and negative ones N_r, intersections I and unions U in pixels:
+
+        miou = mean_r(mean_{p in P_r}(I_p / U_p))
+        oiou = sum_r(sum_{p in P_r}(I_p)) / sum_r(sum_{p in P_r}(U_p))
+        mrr = mean_r(share of N_r without a predicted pixel), over refs with negative expressions
+        riou = mean_r(sum_{p in P_r}(I_p) / sum_{q in P_r and N_r}(U_q))
+
+    Returns:
+        These metrics, or none unless there are both true and negative expressions.
+    """
+    rows = {}
+    for score in scores:
+        rows.setdefault(score.row_id, []).append((sum(score.intersections), sum(score.unions), sum(score.targets)))
+    counts = [np.array(row) for row in rows.values()]  # num_rows x [num_questions, 3]
+    true, negative = [row[row[:, 2] > 0] for row in counts], [row[row[:, 2] == 0] for row in counts]
+    if not (any(map(len, true)) and any(map(len, negative))):
+        return {}
+    totals = np.concatenate(true).sum(0)
+    return {
+        "miou": float(np.mean([(row[:, 0] / row[:, 1]).mean() for row in true if len(row)])),
+        "oiou": float(totals[0] / totals[1]),
+        "mrr": float(np.mean([(row[:, 1] == 0).mean() for row in negative if len(row)])),
+        "riou": float(np.mean([row[:, 0].sum() / row[:, 1].sum() for row, found in zip(counts, true) if len(found)])),
+    }
 
 
 def questions_to_draw(scores: list[QuestionScore]) -> dict[str, str]:
@@ -150,16 +217,26 @@ def questions_to_draw(scores: list[QuestionScore]) -> dict[str, str]:
 
 
 def open_evaluation(
-    output_dir: Path, model: str, settings: dict[str, Any], sources: dict[str, dict], overwrite: bool
-) -> dict[str, dict]:
-    """Return the results of an evaluation that goes on, none for a new one.
+    output_dir: Path,
+    model: str,
+    settings: dict[str, Any],
+    environment: dict[str, Any],
+    sources: dict[str, dict],
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Begin an evaluation, or go on with an interrupted one.
 
     Args:
         output_dir: Directory of the evaluation.
         model: What is evaluated.
         settings: What its predictions depend on, as JSON can hold it.
+        environment: What else its results are made with: date, software, hardware, `protocol_version`, ...
         sources: Benchmarks to evaluate on, with the options of their sources.
         overwrite: Whether to remove another evaluation.
+
+    Returns:
+        The content of `evaluation.json`: `model`, `settings`, `environments`, `train_overlap` (see
+        [`~leakage.count_seen_images`]) and results, `benchmarks`, both by the benchmark's name.
 
     Raises:
         ValueError: If the directory holds another evaluation, or this one and it is complete.
@@ -169,30 +246,35 @@ def open_evaluation(
         for pattern in ("predictions_*", "scores_*.jsonl", "evaluation.*"):
             for found in output_dir.glob(pattern):
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
+    new = {"model": model, "settings": settings, "environments": [environment], "train_overlap": {}, "benchmarks": {}}
     if not path.exists():
-        write_evaluation(output_dir, model, settings, {})
-        return {}
+        write_evaluation(output_dir, new)
+        return new
     try:
         found = json.loads(path.read_text("utf-8"))
-        known, results = found["settings"], found["benchmarks"]
-    except (ValueError, KeyError, TypeError):
-        known, results = {}, {}
-    changed = [name for name in settings if known.get(name) != settings[name]]
-    changed += [name for name in sources if name in results and not sources[name].items() <= results[name].items()]
+        known, results, last = found["settings"], found["benchmarks"], found["environments"][-1]
+        changed = [name for name in settings if known.get(name) != settings[name]]
+        changed += [name for name in sources if name in results and not sources[name].items() <= results[name].items()]
+        changed += ["protocol_version"] if last["protocol_version"] != environment["protocol_version"] else []
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):  # of another version, or damaged
+        results, changed = {}, list(settings)
     if changed or results.keys() >= sources.keys():
         what = f"one with other settings ({', '.join(changed)})" if changed else "a complete one"
         raise ValueError(
             f"--output_dir: expected a directory without an earlier evaluation, got {output_dir} with {what}. Name "
             "another, or replace it with --overwrite."
         )
-    return results
+    if {**last, "date": None} != {**environment, "date": None}:
+        logger.warning("The evaluation goes on with other software or hardware than it began with. Both are recorded.")
+        found["environments"].append(environment)
+    return found
 
 
-def write_evaluation(output_dir: Path, model: str, settings: dict[str, Any], results: dict[str, dict]) -> None:
-    """Write results of benchmarks by name as `evaluation.json` and, in percent, as the table `evaluation.md`."""
+def write_evaluation(output_dir: Path, evaluation: dict[str, Any]) -> None:
+    """Write an evaluation, see [`open_evaluation`], and its results in percent as the table `evaluation.md`."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"model": model, "settings": settings, "benchmarks": results}, indent=2) + "\n"
-    for name, text in ((EVALUATION, content), ("evaluation.md", markdown_table(results))):
+    table = markdown_table(evaluation["benchmarks"])
+    for name, text in ((EVALUATION, json.dumps(evaluation, indent=2) + "\n"), ("evaluation.md", table)):
         with atomic_file(output_dir / name) as path:
             path.write_text(text, encoding="utf-8")
 
@@ -215,16 +297,19 @@ def read_scores(path: Path) -> dict[str, list[QuestionScore]]:
 
 def markdown_table(results: dict[str, dict]) -> str:
     """Format results of benchmarks by name as a Markdown table: one row per protocol, metrics in percent."""
-    precisions = [f"p@{threshold}" for threshold in PRECISION_THRESHOLDS]
-    names = ["benchmark", "protocol", "questions", "gIoU (95%)", "cIoU (95%)", *map(str.upper, precisions)]
-    table = [[*names, "N-acc", "T-acc", "[SEG]"], ["---"] * 2 + ["---:"] * (len(names) + 1)]
+    columns = {f"p@{threshold}": f"P@{threshold}" for threshold in PRECISION_THRESHOLDS}
+    columns |= {"n_acc": "N-acc", "t_acc": "T-acc", "seg_rate": "[SEG]"}
+    rows = [metrics for result in results.values() for metrics in result["protocols"].values()]
+    columns |= {name: title for name, title in FALSE_PREMISES.items() if any(name in metrics for metrics in rows)}
+    names = ["benchmark", "protocol", "questions", "gIoU (95%)", "cIoU (95%)", *columns.values()]
+    table = [names, ["---"] * 2 + ["---:"] * (len(names) - 2)]
     for benchmark, result in results.items():
         for protocol, metrics in result["protocols"].items():
             cells = [
                 "{:.1f} ({:.1f} to {:.1f})".format(*(100 * metrics[name + end] for end in ("", "_low", "_high")))
                 for name in ("giou", "ciou")
             ]
-            for name in (*precisions, "n_acc", "t_acc", "seg_rate"):
+            for name in columns:
                 cells.append(f"{100 * metrics[name]:.1f}" if name in metrics else "")
             table.append([benchmark, protocol, str(metrics["num_questions"]), *cells])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in table)

@@ -56,27 +56,32 @@ def compare_scores(
             f"{len(other_by_id.keys() & {score.question_id for score in first})} are the same. Evaluate both alike."
         )
     other = [other_by_id[score.question_id] for score in first]
-    if changed := [a.question_id for a, b in zip(first, other) if a.targets != b.targets]:
+    if protocol.matches_masks:  # it also counts masks beyond those that are due, whose targets are empty
+        truth = [[list(filter(None, score.targets)) for score in scores] for scores in (first, other)]
+    else:
+        truth = [[score.targets for score in scores] for scores in (first, other)]
+    if changed := [score.question_id for score, known, found in zip(first, *truth) if known != found]:
         raise ValueError(f"expected two evaluations with the same true masks, got another one in {changed[0]}.")
 
-    # Sums over the masks of each image, [num_images] each.
-    names, images = np.unique([score.image_id for score in first for _ in score.targets], return_inverse=True)
-    count = np.bincount(images, minlength=len(names))
+    # Number of masks of each image and sums over them, [num_images] each.
+    names = np.unique([score.image_id for score in first if score.targets])
     sums = []
     for scores in (first, other):
-        iou, intersection, union = _mask_columns(scores, protocol)
-        sums.append([np.bincount(images, values, len(names)) for values in (iou, intersection, union)])
-    (iou, intersection, union), (other_iou, other_intersection, other_union) = sums
+        images = np.searchsorted(names, [score.image_id for score in scores for _ in score.targets])
+        columns = _mask_columns(scores, protocol)
+        sums.append([np.bincount(images, values, len(names)) for values in (np.ones(len(images)), *columns)])
+    (count, iou, intersection, union), (other_count, other_iou, other_intersection, other_union) = sums
 
     def differences(draw: np.ndarray) -> tuple[float, float]:
-        giou = (other_iou - iou)[draw].sum() / count[draw].sum()
+        giou = _ratio(other_iou[draw], other_count[draw]) - _ratio(iou[draw], count[draw])
         return giou, _ratio(other_intersection[draw], other_union[draw]) - _ratio(intersection[draw], union[draw])
 
     rng = np.random.default_rng(seed)
     everything = differences(np.arange(len(names)))
     resampled = [differences(rng.integers(len(names), size=len(names))) for _ in range(resamples)]
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    better, worse = int((other_iou > iou).sum()), int((other_iou < iou).sum())
+    mean, other_mean = iou / count, other_iou / other_count  # equal values stay equal
+    better, worse = int((other_mean > mean).sum()), int((other_mean < mean).sum())
     return Comparison(
         giou=(everything[0], low[0], high[0]),
         ciou=(everything[1], low[1], high[1]),
@@ -101,10 +106,17 @@ def comparison_report(directories: list[Path]) -> str:
         directories: What recipes/eval.py wrote, with different models.
 
     Raises:
-        ValueError: If a directory has no evaluation, or if the evaluations share no benchmark.
+        ValueError: If a directory has no evaluation, if the evaluations share no benchmark, or if they were made by
+            protocols of other versions.
     """
     evaluations = {_name(path, directories): _read(path) for path in directories}
     names = list(evaluations)
+    versions = {name: _environment(evaluation).get("protocol_version") for name, evaluation in evaluations.items()}
+    if len(set(versions.values())) > 1:
+        raise ValueError(
+            f"expected evaluations by the same version of the protocols, got {versions}. Score the older predictions "
+            "again: recipes/eval.py --predictions DIR"
+        )
     shared = [
         (benchmark, protocol)
         for benchmark, result in evaluations[names[0]]["benchmarks"].items()
@@ -162,12 +174,23 @@ def _warnings(evaluations: dict[str, dict]) -> list[str]:
     for name in others:
         known, settings = evaluations[first]["settings"], evaluations[name]["settings"]
         changed = sorted(key for key in known.keys() & settings.keys() - OF_THE_MODEL if known[key] != settings[key])
+        before, after = _environment(evaluations[first]), _environment(evaluations[name])
+        changed += [
+            key for key in sorted((before.keys() | after.keys()) - {"date"}) if before.get(key) != after.get(key)
+        ]
         for benchmark, result in evaluations[first]["benchmarks"].items():
             other = evaluations[name]["benchmarks"].get(benchmark, result)
-            changed += [f"{benchmark}.{key}" for key in result if key != "protocols" and result[key] != other.get(key)]
+            keys = result.keys() - {"protocols"}
+            changed += [f"{benchmark}.{key}" for key in sorted(keys) if result[key] != other.get(key)]
         if changed:
             lines += ["", f"**{name} was evaluated differently from {first}**: {', '.join(changed)}."]
     return lines
+
+
+def _environment(evaluation: dict) -> dict:
+    """Return what an evaluation was made with, its packages among the other keys."""
+    environment = dict(evaluation.get("environments", [{}])[-1])
+    return environment | environment.pop("versions", {})
 
 
 def _mask_columns(scores: list[QuestionScore], protocol: Protocol) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -82,11 +82,12 @@ class SegmentationMetric(evaluate.Metric):
         p@t = share of I_m / U_m >= t, over masks with T_m > 0
         n_acc = share of masks without a predicted pixel, over masks with T_m = 0
         t_acc = share of masks with a predicted pixel, over masks with T_m > 0
+        see_acc = share of masks with a predicted pixel if and only if T_m > 0
         seg_rate = share of answers with a [SEG], over questions with a mask due
         false_seg_rate = share of answers with a [SEG], over questions without
 
     gIoU and cIoU are those of LISA (arXiv 2308.00692, section 4.1), N-acc and T-acc those of the gRefCOCO paper (arXiv
-    2306.00968).
+    2306.00968), see_acc is the "See" accuracy of SESAME (arXiv 2312.08366).
 
     These are the formulas of `empty_target="empty_mask"`. With "no_mask", nothing is predicted if the answer has no
     `[SEG]`, as in the code of the gRefCOCO paper. With "always_wrong", an empty union counts as 0, as in Seg-Zero's
@@ -129,7 +130,7 @@ Returns a dict, floats unless stated. Metrics without any mask or question are 0
     giou_low, giou_high, ciou_low, ciou_high: 95% percentile bootstrap intervals. Images are resampled, not masks,
         since the masks of one image are correlated.
     p@0.5, ..., p@0.9: Precision at these thresholds.
-    n_acc, t_acc: Present only if a question is about nothing.
+    n_acc, t_acc, see_acc: Present only if a question is about nothing.
     seg_rate, false_seg_rate: How reliably [SEG] is generated.
     num_masks, num_questions: Ints, number of masks and questions that the metrics are computed from.
 """,
@@ -197,6 +198,7 @@ Returns a dict, floats unless stated. Metrics without any mask or question are 0
         if not has_target.all() and empty_target != "always_wrong":
             metrics["n_acc"] = _ratio((~has_prediction)[~has_target].sum(), (~has_target).sum())
             metrics["t_acc"] = _ratio(has_prediction[has_target].sum(), has_target.sum())
+            metrics["see_acc"] = _ratio((has_prediction == has_target).sum(), len(has_target))
         return metrics | {
             "seg_rate": _ratio(emitted[due].sum(), due.sum()),
             "false_seg_rate": _ratio(emitted[~due].sum(), (~due).sum()),

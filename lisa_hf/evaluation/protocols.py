@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from .metrics import EmptyTarget
 
 
+# To be increased whenever the same predictions give other numbers than before.
+PROTOCOL_VERSION = 1
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How answers become numbers.
@@ -21,6 +25,9 @@ class Protocol:
         ignores_pixels: Whether pixels that are annotated as ambiguous count nowhere. Otherwise they are background.
         merges_masks: Whether all masks of an answer are one, compared with the union of what is due. Otherwise they
             are compared one by one, in order.
+        matches_masks: Whether the masks of an answer are matched with those that are due so that their IoUs are the
+            highest in sum, instead of in order. Both what is due and what is given beyond that counts as wrong.
+        per_row: Whether to report the means over rows that R-RefCOCO is evaluated with, see [`row_metrics`].
         empty_target: What is right where nothing is due, see [`SegmentationMetric`].
     """
 
@@ -29,6 +36,8 @@ class Protocol:
     teacher_forced: bool = False
     ignores_pixels: bool = True
     merges_masks: bool = False
+    matches_masks: bool = False
+    per_row: bool = False
     empty_target: EmptyTarget = "empty_mask"
 
 
@@ -60,6 +69,13 @@ PROTOCOLS = {
         "GRES, arXiv 2306.00968, gres_model/evaluation/refer_evaluation.py in henghuiding/ReLA",
         merges_masks=True,
         empty_target="no_mask",
+    ),
+    "sesame": Protocol("SESAME, arXiv 2312.08366, `run_eval` in eval_sesame.py of see-say-segment/sesame"),
+    "ref_segformer": Protocol(
+        "RefSegformer, arXiv 2209.09554, utils/validation.py in jianzongwu/robust-ref-seg", per_row=True
+    ),
+    "pixel_lm": Protocol(
+        "PixelLM, arXiv 2312.02228, its evaluation on MUSE, without the judgment by GPT-3.5", matches_masks=True
     ),
 }
 DEFAULT_PROTOCOLS = ("lisa", "generated", "all_texts", "generated_all_texts")

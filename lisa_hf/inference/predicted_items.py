@@ -36,7 +36,7 @@ class Evaluation:
     protocol: str
 
     def __post_init__(self):
-        self.row_numbers = {image_id: number for number, image_id in enumerate(self.dataset.image_ids)}
+        self.row_numbers = {row_id: number for number, row_id in enumerate(self.dataset.image_ids)}
 
 
 class EvaluatedItems:
@@ -74,7 +74,7 @@ class EvaluatedItems:
         name, score = self._questions[number]
         evaluation = self.evaluations[name]
         prediction, protocol = evaluation.predictions[score.question_id], PROTOCOLS[evaluation.protocol]
-        row = evaluation.dataset.rows[evaluation.row_numbers[score.image_id]]
+        row = evaluation.dataset.rows[evaluation.row_numbers[score.row_id]]
         title = [f"IoU {self._ious[number]:.3f} ({evaluation.protocol})", f"{name}, question {score.question_id}"]
         if row["image"] and row["image"]["path"]:
             title.append(row["image"]["path"])

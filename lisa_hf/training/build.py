@@ -18,10 +18,14 @@ from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     LlamaTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
 )
 from transformers.utils import is_bitsandbytes_available
 
@@ -134,6 +138,20 @@ def load_lisa(path: str, **kwargs) -> tuple[LisaForConditionalGeneration, LisaPr
     """
     _load_lisa_config(path)
     return LisaForConditionalGeneration.from_pretrained(path, **kwargs), LisaProcessor.from_pretrained(path)
+
+
+def load_vlm(path: str, **kwargs) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a VLM and its processor, also out of a LISA.
+
+    Args:
+        path: Directory or Hub id.
+        kwargs: Of `from_pretrained` (`dtype`, `attn_implementation`, ...).
+    """
+    if AutoConfig.from_pretrained(path).model_type != LisaConfig.model_type:
+        return AutoModelForImageTextToText.from_pretrained(path, **kwargs), AutoProcessor.from_pretrained(path)
+    model, processor = load_lisa(path, **kwargs)
+    processor.vlm_processor.chat_template = processor.chat_template or processor.vlm_processor.chat_template
+    return model.vlm, processor.vlm_processor
 
 
 def build_datasets(

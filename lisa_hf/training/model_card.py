@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from ..errors import redact
 from ..evaluation.benchmarks import EVALUATION, markdown_table
-from .run_record import find_run_record
+from ..evaluation.leakage import describe_seen_images
+from .run_record import find_run_record, list_stages
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -75,25 +77,32 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
     state = _read_json(checkpoint / "trainer_state.json")
     step, is_best = weights_step(checkpoint, record, state)
     results = evaluation_results(record, _metrics(checkpoint, state, step))
-    stages = _stages(record)
+    stages = list_stages(record)
     data = [row for stage in stages for row in stage["data"]["train"]]
     bases = list({base["name"]: base for stage in stages for base in _bases(stage)}.values())
+    evaluation = _read_json(directory / EVALUATION)
     benchmarks = {
         name if result["split"] in name else f"{name} ({result['split']})": result
-        for name, result in _read_json(directory / EVALUATION).get("benchmarks", {}).items()
+        for name, result in evaluation.get("benchmarks", {}).items()
     }
     texts = dict(
         model_name=Path(model_id).name,
         bases=bases,
         results=results,
         data=list({json.dumps(row): row for row in data}.values()),
+        data_notes=[stage["training_data"] for stage in stages if "training_data" in stage]
+        + [
+            describe_seen_images(name, evaluation["benchmarks"][name]["num_items"], seen)
+            for name, seen in evaluation.get("train_overlap", {}).items()
+            if seen and any(seen.values())
+        ],
         not_train=sorted({(row["source"], row["split"]) for row in data if row["split"] != "train"}),
         hyperparameters=_hyperparameters(record, state, step if is_best else None),
         versions=record["versions"],
         git_commit=record["git_commit"],
     )
     card = ModelCard.from_template(
-        _card_data(model_id, bases, results, is_adapter),
+        _card_data(model_id, bases, [*results, *benchmark_results(benchmarks)], is_adapter),
         template_path=str(TEMPLATE),
         model_literal=json.dumps(model_id, ensure_ascii=False),
         is_adapter=is_adapter,
@@ -102,6 +111,7 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
         **escape(texts),
     )
     card.save(directory / "README.md")
+    write_eval_results(directory)
 
 
 def escape(value: Any) -> Any:
@@ -157,8 +167,50 @@ def weights_step(checkpoint: Path, record: dict, state: dict) -> tuple[int | Non
     """Return the step that the weights come from, if that is known, and whether it is the best, not the last one."""
     last, best = state.get("global_step"), state.get("best_global_step")
     is_final = not checkpoint.name.startswith("checkpoint-")
-    is_best = bool(is_final and record["arguments"]["training"]["load_best_model_at_end"] and best and best != last)
+    is_best = bool(is_final and best and best != last and record["arguments"]["training"]["load_best_model_at_end"])
     return (best if is_best else last), is_best
+
+
+def benchmark_results(benchmarks: dict[str, dict]) -> list[dict]:
+    """Return `source`, `split`, `protocol`, `giou` and `ciou` per benchmark and protocol of `evaluation.json`."""
+    return [
+        {
+            # Of a dataset on the Hub, its id; otherwise the source.
+            "source": result.get("path", result["builder"]) if result["builder"] == "hub" else result["builder"],
+            "split": result["split"],
+            "protocol": protocol,
+            "giou": round(metrics["giou"], 4),
+            "ciou": round(metrics["ciou"], 4),
+        }
+        for result in benchmarks.values()
+        for protocol, metrics in result["protocols"].items()
+    ]
+
+
+def write_eval_results(directory: Path) -> None:
+    """Write `.eval_results/*.yaml` of the metrics in `evaluation.json`, which the Hub shows on the model's page.
+
+    They exist for benchmarks that are datasets on the Hub; each protocol has a file of its own.
+
+    Args:
+        directory: Directory of the model.
+    """
+    evaluation = _read_json(directory / EVALUATION)
+    for name, result in evaluation.get("benchmarks", {}).items():
+        if result["builder"] != "hub":
+            continue
+        for protocol, metrics in result["protocols"].items():
+            entry = EvalResultEntry(
+                dataset_id=result["path"],
+                task_id="default",
+                value=round(100 * metrics["giou"], 2),
+                dataset_revision=result.get("revision"),
+                date=evaluation.get("environments", [{}])[-1].get("date"),
+                notes=f"gIoU by the protocol {protocol}; cIoU {100 * metrics['ciou']:.2f}",
+            )
+            path = directory / ".eval_results" / f"{name}_{protocol}.yaml"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
 
 
 def _metrics(checkpoint: Path, state: dict, step: int | None) -> dict[str, float]:
@@ -169,14 +221,10 @@ def _metrics(checkpoint: Path, state: dict, step: int | None) -> dict[str, float
     return {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
 
 
-def _stages(record: dict) -> list[dict]:
-    """Return all records behind a model, the newest first: of its run and of the starts and models it continues."""
-    continued = record["continues"]
-    return [record, *reversed(record["earlier_starts"]), *(_stages(continued) if continued else [])]
-
-
 def _bases(record: dict) -> list[dict]:
     """Return name, Hub id (or None) and license (or None) of the models that a run started from."""
+    if "converted_from" in record:
+        return [{"name": Path(record["converted_from"]).name, "hub_id": None, "license": None}]
     bases = []
     for argument in BASES:
         name = record["arguments"]["model"][argument]
@@ -232,6 +280,8 @@ def _card_data(model_id: str, bases: list[dict], results: list[dict], is_adapter
 
 
 def _hyperparameters(record: dict, state: dict, best_step: int | None) -> dict:
+    if "converted_from" in record:
+        return {}
     arguments = record["arguments"]
     training = arguments["training"]
     batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]

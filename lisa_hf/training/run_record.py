@@ -15,6 +15,10 @@
   "continues": {...},                       # record of the LISA model that `model` names; or null
   "earlier_starts": [{...}, ...]            # records of this run from before it was resumed
 }
+
+Beside it, `train_images.npz` has keys of the training images, see `lisa_hf.data.image_keys`, by which an evaluation
+finds the images that a model has seen. The record of a converted model has "converted_from", and what its authors say
+of its "training_data".
 """
 
 import dataclasses
@@ -32,6 +36,7 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
 
+from ..data.image_keys import image_keys, merge_image_keys, read_image_keys, write_image_keys
 from ..data.mixture import EvaluationDataset, Mixture
 from ..errors import redact
 from ..files import atomic_file
@@ -70,18 +75,12 @@ def write_run_record(
         for name, rows, weight in zip(train_dataset.names, train_dataset.sources, train_dataset.probabilities)
     ]
     evaluation = [_describe(name, data_args.eval_sources, dataset.rows) for name, dataset in eval_datasets.items()]
-    device = training_args.device
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "directory": os.getcwd(),
-        "git_commit": _git_commit(),
-        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda} | _versions(),
-        "hardware": {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-            "num_processes": training_args.world_size,
-            "num_machines": int(os.environ.get("GROUP_WORLD_SIZE", 1)),  # set by torch's launcher
-        },
+        **describe_software(),
+        "hardware": describe_hardware(training_args),
         "launcher": {
             "distributed_type": AcceleratorState().distributed_type.value,
             "zero_stage": training_args.deepspeed_plugin.zero_stage if training_args.deepspeed_plugin else None,
@@ -98,6 +97,11 @@ def write_run_record(
     output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_file(output_dir / RUN_RECORD) as path:
         path.write_text(json.dumps(redact(record), indent=2) + "\n", encoding="utf-8")
+    # What a model has seen before counts too: in the model that this run continues, and before it was resumed.
+    seen = [read_image_keys(Path(model_args.model))] if model_args.model else []
+    seen += [read_image_keys(output_dir)] if earlier else []
+    rows = {name: rows for name, rows in zip(train_dataset.names, train_dataset.sources) if isinstance(rows, Dataset)}
+    write_image_keys(output_dir, merge_image_keys(*seen, {name: image_keys(found) for name, found in rows.items()}))
 
 
 def read_run_record(directory: Path) -> dict | None:
@@ -123,6 +127,43 @@ def find_run_record(checkpoint: Path) -> dict | None:
     if record is None and checkpoint.name.startswith("checkpoint-"):
         record = read_run_record(checkpoint.resolve().parent)
     return record
+
+
+def describe_software() -> dict:
+    """Return `git_commit` and `versions` as in a record."""
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda} | _versions()
+    return {"git_commit": _git_commit(), "versions": versions}
+
+
+def describe_hardware(training_args: LisaTrainingArguments) -> dict:
+    """Return `hardware` as in a record."""
+    device = training_args.device
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "num_processes": training_args.world_size,
+        "num_machines": int(os.environ.get("GROUP_WORLD_SIZE", 1)),  # set by torch's launcher
+    }
+
+
+def list_stages(record: dict) -> list[dict]:
+    """Return all records behind a model, the newest first: of its run and of the starts and models it continues."""
+    continued = record["continues"]
+    return [record, *reversed(record["earlier_starts"]), *(list_stages(continued) if continued else [])]
+
+
+def write_conversion_record(directory: Path, converted_from: str, training_data: str) -> None:
+    """Write the `run.json` of a converted model.
+
+    Args:
+        directory: Directory of the model.
+        converted_from: The original checkpoint.
+        training_data: What is known of its training data, in a sentence.
+    """
+    record = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "converted_from": converted_from}
+    record |= {"training_data": training_data, "data": {"train": [], "eval": []}, **describe_software()}
+    record |= {"continues": None, "earlier_starts": []}
+    with atomic_file(directory / RUN_RECORD) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _describe(name: str, options: dict[str, dict], rows: Dataset | IterableDataset) -> dict:

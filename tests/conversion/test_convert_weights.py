@@ -34,8 +34,10 @@ from safetensors.torch import save_file
 from transformers import AutoModel
 
 from lisa_hf.conversion import saving
+from lisa_hf.export import save_records
 from lisa_hf.training.arguments import ModelArguments
 from lisa_hf.training.build import build_config_and_processor
+from lisa_hf.training.run_record import find_run_record
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -250,6 +252,19 @@ def test_shards_and_index(output, monkeypatch):
     vocab_size = load_json("model_config")["vocab_final"]
     assert torch.equal(rows[:vocab_size], original_state_dict()["model.embed_tokens.weight"])
     assert not rows[vocab_size:].any()
+
+
+def test_what_the_authors_say_of_the_training_data_is_kept(output, capsys):
+    convert("lisa", "--checkpoint", original_directory(), "--vision_tower", CLIP, "--output", output)
+    record = find_run_record(output)
+    assert record["converted_from"] == str(original_directory()) and record["data"]["train"] == []
+    assert "v1 were trained on both ReasonSeg train and val" in record["training_data"]
+    assert record["training_data"] in capsys.readouterr().out
+    # An exported model and its card keep it.
+    save_records(output, output, "me/mine")
+    card = (output / "README.md").read_text()
+    assert record["training_data"] in card and "All arguments" not in card and "| data | split |" not in card
+    assert find_run_record(output) == record
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import yaml
 from fixtures.golden_model import converted_directory
 from fixtures.recipes import RUN, TINY, run_here
 from fixtures.tiny_training import make_trainer
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors import safe_open
 from workers import export_worker
 from workers.launching import finish, launch, start
@@ -324,13 +324,27 @@ def test_model_card_shows_an_evaluation_on_benchmarks(runs, command, tmp_path):
     assert "evaluation: expected the evaluation.json" in command(
         runs("full") / "run", "--evaluation", evaluation, fails=True
     )
-    write_evaluation(evaluation, "outputs/mine", {}, {"reason_seg_val": result, "mine": result})
+    hub = result | {"builder": "hub", "path": "somebody/benchmark", "split": "test", "num_items": 7}
+    benchmarks = {"reason_seg_val": result, "mine": result, "somebody--benchmark": hub}
+    overlap = {"reason_seg_val": {"shapes": 0}, "somebody--benchmark": {"shapes": 5}, "mine": None}
+    content = {"model": "outputs/mine", "environments": [{"date": "2026-01-31"}], "train_overlap": overlap}
+    write_evaluation(evaluation, content | {"benchmarks": benchmarks})
     PIL.Image.new("RGB", (4, 4)).save(evaluation / "predictions_reason_seg_val.png")
     command(runs("full") / "run", "--evaluation", evaluation)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| reason_seg_val | lisa | 7 | 50.0 (50.0 to 50.0) |" in card and "| mine (val) | lisa |" in card
     assert "](predictions_reason_seg_val.png)" in card
     assert (tmp_path / "out" / "predictions_reason_seg_val.png").exists()
+    # Images that the model has seen, and the metrics where the Hub looks for them.
+    assert "The model was trained on images of somebody--benchmark, which has 7: shapes 5." in card
+    assert "trained on images of reason_seg_val" not in card
+    listed = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    found = {(entry.dataset_type, entry.dataset_split, entry.metric_name): entry.metric_value for entry in listed}
+    assert found["somebody/benchmark", "test", "gIoU (lisa)"] == found["reason_seg", "val", "cIoU (lisa)"] == 0.5
+    (path,) = (tmp_path / "out" / ".eval_results").iterdir()
+    (entry,) = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("somebody/benchmark", "default", 50.0)
+    assert entry.date == "2026-01-31" and entry.notes == "gIoU by the protocol lisa; cIoU 50.00"
 
 
 class RecordingApi:

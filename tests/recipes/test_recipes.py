@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from fixtures.golden_model import converted_directory
 from fixtures.paths import REAL_SAMPLES, ROOT, STORIES
 from fixtures.recipes import SHAPES, run, run_here, write_config
 from transformers import AutoModel, AutoProcessor
@@ -17,7 +18,7 @@ from transformers import AutoModel, AutoProcessor
 import lisa_hf  # noqa: F401  registers the classes
 from data_scripts import SOURCES
 from lisa_hf.chat_templates import load_chat_template
-from lisa_hf.evaluation.protocols import PROTOCOLS
+from lisa_hf.evaluation.protocols import PROTOCOL_VERSION, PROTOCOLS
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
 
 
@@ -68,6 +69,29 @@ def test_evaluate_gives_the_figures_of_the_training(trained, tmp_path):
             assert figures[name] == pytest.approx(trained_figures[f"eval_{prefix}{name}"], rel=1e-4), name
     assert figures["seg_rate"] == trained_figures["eval_generated_seg_rate"]
     assert (tmp_path / "figures" / "predictions_shapes.png").exists()
+
+
+def test_evaluations_say_which_images_the_model_has_seen(trained, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    sources = {"new": {"builder": "shapes", **SHAPES}, "old": {"builder": "shapes", "split": "train", **SHAPES}}
+    arguments = ("--eval_sources", json.dumps(sources), "--use_cpu", "true", "--eval_generate", "false")
+    run_here("eval.py", trained, *arguments, "--max_eval_items", "2", "--output_dir", "out")
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written["train_overlap"] == {"new": {"shapes": 0}, "old": {"shapes": 2}}
+    assert "trained on images of old, which has 2: shapes 2." in caplog.text
+    assert "None of the 2 images of new is in the training data (shapes)." in caplog.text
+    (environment,) = written["environments"]
+    assert environment["device"] == "cpu" and environment["protocol_version"] == PROTOCOL_VERSION
+    assert {"date", "git_commit", "seed", "num_processes"} <= environment.keys() and "torch" in environment["versions"]
+
+
+def test_evaluation_measures_what_the_training_cost_the_texts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = converted_directory()  # compared with itself
+    arguments = ("--eval_sources", json.dumps({"shapes": SHAPES}), "--use_cpu", "true", "--eval_generate", "false")
+    run_here("eval.py", model, *arguments, "--max_eval_items", "1", "--base_model", model, "--output_dir", "out")
+    text = json.loads((tmp_path / "out" / "evaluation.json").read_text())["text"]
+    assert text["perplexity"] == text["perplexity_of_base"] >= 1 and 0 < text["num_answers"] <= 6
 
 
 def test_benchmarks_by_protocol(trained, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from accelerate import Accelerator
 from fixtures.rows import dataset, image_file, segmentation_row
 
+from lisa_hf.data.image_keys import name_key, read_image_keys
 from lisa_hf.data.mixture import EvaluationDataset, MixtureDataset
 from lisa_hf.data.streaming import StreamingMixtureDataset
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments
@@ -73,6 +74,17 @@ def test_record_of_the_model_that_a_run_continues(write, tmp_path):
     assert write("first")["continues"] is None
     record = write("second", model=tmp_path / "first")
     assert record["continues"] == read_run_record(tmp_path / "first")
+
+
+def test_images_that_a_model_has_seen_are_kept(write, tmp_path):
+    write("first")
+    (key,) = read_image_keys(tmp_path / "first")["shapes"]
+    assert read_image_keys(tmp_path / "first").keys() == {"reason_seg", "shapes"}
+    assert key == name_key(str(tmp_path / "image.png"))
+    write("second", model=tmp_path / "first", streaming=True)  # which has no images of its own to list
+    assert read_image_keys(tmp_path / "second")["shapes"] == [key]
+    write("second", streaming=True)  # another run, begun anew
+    assert read_image_keys(tmp_path / "second") == {}
 
 
 def test_damaged_record_is_named(tmp_path):

@@ -1,0 +1,103 @@
+"""What training cost the texts of a VLM: how surprised it is by the answers that it gave before.
+
+The VLM that a model was made from answers a few questions about images, greedily. The perplexity of these answers,
+under this VLM and under the trained one, is the exponential of the mean negative log-likelihood of their tokens. Equal
+numbers say that the trained VLM would speak as before; they say nothing about masks.
+"""
+
+import math
+from collections.abc import Sequence
+
+import PIL.Image
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from ..model.conversation_text import user_message
+
+
+QUESTIONS = (
+    "What is shown in this image?",
+    "Describe the scene in two sentences.",
+    "Which colors stand out, and where?",
+    "Where might this picture have been taken?",
+    "Name three things in this image, from left to right.",
+    "Is anything in this picture unusual? Explain your answer.",
+)
+
+
+@torch.no_grad()
+def answer_questions_as_text(
+    vlm: nn.Module, processor: ProcessorMixin, images: Sequence[PIL.Image.Image], max_new_tokens: int = 64
+) -> list[dict[str, torch.Tensor]]:
+    """Answer all of `QUESTIONS` about each image, greedily.
+
+    Args:
+        vlm: A VLM that can generate.
+        processor: Its processor, which has a chat template.
+        images: The images.
+        max_new_tokens: Longest answer, in tokens.
+
+    Returns:
+        Inputs of `vlm.forward`, one row each: question and answer as `input_ids`, and the answer's tokens as `labels`,
+        -100 elsewhere.
+    """
+    rows = []
+    for image in images:
+        for question in QUESTIONS:
+            text = processor.apply_chat_template([user_message(question)], add_generation_prompt=True, tokenize=False)
+            prompt = processor(images=[image], text=[text], return_tensors="pt").to(vlm.device, vlm.dtype)
+            sequence = vlm.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+            length = prompt["input_ids"].shape[1]
+            if sequence.shape[1] == length:  # it ended at once
+                continue
+            labels = sequence.clone()
+            labels[:, :length] = -100
+            # Other inputs per token, such as token types, are those of text.
+            row = {name: _extend(value, length, sequence.shape[1]) for name, value in prompt.items()}
+            mask = torch.ones_like(sequence)
+            rows.append(row | {"input_ids": sequence, "attention_mask": mask, "labels": labels})
+    return rows
+
+
+@torch.no_grad()
+def perplexity(vlm: nn.Module, rows: list[dict[str, torch.Tensor]]) -> float:
+    """Return the perplexity of the answers in rows of [`answer_questions_as_text`] under a VLM, over all tokens.
+
+    Raises:
+        ValueError: If there are no answers.
+    """
+    total, count = 0.0, 0
+    for row in rows:
+        inputs = {
+            name: value.to(vlm.device, vlm.dtype if value.is_floating_point() else value.dtype)
+            for name, value in row.items()
+            if name != "labels"
+        }
+        logits = vlm(**inputs).logits[:, :-1].float()  # [1, L - 1, V]
+        labels = row["labels"][:, 1:].to(logits.device)  # [1, L - 1]
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        total, count = total + losses.item(), count + int((labels != -100).sum())
+    if count == 0:
+        raise ValueError("--base_model: expected a VLM that answers questions, got only empty answers. Name another.")
+    return math.exp(total / count)
+
+
+def raise_if_another_vlm(
+    config: PreTrainedConfig, processor: ProcessorMixin, base_config: PreTrainedConfig, base_processor: ProcessorMixin
+) -> None:
+    """Raise a `ValueError` unless a VLM can have been trained from a base: it has its architecture and its tokens."""
+    known, found = base_processor.tokenizer.get_vocab(), processor.tokenizer.get_vocab()
+    differing = [token for token, number in known.items() if found.get(token) != number]
+    if type(config) is not type(base_config) or differing:
+        what = f"other tokens, such as {differing[0]!r}" if differing else f"a {base_config.model_type}"
+        raise ValueError(
+            f"--base_model: expected the {config.model_type} that the model was trained from, got {what}. Name it."
+        )
+
+
+def _extend(value: torch.Tensor, length: int, new_length: int) -> torch.Tensor:
+    """Pad inputs per token `(1, length)` with zeros to `(1, new_length)`; leave others as they are."""
+    if value.ndim != 2 or value.shape != (1, length):
+        return value
+    return nn.functional.pad(value, (0, new_length - length))
