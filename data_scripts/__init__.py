@@ -14,14 +14,17 @@ from datasets.exceptions import DatasetGenerationError
 
 from lisa_hf.errors import nearest_name
 
-from .annotation_tools import Cvat, LabelStudio, Supervisely, Yolo
 from .class_masks import ClassMasks, CocoPanoptic
 from .coco import CocoBuilder
+from .coco_instances import CocoInstances
+from .cvat import Cvat
 from .hub import Hub
+from .image_folder import ImageFolder
 from .label_maps import Ade20k, CocoStuff, Mapillary
+from .label_studio import LabelStudio
+from .labelme import LabelMe
 from .llava_instruct import LlavaInstruct
 from .muse import Muse
-from .own_data import CocoInstances, ImageFolder, LabelMe
 from .paco_lvis import PacoLvis
 from .pascal_part import PascalPart
 from .reason_seg import ReasonSeg
@@ -40,6 +43,8 @@ from .refer_seg import (
 )
 from .shapes import Shapes
 from .source import SourceBuilder
+from .supervisely import Supervisely
+from .yolo import Yolo
 
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Your own data, as named in a recipe: COCO instances, LabelMe files, or images with masks and a list of questions.
+"""Base of the builders of your own data, whose files a recipe names: one module per format, such as `labelme.py`.
 
     sources:
       parts: {builder: coco_instances, annotations: parts/train.json, images: parts/photos, weight: 3}
@@ -9,35 +9,21 @@ You choose the key, which becomes the source of the rows. Paths are relative to 
 sources has a single split. For another split, add a source with other files, for example in `eval_sources`.
 """
 
-import base64
 import dataclasses
 import functools
 import io
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from typing import IO, Any, get_args
 
-import numpy as np
 from datasets.utils.file_utils import xopen
 
-from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import make_row
 
-from .coco import CocoBuilder, CocoConfig, encode_objects, read_instances
-from .file_names import find_image, list_images
+from .file_names import find_image
 from .orientation import Size, Space, count_spaces, decide_space, fitting_spaces, read_orientation, turn_mask
-from .segmentation import encode_ellipse, encode_patch, encode_visible, load_mask, read_mask
-from .source import (
-    SourceBuilder,
-    SourceConfig,
-    errors_naming,
-    read_image_size,
-    read_json,
-    write_json,
-)
-from .text import read_text
+from .source import SourceBuilder, SourceConfig, read_json, write_json
 
 
 ORIENTATION = "orientation.json"
@@ -247,235 +233,25 @@ def _is_texts(values: Any) -> bool:
 
 
 @dataclasses.dataclass
-class CocoInstancesConfig(CocoConfig, LabeledConfig):
-    """Options of COCO instances.
+class AnnotationFileConfig(LabeledConfig):
+    """Options of an export with one file of annotations, or one directory.
 
     Args:
-        annotations: Path of the JSON file.
-        images: Directory of the images.
+        annotations: Path of the file or directory.
     """
 
     annotations: str = ""
-    images: str = ""
-
-
-class CocoInstances(CocoBuilder, Labeled):
-    """Annotations in the COCO format. One row per annotated image, one target per annotation, named by its category.
-
-    annotations     JSON with images, annotations (polygons or RLE) and categories
-    images          the directory of the images
-    """
-
-    BUILDER_CONFIG_CLASS = CocoInstancesConfig
-
-    def annotation_files(self, data_dir):
-        images = list_images(self.locate(data_dir, "images"))
-        return [self.locate(data_dir, "annotations"), *images, *self.held_out_files(data_dir)]
-
-    def photo(self, record):
-        return record["image"].get("file_name", "")
-
-    def read_records(self, data_dir):
-        path = self.locate(data_dir, "annotations")
-        return {self.config.split: read_instances(path, self.read_remarks, self.config.encoding)}
-
-    def make_row(self, record):
-        path, image = self.locate(self.config.data_dir, "annotations"), record["image"]
-        with errors_naming(f"{path!r}, image {image['id']}"):
-            objects = list(encode_objects(record, self.pass_over))
-            if not objects:
-                return None
-            file = self.find_image(self.locate(self.config.data_dir, "images"), image["file_name"])
-            return self.make_labeled_row(file, str(image["id"]), objects)
-
-    def annotated_size(self, record):
-        image = record["image"]
-        path = self.find_image(self.locate(self.config.data_dir, "images"), image["file_name"])
-        return path, (image["height"], image["width"])
 
 
 @dataclasses.dataclass
-class LabelMeConfig(LabeledConfig):
-    """Options of LabelMe files.
+class ImagesConfig(AnnotationFileConfig):
+    """Options of an export with one file of annotations and the images apart from it.
 
     Args:
-        annotations: Directory of the JSON files.
-        images: Directory of the images. Defaults to that of the JSON files.
-    """
-
-    annotations: str = ""
-    images: str = ""
-
-
-class LabelMe(Labeled):
-    """Files of the annotation tool LabelMe. One row per file, one target per shape with an area, named by its label.
-
-    annotations     directory of *.json, one per image
-    images          the directory of the images; default: that of the JSON files
-
-    Polygons, rectangles, rotated boxes, circles and masks are drawn. Points and lines are passed over and counted.
-    """
-
-    BUILDER_CONFIG_CLASS = LabelMeConfig
-
-    def annotation_files(self, data_dir):
-        directory = self.locate(data_dir, "annotations")
-        images = list_images(self.locate(data_dir, "images" if self.config.images else "annotations"))
-        return [*self._json_files(directory), *images]
-
-    def _json_files(self, directory: str) -> list[str]:
-        paths = sorted(entry.path for entry in os.scandir(directory) if entry.name.endswith(".json"))
-        if not paths:
-            raise FileNotFoundError(f"source {self.source!r}: expected *.json in {directory!r}, got none.")
-        return paths
-
-    def read_records(self, data_dir):
-        return {self.config.split: self._json_files(self.locate(data_dir, "annotations"))}
-
-    def make_row(self, record):
-        directory = self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
-        annotation = read_json(record, self.config.encoding)
-        with errors_naming(record):
-            # The path is that on the annotator's machine.
-            image = self.find_image(directory, annotation["imagePath"])
-            _, (height, width) = self.find_space(*read_orientation(image), _declared_size(annotation))
-            objects = []
-            for shape in annotation["shapes"]:
-                rle = _encode_shape(shape, height, width)
-                if rle is None:
-                    self.pass_over(f"shapes of the kind {shape.get('shape_type') or 'polygon'!r} without an area")
-                else:
-                    objects.append((shape["label"], rle))
-            if not annotation["shapes"]:
-                self.pass_over("files without shapes")
-            return self.make_labeled_row(image, os.path.splitext(os.path.basename(image))[0], objects)
-
-    def annotated_size(self, record):
-        annotation = read_json(record, self.config.encoding)
-        directory = self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
-        return self.find_image(directory, annotation["imagePath"]), _declared_size(annotation)
-
-
-def _declared_size(annotation: dict) -> Size | None:
-    """Return the height and width that a LabelMe file says, or None if it does not."""
-    size = annotation.get("imageHeight"), annotation.get("imageWidth")
-    return size if all(size) else None
-
-
-def _encode_shape(shape: dict, height: int, width: int) -> dict[str, Any] | None:
-    """Encode a shape of LabelMe or X-AnyLabeling as RLE, or return None if it covers no pixel, as points and lines."""
-    points, kind = shape["points"], shape.get("shape_type") or "polygon"
-    if kind == "mask":
-        patch = load_mask(io.BytesIO(base64.b64decode(shape["mask"], validate=True)))[0] != 0
-        return encode_patch(patch, *points[0], height, width)
-    if kind == "rectangle" and len(points) == 2:
-        (x0, y0), (x1, y1) = points
-        points = [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
-    elif kind == "circle":
-        (x, y), rim = points
-        radius = float(np.hypot(rim[0] - x, rim[1] - y))
-        return encode_ellipse((x, y), (radius, radius), 0, height, width)
-    elif kind not in ("polygon", "rectangle", "rotation", "quadrilateral"):
-        return None
-    return encode_visible([[value for x, y in points for value in (x, y)]], height, width)
-
-
-@dataclasses.dataclass
-class ImageFolderConfig(OwnDataConfig):
-    """Options of an image folder.
-
-    Args:
-        questions: Path of the JSON Lines file.
         images: Directory of the images.
-        masks: Directory of the masks.
     """
 
-    questions: str = ""
     images: str = ""
-    masks: str = ""
-
-
-class ImageFolder(OwnData):
-    """Images, masks, and a list of questions about them. One row per line of the list, with one target.
-
-    questions   JSON Lines: {"image": "a.jpg", "mask": "a.png", "question": "What could break?"}
-                or {..., "phrase": "the cracked wheel"}; a list of either: they are interchangeable;
-                optional "explanation": why the mask answers the question;
-                or {"image": "a.jpg", "messages": [{"role": "user", "content": "What is broken?"}, {"role":
-                "assistant", "content": "The wheel [SEG]."}], "masks": ["a.png"]}: a mask per [SEG], in their order
-    images      the directory of the images
-    masks       the directory of the masks: images of the photo's size with 0 for the background and one other value;
-                255 beside a smaller value is ignored
-    """
-
-    BUILDER_CONFIG_CLASS = ImageFolderConfig
-
-    def annotation_files(self, data_dir):
-        directories = {self.locate(data_dir, "images"), self.locate(data_dir, "masks")}
-        return [
-            self.locate(data_dir, "questions"),
-            *(file for name in sorted(directories) for file in list_images(name)),
-        ]
-
-    def read_records(self, data_dir):
-        lines = read_text(self.locate(data_dir, "questions"), self.config.encoding).split("\n")
-        return {self.config.split: [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]}
-
-    def make_row(self, record):
-        number, line = record
-        data_dir = self.config.data_dir
-        with errors_naming(f"{self.locate(data_dir, 'questions')!r}, line {number}"):
-            record = json.loads(line)
-            if "messages" in record:
-                return self._make_conversation(record)
-            is_sentence = "question" in record
-            phrases = record["question" if is_sentence else "phrase"]
-            image = self.find_image(self.locate(data_dir, "images"), record["image"])
-            mask, ignore = self._read_mask(image, record["mask"])
-            row = make_row(
-                image=image,
-                image_id=record["image"],
-                source=self.source,
-                task="reasoning" if is_sentence else "referring",
-                targets=[{"phrases": [phrases] if isinstance(phrases, str) else phrases, "rle": encode_mask(mask)}],
-                ignore=None if ignore is None else encode_mask(ignore),
-                is_sentence=is_sentence,
-                explanation=record.get("explanation"),
-            )
-            return self.turn_upright(row)
-
-    def _read_mask(self, image: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return a mask and what it ignores, of the size of its image."""
-        mask, ignore = read_mask(self.find_image(self.locate(self.config.data_dir, "masks"), name))
-        _, sizes = read_orientation(image)
-        if mask.shape not in sizes.values():
-            size = sizes["display"]
-            raise ValueError(f"expected a mask of the image's size {size} (height, width), got {mask.shape}.")
-        return mask, ignore
-
-    def _make_conversation(self, record: dict[str, Any]) -> dict[str, Any]:
-        image = self.find_image(self.locate(self.config.data_dir, "images"), record["image"])
-        masks = [self._read_mask(image, name) for name in record.get("masks", [])]
-        ignored = [ignore for _, ignore in masks if ignore is not None]
-        row = make_row(
-            image=image,
-            image_id=record["image"],
-            source=self.source,
-            task="conversation",
-            targets=[{"rle": encode_mask(mask)} for mask, _ in masks],
-            ignore=encode_mask(np.any(ignored, axis=0)) if ignored else None,
-            messages=record["messages"],
-        )
-        return self.turn_upright(row)
-
-    def annotated_size(self, record):
-        line = json.loads(record[1])
-        data_dir = self.config.data_dir
-        image = self.find_image(self.locate(data_dir, "images"), line["image"])
-        masks = line.get("masks", []) if "messages" in line else [line["mask"]]
-        if not masks:
-            return image, None
-        return image, read_image_size(self.find_image(self.locate(data_dir, "masks"), masks[0]))
 
 
 def open_file(image: dict[str, Any]) -> IO[bytes]:

@@ -1,0 +1,188 @@
+"""Outlines in the layout of YOLO (Ultralytics, Roboflow).
+
+sources:
+  rust: {builder: yolo, annotations: rust/data.yaml}
+"""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import yaml
+
+from .file_names import find_image, list_images
+from .orientation import read_orientation
+from .own_data import ImagesConfig, Labeled
+from .segmentation import encode_visible
+from .source import errors_naming, is_inside
+from .text import read_text
+
+
+class Yolo(Labeled):
+    """Segmentation in the layout of YOLO (Ultralytics, Roboflow). One row per image, one target per outline.
+
+    annotations     data.yaml with `names`, and directories or lists of images under the keys train, val and test; or
+                    the directory of data.yaml or classes.txt. Without these keys, it means all images in there.
+    split           which of these keys; default: train
+    images          directory of the images, if they are apart from the labels
+
+    A label file lies where its image does, with `labels` for `images` in its path. Its lines hold a class number and
+    the outline, x and y in shares of the width and height.
+    """
+
+    BUILDER_CONFIG_CLASS = ImagesConfig
+
+    def annotation_files(self, data_dir):
+        pairs = self._pairs(data_dir)
+        return [self._find_description(data_dir), *(path for pair in pairs for path in pair if os.path.exists(path))]
+
+    def read_records(self, data_dir):
+        names, pairs = self._names(data_dir), self._pairs(data_dir)
+        records = [(image, label, names) for image, label in pairs if os.path.exists(label)]
+        if len(records) < len(pairs):
+            self.read_remarks.append(f"passed over {len(pairs) - len(records)} images without a label file")
+        return {self.config.split: records}
+
+    def _pairs(self, data_dir: str | None) -> list[tuple[str, str]]:
+        """Return the paths of the images and of their label files, which need not exist."""
+        if not self.config.images:
+            pairs = [(image, _label_path(image)) for image in self._images(data_dir)]
+        else:
+            images, description = self.locate(data_dir, "images"), self._find_description(data_dir)
+            found = glob.glob(f"{glob.escape(os.path.dirname(description))}/**/*.txt", recursive=True)
+            version = str(os.stat(images).st_mtime_ns)
+            pairs = []
+            for label in (path for path in sorted(found) if path != description):
+                name = os.path.relpath(label, os.path.dirname(description)).removeprefix(f"labels{os.sep}")
+                pairs.append((find_image(images, os.path.splitext(name)[0], version)[0], label))
+        if not any(os.path.exists(label) for _, label in pairs):
+            example = pairs[0][1] if pairs else "labels/a.txt"
+            raise FileNotFoundError(
+                f"source {self.source!r}: expected label files such as {example!r} for the {len(pairs)} images of "
+                f"the split {self.config.split!r}, got none. Check `annotations`, `images` and `split`."
+            )
+        return pairs
+
+    def make_row(self, record):
+        image, path, names = record
+        with errors_naming(path):
+            _, (height, width) = self.find_space(*read_orientation(image), None)
+            objects = []
+            for line in read_text(path, self.config.encoding).splitlines():
+                numbers = line.split()
+                if len(numbers) == 5:
+                    self.pass_over("boxes")
+                elif numbers:
+                    objects.append((_class_name(numbers[0], names), _encode_shares(numbers[1:], height, width)))
+            return self.make_labeled_row(image, _stem(image), objects)
+
+    def annotated_size(self, record):
+        return record[0], None
+
+    def _find_description(self, data_dir: str | None) -> str:
+        """Return the path of the file that names the classes."""
+        path = self.locate(data_dir, "annotations")
+        if os.path.isfile(path):
+            return path
+        for name in ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.names"):
+            if os.path.isfile(os.path.join(path, name)):
+                return os.path.join(path, name)
+        raise FileNotFoundError(f"source {self.source!r}: expected data.yaml or classes.txt in {path!r}, got neither.")
+
+    def _describe(self, data_dir: str | None) -> dict[str, Any]:
+        path = self._find_description(data_dir)
+        text = read_text(path, self.config.encoding)
+        if not path.endswith((".yaml", ".yml")):
+            return {"names": text.splitlines()}
+        try:
+            content = yaml.safe_load(text)
+        except (RecursionError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"expected YAML, got {path!r} ({' '.join(str(error).split())}).") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"expected `names` and images in {path!r}, got {content!r:.100}.")
+        return content
+
+    def _names(self, data_dir: str | None) -> dict[str, str]:
+        path, names = self._find_description(data_dir), self._describe(data_dir).get("names")
+        if isinstance(names, list):
+            names = dict(enumerate(names))
+        if not isinstance(names, dict):
+            raise ValueError(f"expected `names` of the classes in {path!r}, got {names!r}.")
+        return {str(number): str(name) for number, name in names.items()}
+
+    def _images(self, data_dir: str | None) -> list[str]:
+        """Return the paths of the images of the split, all inside of the directory of the description."""
+        path, content = self._find_description(data_dir), self._describe(data_dir)
+        directory = os.path.dirname(path)
+        entries = content.get(self.config.split)
+        if entries is None and not {"train", "val", "test"} & content.keys():
+            entries = "images" if os.path.isdir(os.path.join(directory, "images")) else "."
+        if entries is None:
+            raise ValueError(f"expected the split {self.config.split!r} in {path!r}, got {sorted(map(str, content))}.")
+        entries = [entries] if isinstance(entries, str) else entries
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise ValueError(f"expected paths of the split {self.config.split!r} in {path!r}, got {entries!r:.100}.")
+        # Exports say where they were made, and many of their paths are wrong by a "..", which YOLO forgives too.
+        roots = [os.path.join(directory, str(content.get("path") or "")), directory]
+        images = []
+        for entry in entries:
+            found = _first_inside(directory, [os.path.join(root, name) for root in roots for name in _variants(entry)])
+            if found is None:
+                raise FileNotFoundError(
+                    f"source {self.source!r}: expected {entry!r} of {path!r} in {directory!r}, got none there. Keep "
+                    "the images beside the file that lists them."
+                )
+            images += list_images(found) if os.path.isdir(found) else self._listed_images(found, roots)
+        return images
+
+    def _listed_images(self, path: str, roots: Sequence[str]) -> list[str]:
+        """Return the paths of the images that a text file lists, one per line."""
+        images, directory = [], roots[-1]
+        for line in filter(None, map(str.strip, read_text(path, self.config.encoding).splitlines())):
+            candidates = [os.path.join(root, name) for root in roots for name in _variants(line)]
+            version = str(os.stat(directory).st_mtime_ns)
+            images.append(_first_inside(directory, candidates) or find_image(directory, line, version)[0])
+        return images
+
+
+def _variants(path: str) -> Iterator[str]:
+    """Yield a path, and without its leading "..", "." and "data": CVAT writes data/images/a.jpg for images/a.jpg."""
+    parts = path.replace("\\", "/").split("/")
+    yield "/".join(parts)
+    while parts and parts[0] in ("..", "."):
+        parts = parts[1:]
+    yield "/".join(parts)
+    if parts[:1] == ["data"]:
+        yield "/".join(parts[1:])
+
+
+def _first_inside(directory: str, paths: Sequence[str]) -> str | None:
+    return next((path for path in paths if is_inside(path, directory) and os.path.exists(path)), None)
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def _label_path(image: str) -> str:
+    """Return the path of the label file of an image: beside it, if no directory is called `images`."""
+    before, images, after = image.rpartition(f"{os.sep}images{os.sep}")
+    path = f"{before}{os.sep}labels{os.sep}{after}" if images else image
+    return f"{os.path.splitext(path)[0]}.txt"
+
+
+def _class_name(number: str, names: dict[str, str]) -> str:
+    key = str(int(float(number)))
+    if key not in names:
+        raise ValueError(f"expected a class among {sorted(names)}, got {number!r}. Add it to `names`.")
+    return names[key]
+
+
+def _encode_shares(numbers: Sequence[str], height: int, width: int) -> dict[str, Any] | None:
+    """Encode an outline of x and y in shares of the image's size."""
+    shares = np.array(numbers, dtype=np.float64)
+    if len(shares) % 2 or len(shares) < 6:
+        raise ValueError(f"expected a class and at least three points (x, y), got {len(shares)} numbers after it.")
+    return encode_visible([(shares.reshape(-1, 2) * (width, height)).ravel().tolist()], height, width)
