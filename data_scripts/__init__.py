@@ -23,6 +23,7 @@ from .image_folder import ImageFolder
 from .label_maps import Ade20k, CocoStuff, Mapillary
 from .label_studio import LabelStudio
 from .labelme import LabelMe
+from .lisa_plus import LisaPlus
 from .llava_instruct import LlavaInstruct
 from .muse import Muse
 from .paco_lvis import PacoLvis
@@ -70,6 +71,7 @@ SOURCES = {
     "llava_instruct": LlavaInstruct,
     "reason_seg": ReasonSeg,
     "muse": Muse,
+    "lisa_plus": LisaPlus,
     # Your own data: a recipe chooses the name, and names one of these as `builder`.
     "coco_instances": CocoInstances,
     "labelme": LabelMe,

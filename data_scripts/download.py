@@ -161,6 +161,10 @@ MANUAL_STEPS = {
         "Download the zip files from the Google Drive folder that is linked there, and unpack them into "
         "{data_dir}/reason_seg/ReasonSeg."
     ),
+    "lisa_plus": (
+        "Download the data.json of each dataset of the collection to {data_dir}/lisa_plus: that of "
+        "LISA_Plus_Instance_Seg as instance_seg.json, that of LISA_Plus_COT as cot.json, and so on."
+    ),
     "pascal_part": (
         "Turn the annotations into train.json with a clone of VLPart: python tools/pascal_part_mat2json.py "
         "--split train.txt --split_path {data_dir}/vlpart/pascal_part/VOCdevkit/VOC2010/ImageSets/Main "

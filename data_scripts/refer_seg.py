@@ -17,11 +17,17 @@ from typing import Any
 import numpy as np
 
 from lisa_hf.data.masks import Mask, encode_mask, merge_masks
+from lisa_hf.data.prompts import SHORT_QUESTIONS
 from lisa_hf.data.rows import make_row
+from lisa_hf.model.processing_lisa import SEG_TOKEN
 
 from .coco import CocoBuilder, CocoConfig, id_key, index_by_id, read_refs
+from .lisa_plus import join_words
 from .segmentation import encode_segmentation
 from .source import errors_naming, join_inside, read_json
+
+
+NO_OBJECT = "There is nothing like that in this image."
 
 
 def splits_of(split: str) -> list[str]:
@@ -216,11 +222,23 @@ class RefClef(ReferSeg):
     LICENSE = "The expressions: Apache-2.0 as the repository; photos: those of SAIAPR TC-12, for research."
 
 
+@dataclasses.dataclass
+class GRefCocoConfig(ReferSegConfig):
+    """Options of gRefCOCO.
+
+    Args:
+        conversations: Whether each expression is a row of its own, whose answer has a mask per object, or says that
+            there is none. The published scores use the other rows.
+    """
+
+    conversations: bool = False
+
+
 class GRefCoco(ReferSeg):
     """gRefCOCO: 278232 expressions for one object, several or none, in 19994 photos.
 
     Splits: train, val, and testA, testB, test (both) once published. An expression without an object has an
-    empty mask.
+    empty mask. With `conversations: true`, the answer has a mask per object, and none where there is no object.
 
         <data_dir>/refer_seg/
             grefcoco/grefs(unc).json
@@ -228,10 +246,48 @@ class GRefCoco(ReferSeg):
             images/mscoco/images/train2014/*.jpg
     """
 
+    BUILDER_CONFIG_CLASS = GRefCocoConfig
     SOURCE = "grefcoco"
     REFS = "grefs({}).json"
     DOWNLOAD_PAGE = "https://github.com/henghuiding/gRefCOCO"
     LICENSE = "The expressions: see the download page; photos: Flickr's terms of use."
+
+    def read_records(self, data_dir):
+        splits = super().read_records(data_dir)
+        if not self.config.conversations:
+            return splits
+        return {
+            split: [
+                {"image": record["image"], "refs": [ref | {"phrases": [phrase]}]}
+                for record in records
+                for ref in record["refs"]
+                for phrase in ref["phrases"]
+            ]
+            for split, records in splits.items()
+        }
+
+    def make_row(self, record):
+        row = super().make_row(record)
+        if not self.config.conversations:
+            return row
+        ((ref,), image) = record["refs"], record["image"]
+        objects = [
+            encode_object([segmentation], image["height"], image["width"]) for segmentation in ref["segmentations"]
+        ]
+        template = SHORT_QUESTIONS[ref["ref_id"] % len(SHORT_QUESTIONS)]
+        answer = f"Sure, {join_words([SEG_TOKEN] * len(objects))}." if objects else NO_OBJECT
+        messages = [
+            {"role": "user", "content": template.format(phrase=ref["phrases"][0].strip().lower())},
+            {"role": "assistant", "content": answer},
+        ]
+        return make_row(
+            row["image"]["path"],
+            row["image_id"],
+            self.source,
+            "conversation",
+            targets=[{"rle": rle} for rle in objects],
+            messages=messages,
+        )
 
 
 class FalsePremises(ReferSeg):
