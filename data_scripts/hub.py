@@ -123,9 +123,15 @@ class Hub(OwnData):
         return [datasets.SplitGenerator(name=self.config.split, gen_kwargs={"shards": shards, **facts})]
 
     def read_shard(self, shard: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        rows = self._open()
-        for index, row in enumerate(rows.shard(rows.num_shards, shard)):
-            yield f"{shard}-{index}", row
+        try:
+            rows = self._open()
+            for index, row in enumerate(rows.shard(rows.num_shards, shard)):
+                yield f"{shard}-{index}", row
+        except (NotImplementedError, TypeError) as error:  # a column that cannot be read as images
+            raise ValueError(
+                f"source {self.source!r}: expected the column {self.config.image_column!r} of {self.config.path!r} to "
+                f"hold images, and other columns texts and masks, got other values ({error}). Name the right columns."
+            ) from error
 
     def make_row(self, record):
         name, row = record

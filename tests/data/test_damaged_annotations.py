@@ -4,6 +4,7 @@ import base64
 import copy
 import io
 import json
+import pickle
 import random
 import shutil
 import time
@@ -11,6 +12,8 @@ import zlib
 
 import numpy as np
 import PIL.Image
+import pyarrow
+import pyarrow.parquet
 import pytest
 from fixtures.paths import TREE
 
@@ -112,6 +115,42 @@ def damaged_files(content, number, seed):
     yield from (deep(5000).encode(), deep(200_000).encode(), b"", b"{}", b"[]", b"null", b"\xff\xfe", b"1e999")
 
 
+def damaged_pickles(content, number, seed):
+    """Yield damaged versions of a pickle, some of whose content and some of whose bytes are damaged."""
+    rng = random.Random(seed)
+    for index in range(number):
+        if index % 4:
+            yield pickle.dumps(json.loads(damage_json(content, rng)), protocol=index % 6)
+        else:
+            yield damage_bytes(pickle.dumps(content, protocol=index // 4 % 6), rng)
+
+
+def parquet(rows):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+def damaged_parquet(rows, number, seed):
+    """Yield damaged versions of a Parquet file: of its bytes, or of values that its columns can hold."""
+    rng = random.Random(seed)
+    whole = parquet(rows)
+    while number:
+        if number % 4:
+            try:
+                yield parquet(json.loads(damage_json(rows, rng), object_hook=as_image))
+            except (pyarrow.ArrowException, AttributeError, OverflowError, TypeError, UnicodeError):
+                continue  # not a table
+        else:
+            yield damage_bytes(whole, rng)
+        number -= 1
+
+
+def as_image(value):
+    """Return the bytes of an image, which JSON holds as a name, in a JSON object."""
+    return value | {"bytes": IMAGES[value["bytes"]]} if value.get("bytes") in IMAGES else value
+
+
 def png(values):
     file = io.BytesIO()
     PIL.Image.fromarray(values).save(file, "PNG")
@@ -122,6 +161,23 @@ def index_mask():
     labels = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     labels[5:15, 5:25], labels[20:, 30:] = 1, 2
     return labels
+
+
+IMAGES = {"photo": png(np.zeros((HEIGHT, WIDTH, 3), np.uint8)), "mask": png(index_mask() // 2 * 255)}
+
+
+def hub(kind):
+    """Rows of a dataset on the Hub, with names for the bytes of images."""
+    counts = encode_mask(index_mask() == 2)["counts"].decode()
+    image, rle = {"bytes": "photo", "path": "a.png"}, {"size": [HEIGHT, WIDTH], "counts": counts}
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It [SEG] and [SEG]."}]
+    return [
+        {
+            "rle": {"image": image, "mask": rle, "phrases": ["it", "that"]},
+            "image": {"image": image, "mask": {"bytes": "mask", "path": None}, "phrases": "it"},
+            "conversation": {"image": image, "mask": [rle, rle], "messages": messages},
+        }[kind]
+    ] * 2
 
 
 def coco():
@@ -259,47 +315,70 @@ PUBLISHED = {
     "pascal_part": "vlpart/pascal_part/train.json",
     "paco_lvis": "vlpart/paco/annotations/paco_lvis_v1_train.json",
     "refcoco": "refer_seg/refcoco/instances.json",
+    "refcoco refs": "refer_seg/refcoco/refs(unc).p",
     "grefcoco": "refer_seg/grefcoco/grefs(unc).json",
     "llava_instruct": "llava_dataset/llava_instruct_150k.json",
     "reason_seg": "reason_seg/ReasonSeg/train/a_utf8.json",
 }
 
 
+# Datasets on the Hub: options beside the path.
+HUB = {"rle": {}, "image": {}, "conversation": {"messages_column": "messages"}}
+
+
 def rows_of(name, root, options):
     """Make the rows of a loader, as it does when it prepares them; ones that training would refuse raise here."""
-    source, options = (name, {}) if name in PUBLISHED else ("mine", {"builder": name.split(" ")[0], **options})
+    is_published = name in PUBLISHED
+    source, options = (
+        (name.split(" ")[0], {}) if is_published else ("mine", {"builder": name.split(" ")[0], **options})
+    )
     builder = make_builder(source, str(root), cache_dir=str(root / "cache"), **options)
-    for records in builder.read_records(str(root)).values():
-        for record in records:
-            row = builder.make_row(json.loads(json.dumps(record)))
-            if row is not None:
-                yield row, load_row_image(row)["original_size"]
+    if options.get("builder") == "hub":
+        records = builder.read_shard(0)
+    else:
+        read = builder.read_records(str(root)).values()
+        records = (json.loads(json.dumps(record)) for records in read for record in records)
+    for record in records:
+        row = builder.make_row(record)
+        if row is not None:
+            yield row, load_row_image(row)["original_size"]
 
 
 @pytest.mark.parametrize(
     "number", [30, pytest.param(10_000, marks=pytest.mark.slow)], ids=["a few files", "ten thousand files"]
 )
-@pytest.mark.parametrize("name", [*LOADERS, *PUBLISHED])
+@pytest.mark.parametrize("name", [*LOADERS, *PUBLISHED, *(f"hub {kind}" for kind in HUB)])
 def test_damaged_files_give_errors_or_whole_rows(name, number, tmp_path):
+    options = {}
     if name in LOADERS:
         options, path, content = LOADERS[name]
         write_tree(tmp_path)
         (tmp_path / path).write_bytes(as_bytes(content))
-    else:
-        options, path = {}, PUBLISHED[name]
-        content = (TREE / path).read_bytes()
-        content = content if path.endswith(".png") else json.loads(content)
+        files = damaged_files(content, number, seed=number)
+    elif name in PUBLISHED:
+        path = PUBLISHED[name]
         shutil.copytree(TREE, tmp_path, dirs_exist_ok=True)
+        content = (TREE / path).read_bytes()
+        if path.endswith(".p"):
+            files = damaged_pickles(pickle.loads(content), number, seed=number)
+        else:
+            files = damaged_files(content if path.endswith(".png") else json.loads(content), number, seed=number)
+    else:
+        kind, path = name.split(" ")[1], "rows.parquet"
+        options, content = {"path": path, **HUB[kind]}, hub(kind)
+        (tmp_path / path).write_bytes(parquet(json.loads(json.dumps(content), object_hook=as_image)))
+        files = damaged_parquet(content, number, seed=number)
     assert list(rows_of(name, tmp_path, options))
 
     num_rows = num_errors = 0
-    for index, damaged in enumerate(damaged_files(content, number, seed=number)):
+    for index, damaged in enumerate(files):
         (tmp_path / path).write_bytes(damaged)
         start = time.monotonic()
         try:
             for row, size in rows_of(name, tmp_path, options):
                 num_rows += 1
-                assert row["image"]["path"].startswith(str(tmp_path)) and ".." not in row["image"]["path"]
+                image = row["image"]["path"]
+                assert row["image"]["bytes"] or (image.startswith(str(tmp_path)) and ".." not in image)
                 for rle in [target["rle"] for target in row["targets"]] + ([row["ignore"]] if row["ignore"] else []):
                     assert list(Mask.from_rle(rle).size) == size, damaged
         except (OSError, ValueError) as error:
