@@ -89,8 +89,8 @@ def raise_unreadable():
 def _tone_map(values: np.ndarray) -> np.ndarray:
     """Bring gray values `(H, W)` of more than 8 bits to uint8, see [`load_image`]."""
     ranges = {"f": (1, 255, 65535), "i": (255, 65535), "u": (65535,)}[values.dtype.kind]
-    values = np.nan_to_num(values.astype(np.float64))
+    values = np.nan_to_num(values).astype(np.float64)
     low, high = values.min(), values.max()
     if low >= 0 and high <= ranges[-1]:
         low, high = 0, next(limit for limit in ranges if high <= limit)
-    return ((values - low) * (255 / (high - low)) + 0.5).astype(np.uint8)
+    return ((values - low) / (high - low or 1) * 255 + 0.5).astype(np.uint8)  # all of one value: black

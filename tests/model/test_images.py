@@ -45,6 +45,8 @@ def test_16_bits(image_format, byte_order):
         (np.array([[0.2, 0.2, np.nan]], np.float32), [51, 51, 0]),
         (np.array([[0, 5e5, 1e6]], np.float32), [0, 128, 255]),
         (np.zeros((1, 3), np.float32), [0, 0, 0]),
+        (np.full((1, 3), -7, np.float32), [0, 0, 0]),
+        (np.array([[-np.inf, 0, np.inf]], np.float32), [0, 128, 255]),
     ],
 )
 def test_32_bits(values, expected):
