@@ -140,6 +140,9 @@ class Item:
         return [self.name, self.shape, f"{self.color} object"]
 
 
+ABSENT_SHARE = 0.5  # of the shapes that conversations with masks ask for
+ONE_SHAPE_SHARE = 0.7  # of their questions
+
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 MARGIN = 0.12  # smallest distance, as a fraction of the side, that decides a relation
 
@@ -274,16 +277,29 @@ def draw_conversation(rng: np.random.Generator, items: list[Item]) -> list[dict[
 
 
 def _draw_conversation_with_masks(rng: np.random.Generator, items: list[Item]) -> dict | None:
-    """Draw two questions, each about one or two shapes; some of them are not there. None without two names."""
+    """Draw four questions about one or two shapes each, half of which are not there. None without two names.
+
+    A shape that is not there has a color that no shape has. A vision tower as small as the quick start's sees colors
+    after a few hundred steps, and pairs of a shape and a color not within a thousand.
+    """
     names = list(dict.fromkeys(item.name for item in items))
-    absent = [f"{color} {shape}" for color in COLORS for shape in OUTLINES if f"{color} {shape}" not in names]
+    absent_colors = [color for color in COLORS if color not in {item.color for item in items}]
+    # One of each color: after the answer about one, that about another would not need the image.
+    absent = [f"{color} {rng.choice(list(OUTLINES))}" for color in absent_colors]
     if len(names) < 2:
         return None
+    names, absent = rng.permutation(names).tolist(), rng.permutation(absent).tolist()  # each is asked for once
     messages, targets = [], []
-    for _ in range(2):
-        asked = [str(name) for name in rng.permutation(names)[: rng.integers(1, 3)]]
-        if rng.random() < 0.3:
-            asked[rng.integers(len(asked))] = str(rng.choice(absent))
+    for _ in range(4):
+        # First of all, a model has to learn to answer about one shape.
+        number = 1 if rng.random() < ONE_SHAPE_SHARE else 2
+        asked = []
+        for _ in range(number):
+            choices = absent if rng.random() < ABSENT_SHARE else names
+            if choices := choices or absent or names:
+                asked.append(choices.pop())
+        if not asked:
+            break
         sentences = []
         for name in asked:
             found = [item.mask for item in items if item.name == name]

@@ -1,6 +1,7 @@
 """Conversations with masks: rows whose answers have `[SEG]` in running text, over several turns, or refuse."""
 
 import json
+import re
 
 import datasets
 import numpy as np
@@ -113,6 +114,15 @@ def test_drawn_scenes_as_conversations(load):
         named = [target["phrases"][0] for target in row["targets"]]
         text = " ".join(message["content"] for message in row["messages"][1::2])
         assert [f"The {name} is [SEG]." in text for name in named] == [True] * len(named)
+        refused = re.findall(r"There is no (\w+) ", text)
+        assert len({*refused}) == len(refused) and not {*refused} & {name.split()[0] for name in named}
+    assert 0.4 < sum(answer.count("There is no") for answer in answers) / sum(map(len, map(names_of, rows))) < 0.6
+
+
+def names_of(row) -> list[str]:
+    """What the questions of a drawn scene ask for."""
+    asked = (message["content"] for message in row["messages"][::2])
+    return [name for text in asked for name in re.findall(r"the (\w+ \w+) (?:in|and)", text)]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -129,12 +139,12 @@ def test_batches_learn_and_are_scored_per_target(load, packing):
 
     evaluation = EvaluationDataset(rows)
     batch = LisaDataCollator(processor)([evaluation[0], evaluation[1]])
-    assert len(batch["input_ids"]) == 4 and batch["image_indices"].tolist() == [0, 0, 1, 1]
+    assert len(batch["input_ids"]) == 8 and batch["image_indices"].tolist() == [0] * 4 + [1] * 4
     due = (batch["labels"] == processor.seg_token_id).sum(1)
     assert due.tolist() == [len(question.masks) for item in (0, 1) for question in evaluation[item]["questions"]]
     prompts = cut_prompts(batch, processor)
-    for row, item in enumerate((0, 0, 1, 1)):
-        question = evaluation[item]["questions"][row % 2]
+    for row, item in enumerate([0] * 4 + [1] * 4):
+        question = evaluation[item]["questions"][row % 4]
         prompt = processor.apply_chat_template(question.messages[:-1], add_generation_prompt=True, tokenize=False)
         expected = processor(evaluation[item]["image"], prompt)["input_ids"][0]
         assert prompts["input_ids"][row][prompts["attention_mask"][row] == 1].equal(expected)
