@@ -19,6 +19,7 @@ from lisa_hf.data.prompts import evaluation_questions, sample_questions
 from lisa_hf.data.rows import make_row
 from lisa_hf.evaluation.counts import count_generated
 from lisa_hf.evaluation.predict import cut_prompts
+from lisa_hf.model.pipeline_lisa import Answer
 
 
 SIZE = (40, 60)
@@ -155,5 +156,6 @@ def test_batches_learn_and_are_scored_per_target(load, packing):
         for item in (0, 1)
         for question in evaluation[item]["questions"]
     ]
-    counts = count_generated(batch, perfect, due, processor.seg_token_id)
+    answers = [Answer("", masks, torch.ones(len(masks))) for masks in perfect]
+    counts = count_generated(batch, answers, processor.seg_token_id)
     assert counts["generated_intersections"].equal(counts["generated_unions"])
