@@ -36,7 +36,7 @@ class LabelStudio(Labeled):
                 f"expected a list of tasks with `data` and `annotations` in {path!r}, got other content. Export the "
                 "project from Label Studio in the format JSON (not JSON-MIN)."
             )
-        records, num_others = [], 0
+        records, num_others, num_predicted = [], 0, 0
         for task in tasks:
             with errors_naming(f"{path!r}, task {task.get('id')}"):
                 annotations = [made for made in task.get("annotations") or [] if not made.get("was_cancelled")]
@@ -44,10 +44,13 @@ class LabelStudio(Labeled):
             num_others += max(len(annotations) - 1, 0)
             if annotations and annotations[-1].get("result"):
                 records.append((task.get("id"), task["data"], annotations[-1]["result"]))
+            num_predicted += not annotations and bool(task.get("predictions"))
         if num_others:
             self.read_remarks.append(
                 f"left out {num_others} annotations of images that have a later one or a ground truth"
             )
+        if num_predicted:
+            self.read_remarks.append(f"passed over {num_predicted} tasks with predictions alone: nobody accepted them")
         return {self.config.split: records}
 
     def make_row(self, record):

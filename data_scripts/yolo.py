@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from .file_names import find_image, list_images
+from .file_names import OUTSIDE, find_image, is_image, list_images
 from .orientation import read_orientation
 from .own_data import ImagesConfig, Labeled
 from .segmentation import encode_visible
@@ -25,7 +25,7 @@ class Yolo(Labeled):
 
     annotations     data.yaml with `names`, and directories or lists of images under the keys train, val and test; or
                     the directory of data.yaml or classes.txt. Without these keys, it means all images in there.
-    split           which of these keys; default: train
+    split           which of these keys; default: train. `validation` means val
     images          directory of the images, if they are apart from the labels
 
     A label file lies where its image does, with `labels` for `images` in its path. Its lines hold a class number and
@@ -43,6 +43,11 @@ class Yolo(Labeled):
         records = [(image, label, names) for image, label in pairs if os.path.exists(label)]
         if len(records) < len(pairs):
             self.read_remarks.append(f"passed over {len(pairs) - len(records)} images without a label file")
+        orphans = [] if self.config.images else _labels_without_image(pairs)
+        if orphans:
+            self.read_remarks.append(
+                f"passed over {len(orphans)} label files without an image of a known format, such as {orphans[0]!r}"
+            )
         return {self.config.split: records}
 
     def _pairs(self, data_dir: str | None) -> list[tuple[str, str]]:
@@ -71,7 +76,7 @@ class Yolo(Labeled):
             _, (height, width) = self.find_space(*read_orientation(image), None)
             objects = []
             for line in read_text(path, self.config.encoding).splitlines():
-                numbers = line.split()
+                numbers = _parse_numbers(line)
                 if len(numbers) == 5:
                     self.pass_over("boxes")
                 elif numbers:
@@ -110,17 +115,25 @@ class Yolo(Labeled):
             names = dict(enumerate(names))
         if not isinstance(names, dict):
             raise ValueError(f"expected `names` of the classes in {path!r}, got {names!r}.")
+        for name in names.values():
+            if isinstance(name, bool) or not isinstance(name, str | int | float):
+                raise ValueError(
+                    f"expected text as `names` of the classes in {path!r}, got {name!r}. Put words that YAML reads "
+                    "otherwise, such as yes, no and null, in quotes."
+                )
         return {str(number): str(name) for number, name in names.items()}
 
     def _images(self, data_dir: str | None) -> list[str]:
         """Return the paths of the images of the split, all inside of the directory of the description."""
         path, content = self._find_description(data_dir), self._describe(data_dir)
         directory = os.path.dirname(path)
-        entries = content.get(self.config.split)
+        split = "val" if self.config.split == "validation" and "validation" not in content else self.config.split
+        entries = content.get(split)
         if entries is None and not {"train", "val", "test"} & content.keys():
             entries = "images" if os.path.isdir(os.path.join(directory, "images")) else "."
         if entries is None:
-            raise ValueError(f"expected the split {self.config.split!r} in {path!r}, got {sorted(map(str, content))}.")
+            found = [key for key in ("train", "val", "test") if content.get(key)]
+            raise ValueError(f"expected the split {split!r} in {path!r}, got {found}. Set `split` to one of these.")
         entries = [entries] if isinstance(entries, str) else entries
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             raise ValueError(f"expected paths of the split {self.config.split!r} in {path!r}, got {entries!r:.100}.")
@@ -132,7 +145,7 @@ class Yolo(Labeled):
             if found is None:
                 raise FileNotFoundError(
                     f"source {self.source!r}: expected {entry!r} of {path!r} in {directory!r}, got none there. Keep "
-                    "the images beside the file that lists them."
+                    "the images beside the file that lists them, and write paths relative to it."
                 )
             images += list_images(found) if os.path.isdir(found) else self._listed_images(found, roots)
         return images
@@ -148,9 +161,16 @@ class Yolo(Labeled):
 
 
 def _variants(path: str) -> Iterator[str]:
-    """Yield a path, and without its leading "..", "." and "data": CVAT writes data/images/a.jpg for images/a.jpg."""
+    """Yield a path, and without its leading "..", "." and "data": CVAT writes data/images/a.jpg for images/a.jpg.
+
+    Of a path of another machine, also yield its ends, the longest first. The last part alone, such as "images", would
+    be that of other splits too.
+    """
     parts = path.replace("\\", "/").split("/")
     yield "/".join(parts)
+    if OUTSIDE.match(path):
+        yield from ("/".join(parts[start:]) for start in range(1, len(parts) - 1))
+        return
     while parts and parts[0] in ("..", "."):
         parts = parts[1:]
     yield "/".join(parts)
@@ -173,16 +193,43 @@ def _label_path(image: str) -> str:
     return f"{os.path.splitext(path)[0]}.txt"
 
 
-def _class_name(number: str, names: dict[str, str]) -> str:
-    key = str(int(float(number)))
+def _labels_without_image(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the paths of the label files that belong to no image beside those of the pairs."""
+    found = []
+    for labels, images in {os.path.dirname(label): os.path.dirname(image) for image, label in pairs}.items():
+        if labels != images and os.path.isdir(images):  # text files beside images may be anything
+            stems = {_stem(name) for name in os.listdir(images) if is_image(name)} | {"classes"}
+            texts = sorted(glob.glob(f"{glob.escape(labels)}/*.txt"))
+            found += [path for path in texts if _stem(path) not in stems]
+    return found
+
+
+def _parse_numbers(line: str) -> list[float]:
+    try:
+        return [float(number) for number in line.split()]
+    except ValueError as error:
+        raise ValueError(
+            f"expected the number of a class and x and y of an outline, separated by spaces, got {line!r:.100} "
+            f"({error}). Export it as a segmentation of YOLO."
+        ) from error
+
+
+def _class_name(number: float, names: dict[str, str]) -> str:
+    key = f"{number:.0f}" if number.is_integer() else str(number)
     if key not in names:
-        raise ValueError(f"expected a class among {sorted(names)}, got {number!r}. Add it to `names`.")
+        raise ValueError(f"expected a class among {sorted(names)}, got {key}. Add it to `names`.")
     return names[key]
 
 
-def _encode_shares(numbers: Sequence[str], height: int, width: int) -> dict[str, Any] | None:
+def _encode_shares(numbers: Sequence[float], height: int, width: int) -> dict[str, Any] | None:
     """Encode an outline of x and y in shares of the image's size."""
     shares = np.array(numbers, dtype=np.float64)
     if len(shares) % 2 or len(shares) < 6:
         raise ValueError(f"expected a class and at least three points (x, y), got {len(shares)} numbers after it.")
+    far = shares[~((shares >= -1) & (shares <= 2))]  # NaN too
+    if far.size:
+        raise ValueError(
+            f"expected x and y in shares of the image's width and height, from 0 to 1, got {far[0]}. Divide pixels by "
+            "the width and the height."
+        )
     return encode_visible([(shares.reshape(-1, 2) * (width, height)).ravel().tolist()], height, width)

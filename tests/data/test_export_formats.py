@@ -101,6 +101,8 @@ def write_yolo(root, description, images="yolo/images/train", labels="yolo/label
         "path: /content/datasets/rust\ntrain: images/train\nnames: [Rust_Patch, crack]",  # where it was made
         "train: ../images/train\nnc: 2\nnames: [Rust_Patch, crack]",  # Roboflow
         "train: [images/train]\nnames: [Rust_Patch, crack]",
+        "train: /content/rust-1/images/train\nnames: [Rust_Patch, crack]",  # Roboflow in a notebook
+        "train: C:\\rust\\images\\train\nnames: [Rust_Patch, crack]",
         "train: train.txt\nnames: [Rust_Patch, crack]",  # CVAT
         "nc: 2\nnames: [Rust_Patch, crack]",  # supervision
     ],
@@ -136,8 +138,13 @@ def test_boxes_and_photos_without_labels_are_passed_over_and_said(root, load):
     [
         ("7 0.1 0.1 0.5 0.1 0.5 0.5", "expected a class among"),
         ("0 0.1 0.1 0.5 0.1 0.5", "at least three points"),
-        ("0 10 10 50 10 50 50", "belongs to another image"),  # pixels
-        ("0 0.1 0.1 x 0.1 0.5 0.5", "could not convert"),
+        ("0.7 0.1 0.1 0.5 0.1 0.5 0.5", r"expected a class among .*, got 0\.7"),
+        ("inf 0.1 0.1 0.5 0.1 0.5 0.5", "expected a class among .*, got inf"),
+        ("0 10 10 50 10 50 50", r"from 0 to 1, got 10\.0\. Divide pixels"),
+        ("0 nan 0.1 0.5 0.1 0.5 0.5", "from 0 to 1, got nan"),
+        ("0 0.1 0.1 x 0.1 0.5 0.5", "could not convert .* Export it"),
+        ("0,0.1,0.1,0.5,0.1,0.5,0.5", "separated by spaces"),
+        ("crack 0.1 0.1 0.5 0.1 0.5 0.5", "expected the number of a class"),
     ],
 )
 def test_bad_lines_of_yolo_name_their_file(root, load, line, message):
@@ -145,6 +152,41 @@ def test_bad_lines_of_yolo_name_their_file(root, load, line, message):
     (root / "yolo/labels/train/a.txt").write_text(line)
     with pytest.raises(ValueError, match=rf"labels/train/a.txt': .*{message}|labels/train/a.txt: .*{message}"):
         load("yolo", annotations="yolo/data.yaml")
+
+
+def test_label_files_of_no_image_are_said(root, load):
+    write_yolo(root, "train: images/train\nnames: [Rust_Patch, crack]")
+    for name in ("classes", "b"):
+        (root / f"yolo/labels/train/{name}.txt").write_text(yolo_lines())
+    (root / "yolo/images/train/b.heic").write_bytes(b"of no known format")
+    assert_drawn(load("yolo", annotations="yolo/data.yaml")[0])
+    label = str(root / "yolo/labels/train/b.txt")
+    assert load.remarks == [f"passed over 1 label files without an image of a known format, such as {label!r}"]
+
+
+def test_a_list_of_images_leaves_out_the_labels_of_others_without_a_word(root, load):
+    write_yolo(root, "train: train.txt\nnames: [Rust_Patch, crack]")
+    (root / "yolo/train.txt").write_text("images/train/a.jpg\n")
+    (root / "yolo/images/train/b.jpg").write_bytes((root / "photos/a.jpg").read_bytes())
+    (root / "yolo/labels/train/b.txt").write_text(yolo_lines())
+    assert len(load("yolo", annotations="yolo/data.yaml")) == 1
+    assert load.remarks == []
+
+
+def test_validation_is_val_of_yolo(root, load):
+    write_yolo(root, "train: images/other\nval: images/train\nnames: [Rust_Patch, crack]")
+    assert_drawn(load("yolo", annotations="yolo/data.yaml", split="validation")[0])
+    with pytest.raises(ValueError, match=r"the split 'test' in .*, got \['train', 'val'\]\. Set `split`"):
+        load("yolo", annotations="yolo/data.yaml", split="test")
+
+
+@pytest.mark.parametrize("name", ["yes", "null", "2020-01-01"])
+def test_names_that_yaml_reads_otherwise_are_errors(root, load, name):
+    write_yolo(root, f"train: images/train\nnames: [{name}, crack]")
+    with pytest.raises(ValueError, match="expected text as `names` of the classes .* in quotes"):
+        load("yolo", annotations="yolo/data.yaml")
+    write_yolo(root, f"train: images/train\nnames: ['{name}', crack]")
+    assert_drawn(load("yolo", annotations="yolo/data.yaml")[0], (name, "crack"))
 
 
 def test_yolo_lists_no_photos_outside(root, load):
@@ -289,6 +331,14 @@ def test_label_studio(root, load, image):
     found = "found 1 images by the last part of their path or address in the split 'train'"
     boxes = "passed over 1 regions of the type 'rectanglelabels' in the split 'train'"
     assert load.remarks == ([boxes] if image == "a.jpg" else [found, boxes])
+
+
+def test_predictions_that_nobody_accepted_are_said(root, load):
+    task = write_tasks(root, [polygon_region("Rust_Patch"), polygon_region("crack")], "a.jpg")
+    predicted = task | {"id": 8, "annotations": [], "predictions": [{"result": [polygon_region("crack")]}]}
+    (root / "tasks.json").write_text(json.dumps([task, predicted, task | {"id": 9, "annotations": []}]))
+    assert_drawn(load("label_studio", annotations="tasks.json", images="photos")[0])
+    assert load.remarks == ["passed over 1 tasks with predictions alone: nobody accepted them"]
 
 
 @pytest.mark.parametrize(
