@@ -68,9 +68,9 @@ def build_demo(
                 image = gr.Image(label="Image", type="filepath", image_mode=None, sources=sources, height=360)
                 question = gr.Textbox(label="Question", placeholder="What is red? Please output segmentation mask.")
                 with gr.Row():
-                    ask = gr.Button("Ask", variant="primary", min_width=80)
-                    stop = gr.Button("Stop", min_width=80)
-                    clear = gr.Button("Reset", min_width=80)  # as /reset of chat.py
+                    ask = gr.Button("Ask", variant="primary", size="md", min_width=80)
+                    stop = gr.Button("Stop", size="md", min_width=80)
+                    clear = gr.Button("Start over", size="md", min_width=80)
                 opacity = gr.Slider(0, 1, 0.5, label="Opacity of the masks")
             panels = [_Panel(name, *model, max_megapixels, max_new_tokens) for name, model in models.items()]
         if examples:
