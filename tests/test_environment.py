@@ -13,7 +13,7 @@ def test_a_torchvision_of_another_torch_is_one_line(tmp_path):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator does not exist')\n")
     result = subprocess.run(
-        [sys.executable, ROOT / "recipes" / "train.py", "--help"],
+        [sys.executable, ROOT / "recipes" / "train.py", "--help-all"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))},
         capture_output=True,
         text=True,

@@ -240,7 +240,7 @@ def test_texts_of_others_in_a_model_card(text, monkeypatch):
         Path(directory, "trainer_state.json").write_text('{"global_step": 2, "best_global_step": 1, "epoch": 1}')
         protocols = {"lisa": {"num_questions": 1} | {key.removeprefix("eval_"): 0.5 for key in metrics}}
         protocols["lisa"] |= {"ciou_low": 0.5, "ciou_high": 0.5}
-        results = {text: {"split": text, "protocols": protocols}}
+        results = {text: {"builder": text, "split": text, "protocols": protocols}}
         Path(directory, "evaluation.json").write_text(json.dumps({"benchmarks": results}))
         Path(directory, "predictions_x](y.png").touch()
         write_model_card(Path(directory), Path(directory), name)
