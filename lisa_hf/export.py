@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import PROCESSOR_NAME
@@ -30,8 +32,6 @@ from .training.trainer import LisaTrainer
 
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 # ---- find the model of a run ----------------------------------------------------------------------------------------

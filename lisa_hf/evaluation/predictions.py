@@ -53,16 +53,16 @@ class QuestionPrediction:
     teacher_forced_masks: list[Mask] | None = None
 
 
-def question_ids(dataset: EvaluationDataset, index: int, questions: list[Question]) -> list[str]:
-    """Return the ids of the questions about an image of a dataset."""
-    return [f"{dataset.image_ids[index]}_{number}" for number in range(len(questions))]
+def question_ids(image_id: str, number: int) -> list[str]:
+    """Return the ids of a number of questions about an image."""
+    return [f"{image_id}_{index}" for index in range(number)]
 
 
 def iterate_questions(dataset: EvaluationDataset) -> Iterator[tuple[dict, str, dict[str, Question]]]:
     """Iterate over rows, without reading images: the row, the image's id, and the questions by their ids."""
-    for index, row in enumerate(dataset.rows.remove_columns("image")):
+    for image_id, row in zip(dataset.image_ids, dataset.rows.remove_columns("image")):
         questions = dataset.questions(row)
-        yield row, dataset.image_ids[index], dict(zip(question_ids(dataset, index, questions), questions))
+        yield row, image_id, dict(zip(question_ids(image_id, len(questions)), questions))
 
 
 # ---- predictions of a model -----------------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ class PredictionWriter:
         for image, image_id in enumerate(image_ids):
             rows = (image_indices == image).nonzero().flatten().tolist()
             given = teacher_forced[image].split(masks_due[rows].tolist())
-            for number, (row, masks) in enumerate(zip(rows, given)):
-                prediction = {"question_id": f"{image_id}_{number}", "image_id": image_id}
+            for question_id, row, masks in zip(question_ids(image_id, len(rows)), rows, given):
+                prediction = {"question_id": question_id, "image_id": image_id}
                 if answers is not None:
                     scores = [round(score, 4) for score in answers[row].scores.tolist()]
                     prediction |= {"text": answers[row].text, "masks": _encode(answers[row].masks), "scores": scores}
@@ -127,8 +127,8 @@ def predict_benchmark(trainer: Trainer, dataset: EvaluationDataset, path: Path) 
     answered = _read_parts(parts)
     todo = [
         index
-        for index, row in enumerate(dataset.rows.remove_columns("image"))
-        if not all(name in answered for name in question_ids(dataset, index, dataset.questions(row)))
+        for index, (_, _, questions) in enumerate(iterate_questions(dataset))
+        if not questions.keys() <= answered.keys()
     ]
     if answered and trainer.is_world_process_zero():
         logger.info("%d of %d images were answered before.", len(dataset) - len(todo), len(dataset))

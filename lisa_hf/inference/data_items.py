@@ -146,7 +146,6 @@ def _without_mask(targets: pa.ListArray) -> np.ndarray:
     """Return which lists of targets have no mask with a pixel, `(N,)` bool."""
     row_of_target = pc.list_parent_indices(targets).to_numpy()
     rles = targets.flatten().field("rle")
-    # Long counts need not be read to know that there is a pixel.
     # Long counts need not be read to know that there is a pixel; of the short ones, many are equal.
     is_short = pc.less_equal(pc.binary_length(rles.field("counts")), MAX_EMPTY_COUNTS)
     short = rles.filter(is_short)

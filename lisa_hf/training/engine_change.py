@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
@@ -21,8 +22,6 @@ from ..conversion.checkpoints import open_checkpoint, open_zero_checkpoint
 
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class Engine(NamedTuple):

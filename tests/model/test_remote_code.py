@@ -6,6 +6,7 @@ import sys
 
 import torch
 from fixtures.tiny_models import conversation, image, llava_sam
+from fixtures.without_package import NO_PACKAGE
 from safetensors.torch import load_file
 
 from lisa_hf import LisaForConditionalGeneration
@@ -17,7 +18,9 @@ CODE = {
     *("mask_backbone.py", "modeling_lisa.py", "packing.py", "pipeline_lisa.py", "processing_lisa.py"),
     *("upstream_fixes.py", "vlm_backbone.py", "vlm_text_layout.py"),
 }
-SCRIPT = """
+SCRIPT = (
+    NO_PACKAGE
+    + """
 import os
 import sys
 
@@ -27,14 +30,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-
-class NoPackage:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "lisa_hf":
-            raise ModuleNotFoundError(f"{name} is not here", name=name)
-
-
-sys.meta_path.insert(0, NoPackage())
 from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
 
 directory, picture, text, results = sys.argv[1:]
@@ -60,6 +55,7 @@ save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items(
 model.save_pretrained(directory + "-again")
 processor.save_pretrained(directory + "-again")
 """
+)
 
 
 def test_saved_model_runs_without_the_package(tmp_path):

@@ -18,6 +18,7 @@ import yaml
 from fixtures.golden_model import converted_directory
 from fixtures.recipes import RUN, TINY, run_here
 from fixtures.tiny_training import make_trainer
+from fixtures.without_package import NO_PACKAGE
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors import safe_open
 from workers import export_worker
@@ -84,20 +85,14 @@ def command(tmp_path, capsys):
 
 # ---- round trips ----------------------------------------------------------------------------------------------------
 
-FRESH = """
+FRESH = (
+    NO_PACKAGE
+    + """
 import sys
 
 import torch
 from safetensors.torch import load_file
 
-
-class NoPackage:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "lisa_hf":
-            raise ModuleNotFoundError(f"{name} is not here", name=name)
-
-
-sys.meta_path.insert(0, NoPackage())
 from transformers import AutoModel, AutoProcessor, pipeline
 
 picture, *arguments = sys.argv[1:]
@@ -114,6 +109,7 @@ for directory, answers in zip(arguments[::2], arguments[1::2]):
     answer = pipe(picture, question="What is red?", max_new_tokens=3)
     assert answer["masks"].shape[1:] == (40, 60), answer
 """
+)
 
 
 def check_in_a_fresh_process(directory: Path, exports: dict[Path, Path]):

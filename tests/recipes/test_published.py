@@ -14,6 +14,7 @@ from fixtures.paths import PUBLISHED
 from fixtures.recipes import run
 from fixtures.shrunken import write_shrunken_mask_model, write_shrunken_vlm
 from fixtures.tiny_models import image
+from fixtures.without_package import NO_PACKAGE
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, pipeline
 
@@ -40,20 +41,14 @@ PAIRS = {
     "llava-hf__llava-v1.6-mistral-7b-hf": "facebook__sam2.1-hiera-tiny",
 }
 SIZES = [(40, 60), (64, 32), (50, 50), (30, 90)]  # height and width
-FRESH = """
+FRESH = (
+    NO_PACKAGE
+    + """
 import sys
 
 import torch
 from safetensors.torch import save_file
 
-
-class NoPackage:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "lisa_hf":
-            raise ModuleNotFoundError(f"{name} is not here", name=name)
-
-
-sys.meta_path.insert(0, NoPackage())
 from transformers import AutoModel, AutoProcessor, pipeline
 
 directory, picture, answers = sys.argv[1:]
@@ -65,6 +60,7 @@ only_seg = {"logits_processor": [lambda _, scores: scores.index_fill(1, seg, 1e4
 answer = pipe(picture, question="What is it?", max_new_tokens=2, generate_kwargs=only_seg)
 save_file({"masks": answer["masks"], "scores": answer["scores"]}, answers)
 """
+)
 
 
 def write_photos(directory: Path) -> None:
