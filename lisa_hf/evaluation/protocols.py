@@ -75,7 +75,8 @@ PROTOCOLS = {
         "RefSegformer, arXiv 2209.09554, utils/validation.py in jianzongwu/robust-ref-seg", per_row=True
     ),
     "pixel_lm": Protocol(
-        "PixelLM, arXiv 2312.02228, its evaluation on MUSE, without the judgment by GPT-3.5", matches_masks=True
+        "PixelLM, arXiv 2312.02228, `ar_validate` in train_ds.py of MaverickRen/PixelLM, without GPT-3.5's judgment",
+        matches_masks=True,
     ),
 }
 DEFAULT_PROTOCOLS = ("lisa", "generated", "all_texts", "generated_all_texts")

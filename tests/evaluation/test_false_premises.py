@@ -1,4 +1,4 @@
-"""Protocols of benchmarks about nothing and about several objects, beside the authors' code written out plainly."""
+"""Protocols of benchmarks about nothing and about several objects, beside the authors' code and rules."""
 
 import itertools
 
@@ -19,14 +19,33 @@ from lisa_hf.evaluation.predictions import QuestionPrediction
 
 SIZE = (12, 16)
 
+# What the originals give for `refs_and_answers(min_negative=1)` (a ref without a negative expression makes the second
+# one divide by zero): `run_eval` in eval_sesame.py of see-say-segment/sesame at 91f1f2e4, which prints four
+# digits, and `validate` in utils/validation.py of jianzongwu/robust-ref-seg at e7c7da6f, in single precision.
+RECORDED = {
+    "sesame": ({"ciou": 0.2235, "see_acc": 0.5183}, 5e-5),
+    "ref_segformer": (
+        {
+            "miou": 0.3411021338775754,
+            "oiou": 0.31647139903514816,
+            "mrr": 0.4083333373069763,
+            "riou": 0.2333552203141153,
+        },
+        1e-7,
+    ),
+}
+# And for `answers_of_several_masks()`, with logits of -1 and 1: `ar_validate` in train_ds.py of MaverickRen/PixelLM at
+# ebf07922, in single precision and with 1e-5 in denominators.
+RECORDED_MASKS = {"giou": 0.3983885645866394, "ciou": 0.417758971452713}
 
-def refs_and_answers(num_refs=40, seed=0):
+
+def refs_and_answers(num_refs=40, seed=0, min_negative=0):
     """Refs with true and negative expressions, two per photo, and a mask or none as the answer to each expression."""
     rng = np.random.default_rng(seed)
     refs, answers = [], []
     for number in range(num_refs):
         target = rng.random(SIZE) < 0.4
-        is_true = [True] * rng.integers(1, 4) + [False] * rng.integers(0, 4)
+        is_true = [True] * rng.integers(1, 4) + [False] * rng.integers(min_negative, 4)
         refs.append((str(number // 2), target, is_true))
         choices = [None, np.zeros(SIZE, bool), target, rng.random(SIZE) < 0.3]
         answers.append([choices[rng.integers(4)] for _ in is_true])
@@ -85,6 +104,13 @@ def test_ref_segformer_averages_over_refs():
     assert not expected.keys() & score(refs, answers, "generated")[0].keys()
 
 
+@pytest.mark.parametrize("protocol", RECORDED)
+def test_numbers_of_the_originals(protocol):
+    expected, tolerance = RECORDED[protocol]
+    metrics, _ = score(*refs_and_answers(min_negative=1), protocol)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=tolerance)
+
+
 def test_intervals_are_over_photos_even_if_they_have_several_rows():
     refs, answers = refs_and_answers()
     metrics, scores = score(refs, answers, "generated")
@@ -93,15 +119,43 @@ def test_intervals_are_over_photos_even_if_they_have_several_rows():
     assert metrics["giou"] == apart["giou"] and metrics["giou_low"] != apart["giou_low"]
 
 
+def answers_of_several_masks(num_questions=60, seed=0):
+    """Masks due and given, one question per photo: moved by a pixel, in another order, some missing, some extra."""
+    rng = np.random.default_rng(seed)
+
+    def rectangle(top, left):
+        mask = np.zeros(SIZE, bool)
+        mask[top : top + rng.integers(3, 6), left : left + rng.integers(4, 8)] = True
+        return mask
+
+    questions = []
+    for _ in range(num_questions):
+        corners = rng.permutation([(0, 0), (0, 8), (6, 0), (6, 8)])
+        number = rng.integers(1, 5)
+        due = [rectangle(*corner) for corner in corners[:number]]
+        given = [np.roll(mask, rng.integers(-1, 2, 2), (0, 1)) for mask in due if rng.random() < 0.8]
+        given += [rectangle(*corner) for corner in corners[number:] if rng.random() < 0.4]
+        questions.append((due, [given[index] for index in rng.permutation(len(given))]))
+    return questions
+
+
 MASKS = st.lists(arrays.arrays(bool, (3, 4)), max_size=4)
 
 
-def score_masks(due, given, protocol):
-    talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "[SEG] " * len(due)}]
-    row = make_row("a.jpg", "1", "drawn", "conversation", [{"rle": encode_mask(mask)} for mask in due], messages=talk)
-    dataset = EvaluationDataset(Dataset.from_list([row], features=FEATURES))
-    prediction = {"1_0": QuestionPrediction("", [to_mask(mask) for mask in given])}
-    return score_predictions(dataset, prediction, [protocol])[0][""]["protocols"][protocol]
+def score_masks(questions, protocol):
+    rows, predictions = [], {}
+    for number, (due, answer) in enumerate(questions):
+        talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "[SEG] " * len(due)}]
+        targets = [{"rle": encode_mask(mask)} for mask in due]
+        rows.append(make_row("a.jpg", str(number), "drawn", "conversation", targets, messages=talk))
+        predictions[f"{number}_0"] = QuestionPrediction("", [to_mask(mask) for mask in answer])
+    dataset = EvaluationDataset(Dataset.from_list(rows, features=FEATURES))
+    return score_predictions(dataset, predictions, [protocol])[0][""]["protocols"][protocol]
+
+
+def test_several_masks_give_the_numbers_of_the_original():
+    metrics = score_masks(answers_of_several_masks(), "pixel_lm")
+    assert {name: metrics[name] for name in RECORDED_MASKS} == pytest.approx(RECORDED_MASKS, abs=5e-7)
 
 
 @settings(max_examples=60, deadline=None)
@@ -112,7 +166,7 @@ def test_masks_are_matched_as_well_as_any_order_can(due, given):
 
     padded = [*given, *[np.zeros((3, 4), bool)] * max(len(due) - len(given), 0)]
     best = max(sum(map(iou, due, order)) for order in itertools.permutations(padded, len(due)))
-    found = score_masks(due, given, "pixel_lm")
+    found = score_masks([(due, given)], "pixel_lm")
     right = sum(not mask.any() for mask in due)  # where nothing is due, an empty mask is right, too
     assert best - 1e-9 <= found["giou"] * found["num_masks"] <= best + right + 1e-9
     assert len(due) <= found["num_masks"] <= max(len(due), len(given)) and "n_acc" not in found
@@ -121,8 +175,9 @@ def test_masks_are_matched_as_well_as_any_order_can(due, given):
 def test_swapped_masks_are_right_and_extra_ones_wrong():
     left, right = np.zeros((3, 4), bool), np.zeros((3, 4), bool)
     left[:, :2], right[:, 2:] = True, True
-    assert score_masks([left, right], [right, left], "pixel_lm")["giou"] == 1
-    assert score_masks([left, right], [right, left], "generated")["giou"] == 0
-    found = score_masks([left], [right, left], "pixel_lm")
+    assert score_masks([([left, right], [right, left])], "pixel_lm")["giou"] == 1
+    assert score_masks([([left, right], [right, left])], "generated")["giou"] == 0
+    found = score_masks([([left], [right, left])], "pixel_lm")
     assert (found["giou"], found["ciou"], found["num_masks"]) == (0.5, 0.5, 2)
-    assert score_masks([left, right], [left, np.zeros((3, 4), bool), right, right & False], "pixel_lm")["giou"] == 1
+    given = [left, np.zeros((3, 4), bool), right, right & False]
+    assert score_masks([([left, right], given)], "pixel_lm")["giou"] == 1
