@@ -39,7 +39,7 @@ def build_data_page(items: DataItems | EvaluatedItems | LabeledItems) -> gr.Bloc
             group = gr.Dropdown([ALL, *items.groups], label=items.group_label, min_width=160)
             image_id = gr.Textbox("", label="Image", placeholder="part of its name, Enter", min_width=160)
             without_mask = gr.Checkbox(label="No mask", min_width=160)
-            number = gr.Number(1, label="Go to item", precision=0, min_width=160)  # people count from 1
+            number = gr.Number(1, label="Go to", precision=0, min_width=160)  # people count from 1
             opacity = gr.Slider(0, 1, 0.5, label="Opacity of the masks", min_width=160)
         with gr.Row():
             backward = gr.Button("← Previous", size="sm", min_width=100, elem_classes="previous-item")
@@ -90,15 +90,12 @@ class _Page:
         return self.show(position + 1, *filters_and_opacity)
 
     def jump(self, number: int, group: str, image_id: str, without_mask: bool, opacity: float):
-        """Show the item of a number."""
+        """Show the item of a number among those that the filters let through."""
         with errors_on_page():
-            (positions,) = np.nonzero(self._find(group, image_id, without_mask) == (number or 0) - 1)
-            if len(positions) == 0:
-                raise ValueError(
-                    f"expected the number of an item from 1 to {len(self.items)} that the filters let through, "
-                    f"got {number}."
-                )
-        return self.show(int(positions[0]), group, image_id, without_mask, opacity)
+            num_found = len(self._find(group, image_id, without_mask))
+            if not 1 <= (number or 0) <= num_found:
+                raise ValueError(f"expected the number of an item from 1 to {num_found}, got {number}.")
+        return self.show(number - 1, group, image_id, without_mask, opacity)
 
     def show(self, position: int, group: str, image_id: str, without_mask: bool, opacity: float):
         """Show the item at a position among those that the filters let through."""
@@ -106,14 +103,13 @@ class _Page:
         if len(found) == 0:
             return 0, gr.skip(), "No item is like this.", *[None] * len(self.items.pictures), ""
         position = min(position, len(found) - 1)
-        number = int(found[position])
-        item = self.items[number]
+        item = self.items[int(found[position])]
         lines = [f"<b>{position + 1} of {len(found)}</b>", *map(html.escape, item.title)]
         if item.error:
             error = html.escape(item.error)
             lines.append(f'<span style="color: var(--error-text-color)">Cannot be shown: {error}</span>')
         title = f'<div style="overflow-wrap: anywhere">{"<br>".join(lines)}</div>'  # paths are long
-        return position, number + 1, title, *self._draw(item, opacity), _texts(item)
+        return position, position + 1, title, *self._draw(item, opacity), _texts(item)
 
     def _find(self, group: str, image_id: str, without_mask: bool) -> np.ndarray:
         return self.items.find(None if group == ALL else group, image_id.strip(), without_mask)

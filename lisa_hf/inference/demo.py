@@ -8,6 +8,7 @@ import html
 import itertools
 import json
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,8 +40,17 @@ except ImportError:
         return function
 
 
-FILES = ("PNG", "RLE JSON", "LabelMe JSON")  # of all answers
+ANNOTATIONS = ("RLE JSON", "LabelMe JSON")  # files with the masks of all answers
 Turns = list[dict[str, Any]]
+# Gradio's own button copies the HTML that colors the words. Browsers let pages of http write to the clipboard on
+# localhost only.
+_COPY = "navigator.clipboard ? navigator.clipboard.writeText(text) : alert('Copying needs https or localhost.')"
+COPY_TEXT = f"""messages => {{
+    const parse = html => new DOMParser().parseFromString(html, "text/html").body.textContent;
+    const text = messages.map(message => parse(message.content[0].text)).join("\\n");
+    {_COPY};
+}}"""
+COPY_FILE = f"async file => {{ const text = await (await fetch(file.url)).text(); {_COPY}; }}"
 
 
 def build_demo(
@@ -70,27 +80,33 @@ def build_demo(
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", size="md", min_width=80)
                     stop = gr.Button("Stop", size="md", min_width=80)
-                    clear = gr.Button("Start over", size="md", min_width=80)
+                    clear = gr.Button("Start over", size="md", min_width=130)  # in one line on a phone
                 opacity = gr.Slider(0, 1, 0.5, label="Opacity of the masks")
             panels = [_Panel(name, *model, max_megapixels, max_new_tokens) for name, model in models.items()]
         if examples:
             gr.Examples([list(example) for example in examples], [image, question])
 
-        # Questions wait in a queue, because a model answers one at a time; several models do it side by side.
+        # Questions wait in a queue, because a model answers one at a time. Several models do it side by side, but not
+        # as events of one button, which wait for each other.
         queues = [{"concurrency_limit": 1, "concurrency_id": name} for name in models]
-        answers = []
+        num_asked = gr.State(0)
+        at_once = {"concurrency_limit": None, **private}  # not without a queue, where a state's change is no event
+        gr.on([ask.click, question.submit], lambda number: number + 1, num_asked, num_asked, **at_once)
         for panel, queue in zip(panels, queues):
-            page = [image, panel.turns, panel.hidden, opacity]
-            for event in (ask.click, question.submit):
-                answers.append(event(panel.answer, [question, *page], panel.outputs, **private, **queue))
-            opacity.change(panel.draw, page, panel.overlay, **private)
-            panel.overlay.select(panel.toggle, page, [panel.hidden, panel.overlay], **private)
+            page = [image, panel.turns, panel.shown, panel.hidden, opacity]
+            asked = [question, image, panel.turns, panel.hidden, opacity]
+            answer = num_asked.change(panel.answer, asked, panel.outputs, trigger_mode="once", **private, **queue)
+            for event in (opacity.change, panel.shown.input):
+                event(panel.draw, page, panel.pictures, **private)
+            panel.overlay.select(panel.toggle, page, [panel.hidden, *panel.pictures], **private)
+            # With ZeroGPU, a model answers in another process, where its answer can only be cut off.
+            cancels = answer if IS_ZERO_GPU else None
+            stop.click(panel.stop, panel.num_canceled, panel.num_canceled, cancels=cancels, **at_once)
+            panel.num_canceled.change(None, cancels=answer)
         for panel in panels:
             image.change(panel.change_image, image, panel.outputs, **private)  # queued, or its errors are not shown
             for event in (clear.click, panel.chat.clear):
                 event(panel.restart, image, panel.outputs, queue=False, **private)
-            # With ZeroGPU, a model answers in another process, where its answer can only be cut off.
-            stop.click(panel.stop, image, cancels=answers if IS_ZERO_GPU else None, queue=False, **private)
 
         # The API. Its components are not on the page; through them Gradio checks and documents what goes in and out.
         file, text = gr.File(label="image", visible=False), gr.Textbox(label="question", visible=False)
@@ -101,16 +117,18 @@ def build_demo(
 
 @dataclass
 class _Running:
-    """An answer that grows, and the image that it is about."""
+    """An answer that grows, the image that it is about, and whether the user has stopped it."""
 
     path: str | None
+    is_stopped: bool = False
 
 
 class _Panel:
     """What one model says: its conversation, the masks of all its answers over the image, and files of them.
 
-    The page keeps the turns as records, see [`answer_record`], and the numbers of the masks that the user hid. An
-    answer that is still growing has no masks yet.
+    The page keeps the turns as records, see [`answer_record`], the numbers of the answers whose masks are shown, the
+    newest one unless the user chooses others, and the numbers of the masks that the user hid. An answer that is still
+    growing has no masks yet.
     """
 
     def __init__(self, name: str, model, processor, max_megapixels: float, max_new_tokens: int):
@@ -123,6 +141,7 @@ class _Panel:
         self.running: dict[str, _Running] = {}  # answers that grow, by session
         with gr.Column(min_width=320):
             self.turns, self.hidden = gr.State([]), gr.State([])
+            self.num_canceled = gr.State(0)
             label = f"{name}: click a mask to hide it"
             self.overlay = gr.Image(
                 label=label,
@@ -132,10 +151,18 @@ class _Panel:
                 buttons=["fullscreen"],
                 elem_classes="overlay",
             )
-            self.chat = gr.Chatbot(label=name, height=240, buttons=[])
+            self.shown = gr.CheckboxGroup(label="Masks of", visible=False)
+            copies = [gr.Button(label) for label in ("Copy text", "Copy RLE")]
+            self.chat = gr.Chatbot(label=name, height=300, buttons=copies)
             with gr.Row():
-                self.files = [gr.DownloadButton(label, interactive=False, size="sm", min_width=80) for label in FILES]
-        self.outputs = [self.turns, self.hidden, self.chat, self.overlay, *self.files]
+                png, *files = [
+                    gr.DownloadButton(label, interactive=False, size="sm", min_width=80)
+                    for label in ("PNG", *ANNOTATIONS)
+                ]
+            for button, component, script in zip(copies, (self.chat, files[0]), (COPY_TEXT, COPY_FILE)):
+                button.click(None, component, js=script)
+        self.pictures = [self.overlay, png]
+        self.outputs = [self.turns, self.hidden, self.chat, self.shown, *self.pictures, *files]
 
     # ---- events -----------------------------------------------------------------------------------------------------
 
@@ -158,9 +185,13 @@ class _Panel:
                     if self.running.get(session) is not running:  # the page is about something else
                         yield [gr.skip()] * len(self.outputs)  # Gradio repeats the last outputs at the end
                         return
-                    yield turns, hidden, _chat_messages(turns), *[gr.skip()] * (1 + len(FILES))
-                files = [gr.DownloadButton(value=file, interactive=True) for file in _write_files(path, turns)]
-                yield turns, hidden, _chat_messages(turns), self.draw(path, turns, hidden, opacity), *files
+                    if running.is_stopped:
+                        self.conversation(session, path).stop()
+                    yield turns, hidden, _chat_messages(turns), *[gr.skip()] * (len(self.outputs) - 3)
+                shown = [len(turns) - 1]
+                files = [gr.DownloadButton(value=file, interactive=True) for file in _write_annotations(path, turns)]
+                pictures = self.draw(path, turns, shown, hidden, opacity)
+                yield turns, hidden, _chat_messages(turns), _choose_answers(turns, shown), *pictures, *files
         finally:
             if self.running.get(session) is running:
                 del self.running[session]
@@ -172,10 +203,17 @@ class _Panel:
             *_, (record,) = self.respond(None, image, question.strip(), [])
         return {name: record[name] for name in ("text", "masks", "scores", "height", "width")}
 
-    def stop(self, path: str | None, request: gr.Request):
-        """Stop the user's answer: it keeps what there is of it, with the masks."""
-        if path:
-            self.conversation(request.session_hash, path).stop()
+    def stop(self, num_canceled: int, request: gr.Request) -> int:
+        """Stop the user's answer, which keeps what there is of it, with the masks.
+
+        Returns:
+            The number of questions that were canceled while they waited in the queue, whose change cancels one.
+        """
+        running = self.running.get(request.session_hash)
+        if running is None:
+            return num_canceled + 1
+        running.is_stopped = True
+        return num_canceled
 
     def change_image(self, path: str | None, request: gr.Request):
         """Return the outputs of a new conversation, and end an answer about another image."""
@@ -185,29 +223,34 @@ class _Panel:
         with errors_on_page():
             if path:
                 self.check(path)
-        return [], [], [], path and _display_image(path), *[gr.DownloadButton(interactive=False)] * len(FILES)
+        files = [gr.DownloadButton(interactive=False)] * (1 + len(ANNOTATIONS))
+        return [], [], [], _choose_answers([], []), path and _display_image(path), *files
 
     def restart(self, path: str | None, request: gr.Request):
         """Return the outputs of a new conversation, and end the user's answer."""
         self.running.pop(request.session_hash, None)
         return self.change_image(path, request)
 
-    def draw(self, path: str | None, turns: Turns, hidden: list[int], opacity: float) -> PIL.Image.Image | None:
-        """Draw the masks that are not hidden."""
+    def draw(self, path: str | None, turns: Turns, shown: list[int], hidden: list[int], opacity: float) -> tuple:
+        """Return the picture with the masks of the answers shown that are not hidden, and the button of its file."""
         if not path:
-            return None
+            return None, gr.DownloadButton(interactive=False)
         image = _display_image(path)
-        masks = _display_masks(turns, image)
+        masks = _display_masks(turns, shown, image)
         masks[hidden] = 0
-        return overlay_masks(image, masks, opacity)
+        file = Path(tempfile.mkdtemp(dir=Path(path).parent)) / f"{Path(path).stem}.png"
+        overlay_masks(image, masks, opacity).save(file, compress_level=1)
+        return str(file), gr.DownloadButton(value=str(file), interactive=bool(turns))
 
-    def toggle(self, path: str, turns: Turns, hidden: list[int], opacity: float, click: gr.SelectData):
+    def toggle(
+        self, path: str, turns: Turns, shown: list[int], hidden: list[int], opacity: float, click: gr.SelectData
+    ):
         """Hide the uppermost mask at the clicked pixel, or show those that are hidden there."""
         column, row = click.index
-        (clicked,) = _display_masks(turns, _display_image(path))[:, row, column].nonzero()
+        (clicked,) = _display_masks(turns, shown, _display_image(path))[:, row, column].nonzero()
         visible = [number for number in clicked.tolist() if number not in hidden]
         hidden = [*hidden, visible[-1]] if visible else [number for number in hidden if number not in clicked]
-        return hidden, self.draw(path, turns, hidden, opacity)
+        return hidden, *self.draw(path, turns, shown, hidden, opacity)
 
     # ---- the model --------------------------------------------------------------------------------------------------
 
@@ -251,18 +294,32 @@ def _display_image(path: str) -> PIL.Image.Image:
     return fit_page(load_image(path))
 
 
-def _display_masks(turns: Turns, image: PIL.Image.Image) -> np.ndarray:
-    """Return the masks of all answers at the size of the picture on the page, `(M, H, W)` uint8."""
-    return fit_masks([mask for turn in turns if "masks" in turn for mask in record_masks(turn)], image)
+def _display_masks(turns: Turns, shown: list[int], image: PIL.Image.Image) -> np.ndarray:
+    """Return the masks of all answers at the size of the picture on the page, `(M, H, W)` uint8; 0 if not shown."""
+    masks = [
+        mask if number in shown else np.zeros_like(mask)
+        for number, turn in enumerate(turns)
+        for mask in (record_masks(turn) if "masks" in turn else ())
+    ]
+    return fit_masks(masks, image)
 
 
-def _write_files(path: str, turns: Turns) -> list[str]:
-    """Write the files of `FILES` beside the uploaded image, and return their paths."""
+def _choose_answers(turns: Turns, shown: list[int]) -> gr.CheckboxGroup:
+    """Return the choice of the answers whose masks are shown. The only answer with masks needs none."""
+    choices = [
+        (f"{number + 1}. {textwrap.shorten(turn['question'], 32, placeholder='...')}", number)
+        for number, turn in enumerate(turns)
+        if turn.get("masks")
+    ]
+    value = [number for _, number in choices if number in shown]
+    return gr.CheckboxGroup(choices, value=value, visible=len(choices) > 1)
+
+
+def _write_annotations(path: str, turns: Turns) -> list[str]:
+    """Write the files of `ANNOTATIONS` beside the uploaded image, and return their paths."""
     directory = Path(tempfile.mkdtemp(dir=Path(path).parent))
-    name = Path(path).stem
-    picture, rle, labelme = (directory / f"{name}{suffix}" for suffix in (".png", "_rle.json", ".json"))
-    answers = [turn for turn in turns if "masks" in turn]
-    overlay_masks(load_image(path), np.concatenate(list(map(record_masks, answers)))).save(picture)
+    rle, labelme = (directory / f"{Path(path).stem}{suffix}" for suffix in ("_rle.json", ".json"))
+    answers = [turn for turn in turns if "masks" in turn]  # one that was cut off has none
     rle.write_text(json.dumps(answers, ensure_ascii=False), "utf-8")
     labelme.write_text(json.dumps(to_labelme(answers, Path(path).name), ensure_ascii=False), "utf-8")
-    return [str(picture), str(rle), str(labelme)]
+    return [str(rle), str(labelme)]

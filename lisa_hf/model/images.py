@@ -83,7 +83,10 @@ def raise_unreadable():
     except Exception as error:
         # PIL has no exception of its own for broken files: a bad PNG chunk is a SyntaxError, and a damaged EXIF block
         # a struct.error, an AttributeError or a TypeError.
-        raise ValueError(f"expected an image that can be read, got {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.filename and error.strerror:  # no such file, no permission
+            reason = f"{error.filename}: {error.strerror}"
+        raise ValueError(f"expected an image that can be read, got {reason}") from error
 
 
 def _tone_map(values: np.ndarray) -> np.ndarray:

@@ -143,7 +143,7 @@ def test_lisa_draws_kinds_9_3_3_1_and_the_sources_of_a_kind_equally(sources):
 def broken_image(kind, path):
     """An image file that is broken in one way, and a part of what is said about it."""
     if kind == "missing":
-        return str(path), "FileNotFoundError"
+        return str(path), "No such file or directory"
     if kind == "empty":
         path.write_bytes(b"")
         return str(path), "UnidentifiedImageError"

@@ -6,6 +6,7 @@ import re
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -171,9 +172,7 @@ class Visitor:
 
     def wait(self):
         """Wait until all answers have ended."""
-        self.page.wait_for_function(
-            "() => !document.querySelector('.overlay .wrap.generating, .overlay .wrap.pending')"
-        )
+        self.page.wait_for_function("() => !document.querySelector('.overlay .wrap:not(.hide)')")
         self.page.wait_for_timeout(1000)
 
     def colors(self) -> list[str]:
@@ -212,9 +211,23 @@ def test_a_conversation_on_the_page(browser, url, photos, predicted):
         name: expected[name] for name in ("masks", "scores", "text")
     }
 
-    # A second question adds masks in further colors.
+    # A second question adds masks in further colors. The picture shows those of the newest answer, or of chosen ones.
+    boxes = visitor.page.get_by_role("checkbox")
+    assert boxes.count() == 0
     visitor.ask("What is it, and what is the circle?")
     assert visitor.answers.count() == 2 and len(set(visitor.colors())) == len(visitor.colors()) > num_masks
+    assert [box.is_checked() for box in boxes.all()] == [False, True]
+    newest = visitor.picture()
+    boxes.nth(0).check()
+    visitor.wait()
+    both = visitor.picture()
+    boxes.nth(1).uncheck()
+    visitor.wait()
+    assert np.array_equal(visitor.picture(), drawn)
+    assert ((both != plain) == (newest != plain) | (drawn != plain)).mean() > 0.99
+    with visitor.page.expect_download() as download:
+        visitor.page.get_by_text("PNG").click()
+    assert np.array_equal(PIL.Image.open(download.value.path()), drawn)
 
     # A click hides a mask.
     shown = visitor.picture()
@@ -234,26 +247,56 @@ def test_a_conversation_on_the_page(browser, url, photos, predicted):
     assert changes[0]
 
 
+def test_texts_and_masks_are_copied(browser, url, photos, predicted):
+    visitor = Visitor(browser, url, permissions=["clipboard-read", "clipboard-write"])
+    visitor.upload(photos / "first.png")
+    visitor.page.locator(".overlay img").wait_for()
+    visitor.ask(QUESTION)
+    copied = []
+    for name in ("Copy text", "Copy RLE"):
+        visitor.page.get_by_role("button", name=name).click()
+        visitor.page.wait_for_timeout(500)
+        copied.append(visitor.page.evaluate("navigator.clipboard.readText()"))
+    expected = predicted["first.png"]
+    assert copied[0] == f"{QUESTION}\n{expected['text']}"
+    assert [record["masks"] for record in json.loads(copied[1])] == [expected["masks"]]
+
+
 def test_a_phone_shows_all_in_its_width(browser, url, photos):
     visitor = Visitor(browser, url, width=390)
     visitor.upload(photos / "first.png")
     visitor.ask(QUESTION)
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
     assert visitor.page.locator(".overlay").bounding_box()["width"] > 300
+    heights = [
+        visitor.page.get_by_role("button", name=name).bounding_box()["height"] for name in ("Ask", "Start over")
+    ]
+    assert heights[0] == heights[1]  # in one line
+
+
+@contextmanager
+def serve_slow(talkative: Path, photos: Path, names: list[str]):
+    """Serve a demo whose answers take seconds, with an example."""
+    from lisa_hf.inference.demo import build_demo
+
+    models = {name: load_lisa(str(talkative)) for name in names}
+    for model, _ in models.values():
+        model.vlm.register_forward_hook(lambda *_: time.sleep(0.05))  # per token
+    demo = build_demo(models, [(str(photos / "second.png"), "What is here?")], max_new_tokens=400)
+    yield demo.launch(prevent_thread_lock=True, quiet=True, allowed_paths=[str(photos)])[1]
+    demo.close()
 
 
 @pytest.fixture(scope="module")
 def slow_url(talkative, photos):
-    """The address of a demo whose answers take seconds, with an example."""
-    from lisa_hf.inference.demo import build_demo
+    with serve_slow(talkative, photos, ["slow"]) as url:
+        yield url
 
-    model, processor = load_lisa(str(talkative))
-    model.vlm.register_forward_hook(lambda *_: time.sleep(0.05))  # per token
-    demo = build_demo(
-        {"slow": (model, processor)}, [(str(photos / "second.png"), "What is here?")], max_new_tokens=400
-    )
-    yield demo.launch(prevent_thread_lock=True, quiet=True, allowed_paths=[str(photos)])[1]
-    demo.close()
+
+@pytest.fixture(scope="module")
+def slow_pair_url(talkative, photos):
+    with serve_slow(talkative, photos, ["slow", "other"]) as url:
+        yield url
 
 
 def test_stop_ends_an_answer_and_keeps_its_masks(browser, slow_url, photos):
@@ -273,6 +316,37 @@ def test_stop_ends_an_answer_and_keeps_its_masks(browser, slow_url, photos):
         for record in records:
             assert len(record["masks"]) == record["text"].count("[SEG]") > 0
             assert len(record["text"]) < 1000  # of about 1300
+
+
+def test_stop_reaches_two_models_and_a_question_in_the_queue(browser, slow_pair_url, photos):
+    answering, waiting = Visitor(browser, slow_pair_url), Visitor(browser, slow_pair_url)
+    for visitor in (answering, waiting):
+        visitor.upload(photos / "first.png")
+        visitor.page.locator(".overlay img").nth(1).wait_for()
+        visitor.page.get_by_label("Question", exact=True).fill(QUESTION)
+        visitor.page.get_by_role("button", name="Ask").click()
+        if visitor is answering:
+            for number in range(2):
+                visitor.answers.nth(number).get_by_text("[SEG]").first.wait_for()
+    waiting.page.get_by_text(re.compile("queue: ")).first.wait_for()
+    waiting.page.get_by_role("button", name="Stop").click()
+    waiting.wait()
+    answering.page.get_by_role("button", name="Stop").click()
+    answering.wait()
+    assert waiting.answers.count() == 0
+    for number in range(2):
+        with answering.page.expect_download() as download:
+            answering.page.get_by_text("RLE JSON").nth(number).click()
+        (record,) = json.loads(Path(download.value.path()).read_text("utf-8"))
+        assert (
+            len(record["masks"]) == record["text"].count("[SEG]") > 0 and len(record["text"]) < 1000
+        )  # of about 1300
+    waiting.page.get_by_role("button", name="Ask").click()  # a stopped question can be asked again
+    for number in range(2):
+        waiting.answers.nth(number).get_by_text("[SEG]").first.wait_for()
+    waiting.page.get_by_role("button", name="Stop").click()
+    waiting.wait()
+    assert waiting.page.get_by_text("RLE JSON").last.is_enabled()
 
 
 def test_a_new_start_ends_the_answer(browser, slow_url, photos):

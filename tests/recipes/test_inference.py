@@ -108,7 +108,7 @@ def test_chat_in_a_terminal(terminal, tmp_path):
         assert len(turn["masks"]) == turn["text"].count("[SEG]") > 0
         assert PIL.Image.open(tmp_path / "talk" / f"turn_{number}" / "mask_0.png").size == (60, 40)
 
-    assert "No such file" in terminal.type("/image nowhere.png\n")
+    assert "that can be read, got nowhere.png: No such file" in terminal.type("/image nowhere.png\n")
     assert "expected a command, got /imge" in terminal.type("/imge second.png\n")
     assert "32 x 64 pixels" in terminal.type("/image second.png\n")
     assert "is not empty" in terminal.type("/save talk\n")
