@@ -26,13 +26,14 @@ from lisa_hf.errors import report_user_errors
 from lisa_hf.export import gather_trained_model
 from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, parse_arguments
-from lisa_hf.training.build import build_config_and_processor, build_datasets, build_model
+from lisa_hf.training.build import build_config_and_processor, build_datasets, build_for_training
 from lisa_hf.training.callbacks import PredictionSheet, SelfCheck, StopOnSignal
 from lisa_hf.training.checkpointing import claim_output_dir
 from lisa_hf.training.dry_run import dry_run
 from lisa_hf.training.memory_estimate import report_memory
 from lisa_hf.training.run_record import write_run_record
-from lisa_hf.training.trainable import allow_unused_weights, prepare_for_training, trainable_summary
+from lisa_hf.training.trainable import allow_unused_weights, trainable_summary
+from lisa_hf.training.zero import whole_image_encoders
 
 
 logger = logging.getLogger("train")
@@ -57,12 +58,13 @@ def main():
         if training_args.should_log:
             print(report_memory(config, processor, model_args, data_args, training_args))
         transformers.set_seed(training_args.seed)  # exporting a LoRA run draws the same random weights again
-        model = prepare_for_training(build_model(model_args, config), **model_args.adaptation)
+        model = build_for_training(model_args, config, training_args)
         if training_args.should_log:
             print(trainable_summary(model, training_args))
         allow_unused_weights(model, processor, training_args)
         if train_dataset.feature_cache is not None:
-            train_dataset.feature_cache.build(model, processor, train_rows, training_args)
+            with whole_image_encoders(model):
+                train_dataset.feature_cache.build(model, processor, train_rows, training_args)
 
         # 4. Trainer
         packing = resolve_packing(model.config, data_args.packing)

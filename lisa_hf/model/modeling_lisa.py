@@ -18,6 +18,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils import ModelOutput
 
 from .configuration_lisa import SUPPORTED_MASK_MODELS, LisaConfig, image_mask_config
@@ -66,6 +67,14 @@ def _skip_modules(quantization_config):
         quantization_config = copy.copy(quantization_config)
         quantization_config.llm_int8_skip_modules = UNQUANTIZED_MODULES
     return quantization_config
+
+
+def keep_random_state():
+    """Leave the generator as it is: a model that is loaded in shards draws numbers, one that is loaded whole does not.
+
+    The projector, new tokens and LoRA thus begin alike in both.
+    """
+    return torch.random.fork_rng(devices=[])
 
 
 @dataclass
@@ -175,7 +184,8 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             quantization_config: How to quantize weights. A `BitsAndBytesConfig` without `llm_int8_skip_modules`
                 quantizes the VLM alone, see `UNQUANTIZED_MODULES`.
         """
-        return super().from_pretrained(*args, quantization_config=_skip_modules(quantization_config), **kwargs)
+        with keep_random_state():
+            return super().from_pretrained(*args, quantization_config=_skip_modules(quantization_config), **kwargs)
 
     @classmethod
     def from_vlm_mask_model_pretrained(
@@ -202,22 +212,24 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             The model in evaluation mode.
         """
         raise_if_not_vlm(AutoConfig.from_pretrained(vlm))
-        vlm_model = AutoModelForImageTextToText.from_pretrained(
-            vlm,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization_config=_skip_modules(quantization_config),
-            device_map=device_map,
-        )
-        keep_loaded_tying(vlm_model, vocabulary_projection(vlm_model))
-        sam_model = AutoModelForMaskGeneration.from_pretrained(
-            mask_model, config=image_mask_config(AutoConfig.from_pretrained(mask_model)), dtype=vlm_model.dtype
-        ).to(vlm_model.device)
+        with keep_random_state():
+            vlm_model = AutoModelForImageTextToText.from_pretrained(
+                vlm,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                quantization_config=_skip_modules(quantization_config),
+                device_map=device_map,
+            )
+            keep_loaded_tying(vlm_model, vocabulary_projection(vlm_model))
+            sam_model = AutoModelForMaskGeneration.from_pretrained(
+                mask_model, config=image_mask_config(AutoConfig.from_pretrained(mask_model)), dtype=vlm_model.dtype
+            ).to(vlm_model.device)
         separate_batch_entries(vlm_model)
         use_chunked_attention(sam_model)
         config = LisaConfig(vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id)
-        # Built without memory or random numbers, because both halves are replaced right away.
-        with torch.device("meta"):
+        # Built without memory or random numbers, because both halves are replaced right away. `set_zero3_state` keeps
+        # transformers from sharding these placeholders.
+        with set_zero3_state(), torch.device("meta"):
             model = cls(config)
         model.vlm, model.mask_model = vlm_model, sam_model
         model.config.vlm_config, model.config.mask_config = vlm_model.config, sam_model.config

@@ -284,8 +284,8 @@ class LisaTrainingArguments(TrainingArguments):
         # Rows and images of a batch differ in number, so accelerate must not slice it.
         self.accelerator_config.dispatch_batches = False
         if self.deepspeed_plugin is not None:
-            # With ZeRO-3, transformers would shard weights while a model is built, but neither joining two models nor
-            # PEFT's copies of modules work on shards. Trainer sets this again and shards the whole model.
+            # With ZeRO-3, transformers would shard every model that is built, also those that one process needs whole.
+            # `zero3_shards_weights` sets this where a model is built for training, and Trainer sets it again.
             unset_hf_deepspeed_config()
         _check_parts("part_learning_rates", self.part_learning_rates, ("lora", *TRAINABLE_PARTS))
         for part, rate in self.part_learning_rates.items():

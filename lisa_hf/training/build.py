@@ -3,7 +3,7 @@
 This is the only place where models are built. A training run calls the functions in this order:
 
     config, processor = build_config_and_processor(model_args, train_rows)
-    model = build_model(model_args, config)
+    model = build_for_training(model_args, config, training_args)
     train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,11 +40,13 @@ from ..from_scratch.configuration import tiny_config_and_processor
 from ..from_scratch.initialization import initialize_weights
 from ..from_scratch.tokenizer import add_template_tokens, row_texts, train_tokenizer
 from ..model.configuration_lisa import LisaConfig
-from ..model.modeling_lisa import LisaForConditionalGeneration
+from ..model.modeling_lisa import LisaForConditionalGeneration, keep_random_state
 from ..model.processing_lisa import LisaProcessor
 from ..model.vlm_backbone import raise_if_not_vlm
 from .arguments import LOSS_OPTIONS, DataArguments, LisaTrainingArguments, ModelArguments
 from .run_record import RUN_RECORD
+from .trainable import prepare_for_training
+from .zero import shard_new_weights, whole_model, zero3_shards_weights
 
 
 def build_config_and_processor(
@@ -110,7 +113,8 @@ def build_model(
     elif model_args.model is not None or model_args.vlm is not None:
         model = _load_pretrained_model(model_args, config, device_map)
     else:
-        model = _initialize_model(model_args, config)
+        with whole_model():
+            model = _initialize_model(model_args, config)
     attention = model_args.attn_implementation
     # The other kernels keep as much memory as the default, and may need a GPU that is not there.
     if attention and (attention == "eager" or not empty):
@@ -123,6 +127,24 @@ def build_model(
     for name in LOSS_OPTIONS:
         if getattr(model_args, name) is not None:
             setattr(model.config, name, getattr(model_args, name))
+    return model
+
+
+def build_for_training(
+    model_args: ModelArguments, config: LisaConfig, training_args: LisaTrainingArguments
+) -> LisaForConditionalGeneration | PeftModel:
+    """Build the model and choose what trains. With ZeRO-3, no process holds more than a shard of pretrained weights.
+
+    Args:
+        model_args: See [`build_model`].
+        config: From [`build_config_and_processor`].
+        training_args: Name the engine.
+    """
+    with zero3_shards_weights(training_args):
+        model = build_model(model_args, config)
+        shard_new_weights(model)
+        model = prepare_for_training(model, **model_args.adaptation)
+        shard_new_weights(model)
     return model
 
 
@@ -274,7 +296,8 @@ def _load_pretrained_model(
     )
     vocab_size = config.get_text_config().vocab_size
     if vocab_size > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(vocab_size)
+        with keep_random_state():  # in shards, tied weights are drawn twice
+            model.resize_token_embeddings(vocab_size)
     return model
 
 

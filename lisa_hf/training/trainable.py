@@ -288,11 +288,13 @@ def trainable_summary(model: LisaForConditionalGeneration | PeftModel, args: Lis
         if ".original_module." in name:  # frozen, while PEFT trains a copy
             continue
         row = rows[(parts[name] or [REST])[0]]
-        quantized = getattr(parameter, "quant_state", None)  # bitsandbytes packs two 4-bit weights into a byte
-        row["all"] += quantized.shape.numel() if quantized else parameter.numel()
+        quantized = getattr(parameter, "quant_state", None)
+        # ZeRO-3 leaves an empty tensor of a weight in shards, bitsandbytes packs two 4-bit weights into a byte.
+        size = quantized.shape.numel() if quantized else getattr(parameter, "ds_numel", parameter.numel())
+        row["all"] += size
         row["dtypes"].add("4-bit" if quantized else str(parameter.dtype).removeprefix("torch."))
         if parameter.requires_grad:
-            row["trained"] += parameter.numel()
+            row["trained"] += size
             row["rates"].add(f"{rates[rate_names[name]]:g}")
     # Format the table
     table = [("part", "trained", "of", "dtype", "learning rate")]

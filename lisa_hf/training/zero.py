@@ -1,0 +1,77 @@
+"""ZeRO-3 while a model is built: each process holds its shard of the weights alone, from the first one on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import transformers.integrations.deepspeed
+from torch import nn
+from transformers.integrations.deepspeed import (
+    deepspeed_config,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+
+from .arguments import LisaTrainingArguments
+
+
+@contextmanager
+def zero3_shards_weights(args: LisaTrainingArguments) -> Iterator[None]:
+    """Make `from_pretrained`, `resize_token_embeddings` and PEFT work on shards in this context, under ZeRO-3 alone.
+
+    transformers builds each module by `zero.Init`, which cuts it at once, and the first process reads the weights of a
+    module and sends each other process its shard.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        yield
+        return
+    import deepspeed
+
+    deepspeed.init_distributed()  # before `zero.Init` compares the batch size with the number of processes
+    set_hf_deepspeed_config(args.hf_deepspeed_config)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+
+
+@contextmanager
+def whole_model() -> Iterator[None]:
+    """Build models whole in this context, also inside [`zero3_shards_weights`]."""
+    with mock.patch.object(transformers.integrations.deepspeed, "_hf_deepspeed_config_weak_ref", None):
+        yield
+
+
+def shard_new_weights(model: nn.Module) -> None:
+    """Cut what was added to a model in shards: new rows of embeddings, a projector, LoRA, copies that train in full.
+
+    A model that is whole is left as it is.
+    """
+    sharded = next((weight for weight in model.parameters() if _is_sharded(weight)), None)
+    if sharded is None:
+        return
+    import deepspeed
+
+    for weight in model.parameters():
+        if not _is_sharded(weight):
+            weight.data = weight.data.to(sharded.dtype)  # as DeepSpeed casts a whole model
+    deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
+
+
+@contextmanager
+def whole_image_encoders(model: nn.Module) -> Iterator[None]:
+    """Put everything but the language model together on each process in this context, if the model is in shards."""
+    in_language_model = set(model.vlm.base_model.get_decoder().parameters())
+    weights = [weight for weight in model.parameters() if _is_sharded(weight) and weight not in in_language_model]
+    if not weights:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(weights):
+        yield
+
+
+def _is_sharded(weight: nn.Parameter) -> bool:
+    return hasattr(weight, "ds_id")
