@@ -10,6 +10,7 @@ used unchanged.
 """
 
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -86,8 +87,9 @@ class Hub(OwnData):
     def _local_path(self, data_dir: str | None) -> str:
         return os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(self.config.path)))
 
-    def _open(self) -> datasets.IterableDataset:
-        """Open the dataset as a stream with undecoded images."""
+    @functools.cached_property
+    def _rows(self) -> datasets.IterableDataset:
+        """The dataset as a stream with undecoded images."""
         config, path = self.config, self._local_path(self.config.data_dir)
         if path.endswith(".parquet"):
             arguments = {"path": "parquet", "data_files": path}
@@ -115,23 +117,35 @@ class Hub(OwnData):
         return rows
 
     def _split_generators(self, dl_manager):
-        rows = self._open()
+        rows = self._rows
         splits = rows.info.splits or {}
         num_records = splits[self.config.split].num_examples if self.config.split in splits else None
         facts = {"split": self.config.split, "num_records": num_records, "num_shards": rows.num_shards}
         shards = list(range(rows.num_shards))
         return [datasets.SplitGenerator(name=self.config.split, gen_kwargs={"shards": shards, **facts})]
 
-    def read_shard(self, shard: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    def read_shard(self, shard: int | tuple[int, int]) -> Iterator[tuple[str, dict[str, Any]]]:
+        shard, *piece = [shard] if isinstance(shard, int) else shard
         try:
-            rows = self._open()
-            for index, row in enumerate(rows.shard(rows.num_shards, shard)):
-                yield f"{shard}-{index}", row
+            rows = self._rows.shard(self._rows.num_shards, shard)
+            if piece:
+                rows = rows.reshard()
+                rows = rows.shard(rows.num_shards, *piece)
+            name = ".".join(map(str, [shard, *piece]))
+            # `iter`, because `__iter__` would split the rows among the loader workers a second time.
+            for index, batch in enumerate(rows.iter(batch_size=1)):
+                yield f"{name}-{index}", {key: values[0] for key, values in batch.items()}
         except (NotImplementedError, TypeError) as error:  # a column that cannot be read as images
             raise ValueError(
                 f"source {self.source!r}: expected the column {self.config.image_column!r} of {self.config.path!r} to "
                 f"hold images, and other columns texts and masks, got other values ({error}). Name the right columns."
             ) from error
+
+    def cut_shard(self, shard: int) -> list[int | tuple[int, int]]:
+        # A row's number in its shard, which a piece does not know, is its id if it has no other.
+        if not (self.config.image_id_column or FEATURES.keys() <= set(self._rows.column_names)):
+            return [shard]
+        return [(shard, piece) for piece in range(self._rows.shard(self._rows.num_shards, shard).reshard().num_shards)]
 
     def make_row(self, record):
         name, row = record

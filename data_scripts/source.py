@@ -27,6 +27,8 @@ from .text import read_text
 logger = logging.getLogger(__name__)
 
 NUM_SHARDS = 16
+# Size of the pieces of a shard. A stream that is resumed reads its piece again.
+PIECE_BYTES = 2**16
 MAX_BAD_SHARE = 0.01
 # A small source may have this many bad records, as long as they are at most a fifth: 20 photos are a dataset too.
 FEW_BAD_RECORDS = 3
@@ -230,12 +232,33 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         return generators
 
     def read_shard(self, shard: Any) -> Iterator[Any]:
-        """Read the records of one of the shards of `_split_generators`."""
-        with open(shard, encoding="utf-8") as file:
-            yield from map(json.loads, file)
+        """Read the records of one of the shards of `_split_generators`, or of one of its pieces."""
+        path, start, stop = (shard, 0, None) if isinstance(shard, str) else shard
+        with open(path, "rb") as file:
+            if start:
+                # A piece has the lines that begin in it.
+                file.seek(start - 1)
+                start += len(file.readline()) - 1
+            for line in file:
+                if stop is not None and start >= stop:
+                    break
+                start += len(line)
+                yield json.loads(line)
+
+    def cut_shard(self, shard: Any) -> list[Any]:
+        """Cut a shard into pieces that `read_shard` can read, in sequence the same records."""
+        starts = range(0, max(1, os.path.getsize(shard)), PIECE_BYTES)
+        return [(shard, start, start + PIECE_BYTES) for start in starts]
+
+    def _generate_more_gen_kwargs(self, shards, split, num_records, num_shards):
+        # Called by `IterableDataset.reshard`, with one shard at a time.
+        pieces = [piece for shard in shards for piece in self.cut_shard(shard)]
+        num_shards += len(pieces) - len(shards)
+        yield {"shards": pieces, "split": split, "num_records": num_records, "num_shards": num_shards}
 
     def _generate_examples(self, shards, split, num_records, num_shards):
         bad, num_read = self.bad_records[split], self.num_read[split]
+        num_bad = len(bad)
         for shard in shards:
             for index, record in enumerate(self.read_shard(shard)):
                 num_read[shard] = max(num_read[shard], index + 1)
@@ -254,7 +277,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                     self.counted[split, remark][shard, index] = number
                 if row is not None:
                     yield f"{shard}, {index}", row
-        if bad:
+        if len(bad) > num_bad:
             # A reader of a few shards may never meet 1% of all records, so it judges the records that it has read,
             # with three standard deviations of allowance for chance.
             total, is_part = num_read.total(), len(shards) < num_shards

@@ -42,15 +42,14 @@ def image_keys(rows: Dataset) -> np.ndarray:
     Args:
         rows: Rows of `lisa_hf.data.rows.FEATURES`. Images are not decoded, and files are not opened.
     """
-    keys = set()
+    keys = [np.empty(0, dtype=np.uint64)]
     for table in rows.select_columns("image").with_format("arrow").iter(batch_size=1000):
         images = table["image"].combine_chunks()
-        for content, path in zip(images.field("bytes"), images.field("path").to_pylist()):
-            if content.is_valid:
-                keys.add(content_key(memoryview(content.as_buffer())))
-            elif path:
-                keys.add(name_key(path))
-    return np.array(sorted(keys), dtype=np.uint64)
+        contents, paths = images.field("bytes"), images.field("path")
+        found = [content_key(memoryview(content.as_buffer())) for content in contents.drop_null()]
+        found += map(name_key, paths.filter(contents.is_null()).drop_null().unique().to_pylist())
+        keys.append(np.array(found, dtype=np.uint64))
+    return np.unique(np.concatenate(keys))
 
 
 def read_image_keys(directory: Path) -> dict[str, np.ndarray]:

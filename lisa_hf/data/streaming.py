@@ -3,21 +3,23 @@
     sources = {name: load_source(name, data_dir, streaming=True) for name in ("ade20k", "refcoco", "reason_seg")}
     items = StreamingMixtureDataset(sources, rank=training_args.process_index, num_ranks=training_args.world_size)
 
-It starts at once and needs no disk space, but draws from a window of each source and resumes by reading again. Where
-rows can be prepared, [`~mixture.MixtureDataset`] is the better choice.
+It starts at once and needs no disk space, but draws from a window of each source. Where rows can be prepared,
+[`~mixture.MixtureDataset`] is the better choice.
 """
 
-import copy
-from collections.abc import Iterator
-from itertools import islice
+import json
+from collections.abc import Callable, Iterator
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import IterableDataset
-from datasets.distributed import split_dataset_by_node
 
 from .mixture import NO_ROWS, Mixture
+
+
+STREAM_STATE = "stream_state"  # key of a batch
 
 
 class StreamingMixtureDataset(Mixture, torch.utils.data.IterableDataset):
@@ -31,11 +33,12 @@ class StreamingMixtureDataset(Mixture, torch.utils.data.IterableDataset):
     This dataset is the only place that splits the rows. An accelerate dispatcher or `IterableDatasetShard` around it
     would split them a second time and lose most of them; [`LisaTrainer`] prevents that.
 
-    Resuming is exact at any item. Trainer makes the skipped batches again and needs no state. With the state of this
-    dataset, the rows are read again without their images, and no items are made.
+    Resuming is exact at any item, with the state of each reader, from which it reads at most its windows again, or
+    without one: then all skipped batches are made again.
 
     Args:
-        sources: Streamed rows by the name of their source.
+        sources: Streamed rows by the name of their source. What `take` and `skip` have left out is divided among their
+            shards, as `IterableDataset.shard` does.
         rank: Index of this process.
         num_ranks: Number of processes.
         shuffle_buffer_size: Number of rows of each source that a reader holds to draw the next one from. Rows of
@@ -65,73 +68,244 @@ class StreamingMixtureDataset(Mixture, torch.utils.data.IterableDataset):
         if shuffle_buffer_size < 1:
             raise ValueError(f"shuffle_buffer_size: expected 1 row or more, got {shuffle_buffer_size}.")
         super().__init__(sources, **kwargs)
-        # Reading several shards at once takes threads, and `datasets` waits five seconds for those of Parquet to end.
-        shuffle = {"seed": self.seed, "buffer_size": shuffle_buffer_size, "max_buffer_input_shards": 1}
-        self.sources = [rows.shuffle(**shuffle) for rows in self.sources]
+        self.shuffle_buffer_size = shuffle_buffer_size
         self.rank = rank
         self.num_ranks = num_ranks
-        self._start = {"num_items": 0, "positions": {name: {"pass": 0, "row": 0} for name in self.names}}
-        self._state = self._start
+        self.rewind()
+
+    def rewind(self):
+        """Make every iteration begin with the first item, whatever state was loaded."""
+        self.load_worker_states([None])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of this reader after its last item, in plain numbers that JSON can hold.
 
-        The state of a loader worker is in the worker.
+        The state of a loader worker is in the worker, see [`CollateWithState`].
         """
-        return {"reader": list(self._reader()), **copy.deepcopy(self._state)}
+        if not self._readers:
+            return self._start()
+        positions = {source.name: source.state_dict() for source in self._readers}
+        return self._start() | {"num_items": self._num_items, "positions": positions}
 
     def load_state_dict(self, state_dict: dict[str, Any]):
         """Make every iteration begin after the item at which `state_dict` was taken.
 
         Raises:
-            ValueError: If the state belongs to other sources. When iteration begins, if it belongs to another reader
-                or to another number of readers.
+            ValueError: If the state belongs to other sources or to another order of their rows. When iteration begins,
+                if it belongs to another reader or to another number of readers.
         """
-        if list(state_dict["positions"]) != self.names:
-            raise ValueError(
-                f"expected a state of the sources {self.names}, got one of {list(state_dict['positions'])}. Resume "
-                "with the same sources in the same order."
-            )
-        self._start = self._state = copy.deepcopy(state_dict)
+        self.load_worker_states([state_dict])
+
+    def load_worker_states(self, states: list[dict | None], next_worker: int = 0):
+        """Make the loader workers of this process begin where others ended.
+
+        Args:
+            states: State of each worker, None for one that had made no batch.
+            next_worker: The worker whose batch comes first.
+
+        Raises:
+            ValueError: As [`load_state_dict`].
+        """
+        for state in filter(None, states):
+            if list(state["num_shards"]) != self.names:
+                raise ValueError(
+                    f"expected a state of the sources {self.names}, got one of {list(state['num_shards'])}. Resume "
+                    "with the same sources in the same order."
+                )
+            for what, value in self._order().items():
+                if state[what] != value:
+                    raise ValueError(
+                        f"{what}: expected {state[what]}, as when the state was saved, got {value}. Resume with the "
+                        "same data and seed."
+                    )
+        self._starts, self._first_worker = states, next_worker
+        self._readers: list[_SourceReader] = []
+
+    def _order(self) -> dict[str, Any]:
+        """Return what the order of the rows depends on, beside the reader."""
+        num_shards = {name: rows.num_shards for name, rows in zip(self.names, self.sources)}
+        return {"seed": self.seed, "shuffle_buffer_size": self.shuffle_buffer_size, "num_shards": num_shards}
+
+    def _start(self) -> dict[str, Any]:
+        """Return the state in which an iteration of this reader begins."""
+        reader, num_readers = self._reader()
+        state = {"reader": [reader, num_readers], **self._order(), "num_items": 0, "positions": {}}
+        return self._starts[reader % len(self._starts)] or state
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         reader, num_readers = self._reader()
-        state = self._state = copy.deepcopy(self._start)
-        if state.pop("reader", [reader, num_readers]) != [reader, num_readers]:
+        start = self._start()
+        if start["reader"] != [reader, num_readers]:
             raise ValueError(
-                f"expected the state of reader {reader} of {num_readers}, got that of {self._start['reader']}. Resume "
-                "with the same number of processes and loader workers."
+                f"expected the state of reader {reader} of {num_readers}, got that of {start['reader']}. Resume with "
+                "the same number of processes and loader workers."
             )
-        rows = [self._read(name, source, state["positions"][name]) for name, source in zip(self.names, self.sources)]
+        self._num_items = start["num_items"]
+        self._readers = [
+            _SourceReader(name, rows, self.seed, self.shuffle_buffer_size, reader, num_readers)
+            for name, rows in zip(self.names, self.sources)
+        ]
+        for source in self._readers:
+            if source.name in start["positions"]:
+                source.load_state_dict(start["positions"][source.name])
+        rows = [iter(source) for source in self._readers]
         while True:
-            rng = np.random.default_rng([self.seed, reader, state["num_items"]])
+            rng = np.random.default_rng([self.seed, reader, self._num_items])
             source = self.draw_source(rng)
             item = self.make_item(source, rows[source], rng)
             # Before `yield`: the state must count the item that the caller is about to get.
-            state["num_items"] += 1
+            self._num_items += 1
             yield item
 
     def _reader(self) -> tuple[int, int]:
         """Return the index of this reader and the number of readers."""
         worker = torch.utils.data.get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # A loader takes its first batch from its first worker, which therefore is the reader whose turn it is.
+        worker_id = (worker_id + self._first_worker) % num_workers
         return self.rank * num_workers + worker_id, self.num_ranks * num_workers
 
-    def _read(self, name: str, rows: IterableDataset, position: dict[str, int]) -> Iterator[dict]:
-        """Yield this reader's rows of one source endlessly, from `position`, which is updated."""
-        reader, num_readers = self._reader()
-        strategy = "shards" if rows.num_shards >= num_readers else "examples"
+
+class _SourceReader:
+    """The rows of one source that one reader gets, pass after pass, with a state from which it goes on.
+
+    A pass reads the shards in a random order, one after the other, into a window. Once the window is full it is
+    shuffled, and half of it given away. This is the order of `IterableDataset.shuffle`, whose own state forgets what
+    is in its window. Here a row has a *place*: the position of its shard in the pass, a piece of the shard and its
+    number in this piece. The state has the places of the window, and the pieces that hold them are read again.
+
+    Pieces are what `IterableDataset.reshard` makes of a shard: row groups of Parquet files, parts of the records of
+    our builders. A shard that it cannot divide is one piece, whose beginning is read again to find a place.
+    """
+
+    def __init__(self, name: str, rows: IterableDataset, seed: int, window_size: int, reader: int, num_readers: int):
+        self.name, self.rows, self.seed, self.window_size = name, rows, seed, window_size
+        self.reader, self.num_readers = reader, num_readers
+        self._begin_pass(0)
+
+    def _begin_pass(self, number: int):
+        self.number = number
+        # Take another share in each pass: otherwise, a reader of a small share would repeat its rows more often.
+        self.rank = (self.reader + number) % self.num_readers
+        self.shards = self._draw_order()
+        self.has_own_shards = len(self.shards) >= self.num_readers
+        if self.has_own_shards:
+            self.shards = self.shards[self.rank :: self.num_readers]
+        self.num_given = 0  # of the window, also to other readers
+        self.next_place = [0, 0, 0]
+        self.window: list[tuple[list[int], dict]] = []  # places and rows, in the order in which they will be given
+        self.num_due = 0  # of the window, before more rows are read
+        seed = self.seed if number == 0 else np.random.default_rng(self.seed).integers(0, 1 << 63) - number
+        self.rng = np.random.default_rng(seed)
+
+    def _draw_order(self) -> list[int]:
+        """Return the shards of the source in the order of this pass, as `datasets` draws it."""
+        order = list(range(self.rows.num_shards))
+        np.random.default_rng(self.seed).shuffle(order)
+        if self.number == 0:
+            return order
+        again = list(range(len(order)))
+        np.random.default_rng(self.number).shuffle(again)
+        return [order[index] for index in again]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "pass": self.number,
+            "num_given": self.num_given,
+            "next_place": self.next_place,
+            "window": [place for place, _ in self.window],
+            "num_due": self.num_due,
+            "rng": self.rng.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]):
+        self._begin_pass(state["pass"])
+        self.num_given, self.num_due = state["num_given"], state["num_due"]
+        self.next_place = state["next_place"]
+        self.window = self._read_again(state["window"])
+        self.rng.bit_generator.state = state["rng"]
+
+    def __iter__(self) -> Iterator[dict]:
         num_empty = 0  # passes in succession without a row for this reader
-        while num_empty < num_readers:
-            # Take another share in each pass: otherwise, a reader of a small share would repeat its rows more often.
-            rank = (reader + position["pass"]) % num_readers
-            share = split_dataset_by_node(rows, rank, num_readers, strategy)
-            share.set_epoch(position["pass"])
-            num_empty += position["row"] == 0
-            # `iter`, because `__iter__` would split the rows among the loader workers a second time.
-            for batch in islice(share.iter(batch_size=1), position["row"], None):
-                num_empty = 0
-                position["row"] += 1
-                yield {key: values[0] for key, values in batch.items()}
-            position.update({"pass": position["pass"] + 1, "row": 0})
-        raise ValueError(NO_ROWS.format(name))
+        while num_empty < self.num_readers:
+            num_empty += self.num_given == 0
+            for row in self._shuffled():
+                self.num_given += 1
+                if self.has_own_shards or (self.num_given - 1) % self.num_readers == self.rank:
+                    num_empty = 0
+                    yield row
+            self._begin_pass(self.number + 1)
+        raise ValueError(NO_ROWS.format(self.name))
+
+    def _shuffled(self) -> Iterator[dict]:
+        """Yield the rows of this pass through the window."""
+        unread = self._read(self.next_place)
+        while True:
+            while self.num_due:
+                self.num_due -= 1
+                yield self.window.pop(0)[1]
+            self.window += islice(unread, self.window_size - len(self.window))
+            if not self.window:
+                return
+            order = self.rng.permutation(len(self.window))
+            is_full = len(self.window) == self.window_size  # otherwise the pass ends
+            self.window = [self.window[index] for index in order]
+            self.num_due = len(order) - (self.window_size // 2 if is_full else 0)
+
+    def _read(self, place: list[int]) -> Iterator[tuple[list[int], dict]]:
+        """Yield the rows of this pass in sequence from a place, with their places."""
+        shard, piece, first = place
+        for shard in range(shard, len(self.shards)):
+            pieces = self._pieces(shard)
+            for piece in range(piece, pieces.num_shards):
+                for number, row in enumerate(_rows(pieces, piece, first), start=first):
+                    self.next_place = [shard, piece, number + 1]
+                    yield [shard, piece, number], row
+                first = 0
+            piece = 0
+
+    def _read_again(self, places: list[list[int]]) -> list[tuple[list[int], dict]]:
+        """Return the rows at some places, with their places."""
+        found = {}
+        for (shard, piece), group in groupby(sorted(places), key=lambda place: place[:2]):
+            numbers = [number for _, _, number in group]
+            rows = _rows(self._pieces(shard), piece, numbers[0])
+            found |= {(shard, piece, n): row for n, row in zip(range(numbers[0], numbers[-1] + 1), rows)}
+        missing = [place for place in places if tuple(place) not in found]
+        if missing:
+            raise ValueError(
+                f"Source {self.name!r}: expected the rows that it had when the state was saved, got none at "
+                f"{missing[0]} (shard, piece, row). Resume with the same data, or begin it anew with "
+                "`--ignore_data_skip true`."
+            )
+        return [(place, found[tuple(place)]) for place in places]
+
+    def _pieces(self, shard: int) -> IterableDataset:
+        """Return the shard at this position of the pass, divided into pieces, which are its shards."""
+        return self.rows.shard(self.rows.num_shards, self.shards[shard]).reshard()
+
+
+def _rows(pieces: IterableDataset, piece: int, first: int) -> Iterator[dict]:
+    """Yield the rows of a piece of a shard from the `first` one on."""
+    rows = pieces.shard(pieces.num_shards, piece)
+    # `iter`, because `__iter__` would split the rows among the loader workers a second time.
+    for batch in (rows.skip(first) if first else rows).iter(batch_size=1):
+        yield {key: values[0] for key, values in batch.items()}
+
+
+class CollateWithState:
+    """A collator that adds `stream_state` to a batch: the state of the stream after its last item, as JSON.
+
+    Args:
+        dataset: The stream that the items are from. In a loader worker, this is the worker's copy.
+        collate: Collator of the items to a dict.
+    """
+
+    def __init__(self, dataset: StreamingMixtureDataset, collate: Callable[[list], dict]):
+        self.dataset = dataset
+        self.collate = collate
+
+    def __call__(self, items: list[dict]) -> dict:
+        batch = self.collate(items)
+        batch[STREAM_STATE] = json.dumps(self.dataset.state_dict())
+        return batch

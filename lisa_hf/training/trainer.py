@@ -1,7 +1,7 @@
 """LisaTrainer: transformers' Trainer with a loss that is exact for any cut of a step, loss parts and mask metrics."""
 
 import logging
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.collator import expand_batch
-from ..data.streaming import StreamingMixtureDataset
+from ..data.streaming import CollateWithState, StreamingMixtureDataset
 from ..evaluation.counts import compute_metrics, count_generated, count_masks_due, count_teacher_forced
 from ..evaluation.predict import generate_answers
 from ..evaluation.predictions import PredictionWriter
@@ -23,6 +23,7 @@ from .checkpointing import complete_save, resolve_checkpoint
 from .engine_change import allow_other_engine, load_best_weights
 from .model_card import write_model_card
 from .run_record import find_run_record
+from .stream_position import StreamPosition
 from .trainable import split_parameter_groups
 
 
@@ -58,6 +59,9 @@ class LisaTrainer(Trainer):
         self.prediction_writer: PredictionWriter | None = None  # what evaluation predicts, if it is to be kept
         self.throughput = Throughput()
         self.add_callback(self.throughput)
+        self.stream_position = None
+        if isinstance(self.train_dataset, StreamingMixtureDataset):
+            self.stream_position = StreamPosition(self.train_dataset, self.args.dataloader_num_workers)
 
     def _check_settings(self) -> None:
         if self.args.n_gpu > 1:
@@ -109,7 +113,7 @@ class LisaTrainer(Trainer):
         loader = DataLoader(
             dataset,
             batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
+            collate_fn=CollateWithState(dataset, self.data_collator),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -139,6 +143,8 @@ class LisaTrainer(Trainer):
         batches, num_items_in_batch = super().get_batch_samples(
             self.throughput.watch(epoch_iterator), num_batches, device
         )
+        if self.stream_position:
+            self.stream_position.advance(batches)
         metas = [batch["meta"] for batch in batches]
         self.throughput.count(batches)
         self.nonfinite_steps.start_step([list(zip(meta.sources, meta.image_ids)) for meta in metas])
@@ -199,7 +205,12 @@ class LisaTrainer(Trainer):
         self.throughput.reset()
         self._best_step = None
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        with allow_other_engine(self, Path(checkpoint)) if checkpoint else nullcontext():
+        with ExitStack() as stack:
+            if checkpoint:
+                stack.enter_context(allow_other_engine(self, Path(checkpoint)))
+            if self.stream_position:
+                place = None if self.args.ignore_data_skip else checkpoint
+                stack.enter_context(self.stream_position.resume(place))
             output = super().train(checkpoint, *args, **kwargs)
         if self.nonfinite_steps.error:
             raise ValueError(self.nonfinite_steps.error)
@@ -218,6 +229,8 @@ class LisaTrainer(Trainer):
         directory = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with complete_save(self, directory):
             super()._save_checkpoint(model, trial)
+            if self.stream_position:
+                self.stream_position.save(directory)
 
     def _load_best_model(self):
         best, metric = Path(self.state.best_model_checkpoint), self.args.metric_for_best_model

@@ -12,11 +12,13 @@ from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from accelerate import PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from datasets import Image, IterableDataset, load_dataset
+from datasets.distributed import split_dataset_by_node
 from datasets.table import embed_table_storage
 from fixtures.paths import TREE
 from fixtures.rows import comparable, dataset, image_file, one_source, segmentation_row, vqa_row
@@ -27,10 +29,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, get_worker_info
 from workers.launching import launch
 
-from data_scripts import load_source
+from data_scripts import load_source, source
+from data_scripts.source import SourceBuilder
+from lisa_hf import LisaTrainer
 from lisa_hf.data import mixture
 from lisa_hf.data.mixture import MixtureDataset
 from lisa_hf.data.streaming import StreamingMixtureDataset
+from lisa_hf.training.checkpointing import write_manifest
 
 
 # The sources have a bad row.
@@ -200,6 +205,94 @@ def test_a_loader_worker_is_a_reader_with_a_state(streamed):
             assert drawn(reader, 6) == expected[4:]
 
 
+class Counted(SourceBuilder):
+    """Rows of one image, which counts how many were made."""
+
+    num_records = 480
+
+    def annotation_files(self, data_dir):
+        return []
+
+    def read_records(self, data_dir):
+        return {"train": [[index, "é" * (index % 7)] for index in range(self.num_records)]}
+
+    def make_row(self, record):
+        Counted.num_made += 1
+        index, _ = record
+        return None if index % 10 == 9 else segmentation_row("classes", index, f"{self.config.data_dir}/image.png", 1)
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """A stream of 480 records in 16 shards of about 7 pieces each."""
+    monkeypatch.setattr(source, "PIECE_BYTES", 100)
+    monkeypatch.setattr(Counted, "num_made", 0, raising=False)
+    image_file(tmp_path / "image.png")
+    return Counted(str(tmp_path), cache_dir=str(tmp_path)).as_streaming_dataset("train")
+
+
+def test_resuming_reads_no_more_than_the_window_and_its_pieces(counted):
+    def stream():
+        return SkippingMixture({"classes": counted}, shuffle_buffer_size=4)
+
+    expected = drawn(stream(), 400)
+    interrupted, resumed = stream(), stream()
+    drawn(interrupted, 390)
+    resumed.load_state_dict(json.loads(json.dumps(interrupted.state_dict())))
+    Counted.num_made = 0
+    assert drawn(resumed, 10) == expected[390:]
+    assert Counted.num_made < 60
+
+
+def test_pieces_have_the_records_of_their_shard(counted):
+    pieces = counted.reshard()
+    assert pieces.num_shards > 5 * counted.num_shards
+    found = [row for i in range(pieces.num_shards) for row in pieces.shard(pieces.num_shards, i).decode(False)]
+    assert found == list(counted.decode(False))
+
+
+@pytest.mark.parametrize("num_readers", [1, 3, 20])
+def test_the_order_is_that_of_datasets(counted, num_readers):
+    shuffled = counted.decode(False).shuffle(seed=5, buffer_size=7, max_buffer_input_shards=1)
+    strategy = "shards" if num_readers <= 16 else "examples"
+    for reader in {0, num_readers - 1}:
+        expected = []
+        for number in range(2):
+            share = split_dataset_by_node(shuffled, (reader + number) % num_readers, num_readers, strategy)
+            share.set_epoch(number)
+            expected += [row["image_id"] for row in share]
+        options = {"seed": 5, "rank": reader, "num_ranks": num_readers, "shuffle_buffer_size": 7}
+        items = StreamingMixtureDataset({"classes": counted}, **options)
+        assert [item["image_id"] for item in islice(items, len(expected))] == expected
+
+
+def test_parquet_resumes_within_a_file(tmp_path):
+    image, path = image_file(tmp_path / "image.png"), str(tmp_path / "rows.parquet")
+    dataset(*[segmentation_row("classes", index, image) for index in range(60)]).to_parquet(path, batch_size=7)
+    options = {"data_files": path, "split": "train", "streaming": True}
+    converted = load_source("mine", builder="hub", path=path, streaming=True)
+    for rows in (load_dataset("parquet", **options), converted):
+        assert rows.reshard().num_shards == 9
+        first = SkippingMixture({"classes": rows}, shuffle_buffer_size=8)
+        expected = drawn(first, 40)
+        again = SkippingMixture({"classes": rows}, shuffle_buffer_size=8)
+        drawn(again, 30)
+        first.load_state_dict(again.state_dict())
+        assert drawn(first, 10) == expected[30:]
+
+
+def test_data_that_has_lost_rows_is_refused(counted, tmp_path):
+    stream = SkippingMixture({"classes": counted})
+    drawn(stream, 300)
+    state = stream.state_dict()
+    state["positions"]["classes"]["window"][0][2] += 1000
+    stream.load_state_dict(state)
+    with pytest.raises(ValueError, match="'classes': expected the rows that it had when the state was saved"):
+        next(iter(stream))
+    with pytest.raises(ValueError, match="seed: expected 0, as when the state was saved, got 1. Resume with the same"):
+        SkippingMixture({"classes": counted}, seed=1).load_state_dict(state)
+
+
 # Bad rows
 
 
@@ -301,6 +394,43 @@ def test_a_run_resumes_exactly_from_a_checkpoint(tmp_path):
     assert len(whole) == 4 and len(resumed) == 1
     assert_gradients_equal(resumed[0], whole[3])
     assert runs[1].state.log_history[-2]["loss"] == pytest.approx(runs[0].state.log_history[-2]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_a_resumed_run_makes_no_batch_again(tmp_path, num_workers, monkeypatch):
+    options = {"dataloader_num_workers": num_workers, "save_strategy": "steps", "save_steps": 5}
+    make_stream_trainer(tmp_path, max_steps=5, **options).train()
+    batches = {}
+    for name in ("with", "without"):
+        trainer = make_stream_trainer(tmp_path, max_steps=10, **options)
+        batches[name] = []
+        count = LisaTrainer.get_batch_samples
+
+        def get_batch_samples(*args, seen=batches[name], **kwargs):
+            samples, number = count(*args, **kwargs)
+            seen += [batch["meta"].image_ids for batch in samples]
+            return samples, number
+
+        monkeypatch.setattr(LisaTrainer, "get_batch_samples", get_batch_samples)
+        skip = Mock(wraps=skip_first_batches)
+        monkeypatch.setattr("transformers.trainer.skip_first_batches", skip)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+        monkeypatch.undo()
+        assert skip.called == (name == "without")
+        # As a checkpoint of an earlier version.
+        for file in ("stream_state_0.json", "manifest.json"):
+            (tmp_path / "checkpoint-5" / file).unlink(missing_ok=True)
+        write_manifest(tmp_path / "checkpoint-5")
+    assert batches["with"] == batches["without"] and len(batches["with"]) == 5
+
+
+def test_the_state_of_another_number_of_workers_is_not_used(tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    make_stream_trainer(tmp_path, max_steps=2, **options).train()
+    trainer = make_stream_trainer(tmp_path, max_steps=3, dataloader_num_workers=1)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "expected 2 loader workers of all processes, got 1. Resume with the same" in caplog.text
+    assert trainer.state.global_step == 3
 
 
 def test_the_stream_of_another_process_is_refused(tmp_path):

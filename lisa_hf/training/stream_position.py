@@ -1,0 +1,86 @@
+"""The place in a stream: kept with every batch, saved with every checkpoint, so that resuming makes no batch twice."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+from ..data.streaming import STREAM_STATE, StreamingMixtureDataset
+
+
+logger = logging.getLogger(__name__)
+
+
+class StreamPosition:
+    """Where the loader workers of this process are in a stream, by the batches that training has taken.
+
+    Workers are ahead of training. So each batch brings the state of its worker, see [`~streaming.CollateWithState`].
+
+    Args:
+        dataset: The stream.
+        num_workers: Number of loader workers.
+    """
+
+    def __init__(self, dataset: StreamingMixtureDataset, num_workers: int):
+        self.dataset, self.num_workers = dataset, max(1, num_workers)
+        self._rewind()
+
+    def _rewind(self):
+        self.dataset.rewind()
+        self.states: list[dict | None] = [None] * self.num_workers
+        self.next_worker = 0
+
+    def advance(self, batches: list[dict]):
+        """Take note of the batches of a step, and take their states out of them."""
+        for batch in batches:
+            state = json.loads(batch.pop(STREAM_STATE))
+            worker = state["reader"][0] % self.num_workers
+            self.states[worker] = state
+            self.next_worker = (worker + 1) % self.num_workers
+
+    def save(self, checkpoint: Path):
+        """Write the states of this process's workers into a checkpoint."""
+        state = {"next_worker": self.next_worker, "workers": self.states}
+        self._file(checkpoint).write_text(json.dumps(state), encoding="utf-8")
+
+    @contextmanager
+    def resume(self, checkpoint: str | None) -> Iterator[None]:
+        """Let a training in this context begin where a checkpoint was saved, or with the first item if there is none.
+
+        A checkpoint without states, or with those of another stream, leaves it to Trainer to make the batches again
+        and skip them.
+        """
+        self._rewind()
+        if checkpoint is None or not self._file(Path(checkpoint)).exists():
+            yield
+            return
+        saved = json.loads(self._file(Path(checkpoint)).read_text(encoding="utf-8"))
+        try:
+            self._load(**saved)
+        except ValueError as error:
+            logger.warning(
+                "%s was saved with another stream, so batches are made and skipped, and rows of the current pass may "
+                "come again or be left out: %s",
+                checkpoint,
+                error,
+            )
+            yield
+            return
+        with mock.patch("transformers.trainer.skip_first_batches", lambda loader, num_batches: loader):
+            yield
+
+    def _load(self, workers: list[dict | None], next_worker: int):
+        num_readers = self.dataset.num_ranks * self.num_workers
+        for _, num_found in [state["reader"] for state in workers if state]:
+            if num_found != num_readers or len(workers) != self.num_workers:
+                raise ValueError(
+                    f"expected {num_found} loader workers of all processes, got {num_readers}. Resume with the same "
+                    "numbers of processes and loader workers."
+                )
+        self.dataset.load_worker_states(workers, next_worker)
+        self.states, self.next_worker = workers, next_worker
+
+    def _file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"stream_state_{self.dataset.rank}.json"
