@@ -279,6 +279,9 @@ def test_parquet_resumes_within_a_file(tmp_path):
         drawn(again, 30)
         first.load_state_dict(again.state_dict())
         assert drawn(first, 10) == expected[30:]
+        # Loader workers share the files.
+        batches = islice(loader_of(SkippingMixture({"classes": rows}), 0, 1, 2), 30)
+        assert len({item["image_id"] for batch in batches for item in batch}) == 60
 
 
 def test_data_that_has_lost_rows_is_refused(counted, tmp_path):
