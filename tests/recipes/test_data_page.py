@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import yaml
-from fixtures.recipes import run_here, serve_demo
+from fixtures.recipes import run_here, serve_demo_here
 from fixtures.tiny_models import image, save_talkative
 
 from lisa_hf.evaluation.visualization import COLORS
@@ -57,9 +57,11 @@ def url(tmp_path_factory):
     run_here("eval.py", "--predictions", directory / "predicted.jsonl", *options)
     model = save_talkative(tmp_path_factory.mktemp("talkative"))
     options = ("--data", directory / "config.yaml", "--predictions", directory / "evaluated", "--max_new_tokens", 8)
-    with serve_demo(model, *options, directory=tmp_path_factory.mktemp("gradio")) as url:
-        (directory / "3.png").unlink()
-        yield url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        with serve_demo_here(model, *options) as url:
+            (directory / "3.png").unlink()
+            yield url
 
 
 class Visitor:
@@ -74,7 +76,7 @@ class Visitor:
     def read(self, position: str) -> str:
         """Wait until the item at a position is shown, and return all that is written about it."""
         self.page.get_by_text(position, exact=True).wait_for()
-        self.page.wait_for_timeout(500)
+        self.page.wait_for_timeout(200)
         return self.page.inner_text("body")
 
     def picture(self, number: int = 0) -> np.ndarray:
