@@ -9,10 +9,12 @@ a string. Mappings are written in YAML or JSON in both places. Any mistake is re
 
 import dataclasses
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -20,6 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..data.rows import OnBadRow
 from ..errors import nearest_name
+from .fsdp import cpus_may_shard, is_fsdp_requested
 from .parser import ArgumentParser
 
 
@@ -279,7 +282,7 @@ class LisaTrainingArguments(TrainingArguments):
             self.overwrite_output_dir = True
             # Leaves output_dir as it is; the name is that of a directory which is not kept.
             self.output_dir = str(Path(self.output_dir or ".", "dry_run.incomplete"))
-        super().__post_init__()
+        self._initialize_devices()
         self._check_engine()
         # Rows and images of a batch differ in number, so accelerate must not slice it.
         self.accelerator_config.dispatch_batches = False
@@ -298,6 +301,18 @@ class LisaTrainingArguments(TrainingArguments):
     def __getstate__(self) -> dict:
         """Leave out the token: Trainer pickles its arguments into every checkpoint, which may be shared."""
         return self.__dict__ | {"hub_token": None}
+
+    def _initialize_devices(self):
+        has_fsdp, is_distributed = is_fsdp_requested(self.fsdp), "LOCAL_RANK" in os.environ
+        shards_on_cpus = has_fsdp and is_distributed and (self.use_cpu or not torch.accelerator.is_available())
+        if shards_on_cpus:
+            self.use_cpu = False  # would turn FSDP off
+        with cpus_may_shard() if shards_on_cpus else nullcontext():
+            super().__post_init__()
+        if has_fsdp:
+            # Each process loads its own rows. With this option, from_pretrained would give some the first one's.
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+            (self.fsdp_plugin_args or {})["cpu_ram_efficient_loading"] = False
 
     def _check_engine(self):
         if self.device.type == "cpu":  # otherwise DeepSpeed, which accelerate imports, warns that it found no GPU
@@ -327,7 +342,7 @@ class LisaTrainingArguments(TrainingArguments):
     def shards_weights(self) -> bool:
         """Whether each process holds only a shard of the weights: ZeRO-3 and FSDP, also if the launcher sets it."""
         stage = self.deepspeed_plugin.zero_stage if self.deepspeed_plugin else 0
-        return stage == 3 or bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+        return stage == 3 or is_fsdp_requested(self.fsdp)
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, LisaTrainingArguments]:

@@ -21,6 +21,7 @@ from ..model.packing import unpack_rows
 from .callbacks import SkipNonFiniteSteps, Throughput
 from .checkpointing import complete_save, resolve_checkpoint
 from .engine_change import allow_other_engine, load_best_weights
+from .fsdp import each_process_loads_its_rows
 from .model_card import write_model_card
 from .run_record import find_run_record
 from .stream_position import StreamPosition
@@ -215,6 +216,10 @@ class LisaTrainer(Trainer):
         if self.nonfinite_steps.error:
             raise ValueError(self.nonfinite_steps.error)
         return output
+
+    def _prepare_for_training(self, *args, **kwargs):
+        with each_process_loads_its_rows() if self.is_fsdp_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
         # A run that resumes from its last step would otherwise take one step too many.

@@ -1,0 +1,86 @@
+"""FSDP2 where accelerate needs help: each process loads its own rows of the weights; CPU processes shard as well."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, patch_environment
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def is_fsdp_requested(fsdp: bool | str | None) -> bool:
+    """Return whether FSDP is named by an argument of Trainer's or by the launcher."""
+    return bool(fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+@contextmanager
+def cpus_may_shard() -> Iterator[None]:
+    """Let FSDP take CPU processes that are initialized in this context.
+
+    Version: accelerate 1.15.
+    Symptom: accelerate silently trains with DDP, because it takes FSDP to need GPUs. torch's `fully_shard` works over
+        gloo as well.
+    Remove when: accelerate shards among CPU processes; tests/training/test_distributed.py.
+    """
+    backend = ("gloo", DistributedType.MULTI_GPU)
+    environment = patch_environment(ACCELERATE_TORCH_DEVICE="cpu")
+    with environment, mock.patch.object(PartialState, "_prepare_backend", lambda *args: backend):
+        yield
+
+
+@contextmanager
+def each_process_loads_its_rows() -> Iterator[None]:
+    """Shard what accelerate prepares in this context without a process ever holding the whole model.
+
+    `from_pretrained` maps safetensors files and reads nothing of them, so it is enough that sharding reads no more
+    than it keeps. accelerate either copies whole layers on every process or, with `cpu_ram_efficient_loading`,
+    broadcasts whole weights from the first one, which reads all of them.
+    """
+    with mock.patch("accelerate.accelerator.fsdp2_prepare_model", _shard_then_load):
+        yield
+
+
+def _shard_then_load(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    whole = dict(model.named_parameters(remove_duplicate=False))
+    _move_parameters_to_meta(model)
+    model = fsdp2_prepare_model(accelerator, model)
+    loaded = {}  # by the sharded parameter, because a tied one has two names
+    state_dict = model.state_dict(keep_vars=True)
+    # What trains first, since PEFT's copies are in memory, then file by file: the last weight of a file unmaps it.
+    for name in sorted(whole, key=lambda name: not whole[name].requires_grad):
+        weight, sharded = whole.pop(name), state_dict[name]
+        if sharded not in loaded:
+            loaded[sharded] = _load_rows(weight, sharded, accelerator.device)
+        state_dict[name] = loaded[sharded]
+    model.load_state_dict(state_dict, assign=True)
+    return model
+
+
+def _move_parameters_to_meta(model: nn.Module) -> None:
+    """Replace parameters by empty ones, tied ones by the same."""
+    empty = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                if weight not in empty:
+                    empty[weight] = nn.Parameter(weight.data.to("meta"), requires_grad=weight.requires_grad)
+                module._parameters[name] = empty[weight]
+
+
+def _load_rows(weight: torch.Tensor, sharded: torch.Tensor, device: torch.device) -> nn.Parameter:
+    """Return the parameter that takes the place of an empty one, with this process's part of a weight."""
+    if isinstance(sharded, DTensor):
+        layout = sharded.device_mesh, sharded.placements
+        sizes, offsets = compute_local_shape_and_global_offset(sharded.shape, *layout)
+        rows = weight.data[tuple(slice(start, start + size) for start, size in zip(offsets, sizes))]
+        rows = rows.to(device, sharded.dtype, copy=True)
+        rows = DTensor.from_local(rows, *layout, run_check=False, shape=sharded.shape, stride=sharded.stride())
+    else:
+        rows = weight.data.to(device)
+    return nn.Parameter(rows, requires_grad=sharded.requires_grad)
