@@ -1,7 +1,7 @@
 """LisaTrainer: transformers' Trainer with a loss that is exact for any cut of a step, loss parts and mask metrics."""
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
