@@ -16,6 +16,7 @@ project = html_title = "lisa_hf"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path, html_css_files = ["_static"], ["site.css"]
 html_show_sphinx = html_show_copyright = False
 
 # The notebook asks the quick start's model and trains it further, for minutes: where there is one, and once.
