@@ -1,16 +1,22 @@
-"""Write rows to Parquet with their images inside: a folder that loads like a dataset on the Hub, and can become one.
+"""Write rows to Parquet with their images inside: a directory that loads like a dataset on the Hub, or becomes one.
 
 from data_scripts.parquet import write_card, write_parquet
 write_parquet(load_source("refcoco", data_dir="dataset", split="val"), "parquet/refcoco", "val")
 write_card("parquet", {"refcoco": RefCoco.LICENSE})
 datasets.load_dataset("parquet", "refcoco", split="val", streaming=True)
+
+The rows are cut into shards, whose content and order are the same on every engine and with any number of workers.
+Shards are staged in a hidden directory and moved when all of them are there, so what can be loaded is always whole.
 """
 
 import hashlib
 import os
+import re
+import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,105 +24,145 @@ from datasets import Dataset, Image
 from datasets.table import embed_table_storage
 from datasets.utils.file_utils import xgetsize
 from datasets.utils.py_utils import convert_file_size_to_int
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
 from huggingface_hub import DatasetCardData
 from tqdm.contrib.concurrent import thread_map
+
+from .engines import Engine, map_pieces
 
 
 # The choice of `datasets` for images: a reader holds this many in memory.
 ROWS_PER_GROUP = 100
 FINGERPRINT = b"lisa_hf_fingerprint"
+STAGING = ".incomplete"  # hidden: `load_dataset` does not look into it
+SHARD_NAME = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<total>\d{5})\.parquet")
 CHECKSUM = "<!-- checksum of the above: "
 
 
 def write_parquet(
     rows: Dataset,
-    directory: str | os.PathLike,
+    directory: str,
     split: str,
-    num_threads: int = 4,
+    num_workers: int = 1,
     max_shard_size: str = "500MB",
     overwrite: bool = False,
-) -> list[Path]:
+    engine: Engine = "datasets",
+) -> list[str]:
     """Write one split as shards `data/<split>-00000-of-00007.parquet`, except those that exist for the same rows.
 
-    These names let `load_dataset` find splits of any name.
+    These names let `load_dataset` find splits of any name. A conversion that was interrupted goes on where it ended.
 
     Args:
         rows: Prepared rows of `lisa_hf.data.rows.FEATURES`.
-        directory: Directory of the source, which is created if it does not exist.
+        directory: Directory of the source, a path or the URL of an fsspec file system. It is created if it does not
+            exist.
         split: Name of the split.
-        num_threads: Number of shards to write at once.
+        num_workers: Number of shards to write at once.
         max_shard_size: Approximate largest size of a shard.
         overwrite: Whether to replace shards of this split that hold other rows.
+        engine: What writes the shards, see [`~engines.map_pieces`]. All of its workers must see the images and
+            `directory`.
 
     Returns:
         Paths of the shards, in order.
 
     Raises:
         ValueError: If an image is missing or empty, or there are shards of other rows. Nothing is written then.
+        OSError: If a shard was not written completely. The others are kept for the next call.
     """
     rows = rows.cast_column("image", Image())  # also of undecoded rows: the files say how to read them
-    data = Path(directory) / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    sizes = list(_image_sizes(rows))
-    num_shards = max(1, -(-sum(sizes) // convert_file_size_to_int(max_shard_size)))
+    fs, root = url_to_fs(str(directory))
+    sizes = np.fromiter(_image_sizes(rows), np.int64, len(rows))
+    num_shards = max(1, -(-int(sizes.sum()) // convert_file_size_to_int(max_shard_size)))
     num_shards = min(num_shards, max(1, len(rows)))
     # The fingerprint of prepared rows changes with the annotations, the sizes with the images.
-    fingerprint = hashlib.sha256(f"{rows._fingerprint} {num_shards} {sizes}".encode()).hexdigest().encode()
-    paths = [data / f"{split}-{index:05d}-of-{num_shards:05d}.parquet" for index in range(num_shards)]
-    others = [path for path in data.glob(f"{split}-*-of-*.parquet") if not _is_written(path, fingerprint)]
+    digest = hashlib.sha256(f"{rows._fingerprint} {num_shards} ".encode() + sizes.tobytes())
+    fingerprint = digest.hexdigest().encode()
+    names = [f"{split}-{index:05d}-of-{num_shards:05d}.parquet" for index in range(num_shards)]
+    final = {path for path in _shard_paths(fs, root) if SHARD_NAME.fullmatch(_name(path))["split"] == split}
+    others = {path for path in final if not _is_written(fs, path, fingerprint)}
     if others and not overwrite:
         raise ValueError(
             f"--output_dir: expected no shards of other rows, or of other sizes, got {min(others)}. Name another, or "
             "replace them with --overwrite."
         )
+    fs.makedirs(f"{root}/data", exist_ok=True)
+    fs.makedirs(f"{root}/{STAGING}", exist_ok=True)
+    finished = {_name(path) for path in final - others}
+    unfinished = [name for name in names if name not in finished]
+    staged = {name: f"{root}/{STAGING}/{name}" for name in unfinished}
+    missing = [name for name, path in staged.items() if not _is_written(fs, path, fingerprint)]
+    shared = directory if "://" in str(directory) else root  # workers may run in another directory
+    write = partial(_write_shard, rows, f"{shared}/{STAGING}", names, missing, fingerprint)
+    map_pieces(write, len(missing), engine, num_workers, f"{_name(root)} {split}")
+    if lost := [name for name in missing if not _is_written(fs, staged[name], fingerprint)]:
+        raise OSError(f"expected {lost[0]} in {directory}, got none. Name a directory that all workers share.")
+    # From here on, shards of the old rows and of the new ones are never there together.
+    for path in others:
+        fs.rm(path)
+    thread_map(fs.mv, staged.values(), [f"{root}/data/{name}" for name in staged], disable=True)
+    for path in fs.find(f"{root}/{STAGING}"):
+        if _name(path).startswith(f"{split}-"):  # left by workers that were killed
+            fs.rm(path)
+    if not fs.find(f"{root}/{STAGING}"):
+        fs.rm(f"{root}/{STAGING}", recursive=True)
+    return [f"{directory}/data/{name}" for name in names]
 
-    def write(index: int):
-        if not _is_written(paths[index], fingerprint):
-            _write_shard(rows.shard(num_shards, index, contiguous=True), paths[index], fingerprint)
 
-    thread_map(write, range(num_shards), max_workers=num_threads, desc=f"{data.parent.name} {split}", unit="shard")
-    for path in {*others, *data.glob(f"{split}-*-of-*.parquet.part")} - set(paths):
-        path.unlink(missing_ok=True)
-    return paths
-
-
-def check_card(directory: str | os.PathLike):
+def check_card(directory: str):
     """Raise a `ValueError` if a directory has a README.md that [`write_card`] did not write, or not all of it."""
-    path = Path(directory, "README.md")
-    if not path.exists():
+    fs, root = url_to_fs(str(directory))
+    if not fs.exists(f"{root}/README.md"):
         return
-    text, _, end = path.read_text(encoding="utf-8").rpartition(CHECKSUM)
+    text, _, end = fs.cat_file(f"{root}/README.md").decode().rpartition(CHECKSUM)
     if end != _checksum_line(text).removeprefix(CHECKSUM):
         raise ValueError(
-            f"--output_dir: expected no README.md of your own, got {path}. Move it, or replace it with --overwrite."
+            f"--output_dir: expected no README.md of your own, got {directory}/README.md. Move it, or replace it with "
+            "--overwrite."
         )
 
 
-def write_card(directory: str | os.PathLike, licenses: dict[str, str]):
+def write_card(directory: str, licenses: dict[str, str]):
     """Write the README.md that tells `load_dataset` about sources and splits.
 
-    It ends with its checksum in a comment, see [`check_card`].
+    It names every shard, so `load_dataset` fails if one is missing. It ends with its checksum in a comment, see
+    [`check_card`].
 
     Args:
-        directory: Directory of all sources.
+        directory: Directory of all sources, a path or the URL of an fsspec file system.
         licenses: License of each source, by its name.
     """
-    directory = Path(directory)
-    configs = []
-    for source in sorted(path for path in directory.iterdir() if path.is_dir()):
-        splits = sorted({path.name.rpartition("-of-")[0].rpartition("-")[0] for path in source.glob("data/*.parquet")})
-        files = [{"split": split, "path": f"{source.name}/data/{split}-*.parquet"} for split in splits]
-        configs += [{"config_name": source.name, "data_files": files}] if files else []
-    names = [config["config_name"] for config in configs]
-    lines = [f"- {name}: {licenses[name]}" for name in names if licenses.get(name)]
+    fs, root = url_to_fs(str(directory))
+    shards: dict[str, dict[str, list[str]]] = {}  # by source and split
+    for source in sorted(_name(path) for path in fs.ls(root, detail=False)):
+        for path in _shard_paths(fs, f"{root}/{source}"):
+            split = SHARD_NAME.fullmatch(_name(path))["split"]
+            shards.setdefault(source, {}).setdefault(split, []).append(f"{source}/data/{_name(path)}")
+    configs = [
+        {"config_name": source, "data_files": [{"split": split, "path": paths} for split, paths in splits.items()]}
+        for source, splits in shards.items()
+    ]
+    lines = [f"- {name}: {licenses[name]}" for name in shards if licenses.get(name)]
     card = "# Rows for lisa_hf\n\nA configuration per source. Their licenses hold for these copies too.\n\n"
     metadata = DatasetCardData(configs=configs, task_categories=["image-segmentation"])
     text = f"---\n{metadata}\n---\n\n{card}" + "\n".join(lines) + "\n\n"
-    (directory / "README.md").write_text(text + _checksum_line(text), encoding="utf-8")
+    part = f"{root}/README.md.{uuid.uuid4().hex}.part"
+    fs.pipe_file(part, (text + _checksum_line(text)).encode())
+    fs.mv(part, f"{root}/README.md")
 
 
 def _checksum_line(text: str) -> str:
     return f"{CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _shard_paths(fs: AbstractFileSystem, root: str) -> list[str]:
+    """Return the paths of the shards of a source, sorted."""
+    return sorted(path for path in fs.find(f"{root}/data") if SHARD_NAME.fullmatch(_name(path)))
 
 
 def _image_sizes(rows: Dataset) -> Iterator[int]:
@@ -136,18 +182,31 @@ def _image_sizes(rows: Dataset) -> Iterator[int]:
             yield size
 
 
-def _is_written(path: Path, fingerprint: bytes) -> bool:
+def _is_written(fs: AbstractFileSystem, path: str, fingerprint: bytes) -> bool:
     try:
-        return (pq.read_metadata(path).metadata or {}).get(FINGERPRINT) == fingerprint
+        with fs.open(path, "rb") as file:
+            return (pq.read_metadata(file).metadata or {}).get(FINGERPRINT) == fingerprint
     except (FileNotFoundError, pa.ArrowInvalid):
         return False
 
 
-def _write_shard(rows: Dataset, path: Path, fingerprint: bytes):
-    part = path.with_name(path.name + ".part")
-    schema = rows.features.arrow_schema
-    schema = schema.with_metadata({**schema.metadata, FINGERPRINT: fingerprint})
-    with pq.ParquetWriter(part, schema, use_content_defined_chunking=True, write_page_index=True) as writer:
-        for table in rows.with_format("arrow").iter(batch_size=ROWS_PER_GROUP):
-            writer.write_table(embed_table_storage(table))
-    os.replace(part, path)
+def _write_shard(rows: Dataset, directory: str, names: list[str], chosen: list[str], fingerprint: bytes, piece: int):
+    """Write one of the chosen shards into a directory, whole or not at all."""
+    fs, root = url_to_fs(directory)
+    path = f"{root}/{chosen[piece]}"
+    part = f"{path}.{uuid.uuid4().hex}.part"  # a worker that is taken for dead may still write
+    shard = rows.shard(len(names), names.index(chosen[piece]), contiguous=True)
+    with fs.open(part, "wb") as file:
+        with pq.ParquetWriter(
+            file, shard.features.arrow_schema, use_content_defined_chunking=True, write_page_index=True
+        ) as writer:
+            for table in shard.with_format("arrow").iter(batch_size=ROWS_PER_GROUP):
+                writer.write_table(embed_table_storage(table))
+            writer.add_key_value_metadata({FINGERPRINT: fingerprint})  # last: also an error closes the writer
+        size = file.tell()
+    if fs.size(part) != size or not _is_written(fs, part, fingerprint):
+        raise OSError(
+            f"expected {size} bytes in {part}, got {fs.size(part)}: the storage lost what was written. Run the same "
+            "command again."
+        )
+    fs.mv(part, path)

@@ -14,7 +14,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import numpy as np
@@ -24,6 +24,7 @@ from data_scripts import SOURCES, complete_options, find_builder, load_source
 from data_scripts.cache import clean_cache
 from data_scripts.check import check_source
 from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
+from data_scripts.engines import Engine
 from data_scripts.parquet import check_card, write_card, write_parquet
 from lisa_hf.errors import report_user_errors
 from lisa_hf.evaluation.visualization import preview_sheet
@@ -97,19 +98,25 @@ def run_preview(args: argparse.Namespace):
 
 
 def run_convert(args: argparse.Namespace):
-    output_dir = Path(args.output_dir)
+    if args.push_to_hub and "://" in args.output_dir:
+        raise ValueError(f"--push_to_hub: expected a local --output_dir, got {args.output_dir}.")
     if not args.overwrite:
-        check_card(output_dir)
+        check_card(args.output_dir)
     for name, options in find_sources(args):
         loaded = load_source(name, args.data_dir, **{"split": None} | options)
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else {options["split"]: loaded}
         for split, rows in splits.items():
+            directory = f"{args.output_dir}/{name}"
             paths = write_parquet(
-                rows, output_dir / name, split, args.num_threads, args.max_shard_size, args.overwrite
+                rows, directory, split, args.num_workers, args.max_shard_size, args.overwrite, args.engine
             )
             print(f"{name} {split}: {len(rows)} rows in {len(paths)} files")
-    write_card(output_dir, {name: builder.LICENSE for name, builder in SOURCES.items()})
-    print(f'load_dataset("{output_dir}", "{name}", split="{split}", streaming=True)')
+    write_card(args.output_dir, {name: builder.LICENSE for name, builder in SOURCES.items()})
+    if "://" in args.output_dir:
+        data_files = f"{args.output_dir}/{name}/data/{split}-*.parquet"
+        print(f'load_dataset("parquet", data_files="{data_files}", split="train", streaming=True)')
+    else:
+        print(f'load_dataset("{args.output_dir}", "{name}", split="{split}", streaming=True)')
     if args.push_to_hub:
         api = HfApi()
         # Private, because most of these licenses forbid redistributing the photos.
@@ -118,7 +125,7 @@ def run_convert(args: argparse.Namespace):
         api.upload_folder(
             repo_id=args.push_to_hub,
             repo_type="dataset",
-            folder_path=output_dir,
+            folder_path=args.output_dir,
             allow_patterns=[files, "README.md"],
             delete_patterns=files,  # files of an earlier upload that are not in the folder
         )
@@ -145,8 +152,11 @@ def main():
     command.add_argument("--overwrite", action="store_true", help="replace earlier sheets")
     command.set_defaults(run=run_preview)
     command = commands.add_parser("convert", parents=[common], help="write Parquet with the images inside (resumable)")
-    command.add_argument("--output_dir", required=True, help="output directory, with one subdirectory per source")
-    command.add_argument("--num_threads", type=int, default=4, help="number of files to write at once")
+    command.add_argument(
+        "--output_dir", required=True, help="output directory, with one subdirectory per source; also an fsspec URL"
+    )
+    command.add_argument("--engine", choices=get_args(Engine), default="datasets", help="what runs the workers")
+    command.add_argument("--num_workers", type=int, default=4, help="number of files to write at once")
     command.add_argument("--max_shard_size", default="500MB", help="approximate largest size of a file")
     command.add_argument("--overwrite", action="store_true", help="replace shards of other rows and the README.md")
     command.add_argument("--push_to_hub", metavar="NAME", help="also upload to this private dataset on the Hub")

@@ -1,0 +1,168 @@
+"""Converting to Parquet on each engine: equal bytes, workers that die, and storage that loses what is written."""
+
+import functools
+import hashlib
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import datasets
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+from data_scripts import load_source
+from data_scripts.engines import map_pieces
+from data_scripts.parquet import write_parquet
+
+
+SHAPES = {"num_train_scenes": 24, "num_validation_scenes": 1, "image_size": 32}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return load_source("shapes", cache_dir=str(tmp_path_factory.mktemp("cache")), **SHAPES)
+
+
+@pytest.fixture(scope="module")
+def engine(request):
+    """The name of an engine that can run here."""
+    name = request.param
+    if name == "spark":
+        pytest.importorskip("pyspark")
+        if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
+            pytest.skip("Spark needs Java")
+    if name == "ray":
+        ray = pytest.importorskip("ray")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+            patch.delenv("RAY_ADDRESS", raising=False)
+            yield name
+            ray.shutdown()
+    else:
+        yield name
+    if name == "spark":
+        from pyspark import SparkContext
+
+        SparkContext.getOrCreate().stop()
+
+
+on_each_engine = pytest.mark.parametrize(
+    "engine", ["datasets", "ray", pytest.param("spark", marks=pytest.mark.slow)], indirect=True
+)
+# One worker of Ray in the fast test: each takes seconds to import the libraries.
+NUM_WORKERS = {"datasets": 2, "ray": 1, "spark": 2}
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Return the digest of each file in a directory by its name."""
+    files = [path for path in Path(directory).rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@on_each_engine
+def test_each_engine_gives_equal_files_and_the_first_error(engine, rows, tmp_path):
+    write_parquet(rows, tmp_path / "one", "train", max_shard_size="4KB")
+    write_parquet(rows, tmp_path / "two", "train", NUM_WORKERS[engine], "4KB", engine=engine)
+    assert digests(tmp_path / "two") == digests(tmp_path / "one") and len(digests(tmp_path / "one")) > 3
+
+    def fail(piece):
+        raise ValueError(f"piece {piece} is bad")
+
+    with pytest.raises(ValueError) as error:
+        map_pieces(fail, 1, engine, NUM_WORKERS[engine])
+    assert str(error.value) == "piece 0 is bad"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ray", "spark"], indirect=True)
+def test_a_piece_of_a_worker_that_dies_is_run_again(engine, tmp_path):
+    def die_once(piece):  # in here, because workers cannot import this module
+        if piece == 1 and not os.path.exists(marker):
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return piece * piece
+
+    marker = tmp_path / "died"
+    assert map_pieces(die_once, 4, engine, 2) == [0, 1, 4, 9]
+    assert marker.exists()
+
+
+def test_a_process_that_dies_is_one_line_and_the_conversion_goes_on(rows, tmp_path, monkeypatch):
+    marker = tmp_path / "died"
+    embed = datasets.table.embed_table_storage
+
+    def die_once(table):
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return embed(table)
+
+    monkeypatch.setattr("data_scripts.parquet.embed_table_storage", die_once)
+    with pytest.raises(OSError, match="a worker died. Most often"):
+        write_parquet(rows, tmp_path / "two", "train", 2, "4KB")
+    write_parquet(rows, tmp_path / "two", "train", 2, "4KB")
+    monkeypatch.undo()
+    write_parquet(rows, tmp_path / "one", "train", max_shard_size="4KB")
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+
+
+# Storage
+
+
+class FaultyFileSystem(MemoryFileSystem):
+    """A file system in memory that fails, or loses half of a file without a word."""
+
+    protocol = "faulty"
+    store: dict = {}
+    pseudo_dirs = [""]
+    faults: list = []  # of the next files of a shard, in their order: None, "raise" or "lose"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("faulty://", "memory://"))
+
+    def _open(self, path, mode="rb", **kwargs):
+        file = super()._open(path, mode, **kwargs)
+        fault = self.faults.pop(0) if "w" in mode and ".parquet" in path and self.faults else None
+        if fault == "raise":
+            file.write = functools.partial(self.fail, file)
+        elif fault == "lose":
+            file.close = functools.partial(self.lose, file)
+        return file
+
+    @staticmethod
+    def fail(file, data):
+        MemoryFile.write(file, data[: len(data) // 2])
+        raise OSError("the disk is full")
+
+    @staticmethod
+    def lose(file):
+        file.truncate(file.tell() // 2)
+        MemoryFile.close(file)
+
+
+@pytest.fixture
+def faulty():
+    fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
+    FaultyFileSystem.store.clear()
+    yield FaultyFileSystem()
+    FaultyFileSystem.store.clear()
+    FaultyFileSystem.faults = []
+
+
+@pytest.mark.parametrize("fault, message", [("raise", "the disk is full"), ("lose", "the storage lost")])
+def test_what_storage_loses_is_never_read(faulty, rows, tmp_path, fault, message):
+    write_parquet(rows, tmp_path / "local/shapes", "train", max_shard_size="4KB")
+    num_shards = len(digests(tmp_path / "local"))
+    for faults in ([fault], [None, None, fault]):
+        faulty.faults = faults
+        with pytest.raises(OSError, match=message):
+            write_parquet(rows, "faulty://out/shapes", "train", max_shard_size="4KB")
+        assert not faulty.find("/out/shapes/data")
+    write_parquet(rows, "faulty://out/shapes", "train", max_shard_size="4KB")
+    names = faulty.find("/out/shapes")
+    assert len(names) == num_shards and not faulty.exists("/out/shapes/.incomplete")
+    for name in names:
+        assert faulty.cat_file(name) == (tmp_path / "local" / name.removeprefix("/out/")).read_bytes()
