@@ -44,6 +44,8 @@ def map_pieces(
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine: expected one of {', '.join(get_args(Engine))}, got {engine!r}.")
+    if num_pieces == 0:
+        return []
     run = {"datasets": _run_with_datasets, "ray": _run_with_ray, "spark": _run_with_spark}[engine]
     try:
         return run(partial(_outcome, function), num_pieces, num_workers, description)

@@ -12,6 +12,7 @@ used unchanged.
 import dataclasses
 import functools
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -19,12 +20,14 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+from fsspec.core import url_to_fs
 
 from lisa_hf.data.masks import encode_mask
 from lisa_hf.data.rows import FEATURES, make_row
 
 from .orientation import read_orientation
 from .own_data import OwnData, OwnDataConfig, open_file
+from .parquet import check_finished
 from .segmentation import encode_visible, read_mask
 from .source import errors_naming, is_inside
 
@@ -39,7 +42,8 @@ class HubConfig(OwnDataConfig):
     """Options of a dataset on the Hub.
 
     Args:
-        path: Id on the Hub, a directory that `datasets.load_dataset` can read, or a pattern of Parquet files.
+        path: Id on the Hub, a directory that `datasets.load_dataset` can read, or a pattern of Parquet files, also as
+            the URL of an fsspec file system.
         subset: Name of the configuration, if there are several.
         revision: Branch, tag or commit on the Hub. Once rows are prepared, changes of a branch go unnoticed.
         image_column: Column of the images, as files or paths.
@@ -80,11 +84,24 @@ class Hub(OwnData):
                 f"source {self.source!r}: expected the option `path`, the dataset's id or files, got none."
             )
         path = self._local_path(data_dir)
+        if "://" in path:
+            return []
+        check_finished(path, self.config.split)
         return sorted(
             name for name in glob.glob(path) + glob.glob(f"{path}/**", recursive=True) if os.path.isfile(name)
         )
 
+    def _fingerprint(self, data_dir: str | None) -> str:
+        digest = super()._fingerprint(data_dir)
+        if "://" not in self.config.path:
+            return digest
+        fs, pattern = url_to_fs(self.config.path)
+        files = [digest, *(fs.ukey(path) for path in sorted(fs.glob(pattern)))]
+        return hashlib.sha256(" ".join(files).encode()).hexdigest()[:16]
+
     def _local_path(self, data_dir: str | None) -> str:
+        if "://" in self.config.path:
+            return self.config.path
         return os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(self.config.path)))
 
     @functools.cached_property

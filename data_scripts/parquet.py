@@ -9,10 +9,13 @@ The rows are cut into shards, whose content and order are the same on every engi
 Shards are staged in a hidden directory and moved when all of them are there, so what can be loaded is always whole.
 """
 
+import dataclasses
 import hashlib
+import json
 import os
 import re
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
@@ -29,15 +32,26 @@ from fsspec.core import url_to_fs
 from huggingface_hub import DatasetCardData
 from tqdm.contrib.concurrent import thread_map
 
+from .duplicates import KnownImages
 from .engines import Engine, map_pieces
 
 
 # The choice of `datasets` for images: a reader holds this many in memory.
 ROWS_PER_GROUP = 100
 FINGERPRINT = b"lisa_hf_fingerprint"
+EXCLUDED = b"lisa_hf_excluded"  # number of rows that were left out, by the name that their images are known by
 STAGING = ".incomplete"  # hidden: `load_dataset` does not look into it
 SHARD_NAME = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<total>\d{5})\.parquet")
 CHECKSUM = "<!-- checksum of the above: "
+
+
+@dataclasses.dataclass
+class WrittenSplit:
+    """What [`write_parquet`] wrote: paths of the shards in order, rows in them, rows left out by name."""
+
+    paths: list[str]
+    num_rows: int
+    num_excluded: Counter[str]
 
 
 def write_parquet(
@@ -48,7 +62,8 @@ def write_parquet(
     max_shard_size: str = "500MB",
     overwrite: bool = False,
     engine: Engine = "datasets",
-) -> list[str]:
+    excluded: KnownImages | None = None,
+) -> WrittenSplit:
     """Write one split as shards `data/<split>-00000-of-00007.parquet`, except those that exist for the same rows.
 
     These names let `load_dataset` find splits of any name. A conversion that was interrupted goes on where it ended.
@@ -63,23 +78,16 @@ def write_parquet(
         overwrite: Whether to replace shards of this split that hold other rows.
         engine: What writes the shards, see [`~engines.map_pieces`]. All of its workers must see the images and
             `directory`.
-
-    Returns:
-        Paths of the shards, in order.
+        excluded: Images whose rows are left out.
 
     Raises:
-        ValueError: If an image is missing or empty, or there are shards of other rows. Nothing is written then.
+        ValueError: If an image is missing or empty, or there are shards of other rows, or no row is left. Nothing can
+            be read then that could not be read before.
         OSError: If a shard was not written completely. The others are kept for the next call.
     """
     rows = rows.cast_column("image", Image())  # also of undecoded rows: the files say how to read them
     fs, root = url_to_fs(str(directory))
-    sizes = np.fromiter(_image_sizes(rows), np.int64, len(rows))
-    num_shards = max(1, -(-int(sizes.sum()) // convert_file_size_to_int(max_shard_size)))
-    num_shards = min(num_shards, max(1, len(rows)))
-    # The fingerprint of prepared rows changes with the annotations, the sizes with the images.
-    digest = hashlib.sha256(f"{rows._fingerprint} {num_shards} ".encode() + sizes.tobytes())
-    fingerprint = digest.hexdigest().encode()
-    names = [f"{split}-{index:05d}-of-{num_shards:05d}.parquet" for index in range(num_shards)]
+    names, fingerprint = _plan_shards(rows, split, max_shard_size, excluded)
     final = {path for path in _shard_paths(fs, root) if SHARD_NAME.fullmatch(_name(path))["split"] == split}
     others = {path for path in final if not _is_written(fs, path, fingerprint)}
     if others and not overwrite:
@@ -89,25 +97,30 @@ def write_parquet(
         )
     fs.makedirs(f"{root}/data", exist_ok=True)
     fs.makedirs(f"{root}/{STAGING}", exist_ok=True)
-    finished = {_name(path) for path in final - others}
-    unfinished = [name for name in names if name not in finished]
-    staged = {name: f"{root}/{STAGING}/{name}" for name in unfinished}
-    missing = [name for name, path in staged.items() if not _is_written(fs, path, fingerprint)]
+    staged = {name: f"{root}/{STAGING}/{name}" for name in names if f"{root}/data/{name}" not in final - others}
+    missing = [
+        index for index, name in enumerate(names) if name in staged and not _is_written(fs, staged[name], fingerprint)
+    ]
     shared = directory if "://" in str(directory) else root  # workers may run in another directory
-    write = partial(_write_shard, rows, f"{shared}/{STAGING}", names, missing, fingerprint)
+    write = partial(_write_shard, rows, f"{shared}/{STAGING}", names, missing, fingerprint, excluded)
     map_pieces(write, len(missing), engine, num_workers, f"{_name(root)} {split}")
-    if lost := [name for name in missing if not _is_written(fs, staged[name], fingerprint)]:
-        raise OSError(f"expected {lost[0]} in {directory}, got none. Name a directory that all workers share.")
+    for path in staged.values():
+        if not _is_written(fs, path, fingerprint):
+            raise OSError(f"expected {path}, got none. Name an output directory that all workers share.")
+    paths = {name: f"{root}/data/{name}" for name in names}
+    num_rows, num_excluded = _count_rows(fs, list((paths | staged).values()))
+    if not num_rows:
+        raise ValueError(f"{_name(root)} {split}: expected a row, got none: all show excluded images. Leave it out.")
     # From here on, shards of the old rows and of the new ones are never there together.
     for path in others:
         fs.rm(path)
-    thread_map(fs.mv, staged.values(), [f"{root}/data/{name}" for name in staged], disable=True)
+    thread_map(fs.mv, staged.values(), [paths[name] for name in staged], disable=True)
     for path in fs.find(f"{root}/{STAGING}"):
         if _name(path).startswith(f"{split}-"):  # left by workers that were killed
             fs.rm(path)
     if not fs.find(f"{root}/{STAGING}"):
         fs.rm(f"{root}/{STAGING}", recursive=True)
-    return [f"{directory}/data/{name}" for name in names]
+    return WrittenSplit([f"{directory}/data/{name}" for name in names], num_rows, num_excluded)
 
 
 def check_card(directory: str):
@@ -132,6 +145,9 @@ def write_card(directory: str, licenses: dict[str, str]):
     Args:
         directory: Directory of all sources, a path or the URL of an fsspec file system.
         licenses: License of each source, by its name.
+
+    Raises:
+        ValueError: If a split is not finished, see [`check_finished`].
     """
     fs, root = url_to_fs(str(directory))
     shards: dict[str, dict[str, list[str]]] = {}  # by source and split
@@ -139,6 +155,8 @@ def write_card(directory: str, licenses: dict[str, str]):
         for path in _shard_paths(fs, f"{root}/{source}"):
             split = SHARD_NAME.fullmatch(_name(path))["split"]
             shards.setdefault(source, {}).setdefault(split, []).append(f"{source}/data/{_name(path)}")
+        for split in shards.get(source, {}):
+            check_finished(f"{directory}/{source}", split)
     configs = [
         {"config_name": source, "data_files": [{"split": split, "path": paths} for split, paths in splits.items()]}
         for source, splits in shards.items()
@@ -152,6 +170,20 @@ def write_card(directory: str, licenses: dict[str, str]):
     fs.mv(part, f"{root}/README.md")
 
 
+def check_finished(directory: str, split: str):
+    """Raise a `ValueError` if a conversion ended while it moved the shards of a split to where they are read."""
+    fs, root = url_to_fs(str(directory))
+    if not any(_name(path).startswith(f"{split}-") for path in fs.find(f"{root}/{STAGING}")):
+        return
+    found = [SHARD_NAME.fullmatch(_name(path)) for path in _shard_paths(fs, root)]
+    totals = [int(match["total"]) for match in found if match["split"] == split]
+    if totals and len(totals) != totals[0]:
+        raise ValueError(
+            f"{directory}: expected {totals[0]} shards of the split {split!r}, got {len(totals)}. Run the conversion "
+            "again, which ended before it was finished."
+        )
+
+
 def _checksum_line(text: str) -> str:
     return f"{CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
@@ -163,6 +195,20 @@ def _name(path: str) -> str:
 def _shard_paths(fs: AbstractFileSystem, root: str) -> list[str]:
     """Return the paths of the shards of a source, sorted."""
     return sorted(path for path in fs.find(f"{root}/data") if SHARD_NAME.fullmatch(_name(path)))
+
+
+def _plan_shards(
+    rows: Dataset, split: str, max_shard_size: str, excluded: KnownImages | None
+) -> tuple[list[str], bytes]:
+    """Return the names of the shards, and the fingerprint of all that their content depends on."""
+    sizes = np.fromiter(_image_sizes(rows), np.int64, len(rows))
+    num_shards = max(1, -(-int(sizes.sum()) // convert_file_size_to_int(max_shard_size)))
+    num_shards = min(num_shards, max(1, len(rows)))
+    # The fingerprint of prepared rows changes with the annotations, the sizes with the images.
+    options = f"{num_shards} {excluded.fingerprint() if excluded else None}"
+    digest = hashlib.sha256(f"{rows._fingerprint} {options} ".encode() + sizes.tobytes())
+    names = [f"{split}-{index:05d}-of-{num_shards:05d}.parquet" for index in range(num_shards)]
+    return names, digest.hexdigest().encode()
 
 
 def _image_sizes(rows: Dataset) -> Iterator[int]:
@@ -190,19 +236,45 @@ def _is_written(fs: AbstractFileSystem, path: str, fingerprint: bytes) -> bool:
         return False
 
 
-def _write_shard(rows: Dataset, directory: str, names: list[str], chosen: list[str], fingerprint: bytes, piece: int):
+def _count_rows(fs: AbstractFileSystem, paths: list[str]) -> tuple[int, Counter[str]]:
+    """Return the number of rows in shards, and of those that were left out, by name."""
+    num_rows, num_excluded = 0, Counter()
+    for path in paths:
+        with fs.open(path, "rb") as file:
+            footer = pq.read_metadata(file)
+        num_rows += footer.num_rows
+        num_excluded.update(json.loads(footer.metadata[EXCLUDED]))
+    return num_rows, num_excluded
+
+
+def _write_shard(
+    rows: Dataset,
+    directory: str,
+    names: list[str],
+    chosen: list[int],
+    fingerprint: bytes,
+    excluded: KnownImages | None,
+    piece: int,
+):
     """Write one of the chosen shards into a directory, whole or not at all."""
     fs, root = url_to_fs(directory)
-    path = f"{root}/{chosen[piece]}"
+    path = f"{root}/{names[chosen[piece]]}"
     part = f"{path}.{uuid.uuid4().hex}.part"  # a worker that is taken for dead may still write
-    shard = rows.shard(len(names), names.index(chosen[piece]), contiguous=True)
+    shard = rows.shard(len(names), chosen[piece], contiguous=True)
+    num_excluded = Counter()
     with fs.open(part, "wb") as file:
         with pq.ParquetWriter(
             file, shard.features.arrow_schema, use_content_defined_chunking=True, write_page_index=True
         ) as writer:
             for table in shard.with_format("arrow").iter(batch_size=ROWS_PER_GROUP):
-                writer.write_table(embed_table_storage(table))
-            writer.add_key_value_metadata({FINGERPRINT: fingerprint})  # last: also an error closes the writer
+                table = embed_table_storage(table)
+                if excluded:
+                    table, found = excluded.filter(table)
+                    num_excluded.update(found)
+                if table.num_rows:  # an empty group cannot be read
+                    writer.write_table(table)
+            # Last: also an error closes the writer.
+            writer.add_key_value_metadata({FINGERPRINT: fingerprint, EXCLUDED: json.dumps(num_excluded)})
         size = file.tell()
     if fs.size(part) != size or not _is_written(fs, part, fingerprint):
         raise OSError(

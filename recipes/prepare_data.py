@@ -21,12 +21,14 @@ import numpy as np
 from huggingface_hub import HfApi
 
 from data_scripts import SOURCES, complete_options, find_builder, load_source
+from data_scripts.benchmarks import BENCHMARKS
 from data_scripts.cache import clean_cache
 from data_scripts.check import check_source
 from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
+from data_scripts.duplicates import KnownImages
 from data_scripts.engines import Engine
 from data_scripts.parquet import check_card, write_card, write_parquet
-from lisa_hf.errors import report_user_errors
+from lisa_hf.errors import nearest_name, report_user_errors
 from lisa_hf.evaluation.visualization import preview_sheet
 from lisa_hf.training.arguments import parse_data_arguments
 
@@ -97,20 +99,49 @@ def run_preview(args: argparse.Namespace):
         print(f"{name}: {len(chosen)} of {len(rows)} rows in {path.resolve()}")
 
 
+def read_excluded(args: argparse.Namespace) -> KnownImages:
+    """Read the images of `--exclude_images_of`: benchmarks, or evaluation sources of the recipe."""
+    known = BENCHMARKS
+    if args.config:
+        known = known | {
+            name: (options.get("builder") or name, options)
+            for name, options in parse_data_arguments(args.config).eval_sources.items()
+        }
+    excluded = KnownImages()
+    for name in args.exclude_images_of:
+        if name not in known:
+            raise ValueError(
+                f"--exclude_images_of: expected names among {', '.join(known)}, got {name}. Did you mean "
+                f"{nearest_name(name, known)}?"
+            )
+        builder, options = known[name]
+        rows = load_source(name, args.data_dir, **options | {"builder": builder})
+        excluded.add(name, rows, args.engine, args.num_workers)
+    return excluded
+
+
 def run_convert(args: argparse.Namespace):
     if args.push_to_hub and "://" in args.output_dir:
         raise ValueError(f"--push_to_hub: expected a local --output_dir, got {args.output_dir}.")
     if not args.overwrite:
         check_card(args.output_dir)
-    for name, options in find_sources(args):
+    sources = find_sources(args)
+    excluded = read_excluded(args)
+    for name, options in sources:
         loaded = load_source(name, args.data_dir, **{"split": None} | options)
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else {options["split"]: loaded}
         for split, rows in splits.items():
             directory = f"{args.output_dir}/{name}"
-            paths = write_parquet(
-                rows, directory, split, args.num_workers, args.max_shard_size, args.overwrite, args.engine
+            is_training = not split.startswith(("val", "test"))
+            written = write_parquet(
+                *(rows, directory, split, args.num_workers, args.max_shard_size, args.overwrite, args.engine),
+                excluded=excluded if is_training and excluded.names else None,
             )
-            print(f"{name} {split}: {len(rows)} rows in {len(paths)} files")
+            print(f"{name} {split}: {written.num_rows} rows in {len(written.paths)} files")
+            for other, number in sorted(written.num_excluded.items()):
+                print(f"{name} {split}: left out {number} rows with images of {other}")
+            if args.deduplicate and is_training:
+                excluded.add(f"{name} {split}", rows, args.engine, args.num_workers)
     write_card(args.output_dir, {name: builder.LICENSE for name, builder in SOURCES.items()})
     if "://" in args.output_dir:
         data_files = f"{args.output_dir}/{name}/data/{split}-*.parquet"
@@ -157,6 +188,18 @@ def main():
     )
     command.add_argument("--engine", choices=get_args(Engine), default="datasets", help="what runs the workers")
     command.add_argument("--num_workers", type=int, default=4, help="number of files to write at once")
+    command.add_argument(
+        "--exclude_images_of",
+        nargs="+",
+        default=[],
+        metavar="BENCHMARK",
+        help="leave out training rows whose image is in these benchmarks, or evaluation sources of the recipe",
+    )
+    command.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="leave out training rows whose image is in a source named before",
+    )
     command.add_argument("--max_shard_size", default="500MB", help="approximate largest size of a file")
     command.add_argument("--overwrite", action="store_true", help="replace shards of other rows and the README.md")
     command.add_argument("--push_to_hub", metavar="NAME", help="also upload to this private dataset on the Hub")

@@ -1,4 +1,4 @@
-"""Tell whether two datasets share images, without their pixels: COCO photos by id, others by file name or content.
+"""Tell whether two datasets share images: COCO photos by id, others by file name, content, or how they look.
 
 Many datasets annotate the photos of COCO, under several file names, so a benchmark may ask about what a model was
 trained on in another source. A training run keeps the keys of its images in `train_images.npz`, which travels with the
@@ -9,31 +9,65 @@ import hashlib
 import re
 from pathlib import Path
 
+import cv2
 import numpy as np
 from datasets import Dataset
+from PIL.Image import Resampling
 
 from ..files import atomic_file
+from ..model.images import load_image, open_image
 
 
 TRAIN_IMAGES = "train_images.npz"
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})")
 SHORT_NAME = 8  # characters; names like "0012" say nothing without their directory
 ENDS = 4096  # bytes at both ends of a file, which tell photos apart
+HASH_SIDE = 32  # pixels of the thumbnail of a perceptual hash
+BLANK = 2  # standard deviation of gray values, below which an image has no frequencies to compare
+
+
+def coco_id(path: str) -> int | None:
+    """Return the id of a photo of COCO by its path or address; None if it is not named as COCO's photos are."""
+    match = COCO_NAME.fullmatch(_split_name(path)[1])
+    return int(match[1]) if match else None
 
 
 def name_key(path: str) -> int:
     """Return the key of an image by its path or address: of COCO photos, by their id; of others, by their name."""
+    if (number := coco_id(path)) is not None:
+        return _hash(f"coco {number}".encode())
+    parent, stem = _split_name(path)
+    return _hash(f"name {parent if len(stem) < SHORT_NAME else ''}/{stem}".encode())
+
+
+def _split_name(path: str) -> tuple[str, str]:
+    """Return the names of an image's directory and of its file, the latter without its extension."""
     *parents, name = path.split("::")[0].replace("\\", "/").split("/")
-    stem = name.rpartition(".")[0] or name
-    if match := COCO_NAME.fullmatch(stem):
-        return _hash(f"coco {int(match[1])}".encode())
-    parent = parents[-1] if parents and len(stem) < SHORT_NAME else ""
-    return _hash(f"name {parent}/{stem}".encode())
+    return parents[-1] if parents else "", name.rpartition(".")[0] or name
 
 
 def content_key(content: bytes | memoryview) -> int:
     """Return the key of an image by the bytes of its file."""
     return _hash(b"".join([b"content %d " % len(content), content[:ENDS], content[-ENDS:]]))
+
+
+def perceptual_hash(content: bytes) -> int | None:
+    """Return 64 bits of which few change when an image is compressed again or resized; None for a blank image.
+
+    They are the signs of the 8 x 8 lowest frequencies of a gray thumbnail against their median (known as pHash). A
+    crop, a mirrored image and a border give other bits.
+
+    Raises:
+        ValueError: If the image cannot be read.
+    """
+    image = open_image(content)
+    image.draft("RGB", (4 * HASH_SIDE, 4 * HASH_SIDE))  # decode a JPEG no larger than needed
+    thumbnail = load_image(image).convert("L").resize((HASH_SIDE, HASH_SIDE), Resampling.LANCZOS, reducing_gap=3)
+    gray = np.asarray(thumbnail, dtype=np.float32)
+    if gray.std() < BLANK:
+        return None
+    low = cv2.dct(gray)[:8, :8]
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
 def image_keys(rows: Dataset) -> np.ndarray:

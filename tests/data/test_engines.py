@@ -14,7 +14,8 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from data_scripts import load_source
 from data_scripts.engines import map_pieces
-from data_scripts.parquet import write_parquet
+from data_scripts.parquet import write_card, write_parquet
+from lisa_hf.data.images import undecoded
 
 
 SHAPES = {"num_train_scenes": 24, "num_validation_scenes": 1, "image_size": 32}
@@ -166,3 +167,42 @@ def test_what_storage_loses_is_never_read(faulty, rows, tmp_path, fault, message
     assert len(names) == num_shards and not faulty.exists("/out/shapes/.incomplete")
     for name in names:
         assert faulty.cat_file(name) == (tmp_path / "local" / name.removeprefix("/out/")).read_bytes()
+
+
+def test_rows_in_an_object_store_stream_and_train_like_the_local_ones(faulty, rows, tmp_path):
+    write_parquet(rows, tmp_path / "local/shapes", "train", max_shard_size="8KB")
+    write_parquet(rows, "faulty://out/shapes", "train", max_shard_size="8KB")
+    write_card("faulty://out", {})
+    write_card(tmp_path / "local", {})
+    assert faulty.cat_file("/out/README.md") == (tmp_path / "local/README.md").read_bytes()
+    path = "faulty://out/shapes/data/train-*.parquet"
+    options = {"builder": "hub", "cache_dir": str(tmp_path / "cache")}
+    expected = list(undecoded(load_source("mine", path=str(tmp_path / "local/shapes"), **options)))
+    assert list(undecoded(load_source("mine", path=path, streaming=True, **options))) == expected
+    assert list(undecoded(load_source("mine", path=path, **options))) == expected
+    write_parquet(rows.take(9), "faulty://out/shapes", "train", overwrite=True)
+    assert list(undecoded(load_source("mine", path=path, **options))) == expected[:9]
+
+
+def test_shards_that_are_being_moved_are_not_read(rows, tmp_path, monkeypatch):
+    def move_two(move, paths, targets, **_):
+        for path, target in list(zip(paths, targets))[:2]:
+            move(path, target)
+        raise KeyboardInterrupt
+
+    options = {"max_shard_size": "4KB", "overwrite": True}
+    directory = tmp_path / "out/shapes"
+    write_parquet(rows.take(9), directory, "train", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("data_scripts.parquet.thread_map", move_two)
+        with pytest.raises(KeyboardInterrupt):
+            write_parquet(rows, directory, "train", **options)
+    for read in (
+        lambda: write_card(tmp_path / "out", {}),
+        lambda: load_source("mine", builder="hub", path=str(directory), cache_dir=str(tmp_path / "cache")),
+    ):
+        with pytest.raises(ValueError, match=r"shards of the split 'train', got 2. Run the conversion again"):
+            read()
+    write_parquet(rows, directory, "train", **options)
+    found = load_source("mine", builder="hub", path=str(directory), cache_dir=str(tmp_path / "cache"))
+    assert found["image_id"] == rows["image_id"]

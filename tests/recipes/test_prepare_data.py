@@ -208,7 +208,7 @@ def without_paths(rows):
 @pytest.mark.parametrize("name", [*NAMES, "pascal_part", "reason_seg"])
 def test_parquet_gives_equal_rows(load, open_parquet, tmp_path, name):
     rows = load(name)
-    paths = write_parquet(rows, tmp_path / "parquet" / name, "train", max_shard_size="1KB")
+    paths = write_parquet(rows, tmp_path / "parquet" / name, "train", max_shard_size="1KB").paths
     assert len(paths) == len(rows)  # No image is smaller than a shard.
     write_card(tmp_path / "parquet", {name: "none"})
     assert open_parquet(tmp_path / "parquet", name) == without_paths(rows)
@@ -225,18 +225,18 @@ def test_converted_rows_train_like_the_source(load, tmp_path):
 def test_a_shard_holds_many_rows_and_their_order_is_kept(load, open_parquet, tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "ROWS_PER_GROUP", 4)
     rows = load("shapes", num_train_scenes=30, num_validation_scenes=1, image_size=32)
-    paths = write_parquet(rows, tmp_path / "parquet/shapes", "train", max_shard_size="20KB")
+    paths = write_parquet(rows, tmp_path / "parquet/shapes", "train", max_shard_size="20KB").paths
     assert 2 < len(paths) < 20
     assert open_parquet(tmp_path / "parquet/shapes", None) == without_paths(rows)
 
 
 def test_finished_shards_are_not_written_again(load, tmp_path):
     rows = load("cocostuff")
-    paths = write_parquet(rows, tmp_path, "train", max_shard_size="1KB")
+    paths = write_parquet(rows, tmp_path, "train", max_shard_size="1KB").paths
     first, second = map(Path, paths)
     before = first.stat().st_mtime_ns
     second.unlink()
-    assert write_parquet(rows, tmp_path, "train", max_shard_size="1KB") == paths
+    assert write_parquet(rows, tmp_path, "train", max_shard_size="1KB").paths == paths
     assert first.stat().st_mtime_ns == before and second.exists()
 
 
@@ -268,8 +268,8 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(load, open_parquet,
 
 
 def test_shards_of_other_rows_or_sizes_are_replaced_if_asked(load, open_parquet, tmp_path, tree):
-    other = write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "val")
-    first = write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train", max_shard_size="1KB")
+    other = write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "val").paths
+    first = write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train", max_shard_size="1KB").paths
     with pytest.raises(ValueError, match=f"got {first[0]}. Name another, or replace them with --overwrite"):
         write_parquet(load("cocostuff", tree), tmp_path / "parquet/x", "train")
     assert all(map(os.path.exists, first))
