@@ -1,33 +1,55 @@
-"""Compare evaluations of several models on the same benchmarks.
+"""Compare evaluations of several models on the same benchmarks, or make a page of comparisons.
 
     python recipes/compare.py outputs/evaluate/mine outputs/evaluate/other [...] [--output report.md]
+    python recipes/compare.py outputs/evaluate/mine outputs/evaluate/other --title "Two seeds" --json two_seeds.json
+    python recipes/compare.py two_seeds.json other_comparison.json --output results.md
 
-Prints a report in Markdown: the results side by side, and the differences to the first model with 95% intervals and a
-sign test over images. Says where evaluations were not made alike.
+Prints a page in Markdown: for each benchmark and protocol the results of the models, and the differences to the first
+one with 95% intervals and a sign test over images. Says where evaluations were not made alike. `--json` keeps all that
+the page needs in one small file.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from lisa_hf.errors import report_user_errors
-from lisa_hf.evaluation.comparison import comparison_report
+from lisa_hf.evaluation.comparison import compare_evaluations, read_comparison
+from lisa_hf.evaluation.report import results_page
 from lisa_hf.files import atomic_file
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="output directory of recipes/eval.py")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report to this file too")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="output directories of recipes/eval.py, or files of --json",
+    )
+    parser.add_argument("--title", default="", help="what is compared, in a line (default: the names)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the page to this file too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison to this file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files")
     args = parser.parse_args()
     with report_user_errors():
-        if args.output and args.output.exists() and not args.overwrite:
-            raise ValueError(f"--output: expected a new file, got {args.output}. Name another, or add --overwrite.")
-        report = comparison_report(args.directories)
-        if args.output:
-            with atomic_file(args.output) as path:
-                path.write_text(report, encoding="utf-8")
-        print(report)
+        for option, path in (("--output", args.output), ("--json", args.json)):
+            if path and path.exists() and not args.overwrite:
+                raise ValueError(f"{option}: expected a new file, got {path}. Name another, or add --overwrite.")
+        files = [path for path in args.paths if path.is_file()]
+        if files and (files != args.paths or args.json or args.title):
+            raise ValueError(
+                f"expected either directories to compare or files of comparisons, got {files[0]} among others or "
+                "beside --json or --title. Name one kind."
+            )
+        comparisons = list(map(read_comparison, files)) or [compare_evaluations(args.paths, args.title)]
+        page = results_page(comparisons)
+        texts = {args.output: page, args.json: json.dumps(comparisons[0], indent=2) + "\n"}
+        for path in filter(None, texts):
+            with atomic_file(path) as incomplete:
+                incomplete.write_text(texts[path], encoding="utf-8")
+        print(page)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,16 @@ Other models, without loading one: write the questions, answer them, score the a
     python recipes/eval.py --export_questions questions.jsonl --data_dir dataset --benchmarks reason_seg_val
     python recipes/eval.py --predictions answers.jsonl --data_dir dataset --benchmarks reason_seg_val
 
-`--base_model VLM`, the one that the model was trained from, says how likely the VLM's own answers to questions without
-masks still are.
+MODEL may be a checkpoint of a LoRA run. `--base_model VLM`, the one that a model was trained from, says how likely the
+VLM's own answers to questions without masks still are; `--base_model` alone takes the LoRA run without its adapter.
 
 `--eval_sources` evaluates on your own data. A table is printed, and `--output_dir` (outputs/evaluate/MODEL) gets:
 
     evaluation.json            {"model", "settings", "environments": [{"date", "git_commit", "versions", "device",
                                "num_processes", "seed", "protocol_version"}], "train_overlap": {name: {training source:
-                               number of its images}}, "benchmarks": {name: {"builder", "split" and other options of
-                               the source, "num_items", "protocols": {"lisa" | ...: {"giou": 0.53, ...}}}}}
+                               number of its images}}, "training_data": what else is known, "text": of `--base_model`,
+                               "benchmarks": {name: {"builder", "split" and other options of the source, "num_items",
+                               "protocols": {"lisa" | ...: {"giou": 0.53, ...}}}}}
     evaluation.md              the same as a table, in percent
     predictions_NAME.jsonl     answers and masks, see lisa_hf/evaluation/predictions.py
     predictions_NAME.png       the best, the median and the worst answers
@@ -36,17 +37,17 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 from accelerate import PartialState
-from transformers.utils import cached_file
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 
 from data_scripts import load_sources
 from data_scripts.benchmarks import BENCHMARKS
 from lisa_hf import LisaDataCollator, LisaTrainer
-from lisa_hf.data.image_keys import TRAIN_IMAGES, read_image_keys
+from lisa_hf.conversion.saving import DTYPES
 from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.errors import nearest_name, report_user_errors
 from lisa_hf.evaluation.benchmarks import (
+    begin_evaluation,
     markdown_table,
     open_evaluation,
     questions_to_draw,
@@ -58,16 +59,19 @@ from lisa_hf.evaluation.leakage import count_seen_images, describe_seen_images
 from lisa_hf.evaluation.predict import draw_predictions
 from lisa_hf.evaluation.predictions import export_questions, find_predictions, predict_benchmark, read_predictions
 from lisa_hf.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOL_VERSION, PROTOCOLS
-from lisa_hf.evaluation.text_perplexity import answer_questions_as_text, perplexity, raise_if_another_vlm
+from lisa_hf.evaluation.text_perplexity import compare_with_base, compare_without_adapter
+from lisa_hf.export import restore_adapter, restore_model
 from lisa_hf.model.packing import resolve_packing
+from lisa_hf.model.processing_lisa import LisaProcessor
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments, parse_arguments
-from lisa_hf.training.build import load_lisa, load_vlm
-from lisa_hf.training.run_record import RUN_RECORD, describe_hardware, describe_software, find_run_record, list_stages
+from lisa_hf.training.build import load_lisa, load_vlm, unwrap_vlm_processor
+from lisa_hf.training.run_record import describe_hardware, describe_software, find_training_images
 
 
 logger = logging.getLogger("eval")
 
 NUM_TEXT_IMAGES = 4  # with `--base_model`
+WITHOUT_ADAPTER = ""  # `--base_model` without a name
 DEFAULTS = {
     "eval_generate": "true",
     "per_device_eval_batch_size": "1",  # makes metrics equal to the last bit on any number of processes
@@ -93,28 +97,37 @@ def main():
         # 3. An output directory, which may hold the beginning of this evaluation
         output_dir, model = Path(training_args.output_dir), args.model or args.predictions
         settings = settings_of(args, model_args, training_args)
-        environment = environment_of(training_args)
-        with training_args.main_process_first(desc="output directory"):
-            evaluation = open_evaluation(output_dir, model, settings, environment, sources, args.overwrite)
-        train_images, note = find_training_images(args.model) if args.model else (None, "")
-        if args.base_model and PartialState().is_main_process and "text" not in evaluation:
-            evaluation["text"] = compare_texts(args.model, args.base_model, model_args, training_args, datasets)
-            write_evaluation(output_dir, evaluation)
+        evaluation = open_evaluation(
+            output_dir, model, settings, environment_of(training_args), sources, args.overwrite
+        )
 
-        # 4. Model and trainer, unless there are predictions
-        trainer = None if args.predictions else make_trainer(args.model, model_args, data_args, training_args)
+        # 4. Model and trainer, or predictions. What cannot be evaluated leaves no evaluation behind.
+        is_main, trainer = PartialState().is_main_process, None
+        if args.model:
+            train_images, note = find_training_images(args.model)
+            evaluation |= {"training_data": note} if note else {}
+            if args.base_model is not None and is_main and "text" not in evaluation:
+                evaluation["text"] = compare_texts(args, model_args, training_args, datasets)
+            trainer = make_trainer(args.model, model_args, data_args, training_args)
+        elif is_main:
+            paths = {name: find_predictions(Path(args.predictions), name) for name in datasets}
+            predictions = {
+                name: read_predictions(paths[name], dataset, args.missing_as_empty)
+                for name, dataset in datasets.items()
+            }
+        with training_args.main_process_first(desc="output directory"):
+            if is_main:
+                begin_evaluation(output_dir, evaluation, args.overwrite)
 
         # 5. Answer, score, and write results after each benchmark, since the next one may take hours
         for name, dataset in datasets.items():
             logger.info("%s: %d images", name, len(dataset))
-            path = output_dir / f"predictions_{name}.jsonl"
-            if trainer is None:
-                path = find_predictions(Path(args.predictions), name)
-            else:
+            if trainer is not None:
+                path = output_dir / f"predictions_{name}.jsonl"
                 predict_benchmark(trainer, dataset, path)
-            if PartialState().is_main_process:
-                predictions = read_predictions(path, dataset, args.missing_as_empty)
-                subsets, scores = score_predictions(dataset, predictions, args.protocols)
+                predictions = {name: read_predictions(path, dataset)} if is_main else {}
+            if is_main:
+                subsets, scores = score_predictions(dataset, predictions[name], args.protocols)
                 results = {name + subset: {**sources[name], **result} for subset, result in subsets.items()}
                 evaluation["benchmarks"] |= results
                 if args.model:
@@ -124,9 +137,9 @@ def main():
                 write_scores(output_dir / f"scores_{name}.jsonl", scores)
                 write_evaluation(output_dir, evaluation)
                 if "generated" in scores:
-                    titles = questions_to_draw(scores["generated"])
-                    draw_predictions(dataset, predictions, titles).save(output_dir / f"predictions_{name}.png")
-        if PartialState().is_main_process:
+                    sheet = draw_predictions(dataset, predictions[name], questions_to_draw(scores["generated"]))
+                    sheet.save(output_dir / f"predictions_{name}.png")
+        if is_main:
             print(markdown_table(evaluation["benchmarks"]))
             print(f"Done. Metrics, masks and sheets of them: {output_dir.resolve()}")
 
@@ -152,14 +165,20 @@ def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrai
         "--missing_as_empty", action="store_true", help="count a question without a prediction as one without a mask"
     )
     parser.add_argument("--export_questions", metavar="FILE", help="JSON Lines file to write the questions to")
-    parser.add_argument("--base_model", metavar="NAME", help="VLM or LISA that the model was trained from")
+    parser.add_argument(
+        "--base_model",
+        nargs="?",
+        const=WITHOUT_ADAPTER,
+        metavar="NAME",
+        help="VLM or LISA that the model was trained from; without NAME: the model without its LoRA adapter",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation, or the file")
     # The model comes first. An optional positional argument would take the value of any argument of recipes/train.py.
     model = sys.argv[1] if sys.argv[1:] and not sys.argv[1].startswith("-") else None
     args, others = parser.parse_known_args(sys.argv[2:] if model else None)
     args.model = model
     given = [args.model, args.predictions, args.export_questions]
-    if args.base_model and not args.model:
+    if args.base_model is not None and not args.model:
         parser.error("--base_model: expected a model to compare it with, got none")
     if sum(value is not None for value in given) != 1:
         parser.error("expected a model, --predictions or --export_questions, one of the three")
@@ -174,8 +193,12 @@ def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrai
 def make_trainer(
     name: str, model_args: ModelArguments, data_args: DataArguments, training_args: LisaTrainingArguments
 ) -> LisaTrainer:
-    """Load a model and make the trainer that evaluates it."""
-    model, processor = load_lisa(name, **({"dtype": model_args.dtype} if model_args.dtype else {}))
+    """Load a model, or a checkpoint of a LoRA run, and make the trainer that evaluates it."""
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        model, processor = restore_model(Path(name))
+        model = model.to(DTYPES[model_args.dtype or "auto"])
+    else:
+        model, processor = load_lisa(name, **({"dtype": model_args.dtype} if model_args.dtype else {}))
     packing = resolve_packing(model.config, data_args.packing)
     return LisaTrainer(
         model=model,
@@ -203,28 +226,30 @@ def settings_of(args: argparse.Namespace, model_args: ModelArguments, training_a
 
 
 def compare_texts(
-    name: str,
-    base_name: str,
+    args: argparse.Namespace,
     model_args: ModelArguments,
     training_args: LisaTrainingArguments,
     datasets: dict[str, EvaluationDataset],
 ) -> dict:
-    """Measure the perplexity of a VLM's answers under it and under the model that was trained from it."""
+    """Measure what training cost the texts of the VLM, on the first images of the first benchmark."""
     dataset = next(iter(datasets.values()))
     images = [dataset[index]["image"] for index in range(min(NUM_TEXT_IMAGES, len(dataset)))]
-    dtype = {"dtype": model_args.dtype} if model_args.dtype else {}
-    base, base_processor = load_vlm(base_name, **dtype)
-    rows = answer_questions_as_text(base.to(training_args.device).eval(), base_processor, images)
-    found = {"base_model": base_name, "num_answers": len(rows), "perplexity_of_base": perplexity(base, rows)}
-    base_config, base = base.config, None  # frees its memory
-    vlm, processor = load_vlm(name, **dtype)
-    raise_if_another_vlm(vlm.config, processor, base_config, base_processor)
-    found["perplexity"] = perplexity(vlm.to(training_args.device).eval(), rows)
-    logger.info(
-        "%d answers of %s about images have a perplexity of %.2f under it, and of %.2f under %s.",
-        *(len(rows), base_name, found["perplexity_of_base"], found["perplexity"], name),
-    )
-    return found
+    if args.base_model == WITHOUT_ADAPTER:
+        checkpoint = Path(args.model)
+        if not (checkpoint / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"--base_model: expected the name of a VLM, or a checkpoint of a LoRA run as model, got {checkpoint}. "
+                "Name the VLM that it was trained from."
+            )
+        model = restore_adapter(checkpoint).to(training_args.device, DTYPES[model_args.dtype or "auto"]).eval()
+        processor = unwrap_vlm_processor(LisaProcessor.from_pretrained(checkpoint))
+        return compare_without_adapter(model, processor, args.model, images)
+
+    def load(name: str) -> tuple:
+        vlm, processor = load_vlm(name, **({"dtype": model_args.dtype} if model_args.dtype else {}))
+        return vlm.to(training_args.device).eval(), processor
+
+    return compare_with_base(load, args.model, args.base_model, images)
 
 
 def environment_of(training_args: LisaTrainingArguments) -> dict:
@@ -236,22 +261,6 @@ def environment_of(training_args: LisaTrainingArguments) -> dict:
         "seed": training_args.seed,
         "protocol_version": PROTOCOL_VERSION,
     }
-
-
-def find_training_images(model: str) -> tuple[dict[str, np.ndarray] | None, str]:
-    """Return the keys of a model's training images by source, None if unknown, and what is known otherwise."""
-    directory = Path(model)
-    if not directory.is_dir():  # on the Hub
-        missing = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-        paths = [cached_file(model, name, **missing) for name in (RUN_RECORD, TRAIN_IMAGES)]
-        directory = next((Path(path).parent for path in paths if path), directory)
-    record, keys = find_run_record(directory), read_image_keys(directory)
-    stages = list_stages(record) if record else []
-    sources = {row["source"] for stage in stages for row in stage["data"]["train"]}
-    notes = [stage["training_data"] for stage in stages if "training_data" in stage]
-    if unknown := sorted(sources - keys.keys()):
-        notes.append(f"Not compared: {', '.join(unknown)}, whose images were not recorded.")
-    return keys or None, " ".join(notes)
 
 
 def load_datasets(

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,7 +224,7 @@ def open_evaluation(
     sources: dict[str, dict],
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Begin an evaluation, or go on with an interrupted one.
+    """Return a new evaluation, or an interrupted one to go on with. Nothing is written, see [`begin_evaluation`].
 
     Args:
         output_dir: Directory of the evaluation.
@@ -232,7 +232,7 @@ def open_evaluation(
         settings: What its predictions depend on, as JSON can hold it.
         environment: What else its results are made with: date, software, hardware, `protocol_version`, ...
         sources: Benchmarks to evaluate on, with the options of their sources.
-        overwrite: Whether to remove another evaluation.
+        overwrite: Whether another evaluation may be there.
 
     Returns:
         The content of `evaluation.json`: `model`, `settings`, `environments`, `train_overlap` (see
@@ -242,14 +242,9 @@ def open_evaluation(
         ValueError: If the directory holds another evaluation, or this one and it is complete.
     """
     path = output_dir / EVALUATION
-    if overwrite and path.exists():
-        for pattern in ("predictions_*", "scores_*.jsonl", "evaluation.*"):
-            for found in output_dir.glob(pattern):
-                shutil.rmtree(found) if found.is_dir() else found.unlink()
-    new = {"model": model, "settings": settings, "environments": [environment], "train_overlap": {}, "benchmarks": {}}
-    if not path.exists():
-        write_evaluation(output_dir, new)
-        return new
+    if overwrite or not path.exists():
+        content = {"model": model, "settings": settings, "environments": [environment]}
+        return content | {"train_overlap": {}, "benchmarks": {}}
     try:
         found = json.loads(path.read_text("utf-8"))
         known, results, last = found["settings"], found["benchmarks"], found["environments"][-1]
@@ -268,6 +263,21 @@ def open_evaluation(
         logger.warning("The evaluation goes on with other software or hardware than it began with. Both are recorded.")
         found["environments"].append(environment)
     return found
+
+
+def begin_evaluation(output_dir: Path, evaluation: dict[str, Any], overwrite: bool) -> None:
+    """Write an evaluation of [`open_evaluation`] whose model or predictions can be read, on one process.
+
+    Args:
+        output_dir: Its directory.
+        evaluation: Its content.
+        overwrite: Whether to remove another evaluation.
+    """
+    if overwrite and (output_dir / EVALUATION).exists():
+        for pattern in ("predictions_*", "scores_*.jsonl", "evaluation.*"):
+            for found in output_dir.glob(pattern):
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
+    write_evaluation(output_dir, evaluation)
 
 
 def write_evaluation(output_dir: Path, evaluation: dict[str, Any]) -> None:
@@ -295,12 +305,17 @@ def read_scores(path: Path) -> dict[str, list[QuestionScore]]:
     return scores
 
 
-def markdown_table(results: dict[str, dict]) -> str:
-    """Format results of benchmarks by name as a Markdown table: one row per protocol, metrics in percent."""
+def metric_columns(results: Iterable[dict[str, float]]) -> dict[str, str]:
+    """Return the metrics beside gIoU and cIoU that a table about results shows, and their titles."""
     columns = {f"p@{threshold}": f"P@{threshold}" for threshold in PRECISION_THRESHOLDS}
     columns |= {"n_acc": "N-acc", "t_acc": "T-acc", "seg_rate": "[SEG]"}
-    rows = [metrics for result in results.values() for metrics in result["protocols"].values()]
-    columns |= {name: title for name, title in FALSE_PREMISES.items() if any(name in metrics for metrics in rows)}
+    shown = set().union(*results)
+    return columns | {name: title for name, title in FALSE_PREMISES.items() if name in shown}
+
+
+def markdown_table(results: dict[str, dict]) -> str:
+    """Format results of benchmarks by name as a Markdown table: one row per protocol, metrics in percent."""
+    columns = metric_columns(metrics for result in results.values() for metrics in result["protocols"].values())
     names = ["benchmark", "protocol", "questions", "gIoU (95%)", "cIoU (95%)", *columns.values()]
     table = [names, ["---"] * 2 + ["---:"] * (len(names) - 2)]
     for benchmark, result in results.items():

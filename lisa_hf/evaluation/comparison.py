@@ -1,9 +1,10 @@
-"""Compare evaluations: a table over any number of them, and paired differences between two."""
+"""Compare evaluations: which may stand beside each other, and paired differences between two."""
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,98 +100,92 @@ def sign_test(num_better: int, num_worse: int) -> float:
     return min(1.0, 2 * tail / 2**number)
 
 
-def comparison_report(directories: list[Path]) -> str:
-    """Write a report about evaluations in Markdown: their results side by side, and differences to the first one.
+def compare_evaluations(directories: list[Path], title: str = "") -> dict[str, Any]:
+    """Compare the evaluations of several models with that of the first.
 
     Args:
         directories: What recipes/eval.py wrote, with different models.
+        title: What the comparison shows, in a line. Defaults to the names.
+
+    Returns:
+        What JSON can hold, and [`~report.results_page`] shows: `title`, `evaluations`, the content of each
+        `evaluation.json` by the name of its directory, and `differences`, dicts of `benchmark`, `protocol`, `model`
+        and the fields of a [`Comparison`].
 
     Raises:
         ValueError: If a directory has no evaluation, if the evaluations share no benchmark, or if they were made by
             protocols of other versions.
     """
-    evaluations = {_name(path, directories): _read(path) for path in directories}
-    names = list(evaluations)
-    versions = {name: _environment(evaluation).get("protocol_version") for name, evaluation in evaluations.items()}
+    paths = {_name(path, directories): path for path in directories}
+    evaluations = {name: _read(path) for name, path in paths.items()}
+    versions = {name: environment(evaluation).get("protocol_version") for name, evaluation in evaluations.items()}
     if len(set(versions.values())) > 1:
         raise ValueError(
             f"expected evaluations by the same version of the protocols, got {versions}. Score the older predictions "
             "again: recipes/eval.py --predictions DIR"
         )
-    shared = [
-        (benchmark, protocol)
-        for benchmark, result in evaluations[names[0]]["benchmarks"].items()
-        for protocol in result["protocols"]
-        if all(protocol in _protocols(other, benchmark) for other in evaluations.values())
-    ]
+    shared = shared_results(evaluations)
     if not shared:
-        raise ValueError(f"expected evaluations that share a benchmark and a protocol, got none among {names}.")
-    lines = ["# Results", "", "gIoU / cIoU in percent.", ""]
-    lines += [f"| benchmark | protocol | questions | {' | '.join(names)} |", "|---|---|---:|" + "---:|" * len(names)]
-    for benchmark, protocol in shared:
-        metrics = [_protocols(evaluation, benchmark)[protocol] for evaluation in evaluations.values()]
-        numbers = " / ".join(sorted({str(found["num_questions"]) for found in metrics}))
-        cells = [f"{100 * found['giou']:.1f} / {100 * found['ciou']:.1f}" for found in metrics]
-        lines.append(f"| {benchmark} | {protocol} | {numbers} | {' | '.join(cells)} |")
-    lines += _warnings(evaluations)
-    lines += [
-        "",
-        f"# Differences to {names[0]}",
-        "",
-        "In points, with 95% intervals from a bootstrap over images.",
-        "",
-    ]
-    lines += ["| benchmark | protocol | model | gIoU | cIoU | better / worse / equal images | sign test |"]
-    lines += ["|---|---|---|---:|---:|---:|---:|"]
+        raise ValueError(f"expected evaluations that share a benchmark and a protocol, got none among {[*paths]}.")
+    differences = []
     for benchmark in dict.fromkeys(benchmark for benchmark, _ in shared):
-        lines += _difference_rows(benchmark, dict(zip(names, directories)))
-    return "\n".join(lines) + "\n"
+        differences += _compare_benchmark(benchmark, paths)
+    return {"title": title or ", ".join(paths), "evaluations": evaluations, "differences": differences}
 
 
-def _difference_rows(benchmark: str, directories: dict[str, Path]) -> list[str]:
+def read_comparison(path: Path) -> dict[str, Any]:
+    """Read what `recipes/compare.py --json` wrote."""
+    try:
+        comparison = json.loads(path.read_text("utf-8"))
+        if comparison.keys() >= {"title", "evaluations", "differences"}:
+            return comparison
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{path}: expected a file that recipes/compare.py --json wrote, got another one.")
+
+
+def shared_results(evaluations: dict[str, dict]) -> list[tuple[str, str]]:
+    """Return the benchmarks and protocols that all evaluations have results of."""
+    first, *others = evaluations.values()
+    return [
+        (benchmark, protocol)
+        for benchmark, result in first["benchmarks"].items()
+        for protocol in result["protocols"]
+        if all(protocol in other["benchmarks"].get(benchmark, {"protocols": {}})["protocols"] for other in others)
+    ]
+
+
+def _compare_benchmark(benchmark: str, directories: dict[str, Path]) -> list[dict[str, Any]]:
     paths = {name: directory / f"scores_{benchmark}.jsonl" for name, directory in directories.items()}
     if not all(path.exists() for path in paths.values()):
         return []  # a subset of another benchmark
-    scores = {name: read_scores(path) for name, path in paths.items()}
-    first, *others = scores
-    rows = []
-    for protocol in scores[first]:
-        for name in others:
-            if protocol in scores[name]:
-                found = compare_scores(scores[first][protocol], scores[name][protocol], PROTOCOLS[protocol])
-                cells = [
-                    f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-                    for value, low, high in (found.giou, found.ciou)
-                ]
-                cells += [f"{found.num_better} / {found.num_worse} / {found.num_equal}", f"p = {found.p_value:.2g}"]
-                rows.append(f"| {benchmark} | {protocol} | {name} | {' | '.join(cells)} |")
-    return rows
+    first, *others = scores = {name: read_scores(path) for name, path in paths.items()}
+    return [
+        {"benchmark": benchmark, "protocol": protocol, "model": name}
+        | asdict(compare_scores(scores[first][protocol], scores[name][protocol], PROTOCOLS[protocol]))
+        for protocol in scores[first]
+        for name in others
+        if protocol in scores[name]
+    ]
 
 
-def _warnings(evaluations: dict[str, dict]) -> list[str]:
-    """Say in what evaluations differ besides the model."""
-    lines = []
-    first, *others = evaluations
-    for name in others:
-        known, settings = evaluations[first]["settings"], evaluations[name]["settings"]
-        changed = sorted(key for key in known.keys() & settings.keys() - OF_THE_MODEL if known[key] != settings[key])
-        before, after = _environment(evaluations[first]), _environment(evaluations[name])
-        changed += [
-            key for key in sorted((before.keys() | after.keys()) - {"date"}) if before.get(key) != after.get(key)
-        ]
-        for benchmark, result in evaluations[first]["benchmarks"].items():
-            other = evaluations[name]["benchmarks"].get(benchmark, result)
-            keys = result.keys() - {"protocols"}
-            changed += [f"{benchmark}.{key}" for key in sorted(keys) if result[key] != other.get(key)]
-        if changed:
-            lines += ["", f"**{name} was evaluated differently from {first}**: {', '.join(changed)}."]
-    return lines
+def changed_settings(first: dict, other: dict) -> list[str]:
+    """Return in what two evaluations differ besides the model: settings, environment, options of benchmarks."""
+    known, settings = first["settings"], other["settings"]
+    changed = sorted(key for key in known.keys() & settings.keys() - OF_THE_MODEL if known[key] != settings[key])
+    before, after = environment(first), environment(other)
+    changed += [key for key in sorted((before.keys() | after.keys()) - {"date"}) if before.get(key) != after.get(key)]
+    for benchmark, result in first["benchmarks"].items():
+        found = other["benchmarks"].get(benchmark, result)
+        keys = sorted(result.keys() - {"protocols"})
+        changed += [f"{benchmark}.{key}" for key in keys if result[key] != found.get(key)]
+    return changed
 
 
-def _environment(evaluation: dict) -> dict:
+def environment(evaluation: dict) -> dict:
     """Return what an evaluation was made with, its packages among the other keys."""
-    environment = dict(evaluation.get("environments", [{}])[-1])
-    return environment | environment.pop("versions", {})
+    found = dict(evaluation.get("environments", [{}])[-1])
+    return found | found.pop("versions", {})
 
 
 def _mask_columns(scores: list[QuestionScore], protocol: Protocol) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -223,7 +218,3 @@ def _read(directory: Path) -> dict:
     if not evaluation["benchmarks"]:
         raise ValueError(f"{directory}: expected an evaluation with results, got none. Start recipes/eval.py again.")
     return evaluation
-
-
-def _protocols(evaluation: dict, benchmark: str) -> dict[str, dict]:
-    return evaluation["benchmarks"].get(benchmark, {"protocols": {}})["protocols"]

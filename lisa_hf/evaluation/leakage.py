@@ -42,13 +42,14 @@ def describe_seen_images(benchmark: str, num_images: int, seen: dict[str, int] |
         seen: Numbers by training source, see [`count_seen_images`]; None if the training images are not known.
         note: What is known of the training data otherwise.
     """
+    sources = ", ".join(f"{name} {count}" for name, count in (seen or {}).items() if count)
     if seen is None:
-        unknown = f"Which images of {benchmark} the model was trained on is not known: no record came with it."
-        return f"{unknown} {note}".strip()
-    sources = ", ".join(f"{name} {count}" for name, count in seen.items() if count)
-    if not sources:
-        return f"None of the {num_images} images of {benchmark} is in the training data ({', '.join(seen)})."
-    return (
-        f"The model was trained on images of {benchmark}, which has {num_images}: {sources}. Its metrics cannot be "
-        "compared with those of models that have not seen them."
-    )
+        known = f"Which images of {benchmark} the model was trained on is not known: no record came with it."
+    elif not sources:
+        known = f"None of the {num_images} images of {benchmark} is in the training data ({', '.join(seen)})."
+    else:
+        known = (
+            f"The model was trained on images of {benchmark}, which has {num_images}: {sources}. Its metrics cannot "
+            "be compared with those of models that have not seen them."
+        )
+    return f"{known} {note}".strip()

@@ -5,16 +5,21 @@ under this VLM and under the trained one, is the exponential of the mean negativ
 numbers say that the trained VLM would speak as before; they say nothing about masks.
 """
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import PIL.Image
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from ..model.conversation_text import user_message
 
+
+logger = logging.getLogger(__name__)
 
 QUESTIONS = (
     "What is shown in this image?",
@@ -24,6 +29,59 @@ QUESTIONS = (
     "Name three things in this image, from left to right.",
     "Is anything in this picture unusual? Explain your answer.",
 )
+
+
+def compare_with_base(
+    load: Callable[[str], tuple[nn.Module, ProcessorMixin]],
+    name: str,
+    base_name: str,
+    images: Sequence[PIL.Image.Image],
+) -> dict[str, Any]:
+    """Measure the perplexity of a VLM's answers under it and under the model that was trained from it.
+
+    Args:
+        load: Returns VLM and processor by name. One VLM is in memory at a time.
+        name: Name of the trained model.
+        base_name: Name of the VLM, or of a LISA, that it was trained from.
+        images: Images to ask about.
+
+    Returns:
+        What `evaluation.json` holds under `text`: `base_model`, `num_answers`, `perplexity_of_base` and `perplexity`.
+
+    Raises:
+        ValueError: If the model cannot have been trained from this VLM.
+    """
+    base, base_processor = load(base_name)
+    rows = answer_questions_as_text(base, base_processor, images)
+    before, base_config = perplexity(base, rows), base.config
+    del base
+    vlm, processor = load(name)
+    raise_if_another_vlm(vlm.config, processor, base_config, base_processor)
+    return _report(name, base_name, rows, before, perplexity(vlm, rows))
+
+
+def compare_without_adapter(
+    model: PeftModel, processor: ProcessorMixin, name: str, images: Sequence[PIL.Image.Image]
+) -> dict[str, Any]:
+    """Measure the same of a LoRA run by its one model, whose adapter is switched off for the VLM's own answers.
+
+    Args:
+        model: A LISA with its adapter. Parts that were trained in full are switched off too.
+        processor: Processor of its VLM.
+        name: Name of the model.
+        images: Images to ask about.
+    """
+    vlm = model.get_base_model().vlm
+    with model.disable_adapter():
+        rows = answer_questions_as_text(vlm, processor, images)
+        before = perplexity(vlm, rows)
+    return _report(name, f"{name} without its adapter", rows, before, perplexity(vlm, rows))
+
+
+def _report(name: str, base_name: str, rows: list[dict], before: float, after: float) -> dict[str, Any]:
+    message = "%d answers of %s about images have a perplexity of %.2f under it, and of %.2f under %s."
+    logger.info(message, len(rows), base_name, before, after, name)
+    return {"base_model": base_name, "num_answers": len(rows), "perplexity_of_base": before, "perplexity": after}
 
 
 @torch.no_grad()
@@ -43,11 +101,15 @@ def answer_questions_as_text(
         -100 elsewhere.
     """
     rows = []
+    # An image token in an answer would stand for a second image.
+    suppressed = [*(vlm.generation_config.suppress_tokens or []), vlm.config.image_token_id]
     for image in images:
         for question in QUESTIONS:
             text = processor.apply_chat_template([user_message(question)], add_generation_prompt=True, tokenize=False)
             prompt = processor(images=[image], text=[text], return_tensors="pt").to(vlm.device, vlm.dtype)
-            sequence = vlm.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+            sequence = vlm.generate(
+                **prompt, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, suppress_tokens=suppressed
+            )
             length = prompt["input_ids"].shape[1]
             if sequence.shape[1] == length:  # it ended at once
                 continue

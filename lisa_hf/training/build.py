@@ -172,8 +172,13 @@ def load_vlm(path: str, **kwargs) -> tuple[PreTrainedModel, ProcessorMixin]:
     if AutoConfig.from_pretrained(path).model_type != LisaConfig.model_type:
         return AutoModelForImageTextToText.from_pretrained(path, **kwargs), AutoProcessor.from_pretrained(path)
     model, processor = load_lisa(path, **kwargs)
+    return model.vlm, unwrap_vlm_processor(processor)
+
+
+def unwrap_vlm_processor(processor: LisaProcessor) -> ProcessorMixin:
+    """Return the processor of the VLM, with LISA's chat template."""
     processor.vlm_processor.chat_template = processor.chat_template or processor.vlm_processor.chat_template
-    return model.vlm, processor.vlm_processor
+    return processor.vlm_processor
 
 
 def build_datasets(

@@ -32,11 +32,13 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
+from transformers.utils import cached_file
 
-from ..data.image_keys import image_keys, merge_image_keys, read_image_keys, write_image_keys
+from ..data.image_keys import TRAIN_IMAGES, image_keys, merge_image_keys, read_image_keys, write_image_keys
 from ..data.mixture import EvaluationDataset, Mixture
 from ..errors import redact
 from ..files import atomic_file
@@ -127,6 +129,26 @@ def find_run_record(checkpoint: Path) -> dict | None:
     if record is None and checkpoint.name.startswith("checkpoint-"):
         record = read_run_record(checkpoint.resolve().parent)
     return record
+
+
+def find_training_images(model: str) -> tuple[dict[str, np.ndarray] | None, str]:
+    """Return the keys of a model's training images by source, None if unknown, and what is known otherwise.
+
+    Args:
+        model: Directory or Hub id.
+    """
+    directory = Path(model)
+    if not directory.is_dir():  # on the Hub
+        missing = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        paths = [cached_file(model, name, **missing) for name in (RUN_RECORD, TRAIN_IMAGES)]
+        directory = next((Path(path).parent for path in paths if path), directory)
+    record, keys = find_run_record(directory), read_image_keys(directory)
+    stages = list_stages(record) if record else []
+    sources = {row["source"] for stage in stages for row in stage["data"]["train"]}
+    notes = [stage["training_data"] for stage in stages if "training_data" in stage]
+    if unknown := sorted(sources - keys.keys()):
+        notes.append(f"Not compared: {', '.join(unknown)}, whose images were not recorded.")
+    return keys or None, " ".join(notes)
 
 
 def describe_software() -> dict:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lisa_hf.evaluation.benchmarks import QuestionScore, read_scores, write_scores
-from lisa_hf.evaluation.comparison import compare_scores, comparison_report, sign_test
+from lisa_hf.evaluation.comparison import compare_evaluations, compare_scores, sign_test
 from lisa_hf.evaluation.metrics import SegmentationMetric
 from lisa_hf.evaluation.protocols import PROTOCOLS
 
@@ -107,4 +107,4 @@ def test_sign_test_is_exact(better, worse, p_value):
 def test_an_evaluation_that_failed_has_no_results(tmp_path):
     (tmp_path / "evaluation.json").write_text('{"model": "m", "settings": {}, "benchmarks": {}}')
     with pytest.raises(ValueError, match="with results, got none. Start recipes/eval.py again"):
-        comparison_report([tmp_path, tmp_path])
+        compare_evaluations([tmp_path, tmp_path])

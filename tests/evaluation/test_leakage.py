@@ -1,5 +1,6 @@
 """Benchmarks that share images with the training data: told by the id of a COCO photo, by name and by content."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from lisa_hf.data.image_keys import (
     write_image_keys,
 )
 from lisa_hf.data.mixture import EvaluationDataset
-from lisa_hf.evaluation.benchmarks import open_evaluation, write_evaluation
-from lisa_hf.evaluation.comparison import comparison_report
+from lisa_hf.evaluation.benchmarks import begin_evaluation, open_evaluation, write_evaluation
+from lisa_hf.evaluation.comparison import compare_evaluations
 from lisa_hf.evaluation.leakage import count_seen_images, describe_seen_images
+from lisa_hf.evaluation.report import results_page
+from lisa_hf.training.run_record import find_training_images, write_conversion_record
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,24 @@ def test_sentences():
     assert (
         describe_seen_images("x", 2, {"a": 0, "b": 0}) == "None of the 2 images of x is in the training data (a, b)."
     )
-    assert describe_seen_images("x", 2, None, "LISA says so.").endswith("no record came with it. LISA says so.")
+    for seen in (None, {"a": 0}, {"a": 1}):  # also of a model whose own images are known, and which continues another
+        assert describe_seen_images("x", 2, seen, "LISA says so.").endswith(". LISA says so.")
+
+
+def test_what_is_known_of_the_data_of_a_converted_model_and_of_streams(tmp_path):
+    assert find_training_images(str(tmp_path)) == (None, "")
+    write_conversion_record(tmp_path, "LISA-7B-v1", "Trained on val.")
+    assert find_training_images(str(tmp_path)) == (None, "Trained on val.")
+    # Trained further, on two sources of which one was streamed.
+    record = json.loads((tmp_path / "run.json").read_text())
+    train = [{"source": "ade20k"}, {"source": "streamed"}]
+    (tmp_path / "run.json").write_text(
+        json.dumps({"data": {"train": train}, "earlier_starts": [], "continues": record})
+    )
+    write_image_keys(tmp_path, {"ade20k": np.array([1], np.uint64)})
+    keys, note = find_training_images(str(tmp_path))
+    assert list(keys) == ["ade20k"]
+    assert note == "Trained on val. Not compared: streamed, whose images were not recorded."
 
 
 @pytest.fixture
@@ -110,18 +130,22 @@ def evaluate(tmp_path):
 
 def test_a_comparison_marks_other_software_and_refuses_other_protocols(evaluate):
     first, same = evaluate("first"), evaluate("same")
-    assert "differently" not in comparison_report([first, same])
+    assert "differently" not in results_page([compare_evaluations([first, same])])
     other = evaluate("other", device="H100", versions={"torch": "2.15"})
-    assert "**other was evaluated differently from first**: device, torch." in comparison_report([first, same, other])
+    page = results_page([compare_evaluations([first, same, other])])
+    assert "**other was evaluated differently from first**: device, torch." in page
+    assert page.count("| other (evaluated differently) | 3 |") == 1 and "| same | 3 |" in page
     with pytest.raises(ValueError, match=r"same version of the protocols, got .*'first': 1, 'newer': 2"):
-        comparison_report([first, evaluate("newer", protocol_version=2)])
+        compare_evaluations([first, evaluate("newer", protocol_version=2)])
 
 
 def test_an_evaluation_goes_on_with_other_software_but_not_with_other_protocols(tmp_path, caplog):
     known = {"date": "1", "device": "cpu", "protocol_version": 1}
     arguments = (tmp_path, "model", {"dtype": "float32"})
     options = {"sources": {"mine": {"builder": "shapes"}}, "overwrite": False}
-    assert open_evaluation(*arguments, known, **options)["environments"] == [known]
+    new = open_evaluation(*arguments, known, **options)
+    assert new["environments"] == [known] and not list(tmp_path.iterdir())
+    begin_evaluation(tmp_path, new, overwrite=False)
     assert open_evaluation(*arguments, known | {"date": "2"}, **options)["environments"] == [known]
     other = known | {"device": "H100"}
     assert open_evaluation(*arguments, other, **options)["environments"] == [known, other]

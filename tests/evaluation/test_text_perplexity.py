@@ -11,10 +11,13 @@ import torch
 from lisa_hf.evaluation.text_perplexity import (
     QUESTIONS,
     answer_questions_as_text,
+    compare_with_base,
+    compare_without_adapter,
     perplexity,
     raise_if_another_vlm,
 )
 from lisa_hf.model.conversation_text import user_message
+from lisa_hf.training.trainable import merge_lora, prepare_for_training
 
 
 @pytest.fixture
@@ -52,6 +55,26 @@ def test_other_weights_find_the_answers_less_likely(base):
         for weight in trained.get_output_embeddings().parameters():
             weight += torch.randn_like(weight)
     assert perplexity(trained, rows) > 2 * perplexity(vlm, rows)
+
+
+def test_a_lora_run_is_compared_with_itself_without_its_adapter(tiny):
+    lisa, processor = copy.deepcopy(tiny)
+    processor.vlm_processor.chat_template = processor.chat_template
+    image, base = PIL.Image.new("RGB", (60, 40), "red"), copy.deepcopy(lisa.vlm).eval()
+    model = prepare_for_training(lisa, trainable=("embeddings",)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name or "lm_head.modules_to_save" in name:
+                weight += torch.randn_like(weight)
+    found = compare_without_adapter(model, processor.vlm_processor, "mine", [image])
+    assert found["base_model"] == "mine without its adapter" and found["num_answers"] > 0
+    assert found["perplexity"] > 2 * found["perplexity_of_base"]
+    # As two models give it.
+    vlms = {"mine": merge_lora(model).vlm.eval(), "base": base}
+    two = compare_with_base(lambda name: (vlms[name], processor.vlm_processor), "mine", "base", [image])
+    for key in ("num_answers", "perplexity_of_base", "perplexity"):
+        assert found[key] == pytest.approx(two[key], rel=1e-4), key
 
 
 def test_another_vlm_is_refused(base):

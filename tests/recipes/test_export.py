@@ -151,6 +151,20 @@ def test_adapter_alone_is_restored_on_its_base(runs, command, tmp_path):
         export.save_adapter(runs("full") / "run" / "checkpoint-5", tmp_path / "none")
 
 
+def test_a_checkpoint_with_an_adapter_is_evaluated_beside_its_base(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sources = json.dumps({"shapes": {"num_train_scenes": 1, "num_validation_scenes": 1, "image_size": 64}})
+    options = ("--eval_sources", sources, "--use_cpu", "true", "--eval_generate", "false", "--base_model")
+    run_here("eval.py", runs("lora") / "run" / "checkpoint-5", *options, "--output_dir", "out")
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written["text"]["base_model"].endswith("checkpoint-5 without its adapter")
+    assert written["text"]["perplexity"] != written["text"]["perplexity_of_base"] >= 1
+    assert written["benchmarks"]["shapes"]["protocols"]["lisa"]["num_questions"] > 0
+    with pytest.raises(SystemExit):  # a model without an adapter needs a name
+        run_here("eval.py", runs("full") / "run", *options, "--output_dir", "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_final_model_in_shards_of_another_type(runs, command, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "MAX_SHARD_SIZE", "200KB")
     # The final model is taken: it is as new as the newest checkpoint.

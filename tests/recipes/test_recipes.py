@@ -192,6 +192,10 @@ def test_compare_tells_which_model_is_better(trained, tmp_path, monkeypatch, cap
     report = Path("r.md").read_text()
     assert report in capsys.readouterr().out
     assert "| 3 / 0 / 0 | p = 0.25 |" in report and "evaluated differently" not in report
+    # Answers that are refused leave nothing behind.
+    Path("few.jsonl").write_text(json.dumps(questions[0] | {"masks": []}) + "\n")
+    assert "expected a prediction for each of" in fail(capsys, "--predictions", "few.jsonl", *data)
+    assert not Path("outputs/evaluate/scored_few").exists()
     run_here("eval.py", "--predictions", "nothing.jsonl", *data, "--max_eval_items", "2", "--output_dir", "two")
     nothing = "outputs/evaluate/scored_nothing"
     assert "expected two evaluations of the same questions" in fail(capsys, nothing, "two", script="compare.py")
@@ -210,6 +214,7 @@ def test_an_earlier_evaluation_is_kept(tmp_path):
     assert (tmp_path / "evaluation.json").read_text() == "mine"
     result = run(*arguments, "--overwrite", cwd=tmp_path, check=False)  # goes on to the model, which is none
     assert "earlier evaluation" not in result.stderr and result.returncode == 2
+    assert (tmp_path / "evaluation.json").read_text() == "mine"  # it is not replaced by nothing
 
 
 def test_predict_prints_the_answer_and_writes_masks(trained, tmp_path):
