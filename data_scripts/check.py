@@ -40,6 +40,29 @@ PUBLISHED_ROWS = {
     "sj9909/ReasonSegX_val": {"test": 156},
     "sj9909/ReasonSegX_test": {"test": 773},
 }
+# Numbers of expressions, all of which an evaluation asks, as FlagEval gives them for the UNC split.
+PUBLISHED_EXPRESSIONS = {"refcoco": {"val": 10834, "testA": 5657, "testB": 5095}}
+
+
+def describe_other_counts(benchmark: str, builder: str, options: dict[str, Any], rows: Dataset) -> str:
+    """Say that a benchmark has other numbers of rows or expressions than published; return "" otherwise.
+
+    Args:
+        benchmark: Name of the benchmark.
+        builder: Builder of its source.
+        options: Options of the source, such as `split`.
+        rows: Its rows.
+    """
+    name, split, differing = options.get("path", builder), options["split"], []
+    expected = PUBLISHED_ROWS.get(name, {}).get(split, len(rows))
+    if len(rows) != expected:
+        differing.append(f"{len(rows)} rows, where {expected} are published")
+    if expected := PUBLISHED_EXPRESSIONS.get(name, {}).get(split):
+        found = sum(len(target["phrases"]) for targets in rows["targets"] for target in targets)
+        differing += [f"{found} expressions, where {expected} are published"] if found != expected else []
+    if not differing:
+        return ""
+    return f"{benchmark} has {' and '.join(differing)}: its metrics cannot be compared with published ones."
 
 
 @dataclasses.dataclass

@@ -28,7 +28,7 @@ from lisa_hf.conversion.checkpoints import (
     recognize_source,
 )
 from lisa_hf.conversion.lisa import LISA_LAYOUTS, convert_lisa
-from lisa_hf.conversion.llava import convert_llava, find_config
+from lisa_hf.conversion.llava import convert_llava, find_config, read_original_config
 from lisa_hf.conversion.sa2va import convert_sa2va
 from lisa_hf.conversion.sam import convert_sam
 from lisa_hf.conversion.saving import DTYPES, ConvertedModel, save_converted
@@ -49,8 +49,11 @@ SOURCES = {
 }
 
 
-# What the authors say of the training data of published weights in these formats.
+# What the authors say of the training data of published weights, by architecture or format.
 TRAINING_DATA = {
+    "SESAMEForCausalLM": "SESAME's published weights were trained on RefCOCO, R-RefCOCO and FP-RefCOCO (with + and g) "
+    "and LLaVA's questions.",
+    "READForCausalLM": "READ's published weights were trained on SESAME's data, and those for ReasonSeg on its train.",
     "lisa": "LISA's published weights of v1 were trained on both ReasonSeg train and val, so their metrics on its val "
     "cannot be compared.",
     "lisa-v0": "LISA's published weights of v0 were trained on ReasonSeg train, and not on its val.",
@@ -107,8 +110,11 @@ def convert(args: argparse.Namespace) -> ConvertedModel:
     if source == "sa2va":
         return convert_sa2va(tensors, find_config(args.checkpoint), args.chat_template)
     if source in LISA_LAYOUTS:
-        converted = convert_lisa(tensors, find_config(args.checkpoint), layout=LISA_LAYOUTS[source], **options)
-        return dataclasses.replace(converted, training_data=TRAINING_DATA.get(source, ""))
+        directory = find_config(args.checkpoint)
+        converted = convert_lisa(tensors, directory, layout=LISA_LAYOUTS[source], **options)
+        names = [*(read_original_config(directory).get("architectures") or []), source]
+        known = next((TRAINING_DATA[name] for name in names if name in TRAINING_DATA), "")
+        return dataclasses.replace(converted, training_data=known)
     if source == "llava-delta":
         if args.base is None:
             raise ValueError("--base: expected the directory of the LLaMA that this delta belongs to, got none.")

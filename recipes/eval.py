@@ -42,6 +42,7 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 
 from data_scripts import load_sources
 from data_scripts.benchmarks import BENCHMARKS
+from data_scripts.check import describe_other_counts
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.conversion.saving import DTYPES
 from lisa_hf.data.mixture import EvaluationDataset
@@ -57,7 +58,13 @@ from lisa_hf.evaluation.benchmarks import (
 )
 from lisa_hf.evaluation.leakage import count_seen_images, describe_seen_images
 from lisa_hf.evaluation.predict import draw_predictions
-from lisa_hf.evaluation.predictions import export_questions, find_predictions, predict_benchmark, read_predictions
+from lisa_hf.evaluation.predictions import (
+    QuestionPrediction,
+    export_questions,
+    find_predictions,
+    predict_benchmark,
+    read_predictions,
+)
 from lisa_hf.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOL_VERSION, PROTOCOLS
 from lisa_hf.evaluation.text_perplexity import compare_with_base, compare_without_adapter
 from lisa_hf.export import restore_adapter, restore_model
@@ -96,10 +103,8 @@ def main():
 
         # 3. An output directory, which may hold the beginning of this evaluation
         output_dir, model = Path(training_args.output_dir), args.model or args.predictions
-        settings = settings_of(args, model_args, training_args)
-        evaluation = open_evaluation(
-            output_dir, model, settings, environment_of(training_args), sources, args.overwrite
-        )
+        settings, environment = settings_of(args, model_args, training_args), environment_of(training_args)
+        evaluation = open_evaluation(output_dir, model, settings, environment, sources, args.overwrite)
 
         # 4. Model and trainer, or predictions. What cannot be evaluated leaves no evaluation behind.
         is_main, trainer = PartialState().is_main_process, None
@@ -110,11 +115,7 @@ def main():
                 evaluation["text"] = compare_texts(args, model_args, training_args, datasets)
             trainer = make_trainer(args.model, model_args, data_args, training_args)
         elif is_main:
-            paths = {name: find_predictions(Path(args.predictions), name) for name in datasets}
-            predictions = {
-                name: read_predictions(paths[name], dataset, args.missing_as_empty)
-                for name, dataset in datasets.items()
-            }
+            predictions = read_all_predictions(args, datasets)
         with training_args.main_process_first(desc="output directory"):
             if is_main:
                 begin_evaluation(output_dir, evaluation, args.overwrite)
@@ -127,18 +128,13 @@ def main():
                 predict_benchmark(trainer, dataset, path)
                 predictions = {name: read_predictions(path, dataset)} if is_main else {}
             if is_main:
-                subsets, scores = score_predictions(dataset, predictions[name], args.protocols)
-                results = {name + subset: {**sources[name], **result} for subset, result in subsets.items()}
-                evaluation["benchmarks"] |= results
-                if args.model:
+                results = score(name, dataset, predictions[name], args.protocols, output_dir)
+                evaluation["benchmarks"] |= {found: {**sources[name], **results[found]} for found in results}
+                if trainer is not None:
                     seen = None if train_images is None else count_seen_images(train_images, dataset)
                     evaluation["train_overlap"][name] = seen
                     logger.warning(describe_seen_images(name, len(dataset), seen, note))
-                write_scores(output_dir / f"scores_{name}.jsonl", scores)
                 write_evaluation(output_dir, evaluation)
-                if "generated" in scores:
-                    sheet = draw_predictions(dataset, predictions[name], questions_to_draw(scores["generated"]))
-                    sheet.save(output_dir / f"predictions_{name}.png")
         if is_main:
             print(markdown_table(evaluation["benchmarks"]))
             print(f"Done. Metrics, masks and sheets of them: {output_dir.resolve()}")
@@ -206,6 +202,32 @@ def make_trainer(
         data_collator=LisaDataCollator(processor, packing=packing, compact=True),
         processing_class=processor,
     )
+
+
+def read_all_predictions(
+    args: argparse.Namespace, datasets: dict[str, EvaluationDataset]
+) -> dict[str, dict[str, QuestionPrediction]]:
+    """Return the predictions that the arguments name, by benchmark."""
+    return {
+        name: read_predictions(find_predictions(Path(args.predictions), name), dataset, args.missing_as_empty)
+        for name, dataset in datasets.items()
+    }
+
+
+def score(
+    name: str,
+    dataset: EvaluationDataset,
+    predictions: dict[str, QuestionPrediction],
+    protocols: Collection[str],
+    output_dir: Path,
+) -> dict[str, dict]:
+    """Return the results of a benchmark and its subsets by name, and write its scores and its sheet."""
+    subsets, scores = score_predictions(dataset, predictions, protocols)
+    write_scores(output_dir / f"scores_{name}.jsonl", scores)
+    if "generated" in scores:
+        titles = questions_to_draw(scores["generated"])
+        draw_predictions(dataset, predictions, titles).save(output_dir / f"predictions_{name}.png")
+    return {name + subset: result for subset, result in subsets.items()}
 
 
 def settings_of(args: argparse.Namespace, model_args: ModelArguments, training_args: LisaTrainingArguments) -> dict:
@@ -289,6 +311,9 @@ def load_datasets(
     }
     for name, options in sources.items():
         sources[name] = {"builder": name, **options, "merge_instances": datasets[name].merge_instances}
+        if name in published and data_args.max_eval_items is None:
+            if warning := describe_other_counts(name, options.get("builder", name), options, rows[name]):
+                logger.warning(warning)
     return sources, datasets
 
 

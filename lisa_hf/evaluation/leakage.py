@@ -44,7 +44,7 @@ def describe_seen_images(benchmark: str, num_images: int, seen: dict[str, int] |
     """
     sources = ", ".join(f"{name} {count}" for name, count in (seen or {}).items() if count)
     if seen is None:
-        known = f"Which images of {benchmark} the model was trained on is not known: no record came with it."
+        known = f"Which images of {benchmark} the model was trained on is not known: no record of them came with it."
     elif not sources:
         known = f"None of the {num_images} images of {benchmark} is in the training data ({', '.join(seen)})."
     else:

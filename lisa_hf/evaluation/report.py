@@ -77,11 +77,8 @@ def _provenance(evaluations: dict[str, dict]) -> list[str]:
             cell = "{perplexity:.2f}; {perplexity_of_base:.2f} under {base_model}".format(**text)
             rows.setdefault("perplexity of the base's answers", {})[name] = cell
     lines = [f"| made with | {' | '.join(evaluations)} |", "|---|" + "---|" * len(evaluations)]
-    lines += [
-        f"| {key} | {' | '.join(cells.get(name, '') for name in evaluations)} |"
-        for key, cells in rows.items()
-        if key != "directory"
-    ]
+    for key, cells in rows.items():
+        lines.append(f"| {key} | {' | '.join(cells.get(name, '') for name in evaluations)} |")
     lines.append("")
     for name, evaluation in evaluations.items():
         note = evaluation.get("training_data", "")

@@ -32,6 +32,7 @@ ORIGINALS = {  # how it is written, the source that `auto` finds, options, how i
     "read": (partial(write_sesame, architecture="READForCausalLM"), "lisa", CLIP, assert_as_recorded),
     "lisa_v0": (write_lisa_v0, "lisa-v0", CLIP, assert_as_recorded),
     "glamm": (write_glamm, "glamm", CLIP, assert_as_recorded),
+    "sa2va_qwen2_5_vl": (partial(write_sa2va, name="sa2va_qwen2_5_vl"), "sa2va", (), assert_sa2va_as_recorded),
     "sa2va_qwen3_vl": (partial(write_sa2va, name="sa2va_qwen3_vl"), "sa2va", (), assert_sa2va_as_recorded),
     "sa2va_internvl": (partial(write_sa2va, name="sa2va_internvl"), "sa2va", (), assert_sa2va_as_recorded),
 }
@@ -54,6 +55,14 @@ def test_numbers_of_the_originals_own_code(converted):
     ORIGINALS[name][3](directory, name)
 
 
+def test_what_is_known_of_their_training_data_is_kept(converted):
+    name, directory = converted
+    known = {"sesame": "SESAME's", "read": "READ's", "lisa_v0": "of v0 were trained on ReasonSeg train"}
+    record = directory / "run.json"
+    assert record.exists() == (name in known)
+    assert name not in known or known[name] in json.loads(record.read_text())["training_data"]
+
+
 def test_an_original_is_refused_with_its_command(converted):
     name, directory = converted
     original = directory.with_name("original")
@@ -61,9 +70,9 @@ def test_an_original_is_refused_with_its_command(converted):
         build_config_and_processor(ModelArguments(model=str(original)))
 
 
-@pytest.mark.parametrize("converted", ["sa2va_qwen3_vl", "sa2va_internvl"], indirect=True)
+@pytest.mark.parametrize("converted", ["sa2va_qwen2_5_vl", "sa2va_qwen3_vl", "sa2va_internvl"], indirect=True)
 def test_sa2va_prepares_images_as_its_own_code(converted):
-    """Tiles of InternVL to a thousandth; SAM 2's pixels to two levels of color, which torchvision rounds otherwise."""
+    """Tiles of InternVL exactly; SAM 2's pixels to two levels of color, which torchvision rounds otherwise."""
     name, directory = converted
     processor, photo = AutoProcessor.from_pretrained(directory), golden_image(0)
     inputs = processor.preprocess_images([photo]).inputs
@@ -75,7 +84,7 @@ def test_sa2va_prepares_images_as_its_own_code(converted):
         meta, tensors = load_case(name)
         tiles = inputs["pixel_values"]
         assert len(tiles) == meta["num_tiles"]
-        torch.testing.assert_close(tiles[:, :, ::4, ::4], tensors["tiles"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(tiles[:, :, ::4, ::4], tensors["tiles"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
+from datasets import Dataset
 
-from data_scripts.check import check_source
+from data_scripts.check import check_source, describe_other_counts
 
 
 @pytest.fixture
@@ -28,6 +29,16 @@ def check(tmp_path):
         return check_source("mine", str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"), **options)
 
     return check
+
+
+def test_counts_other_than_published_are_said():
+    rows = Dataset.from_dict({"targets": [[{"phrases": ["a", "b"]}], [{"phrases": ["c"]}]]})
+    said = describe_other_counts("refcoco_val", "refcoco", {"split": "val"}, rows)
+    assert said.startswith("refcoco_val has 2 rows, where 1500 are published and 3 expressions, where 10834 are")
+    assert describe_other_counts("R", "hub", {"split": "test", "path": "Ricky06662/ReasonSeg_val"}, rows)
+    whole = Dataset.from_dict({"targets": [[]] * 200})
+    assert describe_other_counts("r", "reason_seg", {"split": "val"}, whole) == ""
+    assert describe_other_counts("muse_val", "muse", {"split": "val"}, rows) == ""  # nothing is known
 
 
 def test_whole_images_are_ready(check):
