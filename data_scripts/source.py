@@ -290,7 +290,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         """Return the errors of the first `number` bad records. The list is empty if no records have been read."""
         errors = []
         for shard in sorted(pathlib.Path(self.records_dir).glob("*/*.jsonl")):
-            for record in self.read_shard(shard):
+            for record in self.read_shard(str(shard)):
                 try:
                     self.make_row(record)
                 except ValueError as error:
