@@ -1,9 +1,10 @@
-"""Resume from a checkpoint that another engine saved: weights, schedule and place in the data, but not the optimizer.
+"""Resume from a checkpoint that another engine, or another number of processes, saved: with all of it that fits.
 
 Engines keep the optimizer's states in layouts of their own, ZeRO in one per number of processes. Trainer stops at some
-of them, and passes over others without a word.
+of them, and passes over others without a word. Here they are read weight by weight and cut as the running engine does.
 """
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,16 +13,20 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 
-from ..conversion.checkpoints import open_checkpoint, open_zero_checkpoint
+from ..conversion.checkpoints import LazyTensor, open_checkpoint, open_zero_checkpoint, open_zero_optimizer
+from .zero import gathered, is_sharded
 
 
 logger = logging.getLogger(__name__)
+
+States = dict[str, dict[str, LazyTensor]]  # of an optimizer, by weight and name of the state
 
 
 class Engine(NamedTuple):
@@ -57,8 +62,8 @@ def running_engine(trainer: Trainer) -> Engine:
 def allow_other_engine(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
     """Let a trainer resume in this context from a checkpoint, whatever engine saved it.
 
-    If it was another engine, the weights are loaded here, before the engine takes the model, and the schedule instead
-    of the engine's states.
+    If it was another engine, the weights are loaded here, before the engine takes the model, and the optimizer's
+    states and the schedule in place of the engine's own.
 
     Raises:
         ValueError: If the checkpoint does not hold all weights that train.
@@ -68,19 +73,33 @@ def allow_other_engine(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
         yield
         return
     load_weights(trainer.model, checkpoint)
-    if trainer.is_world_process_zero():
-        logger.warning(
-            "%s was saved with %s and is resumed with %s: weights, learning rates and place in the data go on. The "
-            "optimizer's states do not fit and begin anew, so the next losses may be a little higher.",
-            checkpoint,
-            saved,
-            running,
-        )
+    names = []  # of the weights as a plain optimizer numbers them
+    create_optimizer = trainer.create_optimizer
+
+    def create_and_name(*args, **kwargs):
+        optimizer = create_optimizer(*args, **kwargs)
+        name_of = {id(weight): name for name, weight in trainer.model.named_parameters()}
+        names[:] = [name_of[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
+        return optimizer
+
+    def load_states(_):
+        problem = _load_optimizer(trainer, checkpoint, names)
+        if trainer.is_world_process_zero():
+            logger.warning(
+                "%s was saved with %s and is resumed with %s: weights, learning rates and place in the data go on. %s",
+                *(checkpoint, saved, running),
+                f"The optimizer's states begin anew, so the next losses may be a little higher: {problem}"
+                if problem
+                else "So do the optimizer's states, and losses may differ by rounding.",
+            )
+        _load_schedule(trainer, checkpoint)
+
     with (
         mock.patch("transformers.trainer.deepspeed_load_checkpoint"),
+        mock.patch.object(trainer, "create_optimizer", create_and_name),
         mock.patch.object(trainer, "_load_from_checkpoint"),
         mock.patch.object(trainer, "_load_scaler"),
-        mock.patch.object(trainer, "_load_optimizer_and_scheduler", lambda path: _load_schedule(trainer, Path(path))),
+        mock.patch.object(trainer, "_load_optimizer_and_scheduler", load_states),
     ):
         yield
 
@@ -98,7 +117,7 @@ def load_best_weights(trainer: Trainer, checkpoint: Path) -> bool:
         with mock.patch("transformers.trainer.deepspeed_load_checkpoint", deepspeed_load_checkpoint):
             Trainer._load_best_model(trainer)
         return True
-    if not trainer.args.shards_weights:
+    if trainer.is_deepspeed_enabled or not trainer.args.shards_weights:
         load_weights(trainer.accelerator.unwrap_model(trainer.model), checkpoint)
         return True
     if trainer.is_world_process_zero():
@@ -110,25 +129,164 @@ def load_best_weights(trainer: Trainer, checkpoint: Path) -> bool:
     return False
 
 
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
 def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Load the trained weights of a checkpoint into a model that no engine has wrapped yet.
+    """Load the trained weights of a checkpoint into a model, which may be in shards of ZeRO-3, one by one.
 
     Raises:
-        ValueError: If some that train are missing.
+        ValueError: If some that train are missing, or have another shape.
     """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    is_sharded = saved_engine(checkpoint).name.startswith("ZeRO")
-    if isinstance(model, PeftModel) and not is_sharded:
-        weights = {name: tensor.load() for name, tensor in open_checkpoint(checkpoint / ADAPTER_WEIGHTS).items()}
-        result = set_peft_model_state_dict(model, weights)
-    else:
-        weights = open_zero_checkpoint(checkpoint) if is_sharded else open_checkpoint(checkpoint)
-        result = model.load_state_dict({name: tensor.load() for name, tensor in weights.items()}, strict=False)
-    if missing := sorted(trained.intersection(result.missing_keys)):
+    saved = _open_weights(model, checkpoint)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    if missing := sorted(trained.difference(saved)):
         raise ValueError(
             f"{checkpoint}: expected all weights that train, got none of {', '.join(missing[:3])} and others "
             f"({len(missing)} in all). Resume with the options and the engine that the run was started with."
         )
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if name not in saved:
+            continue
+        shape = getattr(weight, "ds_shape", weight.shape)
+        if saved[name].shape != shape:
+            raise ValueError(
+                f"{checkpoint}: expected {tuple(shape)} as the shape of {name}, got {tuple(saved[name].shape)}. "
+                "Resume with the options that the run was started with."
+            )
+        with torch.no_grad(), gathered([weight]) as is_writer:
+            if is_writer:
+                weight.copy_(saved[name].load())
+
+
+def _open_weights(model: torch.nn.Module, checkpoint: Path) -> dict[str, LazyTensor]:
+    """Return the weights of a checkpoint by their names in a model."""
+    if saved_engine(checkpoint).name.startswith("ZeRO"):
+        return open_zero_checkpoint(checkpoint)
+    if not isinstance(model, PeftModel):
+        return open_checkpoint(checkpoint)
+    saved = open_checkpoint(checkpoint / ADAPTER_WEIGHTS)
+    names = {name: name for name in model.state_dict()}
+    saved_names = get_peft_model_state_dict(model, state_dict=names, save_embedding_layers=False)
+    return {name: saved[short] for short, name in saved_names.items() if short in saved}
+
+
+# ---- optimizer ------------------------------------------------------------------------------------------------------
+
+
+def _load_optimizer(trainer: Trainer, checkpoint: Path, names: list[str]) -> str | None:
+    """Set the optimizer's states to those of a checkpoint; return why they begin anew, or None.
+
+    Args:
+        names: Of the weights as a plain optimizer numbers them.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    try:
+        states = _open_optimizer(checkpoint, names)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        return f"they cannot be read ({error})."
+    if not states or not states.keys() <= weights.keys():
+        return "they are of other weights than those that train now."
+    for name, of_weight in states.items():
+        shape = getattr(weights[name], "ds_shape", weights[name].shape)
+        if any(state.shape not in (shape, torch.Size()) for state in of_weight.values()):
+            return f"those of {name} have another shape."
+    if trainer.is_deepspeed_enabled:
+        saved_by_zero = saved_engine(checkpoint).name.startswith("ZeRO")
+        _set_zero_states(trainer, weights, states, open_zero_checkpoint(checkpoint) if saved_by_zero else {})
+    else:
+        _set_states(trainer.optimizer, weights, states)
+    return None
+
+
+def _open_optimizer(checkpoint: Path, names: list[str]) -> States:
+    if saved_engine(checkpoint).name.startswith("ZeRO"):
+        return open_zero_optimizer(checkpoint)
+    by_name = saved_engine(checkpoint) == FSDP
+    path = checkpoint / (OPTIMIZER_NAME_BIN if by_name else OPTIMIZER_NAME)
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    saved = content["state"]
+    if not by_name:
+        if (found := sum(len(group["params"]) for group in content["param_groups"])) != len(names):
+            raise ValueError(f"expected those of {len(names)} weights, got those of {found}")
+        saved = {names[index]: states for index, states in saved.items()}
+    return {
+        name: {key: LazyTensor.from_tensor(torch.as_tensor(value)) for key, value in states.items()}
+        for name, states in saved.items()
+    }
+
+
+def _set_states(optimizer: torch.optim.Optimizer, weights: dict[str, torch.nn.Parameter], states: States) -> None:
+    """Set the states of an optimizer of whole weights, or of FSDP2's shards."""
+    name_of = {id(weight): name for name, weight in weights.items()}
+    order = [weight for group in optimizer.param_groups for weight in group["params"]]
+    loaded = {
+        index: {key: _cut_like(state.load(), weight) for key, state in states[name_of[id(weight)]].items()}
+        for index, weight in enumerate(order)
+        if name_of[id(weight)] in states
+    }
+    optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _cut_like(state: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
+    if not isinstance(weight, DTensor) or state.dim() == 0:
+        return state.clone()  # the optimizer changes it in place: neither the file nor the steps of other weights
+    # Without a source, each process cuts its own part.
+    return distribute_tensor(state.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+def _set_zero_states(
+    trainer: Trainer,
+    weights: dict[str, torch.nn.Parameter],
+    states: States,
+    precise_weights: dict[str, LazyTensor],
+) -> None:
+    """Set the states of DeepSpeed's optimizer, and the float32 copies that it has of weights, one weight at a time.
+
+    Args:
+        precise_weights: The copies, if the checkpoint has any.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    zero = trainer.model_wrapped.optimizer
+    is_stage_3 = trainer.args.deepspeed_plugin.zero_stage == 3
+    # What DeepSpeed's optimizer itself makes in its first step: zeros for each row of weights.
+    example = next(iter(states.values()))
+    steps = {key: state.load() for key, state in example.items() if not state.shape}
+    if isinstance(zero.optimizer, DeepSpeedCPUAdam):
+        steps = {key: int(number) for key, number in steps.items()}
+    for row in zero.fp32_partitioned_groups_flat if is_stage_3 else zero.single_partition_of_fp32_groups:
+        zero.optimizer.state[row] = {
+            key: copy.copy(steps[key]) if key in steps else torch.zeros_like(row) for key in example
+        }
+    if not is_stage_3:
+        zero._lazy_init_hp_params_optimizer_state()
+    for name, weight in weights.items():
+        tensors = {key: state for key, state in states.get(name, {}).items() if key not in steps}
+        if name in precise_weights:
+            tensors[None] = precise_weights[name]
+        for key, tensor in tensors.items():
+            _set_zero_state(weight, tensor.load(), key)
+
+
+def _set_zero_state(weight: torch.nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+    """Set a state of a weight, or its float32 copy if `key` is None, on this process."""
+    from deepspeed import comm, utils
+
+    if not is_sharded(weight):
+        set_fragment = utils.safe_set_full_fp32_param if key is None else utils.safe_set_full_optimizer_state
+        set_fragment(weight, value, *([] if key is None else [key]))
+        return
+    # DeepSpeed's function for whole values stops at weights that the processes do not share evenly.
+    size, rank = weight.ds_tensor.numel(), comm.get_rank(group=weight.ds_process_group)
+    own = value.flatten()[rank * size : (rank + 1) * size]
+    own = torch.nn.functional.pad(own, (0, size - len(own)))
+    set_fragment = utils.safe_set_local_fp32_param if key is None else utils.safe_set_local_optimizer_state
+    set_fragment(weight, own, *([] if key is None else [key]))
+
+
+# ---- schedule -------------------------------------------------------------------------------------------------------
 
 
 def _load_schedule(trainer: Trainer, checkpoint: Path) -> None:

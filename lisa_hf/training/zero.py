@@ -1,12 +1,15 @@
 """ZeRO-3 while a model is built: each process holds its shard of the weights alone, from the first one on."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import torch
 import transformers.integrations.deepspeed
 from torch import nn
 from transformers.integrations.deepspeed import (
+    HfTrainerDeepSpeedConfig,
     deepspeed_config,
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
@@ -29,7 +32,10 @@ def zero3_shards_weights(args: LisaTrainingArguments) -> Iterator[None]:
     import deepspeed
 
     deepspeed.init_distributed()  # before `zero.Init` compares the batch size with the number of processes
-    set_hf_deepspeed_config(args.hf_deepspeed_config)
+    # Trainer completes the launcher's values in the same way, later. This one lives as long as the context.
+    config = HfTrainerDeepSpeedConfig(copy.deepcopy(plugin.hf_ds_config.config))
+    config.trainer_config_process(args)
+    set_hf_deepspeed_config(config)
     try:
         yield
     finally:
@@ -48,13 +54,13 @@ def shard_new_weights(model: nn.Module) -> None:
 
     A model that is whole is left as it is.
     """
-    sharded = next((weight for weight in model.parameters() if _is_sharded(weight)), None)
+    sharded = next((weight for weight in model.parameters() if is_sharded(weight)), None)
     if sharded is None:
         return
     import deepspeed
 
     for weight in model.parameters():
-        if not _is_sharded(weight):
+        if not is_sharded(weight):
             weight.data = weight.data.to(sharded.dtype)  # as DeepSpeed casts a whole model
     deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
 
@@ -63,7 +69,7 @@ def shard_new_weights(model: nn.Module) -> None:
 def whole_image_encoders(model: nn.Module) -> Iterator[None]:
     """Put everything but the language model together on each process in this context, if the model is in shards."""
     in_language_model = set(model.vlm.base_model.get_decoder().parameters())
-    weights = [weight for weight in model.parameters() if _is_sharded(weight) and weight not in in_language_model]
+    weights = [weight for weight in model.parameters() if is_sharded(weight) and weight not in in_language_model]
     if not weights:
         yield
         return
@@ -73,5 +79,18 @@ def whole_image_encoders(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _is_sharded(weight: nn.Parameter) -> bool:
+@contextmanager
+def gathered(weights: list[torch.Tensor]) -> Iterator[bool]:
+    """Put weights together in this context, and yield whether this process's changes of them count."""
+    if not any(map(is_sharded, weights)):
+        yield True
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(weights, modifier_rank=0):
+        yield deepspeed.comm.get_rank() == 0
+
+
+def is_sharded(weight: torch.Tensor) -> bool:
+    """Return whether ZeRO-3 has cut a weight."""
     return hasattr(weight, "ds_id")

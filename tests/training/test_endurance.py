@@ -164,24 +164,66 @@ def test_stopped_by_any_signal_to_all_processes_every_engine_goes_on_exactly(eng
     assert_ends_alike(tmp_path, uninterrupted(engine, False).final)
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Training logs by step of one process that takes four items in a step, as others share them."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    assert run_training(directory, items_per_step=4).is_good, logs(directory)
+    return training_steps(directory)
+
+
+def training_steps(directory: Path) -> dict[int, dict]:
+    return {entry["step"]: entry for entry in torch.load(directory / FINAL)["logs"] if "loss" in entry}
+
+
+def assert_changes_go_on(directory: Path, stages: list[tuple[str, int]], undisturbed: dict[int, dict]):
+    """Each engine on its number of processes takes some steps from where the one before it stopped.
+
+    Losses and gradient norms of all steps equal those of a training without a change, which would not be so with
+    other items, another schedule or other states of Adam.
+    """
+    stops = [NUM_STEPS - 2 * number for number in reversed(range(len(stages)))]  # two steps each, the first ones more
+    done = 0
+    for (engine, num_ranks), stop in zip(stages, stops, strict=True):
+        fault = None if stop == NUM_STEPS else Fault("signal", occurrence=stop - done)
+        outcome = run_training(directory, engine, fault=fault, num_ranks=num_ranks, items_per_step=4)
+        assert outcome.is_good, logs(directory)
+        printed = (directory / "rank0.log").read_text()
+        assert ("So do the optimizer's states" in printed) == (done > 0), logs(directory)
+        (directory / "rank0.log").unlink()
+        done = stop
+    found = training_steps(directory)
+    assert found.keys() == undisturbed.keys() == set(range(1, NUM_STEPS + 1))
+    for step, entry in undisturbed.items():
+        assert found[step]["learning_rate"] == entry["learning_rate"]
+        for key in ("loss", "grad_norm"):
+            assert found[step][key] == pytest.approx(entry[key], rel=1e-5), (step, key)
+
+
+PROCESSES = {"plain": 1, "ddp": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
+
+
 @pytest.mark.parametrize(
     "saved, resumed",
     [
-        *(("plain", "zero2"), ("plain", "fsdp2"), ("zero2", "plain"), ("zero3", "plain"), ("fsdp2", "plain")),
-        *(("ddp", "zero2"), ("ddp", "zero3"), ("zero2", "ddp"), ("zero2", "zero3"), ("zero3", "zero2")),
+        ("plain", "zero3"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in [
+                *(("plain", "zero2"), ("plain", "fsdp2"), ("zero2", "plain"), ("zero3", "plain"), ("fsdp2", "plain")),
+                *(("ddp", "zero2"), ("ddp", "zero3"), ("zero2", "ddp"), ("zero2", "zero3"), ("zero3", "zero2")),
+            ]
+        ),
     ],
 )
-def test_another_engine_goes_on_with_all_but_the_optimizer_and_says_so(saved, resumed, uninterrupted, tmp_path):
-    assert run_training(tmp_path, saved, fault=Fault("signal", occurrence=4)).is_good, logs(tmp_path)
-    assert run_training(tmp_path, resumed).is_good, logs(tmp_path)
-    printed = (tmp_path / "rank0.log").read_text()
-    assert "checkpoint-4 was saved with" in printed and "states do not fit and begin anew" in printed
-    found = {entry["step"]: entry for entry in torch.load(tmp_path / FINAL)["logs"] if "loss" in entry}
-    expected = {entry["step"]: entry for entry in uninterrupted(resumed, False).final["logs"] if "loss" in entry}
-    assert [found[step]["learning_rate"] for step in found] == [expected[step]["learning_rate"] for step in expected]
-    if "plain" not in (saved, resumed):  # as many processes: the next step sees the same weights, data and dropout
-        assert found[5]["loss"] == pytest.approx(expected[5]["loss"], rel=1e-5)
+def test_another_engine_goes_on_with_all_states(saved, resumed, undisturbed, tmp_path):
+    assert_changes_go_on(tmp_path, [(saved, PROCESSES[saved]), (resumed, PROCESSES[resumed])], undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_another_number_of_processes_goes_on_with_all_states(engine, undisturbed, tmp_path):
+    assert_changes_go_on(tmp_path, [(engine, 2), (engine, 4), ("plain", 1)], undisturbed)
 
 
 @pytest.mark.parametrize(

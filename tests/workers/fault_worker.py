@@ -155,6 +155,7 @@ def work(
     streaming: bool,
     fault: Fault | None,
     progress: Progress,
+    items_per_step: int | None,
 ):
     """One process; it trains as recipes/train.py does, and resumes by itself."""
     with open(directory / f"rank{rank}.log", "a") as log:
@@ -171,7 +172,7 @@ def work(
     kind = fault.kind if fault else None
     model, processor = build_model()
     torch.manual_seed(0)
-    model = prepare_for_training(model, LISA_PARTS, lora_r=4, lora_dropout=0.2)
+    model = prepare_for_training(model, LISA_PARTS, lora_r=4, lora_dropout=0.0 if items_per_step else 0.2)
     if streaming:
         dataset = StreamingMixtureDataset(one_source(64, 4, directory), rank=rank, num_ranks=num_ranks)
     else:
@@ -184,7 +185,7 @@ def work(
             dataset,
             Items(3),
             max_steps=NUM_STEPS,
-            per_device_train_batch_size=2,
+            per_device_train_batch_size=items_per_step // num_ranks if items_per_step else 2,
             optim="adamw_torch",
             learning_rate=1e-3,
             max_grad_norm=1.0,
@@ -214,19 +215,29 @@ def work(
 
 
 def run_training(
-    directory: Path, engine: str = "plain", streaming: bool = False, fault: Fault | None = None, timeout: float = 600
+    directory: Path,
+    engine: str = "plain",
+    streaming: bool = False,
+    fault: Fault | None = None,
+    timeout: float = 600,
+    num_ranks: int | None = None,
+    items_per_step: int | None = None,
 ) -> Outcome:
     """Trains, or goes on training, in `directory`.
 
-    The processes that outlive one that failed have a minute to notice; then this is an error.
+    The processes that outlive one that failed have a minute to notice; then this is an error. With `items_per_step`,
+    a step is the same for any number of processes, which share its items and drop nothing out.
     """
-    num_ranks = 1 if engine == "plain" else 2
+    num_ranks = num_ranks or (1 if engine == "plain" else 2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     progress = [Progress() for _ in range(num_ranks)]
     processes = [
-        context.Process(target=work, args=(directory, rank, num_ranks, port, engine, streaming, fault, progress[rank]))
+        context.Process(
+            target=work,
+            args=(directory, rank, num_ranks, port, engine, streaming, fault, progress[rank], items_per_step),
+        )
         for rank in range(num_ranks)
     ]
     # The process that they are forked from finds what it imports by this variable alone.
