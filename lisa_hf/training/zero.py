@@ -1,6 +1,7 @@
 """ZeRO-3 while a model is built: each process holds its shard of the weights alone, from the first one on."""
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -8,6 +9,8 @@ from unittest import mock
 import torch
 import transformers.integrations.deepspeed
 from torch import nn
+from transformers import modeling_utils
+from transformers.core_model_loading import WeightConverter
 from transformers.integrations.deepspeed import (
     HfTrainerDeepSpeedConfig,
     deepspeed_config,
@@ -37,9 +40,44 @@ def zero3_shards_weights(args: LisaTrainingArguments) -> Iterator[None]:
     config.trainer_config_process(args)
     set_hf_deepspeed_config(config)
     try:
-        yield
+        with _one_file_at_a_time():
+            yield
     finally:
         unset_hf_deepspeed_config()
+
+
+@contextmanager
+def _one_file_at_a_time() -> Iterator[None]:
+    """Let models that are loaded in this context map one file of their weights at a time.
+
+    Version: transformers 5.23.
+    Symptom: with ZeRO-3, the first process maps all files until the last weight is loaded, and holds the whole model.
+    Remove when: transformers reads file by file; tests/training/test_zero.py.
+    """
+    read, load, files = modeling_utils.load_state_dict, modeling_utils._load_state_dict_into_zero3_model, {}
+
+    def read_shapes(file, map_location="cpu", **options):
+        files[file] = {"map_location": map_location, **options}
+        return read(file, map_location="meta", **options)
+
+    def load_files(model, state_dict, load_config):
+        parts = [functools.partial(read, file, **options) for file, options in files.items()]
+        files.clear()
+        if any(isinstance(entry, WeightConverter) for entry in load_config.weight_mapping or []):
+            # Weights that are joined, such as experts, may be in several files.
+            parts = [lambda whole=parts: {name: weight for part in whole for name, weight in part().items()}]
+        errors, missing = [], set(model.state_dict())
+        for read_part in parts or [lambda: state_dict]:
+            part_errors, part_missing = load(model, read_part(), load_config)
+            errors += part_errors
+            missing &= part_missing
+        return errors, missing
+
+    with (
+        mock.patch.object(modeling_utils, "load_state_dict", read_shapes),
+        mock.patch.object(modeling_utils, "_load_state_dict_into_zero3_model", load_files),
+    ):
+        yield
 
 
 @contextmanager
