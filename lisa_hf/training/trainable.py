@@ -2,6 +2,7 @@
 
 import logging
 import re
+from contextlib import nullcontext
 
 import PIL.Image
 import torch
@@ -13,6 +14,7 @@ from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import LisaProcessor
 from ..model.vlm_backbone import image_encoder, map_token_fields, vision_inputs_of, vision_tower
 from .arguments import TRAINABLE_PARTS, LisaTrainingArguments
+from .zero import copies_in_shards
 
 
 logger = logging.getLogger(__name__)
@@ -118,7 +120,8 @@ def prepare_for_training(
             ensure_weight_tying=tied and "embeddings" in trainable,
         )
         try:
-            model = get_peft_model(model, config)
+            with nullcontext() if tied else copies_in_shards():  # one copy of tied weights takes another's shape
+                model = get_peft_model(model, config)
         except ValueError as error:
             modules = model.get_submodule(language_model).named_modules()
             layers = dict.fromkeys(name.split(".")[-1] for name, layer in modules if isinstance(layer, nn.Linear))

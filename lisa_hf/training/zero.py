@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import transformers.integrations.deepspeed
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import modeling_utils
 from transformers.core_model_loading import WeightConverter
@@ -101,6 +102,19 @@ def shard_new_weights(model: nn.Module) -> None:
         if not is_sharded(weight):
             weight.data = weight.data.to(sharded.dtype)  # as DeepSpeed casts a whole model
     deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
+
+
+@contextmanager
+def copies_in_shards() -> Iterator[None]:
+    """Cut each module that PEFT copies in this context, to train it in full, before it copies the next one."""
+    update = ModulesToSaveWrapper.update
+
+    def update_and_cut(wrapper, *args, **kwargs):
+        update(wrapper, *args, **kwargs)
+        shard_new_weights(wrapper)
+
+    with mock.patch.object(ModulesToSaveWrapper, "update", update_and_cut):
+        yield
 
 
 @contextmanager
