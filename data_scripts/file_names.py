@@ -15,7 +15,11 @@ import PIL.Image
 
 
 OUTSIDE = re.compile(r"[/\\]|[A-Za-z]:[/\\]|\w+://")  # how absolute paths and addresses begin
-UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts it before the names of uploaded files
+# Label Studio puts this before the names of uploaded files, writes "_" for a space, and leaves out what is no letter.
+UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")
+LEFT_OUT_OF_UPLOADS = re.compile(r"[^-\w.]")
+# It cuts the path "upload/PROJECT/NAME" to 100 characters, the last of them, before the extensions, at random.
+CUT_UPLOAD = re.compile(r"^(?=.{84,91}$)(.*)_[A-Za-z0-9]{7}((?:\.[^.]*)+)$")
 
 
 def is_image(name: str) -> bool:
@@ -55,7 +59,7 @@ def find_image(directory: str, name: str, version: str = "") -> tuple[str, bool]
     last = parts[-1]
     found = images.get(_key(last), [])
     if not found and UPLOAD_PREFIX.match(last):
-        found = images.get(_key(UPLOAD_PREFIX.sub("", last)), [])
+        found = _find_upload(images, last)
     if is_relative and os.path.isdir(os.path.dirname(direct)):
         folder = os.path.join(*parts[:-1]) if parts[1:] else ""
         found = [path for path in found if os.path.dirname(path) == folder]
@@ -86,9 +90,26 @@ def split_name(name: str) -> list[str]:
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")] or [name]
 
 
+def _find_upload(images: dict[str, list[str]], name: str) -> list[str]:
+    """Return the images that Label Studio may have called this when they were uploaded."""
+    uploaded = UPLOAD_PREFIX.sub("", name)
+    found = images.get(_upload_key(uploaded), [])
+    cut = None if found else CUT_UPLOAD.match(name)
+    if cut:
+        begin, end = _upload_key(UPLOAD_PREFIX.sub("", cut[1])), _upload_key(cut[2])[1:]
+        alike = [paths for key, paths in images.items() if key.startswith(begin) and key.endswith(end)]
+        found = sorted({path for paths in alike for path in paths})
+    return found
+
+
 def _key(name: str) -> str:
     """Return the same key for names that Windows and macOS take for the same file."""
     return unicodedata.normalize("NFC", name).casefold()
+
+
+def _upload_key(name: str) -> str:
+    """Return the same key for a name and what Label Studio makes of it. No name begins with its "/"."""
+    return "/" + LEFT_OUT_OF_UPLOADS.sub("", name.replace(" ", "_")).casefold()
 
 
 @functools.lru_cache(maxsize=8)
@@ -96,6 +117,9 @@ def _images_by_name(directory: str, version: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path in list_images(directory):
         name, relative = os.path.basename(path), os.path.relpath(path, directory)
-        for key in (name, os.path.splitext(name)[0]):
-            found.setdefault(_key(key), []).append(relative)
+        for form in (name, os.path.splitext(name)[0]):
+            # macOS gives accents as characters of their own, which an upload leaves out.
+            uploaded = {_upload_key(unicodedata.normalize(normal, form)) for normal in ("NFC", "NFD")}
+            for key in (_key(form), *uploaded):
+                found.setdefault(key, []).append(relative)
     return found

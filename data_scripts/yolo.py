@@ -28,8 +28,8 @@ class Yolo(Labeled):
     split           which of these keys; default: train. `validation` means val
     images          directory of the images, if they are apart from the labels
 
-    A label file lies where its image does, with `labels` for `images` in its path. Its lines hold a class number and
-    the outline, x and y in shares of the width and height.
+    A label file lies where its image does, with `labels` for `images` in its path, or beside it if there is no such
+    directory. Its lines hold a class number and the outline, x and y in shares of the width and height.
     """
 
     BUILDER_CONFIG_CLASS = ImagesConfig
@@ -187,9 +187,10 @@ def _stem(path: str) -> str:
 
 
 def _label_path(image: str) -> str:
-    """Return the path of the label file of an image: beside it, if no directory is called `images`."""
+    """Return the path of the label file of an image: with `labels` for `images`, or beside it if that is no place."""
     before, images, after = image.rpartition(f"{os.sep}images{os.sep}")
-    path = f"{before}{os.sep}labels{os.sep}{after}" if images else image
+    path = f"{before}{os.sep}labels{os.sep}{after}"
+    path = path if images and os.path.isdir(os.path.dirname(path)) else image
     return f"{os.path.splitext(path)[0]}.txt"
 
 

@@ -121,6 +121,12 @@ def test_yolo_of_label_studio_has_its_photos_elsewhere(root, load):
     assert_drawn(load("yolo", annotations="yolo", images="photos")[0])
 
 
+@pytest.mark.parametrize("folder", ["yolo", "yolo/train", "yolo/images", "yolo/images/train"])
+def test_labels_of_yolo_may_lie_beside_the_images(root, load, folder):
+    write_yolo(root, "names: [Rust_Patch, crack]", folder, folder)
+    assert_drawn(load("yolo", annotations="yolo")[0])
+
+
 def test_boxes_and_photos_without_labels_are_passed_over_and_said(root, load):
     write_yolo(root, "train: images/train\nnames: [Rust_Patch, crack]")
     (root / "yolo/images/train/b.jpg").write_bytes((root / "photos/a.jpg").read_bytes())
@@ -331,6 +337,46 @@ def test_label_studio(root, load, image):
     found = "found 1 images by the last part of their path or address in the split 'train'"
     boxes = "passed over 1 regions of the type 'rectanglelabels' in the split 'train'"
     assert load.remarks == ([boxes] if image == "a.jpg" else [found, boxes])
+
+
+@pytest.mark.parametrize(
+    ("photo", "uploaded"),
+    [
+        ("My photo (1).jpg", "My_photo_1.jpg"),
+        ("Stra\u00dfe, T\u00fcr.JPG", "Stra\u00dfe_T\u00fcr.JPG"),
+        ("Tu\u0308r.jpg", "Tur.jpg"),  # as macOS writes it
+        ("a&b+c.d.jpg", "abc.d.jpg"),
+        (" a  b.jpg", "_a__b.jpg"),
+        (f"{'long name ' * 9}.jpg", f"{'long_name_' * 9}"[:70] + "_zIeiGOQ.jpg"),  # of 100 characters with its path
+        (f"{'x' * 80}.2024.12.jpg", "x" * 62 + "_zIeiGOQ.2024.12.jpg"),
+    ],
+)
+def test_label_studio_renames_what_it_uploads(root, load, photo, uploaded):
+    """The names are those of Django 5.2, to which Label Studio leaves its uploads."""
+    (root / "photos/b.jpg").write_bytes((root / "photos/a.jpg").read_bytes())
+    (root / "photos/a.jpg").rename(root / "photos" / photo)
+    write_tasks(root, [polygon_region("Rust_Patch"), polygon_region("crack")], f"/data/upload/1/0a1b2c3d-{uploaded}")
+    row = load("label_studio", annotations="tasks.json", images="photos")[0]
+    assert_drawn(row)
+    assert row["image"]["path"].endswith(photo)
+    assert load.remarks == [
+        "found 1 images by the last part of their path or address in the split 'train'",
+    ]
+
+
+@pytest.mark.parametrize("photos", [("a b.jpg", "a_b.jpg"), ("a (b).jpg", "a b.jpg")])
+def test_a_name_that_label_studio_may_have_made_of_two_photos_is_an_error(root, load, photos):
+    for photo in photos:
+        (root / "photos" / photo).write_bytes((root / "photos/a.jpg").read_bytes())
+    write_tasks(root, [polygon_region("crack")], "/data/upload/1/0a1b2c3d-a_b.jpg")
+    with pytest.raises(ValueError, match="expected one file for the image .*, got 2"):
+        load("label_studio", annotations="tasks.json", images="photos")
+
+
+def test_the_end_of_a_name_of_common_length_is_not_left_out(root, load):
+    write_tasks(root, [polygon_region("crack")], "/data/upload/1/0a1b2c3d-a_kitchen.jpg")
+    with pytest.raises(ValueError, match="no image in there is called '0a1b2c3d-a_kitchen.jpg'"):
+        load("label_studio", annotations="tasks.json", images="photos")
 
 
 def test_predictions_that_nobody_accepted_are_said(root, load):
