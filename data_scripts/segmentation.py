@@ -292,11 +292,16 @@ def check_points(points: np.ndarray, height: int, width: int) -> np.ndarray:
     longer = max(height, width)
     with np.errstate(invalid="ignore"):
         fits = (
-            np.isfinite(points).all()
-            and not (points.max(axis=0) < 0).any()
+            not (points.max(axis=0) < 0).any()
             and not (points.min(axis=0) > (width, height)).any()
             and (points >= -longer).all()
             and (points <= (width + longer, height + longer)).all()
+        )
+    if not np.isfinite(points).all():
+        damaged = points[~np.isfinite(points).all(axis=1)][0].tolist()
+        raise ValueError(
+            f"expected polygons in an image of {width} x {height} pixels, got one with the point {damaged}. Draw it "
+            "again."
         )
     if not fits:
         raise ValueError(
