@@ -179,6 +179,8 @@ def estimate_memory(
     saved = sum(weight.nbytes - _quantized_bytes(weight, model_args) for weight in quantized)
     _make_fake(model)
     estimates = [_model_states(model, engine, _create_optimizer(model, args)) for engine in engines]
+    fake_log = logging.getLogger(FakeTensorMode.__module__)
+    was_disabled, fake_log.disabled = fake_log.disabled, True  # it logs errors with their trace
     try:
         activations = activation_bytes(model, args, batch, autocast=None if has_deepspeed else half)
         # A quantized layer is multiplied in full precision.
@@ -187,6 +189,8 @@ def estimate_memory(
         # Fake tensors lack some operations that training has, such as experts in float32.
         logger.debug("The activations could not be measured.", exc_info=True)
         activations = None
+    finally:
+        fake_log.disabled = was_disabled
     for estimate in estimates:
         estimate.weights -= saved
         estimate.activations = activations
