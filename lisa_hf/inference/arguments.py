@@ -5,13 +5,16 @@ import argparse
 import torch
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # as in training, export and conversion
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say how a model runs."""
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, type, default, help in (
         ("--max_new_tokens", positive_int, 256, "longest answer, in tokens"),
         ("--device", _available_device, default_device, "cpu, cuda, cuda:1, mps, ..."),
-        ("--dtype", _dtype_name, "auto", "dtype of the weights: float32, bfloat16, ...; auto: as saved"),
+        ("--dtype", _dtype_name, "auto", f"dtype of the weights: {', '.join(DTYPES[1:])}; auto: as saved"),
     ):
         parser.add_argument(name, type=type, default=default, help=f"{help} (%(default)s)")
 
@@ -36,6 +39,6 @@ def _available_device(text: str) -> torch.device:
 
 
 def _dtype_name(text: str) -> str:
-    if text != "auto" and not isinstance(getattr(torch, text, None), torch.dtype):
-        raise argparse.ArgumentTypeError(f"expected auto or a dtype, such as float32 or bfloat16, got {text!r}")
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"expected auto or a dtype among {', '.join(DTYPES[1:])}, got {text!r}")
     return text

@@ -1,11 +1,14 @@
 """Arguments of a model are checked before its weights are loaded."""
 
 import argparse
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from lisa_hf.inference.arguments import add_model_arguments
+from lisa_hf.conversion import saving
+from lisa_hf.inference.arguments import DTYPES, add_model_arguments
+from lisa_hf.training.arguments import ModelArguments
 
 
 @pytest.fixture
@@ -37,3 +40,8 @@ def test_others_are_answered_with_a_sentence(parser, capsys, option, value, expe
     with pytest.raises(SystemExit):
         parser.parse_args([option, value])
     assert f"argument {option}: expected {expected}" in capsys.readouterr().err
+
+
+def test_all_commands_take_the_same_dtypes():
+    trained, _ = get_args(get_type_hints(ModelArguments)["dtype"])
+    assert get_args(trained) == DTYPES == tuple(saving.DTYPES)
