@@ -3,7 +3,8 @@
     from data_scripts.check import check_source
     print(check_source("refcoco", data_dir="dataset"))
 
-A source is opened as training opens it, so its rows are prepared only once.
+A source is opened as training opens it, so its rows are prepared only once. It is ready if every record and image is
+whole: what training would skip is not.
 """
 
 import dataclasses
@@ -77,7 +78,8 @@ class Report:
         num_images: Number of distinct image files in the rows.
         missing_images: Paths of the image files that do not exist or are empty.
         bad_images: What is wrong with other images, or with masks on them.
-        errors: Why the source cannot be opened: one line, or one line for each of its first bad records.
+        errors: Why the source cannot be opened: one line, or one line for each of its first bad records, also those
+            that `on_bad_row: skip` leaves out.
         remarks: What was decided or left out while its rows were made.
     """
 
@@ -133,7 +135,9 @@ def check_source(name: str, data_dir: str | None = None, split: str | None = Non
         report.errors = _bad_records(name, data_dir, split, options) or [str(error).splitlines()[0]]
         return report
     splits = loaded if isinstance(loaded, DatasetDict) else {split: loaded}
-    report.remarks = make_builder(name, data_dir, split, **options).remarks()
+    opened = make_builder(name, data_dir, split, **options)
+    report.remarks = opened.remarks()
+    report.errors = [error for found in splits for error in opened.skipped_records().get(str(found), [])]
     report.num_rows = {split: len(rows) for split, rows in splits.items()}
     paths = sorted({path for rows in splits.values() for path in image_paths(rows) if path})
     report.num_images = len(paths)
@@ -174,10 +178,10 @@ def image_paths(rows: Dataset) -> list[str | None]:
     return [image["path"] if image and image["bytes"] is None else None for image in images]
 
 
-def _bad_records(name: str, data_dir: str | None, split: str | None, options: dict, number: int = 10) -> list[str]:
+def _bad_records(name: str, data_dir: str | None, split: str | None, options: dict) -> list[str]:
     """Return the errors of the first bad records of a source, where training would report one at a time."""
     try:
-        return make_builder(name, data_dir, split, **options).find_bad_records(number)
+        return make_builder(name, data_dir, split, **options).find_bad_records()
     except (OSError, ValueError):  # files are missing, or an option is wrong
         return []
 

@@ -34,6 +34,8 @@ MAX_BAD_SHARE = 0.01
 FEW_BAD_RECORDS = 3
 MIN_RECORDS = 100
 REMARKS = "remarks.json"
+BAD_RECORDS = "bad_records.json"
+MAX_NAMED = 10  # bad records whose errors are kept, per split
 # Marks a directory as ours in the cache of `datasets`, see `cache.py`.
 OWNER = "lisa_hf_source.json"
 
@@ -98,6 +100,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         # each shard. Positions, because a second epoch of a stream meets the same records again.
         self.bad_records = collections.defaultdict(set)
         self.num_read = collections.defaultdict(collections.Counter)
+        self.bad_errors: dict[str, list[str]] = collections.defaultdict(list)
         # Remarks of `read_records` for the user.
         self.read_remarks: list[str] = []
         # What `make_row` has counted in its record; and by split and remark, how many at each position.
@@ -159,6 +162,11 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
             remarks += read_json(path) if os.path.exists(path) else []
         return remarks
 
+    def skipped_records(self) -> dict[str, list[str]]:
+        """Return the errors of the first records that were skipped, by split, once the rows are prepared."""
+        path = os.path.join(self.cache_dir, BAD_RECORDS)
+        return read_json(path) if os.path.exists(path) else {}
+
     def download_and_prepare(self, *args, **kwargs):
         super().download_and_prepare(*args, **kwargs)
         # Remarks are stored, for whoever opens the prepared rows later.
@@ -170,6 +178,8 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         remarks += self.final_remarks() if self.num_read else []  # only of rows that this call has prepared
         if remarks:
             write_json(os.path.join(self.cache_dir, REMARKS), remarks)
+        if self.bad_errors:
+            write_json(os.path.join(self.cache_dir, BAD_RECORDS), self.bad_errors)
         write_json(os.path.join(self.cache_dir, OWNER), {"source": self.source})
 
     def find(self, data_dir: str | None, path: str) -> str:
@@ -270,6 +280,8 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                         raise
                     logger.warning("Skipped: %s", error)
                     bad.add((shard, index))
+                    if len(self.bad_errors[split]) < MAX_NAMED:
+                        self.bad_errors[split].append(str(error))
                     if num_records is not None:
                         self._check_bad_share(split, num_records, error)
                     continue
@@ -286,7 +298,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                 self._check_bad_share(split, total, "see the log", allowance)
             logger.warning("%s: skipped %d bad records of the split %r so far.", self.source, len(bad), split)
 
-    def find_bad_records(self, number: int) -> list[str]:
+    def find_bad_records(self, number: int = MAX_NAMED) -> list[str]:
         """Return the errors of the first `number` bad records. The list is empty if no records have been read."""
         errors = []
         for shard in sorted(pathlib.Path(self.records_dir).glob("*/*.jsonl")):
@@ -358,9 +370,15 @@ def errors_naming(where: str) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise ValueError(f"{where}: expected the key {error}, which is missing.") from error
+        raise ValueError(
+            f"{where}: expected the key {error}, which is missing. Export it again, or add it."
+        ) from error
     except (AttributeError, IndexError, OverflowError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        if isinstance(error, ValueError) and "expected" in str(error):
+            raise ValueError(f"{where}: {error}") from error
+        raise ValueError(
+            f"{where}: expected what its format says, got other content ({error}). Export it again, or remove it."
+        ) from error
 
 
 def join_inside(directory: str, name: str) -> str:

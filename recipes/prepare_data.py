@@ -174,7 +174,7 @@ def main():
     command.add_argument("--num_threads", type=int, default=4, help="number of files to download at once")
     command.set_defaults(run=run_download)
     command = commands.add_parser(
-        "check", parents=[common], help="report missing files and bad records; status 1 if any"
+        "check", parents=[common], help="report missing files, bad records and images; status 1 if any"
     )
     command.set_defaults(run=run_check)
     command = commands.add_parser("preview", parents=[common], help="draw sheets of rows with their phrases and masks")

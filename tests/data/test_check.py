@@ -1,6 +1,7 @@
 """`check` finds what training would trip over: it decodes every image and compares it with its masks."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
@@ -12,11 +13,11 @@ from data_scripts.check import check_source, describe_other_counts
 
 @pytest.fixture
 def check(tmp_path):
-    """Check three photos with masks, the last of which is given as the content of a file."""
+    """Check photos with masks, the third of which is given as the content of a file, and more lines of questions."""
 
-    def check(content: bytes | None = None, **options):
+    def check(content: bytes | None = None, num_photos: int = 3, more: Sequence[str] = (), **options):
         lines = []
-        for index in range(3):
+        for index in range(num_photos):
             PIL.Image.new("RGB", (60, 40)).save(tmp_path / f"{index}.png")
             mask = PIL.Image.new("L", (60, 40))
             mask.paste(1, (10, 10, 30, 30))
@@ -24,7 +25,7 @@ def check(tmp_path):
             lines.append(json.dumps({"image": f"{index}.png", "mask": f"m{index}.png", "phrase": "it"}))
         if content is not None:
             (tmp_path / "2.png").write_bytes(content)
-        (tmp_path / "q.jsonl").write_text("\n".join(lines))
+        (tmp_path / "q.jsonl").write_text("\n".join([*lines, *more]))
         options = {"builder": "image_folder", "questions": "q.jsonl", "images": ".", "masks": "."} | options
         return check_source("mine", str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"), **options)
 
@@ -44,6 +45,14 @@ def test_counts_other_than_published_are_said():
 def test_whole_images_are_ready(check):
     report = check()
     assert report.is_ready and not report.bad_images and not report.remarks
+
+
+@pytest.mark.parametrize("on_bad_row", ["skip", "raise"])
+def test_a_bad_record_is_not_ready_also_where_training_skips_it(check, on_bad_row):
+    report = check(num_photos=10, more=['{"image": "0.png", "phrase": "it"}'], on_bad_row=on_bad_row)
+    assert not report.is_ready
+    assert len(report.errors) == 1 and "line 11: expected" in report.errors[0]
+    assert report.num_rows == ({"train": 10} if on_bad_row == "skip" else {})
 
 
 def test_a_cut_off_image_is_found(check, tmp_path):
