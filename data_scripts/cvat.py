@@ -32,8 +32,10 @@ class Cvat(Labeled):
         path = self.locate(data_dir, "annotations")
         try:
             return {self.config.split: list(_read_cvat(path))}
-        except (ET.ParseError, LookupError) as error:  # the second of an unknown encoding
-            raise ValueError(f"expected an XML file of CVAT, got {path!r} ({error}). Export it again.") from error
+        except (ET.ParseError, IsADirectoryError, LookupError) as error:  # the last of an unknown encoding
+            raise ValueError(
+                f"expected an XML file of CVAT, got {path!r} ({error}). Name annotations.xml, or export it again."
+            ) from error
 
     def make_row(self, record):
         image, shapes = record

@@ -42,6 +42,7 @@ class LabelMe(Labeled):
     """
 
     BUILDER_CONFIG_CLASS = LabelMeConfig
+    DIRECTORIES = ("annotations", "images")
 
     def annotation_files(self, data_dir):
         directory = self.locate(data_dir, "annotations")

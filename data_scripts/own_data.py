@@ -9,11 +9,13 @@ You choose the key, which becomes the source of the rows. Paths are relative to 
 sources has a single split. For another split, add a source with other files, for example in `eval_sources`.
 """
 
+import collections
 import dataclasses
 import functools
 import io
 import itertools
 import os
+import unicodedata
 from collections.abc import Sequence
 from typing import IO, Any, get_args
 
@@ -27,6 +29,7 @@ from .source import SourceBuilder, SourceConfig, read_json, write_json
 
 
 ORIENTATION = "orientation.json"
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 
 
 @dataclasses.dataclass
@@ -54,6 +57,8 @@ class OwnData(SourceBuilder):
     """Base of the builders that find their files by options, and turn masks with their photos."""
 
     BUILDER_CONFIG_CLASS = OwnDataConfig
+    # Options that name directories.
+    DIRECTORIES: tuple[str, ...] = ("images", "masks", "instances")
 
     def annotated_size(self, record: Any) -> tuple[str, Size | None]:
         """Return the path of a record's image, and the height and width of its annotation, or None if it says none.
@@ -134,7 +139,7 @@ class OwnData(SourceBuilder):
         """Return the path in an option.
 
         Raises:
-            ValueError: If the option is not set.
+            ValueError: If the option is not set, or names an archive, or a file instead of a directory.
             FileNotFoundError: If the path does not exist.
         """
         path = getattr(self.config, option)
@@ -145,6 +150,16 @@ class OwnData(SourceBuilder):
             raise FileNotFoundError(
                 f"source {self.source!r}: expected `{option}` to exist, got {path!r}, which does not. Use a path that "
                 "is absolute or relative to `data_dir`."
+            )
+        if path.lower().endswith(ARCHIVES) and os.path.isfile(path):
+            raise ValueError(
+                f"source {self.source!r}: expected `{option}` to be unpacked, got the archive {path!r}. Unpack it "
+                "and name what is inside."
+            )
+        if option in self.DIRECTORIES and not os.path.isdir(path):
+            raise ValueError(
+                f"source {self.source!r}: expected `{option}` to be a directory, got the file {path!r}. Name the "
+                "directory that it is in."
             )
         return path
 
@@ -225,7 +240,15 @@ class Labeled(OwnData):
 
     def final_remarks(self):
         unknown = ", ".join(repr(label) for label in self.config.names or {} if label not in self.met_labels)
-        return [f"no annotation has the labels {unknown} of the option `names`"] if unknown else []
+        remarks = [f"no annotation has the labels {unknown} of the option `names`"] if unknown else []
+        alike = collections.defaultdict(list)
+        for label in sorted(self.met_labels):
+            alike[unicodedata.normalize("NFC", label).casefold()].append(label)
+        for labels in alike.values():
+            if any(self.phrases(label) != self.phrases(labels[0]) for label in labels):
+                asked = " and ".join(map(repr, labels))
+                remarks.append(f"asks for {asked} as different things; if they are one, give them the same `names`")
+        return remarks
 
 
 def _is_texts(values: Any) -> bool:

@@ -28,6 +28,7 @@ class Supervisely(Labeled):
     """
 
     BUILDER_CONFIG_CLASS = AnnotationFileConfig
+    DIRECTORIES = ("annotations",)
 
     def _json_files(self, data_dir: str | None) -> list[str]:
         directory = self.locate(data_dir, "annotations")

@@ -47,6 +47,8 @@ def read_text(path: str, encoding: str | None = None) -> str:
     Raises:
         ValueError: If the file is damaged, or its encoding is not clear.
     """
+    if os.path.isdir(path):
+        raise ValueError(f"expected a file, got the directory {path!r}. Name the file in it.")
     content = pathlib.Path(path).read_bytes()
     unicode = json.detect_encoding(content)  # by a byte order mark or by zeros, else UTF-8
     try:

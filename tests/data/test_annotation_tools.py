@@ -34,12 +34,13 @@ def annotation(number, image_id, left, category=1, **changes):
     return {"id": number, "image_id": image_id, "category_id": category, "segmentation": [box]} | changes
 
 
-def open_coco(root, images, annotations, categories=((1, "handle"),)):
+def open_coco(root, images, annotations, categories=((1, "handle"),), **options):
     """Return the masks and phrases by image, as (file name, [(phrase, left side)]), and the remarks."""
     categories = [{"id": number, "name": name} for number, name in categories]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / "a.json").write_text(json.dumps(content))
-    options = {"builder": "coco_instances", "annotations": "a.json", "images": ".", "cache_dir": str(root / "cache")}
+    files = {"annotations": "a.json", "images": "."}
+    options = {"builder": "coco_instances", **files, "cache_dir": str(root / "cache"), **options}
     rows = load_source("mine", str(root), **options).cast_column("image", UPRIGHT)
     found = [
         (
@@ -85,6 +86,52 @@ def test_ids_that_agree_are_not_remarked_on(root):
 def test_one_id_of_different_things_is_an_error_that_names_it(root, images, categories, message):
     with pytest.raises(ValueError, match=f"a.json.*{message}"):
         open_coco(root, images, [annotation(1, 1, 0), annotation(2, 1, 40)], categories)
+
+
+def test_annotations_of_an_image_that_is_not_listed_are_errors(root):
+    with pytest.raises(ValueError, match="image 7: expected an entry of `images`"):
+        open_coco(root, [image(1)], [annotation(1, 1, 0), annotation(2, 7, 0)])
+
+
+@pytest.mark.parametrize("labels", [("Door", "door"), ("t\u00fcr", "tu\u0308r")])
+def test_labels_that_look_alike_are_said(root, labels):
+    annotations = [annotation(1, 1, 0, 1), annotation(2, 1, 30, 2)]
+    found, remarks = open_coco(root, [image(1)], annotations, list(enumerate(labels, 1)))
+    assert found == [("a.png", [(labels[0], 0), (labels[1], 30)])]
+    asked = " and ".join(map(repr, sorted(labels)))
+    assert remarks == [f"asks for {asked} as different things; if they are one, give them the same `names`"]
+    names = {label: ["the door"] for label in labels}
+    assert open_coco(root, [image(1)], annotations, list(enumerate(labels, 1)), names=names)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("builder", "option", "name", "message"),
+    [
+        ("coco_instances", "annotations", "a.json.gz", "to be unpacked, got the archive .* Unpack it"),
+        ("coco_instances", "images", "a.zip", "to be unpacked, got the archive .* Unpack it"),
+        ("coco_instances", "images", "a.png", "to be a directory, got the file"),
+        ("coco_instances", "annotations", ".", "expected a file, got the directory"),
+        ("cvat", "annotations", ".", "expected an XML file .* Name annotations.xml"),
+        ("labelme", "annotations", "a.json", "to be a directory, got the file"),
+        ("supervisely", "annotations", "a.json", "to be a directory, got the file"),
+    ],
+)
+def test_archives_and_directories_for_files_are_errors(root, builder, option, name, message):
+    for file in ("a.zip", "a.json.gz", "a.json"):
+        (root / file).write_bytes(b"PK")
+    images = {} if builder == "supervisely" else {"images": "."}
+    options = {"builder": builder, "annotations": "a.json"} | images | {option: name}
+    with pytest.raises(ValueError, match=message):
+        load_source("mine", str(root), cache_dir=str(root / "cache"), **options)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_points_that_are_no_numbers_are_said(root, number):
+    damaged = annotation(1, 1, 0) | {"segmentation": [[0, 0, 20, number, 20, 20]]}
+    with pytest.raises(
+        ValueError, match=rf"image 1: expected polygons .* with the point \[20\.0, {number}\]\. Draw it"
+    ):
+        open_coco(root, [image(1)], [damaged])
 
 
 def test_an_image_that_is_listed_twice_is_one_row_with_all_annotations(root):
