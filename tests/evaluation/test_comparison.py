@@ -4,11 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from fixtures.paths import ROOT
 
 from lisa_hf.evaluation.benchmarks import QuestionScore, read_scores, write_scores
-from lisa_hf.evaluation.comparison import compare_evaluations, compare_scores, sign_test
+from lisa_hf.evaluation.comparison import compare_evaluations, compare_scores, read_comparison, sign_test
 from lisa_hf.evaluation.metrics import SegmentationMetric
 from lisa_hf.evaluation.protocols import PROTOCOLS
+from lisa_hf.evaluation.report import results_page
 
 
 GENERATED = PROTOCOLS["generated"]
@@ -108,3 +110,12 @@ def test_an_evaluation_that_failed_has_no_results(tmp_path):
     (tmp_path / "evaluation.json").write_text('{"model": "m", "settings": {}, "benchmarks": {}}')
     with pytest.raises(ValueError, match="with results, got none. Start recipes/eval.py again"):
         compare_evaluations([tmp_path, tmp_path])
+
+
+def test_the_page_of_results_is_made_of_its_files(tmp_path):
+    """`python recipes/compare.py docs/results/*.json --output docs/results.md --overwrite` makes it."""
+    comparisons = [read_comparison(path) for path in sorted((ROOT / "docs" / "results").glob("*.json"))]
+    assert comparisons and (ROOT / "docs" / "results.md").read_text() == results_page(comparisons)
+    (tmp_path / "other.json").write_text('{"title": "a"}')
+    with pytest.raises(ValueError, match="other.json: expected a file that recipes/compare.py --json wrote"):
+        read_comparison(tmp_path / "other.json")
