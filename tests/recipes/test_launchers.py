@@ -1,9 +1,17 @@
-"""Every launcher of recipes/accelerate starts the training recipe, on CPUs here, and trains the same model."""
+"""Every launcher of recipes/accelerate starts the training recipe, on CPUs here, and trains the same model.
+
+Those of clusters, in recipes/launchers, are checked by the schemas of their own tools, and by what they would start.
+"""
 
 import json
+import os
+import re
 import socket
+import subprocess
 
 import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
 from fixtures.golden_model import converted_directory
 from fixtures.paths import ROOT
 from fixtures.recipes import write_config
@@ -99,3 +107,79 @@ def test_evaluation_gives_the_same_figures_on_any_number_of_processes_in_any_eng
         written.append(json.loads((output_dir / "evaluation.json").read_text())["benchmarks"])
     assert written == written[:1] * 4
     assert written[0]["shapes"]["num_items"] == 5
+
+
+# Clusters
+
+CLUSTERS = ROOT / "recipes" / "launchers"
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run a shell script with stubs for the tools of a cluster, and return what it passes to `accelerate launch`."""
+    stubs = {
+        "accelerate": 'printf "%s\\n" "$@" > arguments',
+        "scontrol": "echo first; echo second",
+        "srun": 'SLURM_NODEID=1 exec "$@"',
+    }
+    for name, script in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def run(*command, **variables):
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables
+        subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+        command, *arguments = (tmp_path / "arguments").read_text().splitlines()
+        assert command == "launch"
+        args = launch_command_parser().parse_args(arguments)
+        assert (ROOT / args.config_file).is_file() and (ROOT / args.training_script).is_file()
+        assert args.training_script_args[:2] == ["--config", "recipes/configs/lisa_7b.yaml"]
+        assert "auto" in args.training_script_args
+        return args
+
+    return run
+
+
+def test_slurm(run_script):
+    script = CLUSTERS / "slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    variables = {"SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    args = run_script("bash", script, "--run_name", "a name", **variables)
+    assert (args.num_machines, args.num_processes, args.machine_rank, args.main_process_ip) == (2, 16, 1, "first")
+    assert args.training_script_args[-2:] == ["--run_name", "a name"]
+    simple_slurm = pytest.importorskip("simple_slurm")
+    options = re.findall(r"^#SBATCH --(\S+)=(\S+)$", script.read_text(), re.MULTILINE)
+    assert len(options) == script.read_text().count("#SBATCH") > 5
+    for name, value in options:
+        simple_slurm.Slurm().add_arguments(name.replace("-", "_"), value)  # exits at an unknown one
+
+
+def test_kubernetes(run_script):
+    service, job = yaml.safe_load_all((CLUSTERS / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    args = run_script(*container["command"], JOB_COMPLETION_INDEX="1", **variables)
+    number = job["spec"]["completions"]
+    assert number == job["spec"]["parallelism"] == args.num_machines
+    assert args.num_processes == number * container["resources"]["limits"]["nvidia.com/gpu"]
+    name = job["metadata"]["name"]
+    assert args.main_process_ip == f"{name}-0.{pod['subdomain']}" and pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    for document in (service, job):
+        kubernetes_validate.validate(document, "1.34", strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job | {"spec": job["spec"] | {"completion": 2}}, "1.34", strict=True)
+
+
+def test_skypilot(run_script):
+    path = CLUSTERS / "skypilot.yaml"
+    variables = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    task = yaml.safe_load(path.read_text())
+    args = run_script("bash", "-c", task["run"], SKYPILOT_NUM_GPUS_PER_NODE="8", **variables)
+    assert (args.num_machines, args.num_processes, args.machine_rank) == (2, 16, 1)
+    assert args.main_process_ip == "10.0.0.1"
+    sky = pytest.importorskip("sky")  # needs an environment of its own
+    found = sky.Task.from_yaml(str(path))
+    assert found.num_nodes == task["num_nodes"] and "H100" in str(found.resources)
