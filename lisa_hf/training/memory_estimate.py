@@ -1,7 +1,7 @@
 """Estimate the memory that a training step needs on each GPU, before any weight is loaded.
 
 The model is built without weights and prepared for training. Weights, gradients and optimizer states follow to the
-byte from the sizes of its parameters and from how DDP, ZeRO-2 and ZeRO-3 shard them. Activations are measured: a
+byte from the sizes of its parameters and from how DDP, ZeRO and FSDP2 shard them. Activations are measured: a
 forward and a backward pass run on fake tensors, which have shapes but no data, and all bytes that live at the same
 time are counted.
 
@@ -53,18 +53,20 @@ class Engine:
         num_processes: Number of processes.
         process_index: Rank of the process whose memory is estimated.
         zero: The section `zero_optimization` of a DeepSpeed file, in which "auto" is Trainer's choice. None: one
-            process alone or DDP.
+            process alone, DDP or FSDP2.
+        fsdp: Whether FSDP2 shards the model.
     """
 
     num_processes: int = 1
     process_index: int = 0
     zero: dict | None = None
+    fsdp: bool = False
 
     @classmethod
     def of_this_run(cls, args: LisaTrainingArguments):
         plugin = args.deepspeed_plugin
         zero = None if plugin is None else plugin.hf_ds_config.config["zero_optimization"]
-        return cls(args.world_size, args.process_index, zero)
+        return cls(args.world_size, args.process_index, zero, fsdp=zero is None and args.shards_weights)
 
     def zero_option(self, key: str, auto: int) -> int:
         """Return a number of the DeepSpeed file, or `auto`, which Trainer fills in for "auto"."""
@@ -85,7 +87,8 @@ class MemoryEstimate:
         gradients: Gradients of the trained weights, kept between accumulation steps.
         optimizer: Optimizer states and, with DeepSpeed, the float32 copies of the trained weights.
         activations: Peak of everything else during a forward and a backward pass; None if it could not be measured.
-        communication: Buckets for gradients and, with ZeRO-3, gathered weights of two layers. A rule of thumb.
+        communication: Buckets for gradients; with ZeRO-3 and FSDP2, gathered weights of two layers and, with FSDP2, of
+            what is outside of layers. A rule of thumb.
         host: Bytes in the host's memory instead: offloaded optimizer states, gradients and weights.
     """
 
@@ -178,7 +181,7 @@ def estimate_memory(
     quantized = _quantized_weights(model) if model_args.load_in_8bit or model_args.load_in_4bit else []
     saved = sum(weight.nbytes - _quantized_bytes(weight, model_args) for weight in quantized)
     _make_fake(model)
-    estimates = [_model_states(model, engine, _create_optimizer(model, args)) for engine in engines]
+    estimates = [_model_states(model, engine, _create_optimizer(model, args), half) for engine in engines]
     fake_log = logging.getLogger(FakeTensorMode.__module__)
     was_disabled, fake_log.disabled = fake_log.disabled, True  # it logs errors with their trace
     try:
@@ -204,13 +207,22 @@ def _half_precision(args: LisaTrainingArguments) -> torch.dtype | None:
 # ---- weights, gradients, optimizer states ---------------------------------------------------------------------------
 
 
-def _model_states(model: nn.Module, engine: Engine, optimizer: Optimizer) -> MemoryEstimate:
-    """Compute weights, gradients and optimizer states as DDP, ZeRO-2 or ZeRO-3 distribute them."""
+def _model_states(model: nn.Module, engine: Engine, optimizer: Optimizer, half: torch.dtype | None) -> MemoryEstimate:
+    """Compute weights, gradients and optimizer states as DDP, ZeRO-2, ZeRO-3 or FSDP2 distribute them.
+
+    Args:
+        model: Model of fake parameters.
+        engine: The engine.
+        optimizer: Optimizer of the parameters that train.
+        half: Dtype of mixed precision, if any.
+    """
     world_size = engine.num_processes
     groups = [group["params"] for group in optimizer.param_groups]
     trained = [parameter for group in groups for parameter in group]
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     gradients = sum(parameter.nbytes for parameter in trained)
+    if engine.fsdp:
+        return _fsdp_states(model, engine, optimizer, half)
     if engine.zero is None:
         buckets = gradients if world_size > 1 else 0
         return MemoryEstimate(weights, gradients, _state_bytes(optimizer), communication=buckets)
@@ -235,10 +247,9 @@ def _model_states(model: nn.Module, engine: Engine, optimizer: Optimizer) -> Mem
         weights = sharded + whole + sum(buffer.nbytes for buffer in model.buffers())
         gradients = itemsize * sum(shards)
         # The layer that is computed and the next one are gathered.
-        layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-        largest_layer = max(sum(weight.nbytes for weight in layer.parameters()) for layer in layers)
-        communication = itemsize * bucket + 2 * largest_layer
-    optimizer_bytes = 4 * sum(shards) + _state_bytes(optimizer, shards)  # with float32 copies of the weights
+        communication = itemsize * bucket + 2 * max(_layer_bytes(model))
+    states = _state_bytes(optimizer, [[torch.Size([shard])] for shard in shards], torch.float32)
+    optimizer_bytes = 4 * sum(shards) + states  # with float32 copies of the weights
     estimate = MemoryEstimate(weights, gradients, optimizer_bytes, communication=communication)
     if engine.offloads("optimizer"):
         estimate.host = optimizer_bytes + 4 * sum(shards)  # with float32 copies of the gradients
@@ -248,6 +259,43 @@ def _model_states(model: nn.Module, engine: Engine, optimizer: Optimizer) -> Mem
         estimate.host += sharded
         estimate.weights -= sharded
     return estimate
+
+
+def _fsdp_states(model: nn.Module, engine: Engine, optimizer: Optimizer, half: torch.dtype | None) -> MemoryEstimate:
+    """Compute what FSDP2 leaves on a process: of each weight, some of the slices along its first dimension."""
+
+    def shard_shape(parameter: nn.Parameter) -> torch.Size:
+        count = math.ceil(len(parameter) / engine.num_processes)  # of every process but the last ones
+        start = engine.process_index * count
+        return torch.Size([min(count, max(len(parameter) - start, 0)), *parameter.shape[1:]])
+
+    groups = [group["params"] for group in optimizer.param_groups]
+    trained = {parameter for group in groups for parameter in group}
+    # With mixed precision, accelerate keeps the weights that train in float32.
+    dtype = torch.float32 if half else next(iter(trained)).dtype
+    sizes = {
+        parameter: dtype.itemsize if parameter in trained else parameter.itemsize for parameter in model.parameters()
+    }
+    weights = sum(
+        size * math.ceil(len(parameter) / engine.num_processes) * parameter[0].numel()  # padded
+        for parameter, size in sizes.items()
+    )
+    shapes = [[shard_shape(parameter) for parameter in group] for group in groups]
+    gradients = dtype.itemsize * sum(shape.numel() for group in shapes for shape in group)
+    layers = _layer_bytes(model)
+    outside = sum(parameter.nbytes for parameter in model.parameters()) - sum(layers)
+    return MemoryEstimate(
+        weights=weights + sum(buffer.nbytes for buffer in model.buffers()),
+        gradients=gradients,
+        optimizer=_state_bytes(optimizer, shapes, dtype),
+        communication=outside + 2 * max(layers),
+    )
+
+
+def _layer_bytes(model: nn.Module) -> list[int]:
+    """Return the bytes of the weights of each layer that is gathered as a whole."""
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    return [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
 
 
 def _zero2_gradients(parameters: list[nn.Parameter], shard: int, rank: int) -> int:
@@ -271,11 +319,13 @@ def _create_optimizer(model: nn.Module, args: LisaTrainingArguments) -> Optimize
     return optimizer
 
 
-def _state_bytes(optimizer: Optimizer, shards: list[int] | None = None) -> int:
-    """Return the bytes of the optimizer states after a step, on the parameters or on a float32 shard of each group."""
+def _state_bytes(
+    optimizer: Optimizer, shards: list[list[torch.Size]] | None = None, dtype: torch.dtype | None = None
+) -> int:
+    """Return the bytes of the optimizer states after a step, on the parameters or on shards of each group."""
     for index, group in enumerate(optimizer.param_groups):
         if shards is not None:
-            group["params"] = [_fake_like(torch.empty(shards[index], device="meta"))]
+            group["params"] = [_fake_like(torch.empty(shape, dtype=dtype, device="meta")) for shape in shards[index]]
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

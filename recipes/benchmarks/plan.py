@@ -1,4 +1,4 @@
-"""Plan a run on GPUs that are not here: memory, step time and cost of a recipe with DDP, ZeRO-2 and ZeRO-3.
+"""Plan a run on GPUs that are not here: memory, step time and cost of a recipe with DDP, ZeRO-2, ZeRO-3 and FSDP2.
 
     python recipes/benchmarks/plan.py --config recipes/configs/lisa_7b.yaml --nodes 2 --gpus_per_node 8 \
         --gpu_memory 80 --peak_tflops 989 --mfu 0.35 --node_bandwidth 450 --network_bandwidth 50
@@ -12,13 +12,21 @@ A step takes, in the model that this command uses:
     communicating  bytes that one GPU sends in a step / bandwidth of the slowest link
 
 Operations are counted in a forward and a backward pass, with what activation checkpointing repeats. In a ring of N
-GPUs, each sends 2 (N-1)/N times the gradients of the trained weights with DDP and ZeRO-2, once per step; with ZeRO-3,
-it sends (N-1)/N times the gradients and twice all weights in each accumulation step. Nothing is assumed to overlap.
-Data and evaluation take no time. `mfu` is what a GPU reaches of its peak: measure it with step.py.
+GPUs, each sends 2 (N-1)/N times the gradients of the trained weights with DDP and ZeRO-2, once per step; with ZeRO-3
+and FSDP2, it sends (N-1)/N times the gradients and twice all weights in each accumulation step. Nothing is assumed to
+overlap. Data and evaluation take no time. `mfu` is what a GPU reaches of its peak: measure it with step.py.
+
+    python recipes/benchmarks/plan.py --check
+
+compares the seconds of computing with every step that is measured in docs/cost.md.
 """
 
 import argparse
+import re
+import statistics
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from memory import make_empty_model, make_engine
@@ -29,10 +37,18 @@ from lisa_hf.errors import report_user_errors
 from lisa_hf.model.packing import resolve_packing
 from lisa_hf.training.arguments import LisaTrainingArguments, parse_arguments
 from lisa_hf.training.build import build_config_and_processor
-from lisa_hf.training.memory_estimate import estimate_memory, example_batch
+from lisa_hf.training.memory_estimate import Engine, estimate_memory, example_batch
 
 
-ENGINES = {"DDP": None, "ZeRO-2": 2, "ZeRO-3": 3}
+# The first process of an engine on a number of GPUs.
+ENGINES = {
+    "DDP": Engine,
+    "ZeRO-2": partial(make_engine, process_index=0, zero_stage=2),
+    "ZeRO-3": partial(make_engine, process_index=0, zero_stage=3),
+    "FSDP2": partial(Engine, fsdp=True),
+}
+MEASUREMENTS = Path(__file__).parents[2] / "docs" / "cost.md"
+VARIANTS = ("original's arithmetic", "this code", "with a warm feature cache", "losses on sampled points")
 HEADER = (
     "| engine | GiB per GPU | fits | computing, s | communicating, s | images per s | days | GPU hours |\n"
     "|---|---:|---|---:|---:|---:|---:|---:|"
@@ -91,7 +107,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in vars(Cluster()).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
+    parser.add_argument("--check", action="store_true", help="compare the plan with what was measured")
     args, others = parser.parse_known_args()
+    if args.check:
+        print(check(MEASUREMENTS.read_text(encoding="utf-8")))
+        return
+    del args.check
     with report_user_errors():
         print(report(Cluster(**vars(args)), others))
 
@@ -132,17 +153,17 @@ def measure_model(model_args, data_args, args: LisaTrainingArguments, num_gpus: 
     """Count the operations and the memory of a micro-step, without weights."""
     config, processor = build_config_and_processor(model_args)
     memory = {}
-    for engine, stage in ENGINES.items():
-        if stage is not None and args.muon_learning_rate is not None:
+    for name, make in ENGINES.items():
+        if name != "DDP" and args.muon_learning_rate is not None:
             continue  # Muon needs whole matrices
         model = make_empty_model(model_args, config)
         packing = resolve_packing(model.config, data_args.packing)
         collator = LisaDataCollator(processor, data_args.max_length, packing=packing)
         batch = example_batch(collator, args.per_device_train_batch_size, data_args.num_questions)
         with FlopCounterMode(display=False) as counter:
-            (estimate,) = estimate_memory(model, model_args, args, batch, [make_engine(num_gpus, 0, stage)])
-        memory[engine] = None if estimate.activations is None else estimate.total
-        if stage is None:
+            (estimate,) = estimate_memory(model, model_args, args, batch, [make(num_gpus)])
+        memory[name] = None if estimate.activations is None else estimate.total
+        if name == "DDP":
             flops = counter.get_total_flops()
             sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     return Model(flops, sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained), memory)
@@ -153,9 +174,41 @@ def step_seconds(model: Model, engine: str, cluster: Cluster, accumulation_steps
     computing = accumulation_steps * model.flops / (1e12 * cluster.peak_tflops * cluster.mfu)
     share = (cluster.num_gpus - 1) / cluster.num_gpus
     sent = 2 * model.gradient_bytes
-    if engine == "ZeRO-3":
+    if engine in ("ZeRO-3", "FSDP2"):
         sent = accumulation_steps * (model.gradient_bytes + 2 * model.weight_bytes)
     return computing, share * sent / cluster.bytes_per_second
+
+
+def measured_steps(page: str) -> list[tuple[str, float, float]]:
+    """Return what is measured, 10^9 operations and CPU seconds of each step in the tables of docs/cost.md."""
+    rows = [
+        [cell.strip() for cell in line.strip("|\n").split("|")] for line in page.splitlines() if line.startswith("|")
+    ]
+    mid = {name: values for name, *values in rows if len(values) == len(VARIANTS) - 1}
+    steps = [(f"mid, {v}", *numbers) for v, *numbers in zip(VARIANTS, mid["GFLOP per step"], mid["CPU time, s"])]
+    for place, *cells in rows:
+        if re.match(r"(questions per image|image tokens|image size|vocabulary).*: ", place):
+            operations, seconds = (cell.split(" / ") for cell in cells[:2])
+            steps += [(f"small, {place}, {v}", *numbers) for v, *numbers in zip(VARIANTS, operations, seconds)]
+    return [(name, float(operations), float(seconds)) for name, operations, seconds in steps]
+
+
+def check(page: str) -> str:
+    """Return a table of measured and planned seconds, from one rate of computing: that of "this code" at mid.
+
+    Args:
+        page: Text of docs/cost.md.
+    """
+    steps = measured_steps(page)
+    rate = {name: operations / seconds for name, operations, seconds in steps}[f"mid, {VARIANTS[1]}"]
+    errors = [operations / rate / seconds - 1 for _, operations, seconds in steps]
+    lines = [
+        f"| {name} | {operations:g} | {seconds:g} | {operations / rate:.2f} | {error:+.0%} |"
+        for (name, operations, seconds), error in zip(steps, errors)
+    ]
+    header = "| step on one CPU core | GFLOP | measured, s | planned, s | error |\n|---|---:|---:|---:|---:|"
+    median = statistics.median(map(abs, errors))
+    return "\n".join([header, *lines, "", f"{len(steps)} steps, median error {median:.0%}, at {rate:.1f} GFLOP/s."])
 
 
 if __name__ == "__main__":

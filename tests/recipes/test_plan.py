@@ -1,7 +1,10 @@
 """The plan of a run: operations are those of a real step, and the table follows from the numbers of the cluster."""
 
+import re
+
 import plan
 import pytest
+from fixtures.paths import ROOT
 from fixtures.recipes import write_config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,6 +47,7 @@ def test_seconds_follow_from_the_cluster():
     assert plan.step_seconds(GIGA, "DDP", node, 2) == pytest.approx((4.0, 0.015))
     # Three quarters of the gradients and twice the weights, twice a step.
     assert plan.step_seconds(GIGA, "ZeRO-3", node, 2) == pytest.approx((4.0, 0.75 * 2 * 33e9 / 100e9))
+    assert plan.step_seconds(GIGA, "FSDP2", node, 2) == plan.step_seconds(GIGA, "ZeRO-3", node, 2)
     node.nodes = 2
     assert plan.step_seconds(GIGA, "DDP", node, 1) == pytest.approx((2.0, 7 / 8 * 2e9 / 10e9))
     alone = plan.Cluster(gpus_per_node=1)
@@ -65,3 +69,20 @@ def test_the_fastest_engine_that_fits(tmp_path, monkeypatch):
     assert "None fits" in plan.report(cluster, config)
     with pytest.raises(ValueError, match="max_steps: expected the number of steps"):
         plan.report(cluster, [*config, "--max_steps", "-1", "--num_train_epochs", "1"])
+
+
+def test_every_measured_step_is_compared():
+    page = (ROOT / "docs" / "cost.md").read_text()
+    steps = plan.measured_steps(page)
+    assert steps[:3] == [
+        ("mid, original's arithmetic", 697.8, 10.83),
+        ("mid, this code", 286.6, 3.92),
+        ("mid, with a warm feature cache", 157.3, 2.42),
+    ]
+    # Fifteen sizes with three variants, four photo sizes with one more.
+    assert len(steps) == 3 + 15 * 3 + 4
+    assert ("small, image size, megapixels: 12, losses on sampled points", 40.9, 0.655) in steps
+    table = plan.check(page)
+    assert "| mid, this code | 286.6 | 3.92 | 3.92 | +0% |" in table
+    assert "| small, image size, megapixels: 12, this code | 40.9 | 3.9 | 0.56 | -86% |" in table
+    assert re.search(r"52 steps, median error \d+%, at 73.1 GFLOP/s", table)

@@ -72,12 +72,13 @@ def test_bytes_of_quantized_weights(bits, tmp_path):
     assert estimate.optimizer == 2 * tensor_bytes(trained) + 4 * len(trained)  # two moments, and a counter each
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
 def test_bytes_of_sharded_states(engine, tmp_path):
     """Three processes divide few weights without a remainder."""
-    launch("tests/workers/memory_worker.py", tmp_path / "results", engine, launcher=engine, num_processes=3)
+    launcher = "ddp" if engine == "fsdp2" else engine  # accelerate would take FSDP on CPUs for DDP
+    launch("tests/workers/memory_worker.py", tmp_path / "results", engine, launcher=launcher, num_processes=3)
     for rank in range(3):
-        for run in json.loads((tmp_path / f"results.{rank}").read_text()):  # in float32 and bfloat16
+        for run in json.loads((tmp_path / f"results.{rank}").read_text()):  # in float32 and, with ZeRO, bfloat16
             assert {name: run["estimate"][name] for name in run["found"]} == run["found"]
 
 

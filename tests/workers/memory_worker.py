@@ -1,4 +1,4 @@
-"""Train a tiny LISA for one step under DDP, ZeRO-2 or ZeRO-3, and write each process's true bytes and estimate.
+"""Train a tiny LISA for one step under ZeRO-2, ZeRO-3 or FSDP2, and write each process's true bytes and estimate.
 
 accelerate launch --config_file recipes/accelerate/zero2.yaml tests/workers/memory_worker.py RESULTS zero2
 """
@@ -39,10 +39,12 @@ def measure(trainer, gradients: list[int]) -> dict[str, int]:
     """What a process holds after one step, from the tensors that it holds it in."""
     model, plugin = trainer.accelerator.unwrap_model(trainer.model), trainer.args.deepspeed_plugin
     if plugin is None:
+        pieces = [parameter.to_local() for parameter in model.parameters()]
+        states = [getattr(leaf, "_local_tensor", leaf) for leaf in tree_leaves(trainer.optimizer.state_dict())]
         return {
-            "weights": tensor_bytes([*model.parameters(), *model.buffers()]),
-            "gradients": sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
-            "optimizer": tensor_bytes(trainer.optimizer.state_dict()),
+            "weights": tensor_bytes([*pieces, *model.buffers()]),
+            "gradients": sum(piece.nbytes for piece in pieces if piece.requires_grad),
+            "optimizer": tensor_bytes(states),
         }
     zero = trainer.model_wrapped.optimizer
     states = list(zero.optimizer.state.values())
@@ -95,6 +97,7 @@ def run(engine: str, bf16: bool) -> dict:
 
 
 if __name__ == "__main__":
-    results = [run(sys.argv[2], bf16) for bf16 in (False, True)]
+    # Trainer refuses bf16 with `use_cpu: false`, which FSDP needs here.
+    results = [run(sys.argv[2], bf16) for bf16 in ([False] if sys.argv[2] == "fsdp2" else [False, True])]
     Path(f"{sys.argv[1]}.{torch.distributed.get_rank()}").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
