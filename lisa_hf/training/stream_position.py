@@ -72,13 +72,11 @@ class StreamPosition:
             yield
 
     def _load(self, workers: list[dict | None], next_worker: int):
-        num_readers = self.dataset.num_ranks * self.num_workers
-        for _, num_found in [state["reader"] for state in workers if state]:
-            if num_found != num_readers or len(workers) != self.num_workers:
-                raise ValueError(
-                    f"expected {num_found} loader workers of all processes, got {num_readers}. Resume with the same "
-                    "numbers of processes and loader workers."
-                )
+        (num_readers,) = {state["reader"][1] for state in workers if state}
+        saved = f"{num_readers // len(workers)} processes with {len(workers)} loader workers each"
+        found = f"{self.dataset.num_ranks} processes with {self.num_workers} loader workers each"
+        if saved != found:
+            raise ValueError(f"expected {saved}, got {found}. Resume with the same numbers.")
         self.dataset.load_worker_states(workers, next_worker)
         self.states, self.next_worker = workers, next_worker
 
