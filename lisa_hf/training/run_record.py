@@ -97,13 +97,20 @@ def write_run_record(
         "earlier_starts": [*earlier.pop("earlier_starts"), earlier] if earlier else [],
     }
     output_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_file(output_dir / RUN_RECORD) as path:
-        path.write_text(json.dumps(redact(record), indent=2) + "\n", encoding="utf-8")
     # What a model has seen before counts too: in the model that this run continues, and before it was resumed.
     seen = [read_image_keys(Path(model_args.model))] if model_args.model else []
-    seen += [read_image_keys(output_dir)] if earlier else []
-    rows = {name: rows for name, rows in zip(train_dataset.names, train_dataset.sources) if isinstance(rows, Dataset)}
-    write_image_keys(output_dir, merge_image_keys(*seen, {name: image_keys(found) for name, found in rows.items()}))
+    here = read_image_keys(output_dir) if earlier else {}
+    listed = {facts["source"]: facts["fingerprint"] for facts in earlier["data"]["train"]} if earlier else {}
+    keys = {
+        name: image_keys(rows)
+        for name, rows in zip(train_dataset.names, train_dataset.sources)
+        # Those of a run that is resumed are there already, and millions take half a minute.
+        if isinstance(rows, Dataset) and not (name in here and listed.get(name) == rows._fingerprint)
+    }
+    # Before the record, which says of which rows they are.
+    write_image_keys(output_dir, merge_image_keys(*seen, here, keys))
+    with atomic_file(output_dir / RUN_RECORD) as path:
+        path.write_text(json.dumps(redact(record), indent=2) + "\n", encoding="utf-8")
 
 
 def read_run_record(directory: Path) -> dict | None:

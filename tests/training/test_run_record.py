@@ -10,6 +10,7 @@ from fixtures.rows import dataset, image_file, segmentation_row
 from lisa_hf.data.image_keys import name_key, read_image_keys
 from lisa_hf.data.mixture import EvaluationDataset, MixtureDataset
 from lisa_hf.data.streaming import StreamingMixtureDataset
+from lisa_hf.training import run_record
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments
 from lisa_hf.training.run_record import RUN_RECORD, read_run_record, write_run_record
 
@@ -85,6 +86,17 @@ def test_images_that_a_model_has_seen_are_kept(write, tmp_path):
     assert read_image_keys(tmp_path / "second")["shapes"] == [key]
     write("second", streaming=True)  # another run, begun anew
     assert read_image_keys(tmp_path / "second") == {}
+
+
+def test_images_of_a_resumed_run_are_not_listed_again(write, tmp_path, monkeypatch):
+    write()
+    keys = read_image_keys(tmp_path / "run")
+    monkeypatch.setattr(run_record, "image_keys", None)
+    write(resume_from_checkpoint="auto")
+    found = read_image_keys(tmp_path / "run")
+    assert found.keys() == keys.keys() and all((found[name] == keys[name]).all() for name in keys)
+    with pytest.raises(TypeError):
+        write()  # begun anew
 
 
 def test_damaged_record_is_named(tmp_path):
