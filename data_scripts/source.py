@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 NUM_SHARDS = 16
 # Size of the pieces of a shard. A stream that is resumed reads its piece again.
 PIECE_BYTES = 2**16
+# Largest number of record batches of prepared rows. Each takes 12 KB of every process that has opened them, and the
+# 100 rows of `datasets` are a gigabyte for ten million.
+MAX_BATCHES = 1000
 MAX_BAD_SHARE = 0.01
 # A small source may have this many bad records, as long as they are at most a fifth: 20 photos are a dataset too.
 FEW_BAD_RECORDS = 3
@@ -234,6 +237,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                 records = self.read_records(self.config.data_dir)
                 self.write_records(records, self.read_remarks)
         splits = read_json(os.path.join(self.records_dir, "num_records.json"))
+        self._writer_batch_size = max(100, *(-(-number // MAX_BATCHES) for number in splits.values()))
         generators = []
         for split, num_records in splits.items():
             shards = sorted(str(path) for path in pathlib.Path(self.records_dir, split).iterdir())

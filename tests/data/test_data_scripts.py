@@ -18,7 +18,7 @@ from fixtures.sources import edit_json, measure
 from safetensors.numpy import load_file
 
 import data_scripts
-from data_scripts import load_source
+from data_scripts import load_source, source
 from data_scripts.pascal_part import PascalPart
 from data_scripts.reason_seg import fill_polygon, paint_polygons
 from data_scripts.shapes import Shapes
@@ -185,6 +185,13 @@ def test_what_a_worker_gets_does_not_grow_with_the_annotations(tmp_path):
 
     small, large = len(gen_kwargs(160)), len(gen_kwargs(100_000))
     assert large < small + 100  # Bytes.
+
+
+def test_what_prepared_rows_take_does_not_grow_with_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "MAX_BATCHES", 3)
+    for num_scenes, expected in ((100, [100]), (400, [134, 134, 132])):
+        rows = load_source("shapes", num_train_scenes=num_scenes, image_size=32, cache_dir=str(tmp_path))
+        assert [len(batch) for batch in rows.data.to_batches()] == expected
 
 
 def test_photos_are_measured_as_they_are_shown(load, tree):
