@@ -77,6 +77,7 @@ class Hub(OwnData):
     """A dataset on the Hub, or Parquet files. One row per record, with a target or a conversation."""
 
     BUILDER_CONFIG_CLASS = HubConfig
+    _divided: tuple[int, datasets.IterableDataset] | None = None
 
     def annotation_files(self, data_dir):
         if not self.config.path:
@@ -144,10 +145,11 @@ class Hub(OwnData):
     def read_shard(self, shard: int | tuple[int, int]) -> Iterator[tuple[str, dict[str, Any]]]:
         shard, *piece = [shard] if isinstance(shard, int) else shard
         try:
-            rows = self._rows.shard(self._rows.num_shards, shard)
             if piece:
-                rows = rows.reshard()
-                rows = rows.shard(rows.num_shards, *piece)
+                pieces = self._pieces(shard)
+                rows = pieces.shard(pieces.num_shards, *piece)
+            else:
+                rows = self._rows.shard(self._rows.num_shards, shard)
             name = ".".join(map(str, [shard, *piece]))
             # `iter`, because `__iter__` would split the rows among the loader workers a second time.
             for index, batch in enumerate(rows.iter(batch_size=1)):
@@ -162,7 +164,13 @@ class Hub(OwnData):
         # A row's number in its shard, which a piece does not know, is its id if it has no other.
         if not (self.config.image_id_column or FEATURES.keys() <= set(self._rows.column_names)):
             return [shard]
-        return [(shard, piece) for piece in range(self._rows.shard(self._rows.num_shards, shard).reshard().num_shards)]
+        return [(shard, piece) for piece in range(self._pieces(shard).num_shards)]
+
+    def _pieces(self, shard: int) -> datasets.IterableDataset:
+        """Return a shard divided into row groups, if it has any. The last one is kept: it takes reading the file."""
+        if self._divided is None or self._divided[0] != shard:
+            self._divided = shard, self._rows.shard(self._rows.num_shards, shard).reshard()
+        return self._divided[1]
 
     def make_row(self, record):
         name, row = record
