@@ -275,8 +275,11 @@ nbformat.write(notebook, sys.argv[2])
 """
     (directory / "execute.py").write_text(execute)
     shell(directory, "python execute.py docs/twelve_photos.md executed.ipynb", timeout=1200)
-    before, after = map(float, re.findall(r"\[SEG\]\. IoU ([\d.]+)", (directory / "executed.ipynb").read_text()))
+    executed = (directory / "executed.ipynb").read_text()
+    before, after = map(float, re.findall(r"\[SEG\]\. IoU ([\d.]+)", executed))
     assert before < 0.2 and after > 2 * before
+    before, after = map(float, re.findall(r"Mean IoU ([\d.]+)", executed))  # of twelve photos
+    assert before < 0.2 and after > 0.5
     assert json.loads((directory / "outputs/moons/eval_results.json").read_text())["eval_giou"] > 0.5
 
 
