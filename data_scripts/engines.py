@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 
 Engine = Literal["datasets", "ray", "spark"]
-# Of a piece whose worker died. A broken storage would stop a conversion of hours otherwise.
+# Of a piece whose worker died.
 MAX_TRIES = 4
 
 
@@ -39,11 +39,13 @@ def map_pieces(
         description: Title of the progress bar.
 
     Raises:
-        ValueError: If the engine is not known or not installed.
+        ValueError: If the engine is not known or not installed, or there is no worker.
         Exception: What the function raised first. The other pieces may have been run or not.
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine: expected one of {', '.join(get_args(Engine))}, got {engine!r}.")
+    if num_workers < 1:
+        raise ValueError(f"num_workers: expected 1 or more, got {num_workers}.")
     if num_pieces == 0:
         return []
     run = {"datasets": _run_with_datasets, "ray": _run_with_ray, "spark": _run_with_spark}[engine]
@@ -53,15 +55,15 @@ def map_pieces(
         if error.name not in ("ray", "pyspark"):
             raise
         raise ValueError(
-            f"engine: expected {error.name} to be installed for {engine!r}. Run `pip install lisa_hf[{engine}]`."
+            f"engine: expected {error.name} to be installed for {engine!r}. Run `pip install -e '.[{engine}]'`."
         ) from error
 
 
 def _outcome(function: Callable[[int], Any], piece: int) -> bytes:
-    """Return the pickled result or error of a piece: engines would wrap an error in their own."""
+    """Return the pickled result of a piece, or its error, which engines would wrap in one of many lines."""
     try:
         result = function(piece)
-    except Exception as error:
+    except (OSError, ValueError) as error:
         result = error
     return pickle.dumps(result)
 

@@ -5,14 +5,15 @@ import hashlib
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
-import datasets
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from data_scripts import load_source
+from data_scripts.duplicates import KnownImages
 from data_scripts.engines import map_pieces
 from data_scripts.parquet import write_card, write_parquet
 from lisa_hf.data.images import undecoded
@@ -76,37 +77,53 @@ def test_each_engine_gives_equal_files_and_the_first_error(engine, rows, tmp_pat
     assert str(error.value) == "piece 0 is bad"
 
 
+def known_images_that_kill(marker: Path) -> KnownImages:
+    """Return images to exclude, none, which kill the first worker that looks for them."""
+
+    class Deadly(KnownImages):  # in here, because workers cannot import this module
+        def filter(self, table):
+            if not os.path.exists(marker):
+                Path(marker).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().filter(table)
+
+    return Deadly()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ray", "spark"], indirect=True)
-def test_a_piece_of_a_worker_that_dies_is_run_again(engine, tmp_path):
-    def die_once(piece):  # in here, because workers cannot import this module
-        if piece == 1 and not os.path.exists(marker):
-            Path(marker).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return piece * piece
-
-    marker = tmp_path / "died"
-    assert map_pieces(die_once, 4, engine, 2) == [0, 1, 4, 9]
-    assert marker.exists()
-
-
-def test_a_process_that_dies_is_one_line_and_the_conversion_goes_on(rows, tmp_path, monkeypatch):
-    marker = tmp_path / "died"
-    embed = datasets.table.embed_table_storage
-
-    def die_once(table):
-        if not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return embed(table)
-
-    monkeypatch.setattr("data_scripts.parquet.embed_table_storage", die_once)
-    with pytest.raises(OSError, match="a worker died. Most often"):
-        write_parquet(rows, tmp_path / "two", "train", 2, "4KB")
-    write_parquet(rows, tmp_path / "two", "train", 2, "4KB")
-    monkeypatch.undo()
-    write_parquet(rows, tmp_path / "one", "train", max_shard_size="4KB")
+def test_a_shard_of_a_worker_that_dies_is_written_again(engine, rows, tmp_path):
+    excluded = known_images_that_kill(tmp_path / "died")
+    write_parquet(rows, tmp_path / "two", "train", 2, "4KB", engine=engine, excluded=excluded)
+    write_parquet(rows, tmp_path / "one", "train", max_shard_size="4KB", excluded=KnownImages())
+    assert (tmp_path / "died").exists()
     assert digests(tmp_path / "two") == digests(tmp_path / "one")
+
+
+def test_a_process_that_dies_is_one_line_and_the_conversion_goes_on(rows, tmp_path):
+    options = {"max_shard_size": "4KB", "excluded": known_images_that_kill(tmp_path / "died")}
+    with pytest.raises(OSError, match="a worker died. Most often"):
+        write_parquet(rows, tmp_path / "two", "train", 2, **options)
+    assert not digests(tmp_path / "two/data")
+    write_parquet(rows, tmp_path / "two", "train", 2, **options)
+    write_parquet(rows, tmp_path / "one", "train", max_shard_size="4KB", excluded=KnownImages())
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "engine, num_workers, message",
+    [
+        ("ray", 1, r"expected ray to be installed for 'ray'. Run `pip install -e '.\[ray\]'`"),
+        ("spark", 1, "expected pyspark to be installed"),
+        ("dask", 1, "expected one of datasets, ray, spark, got 'dask'"),
+        ("datasets", 0, "num_workers: expected 1 or more, got 0"),
+    ],
+)
+def test_an_engine_that_cannot_run_is_one_line(engine, num_workers, message, monkeypatch):
+    for name in ("ray", "pyspark"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=message):
+        map_pieces(abs, 1, engine, num_workers)
 
 
 # Storage
