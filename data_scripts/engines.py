@@ -105,7 +105,11 @@ def _run_with_ray(run: Callable[[int], bytes], num_pieces: int, num_workers: int
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         ray.init(address) if address else ray.init("local", num_cpus=num_workers, include_dashboard=False)
-    run_piece = ray.remote(max_retries=MAX_TRIES - 1)(lambda run, piece: run(piece))
+
+    @ray.remote(max_retries=MAX_TRIES - 1)
+    def run_piece(run: Callable[[int], bytes], piece: int) -> bytes:
+        return run(piece)
+
     shared = ray.put(run)  # once for all pieces
     waiting, running, results = list(reversed(range(num_pieces))), {}, [None] * num_pieces
     with tqdm(total=num_pieces, desc=description) as progress:
