@@ -87,7 +87,7 @@ def main():
             return
 
         # 5. Train, evaluate, save
-        trainer.add_callback(stop := StopOnSignal())
+        trainer.add_callback(stop := StopOnSignal(trainer))
         if trainer.is_world_process_zero():
             write_run_record(model_args, data_args, training_args, train_dataset, eval_datasets)
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import BatchFeature, Trainer, TrainerCallback
+from transformers import BatchFeature, IntervalStrategy, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from ..evaluation.predict import draw_answers
@@ -279,15 +279,20 @@ class StopOnSignal(TrainerCallback):
     The running step is finished first; a second Ctrl-C ends the process at once. transformers' `enable_jit_checkpoint`
     does not do this: its processes do not agree on the step to save at, which hangs; it knows SIGTERM alone; and it
     saves within a step, after dropout has been drawn.
+
+    An evaluation that is due when the training stops would take longer than schedulers wait. The resumed run makes it
+    before its first step.
     """
 
-    def __init__(self):
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
         self.received: signal.Signals | None = None  # by any process
+        self._is_first_step = True
         self._handlers = {}
         self._process = os.getpid()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.received = None
+        self.received, self._is_first_step = None, True
         self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
 
     def _receive(self, number, frame):
@@ -302,6 +307,12 @@ class StopOnSignal(TrainerCallback):
                 os.kill(self._process, signal.SIGINT)
         self.received = signal.Signals(number)
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        # Here the random states are those of the checkpoint, as after the evaluation of a run that was not stopped.
+        if self._is_first_step and _lacks_evaluation(args, state):
+            self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
+        self._is_first_step = False
+
     def on_step_end(self, args, state, control, **kwargs):
         number = torch.tensor(self.received or 0, device=args.device)
         if args.world_size > 1:
@@ -315,3 +326,13 @@ class StopOnSignal(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+
+def _lacks_evaluation(args: TrainingArguments, state: TrainerState) -> bool:
+    """Return whether an evaluation was due at the last step and is not in the log."""
+    step = state.global_step
+    is_due = args.eval_strategy == IntervalStrategy.STEPS and step and step % state.eval_steps == 0
+    is_logged = any(
+        entry["step"] == step and any(name.startswith("eval_") for name in entry) for entry in state.log_history
+    )
+    return bool(is_due and step >= args.eval_delay and not is_logged)

@@ -123,7 +123,7 @@ def test_an_output_dir_with_a_run_is_not_claimed_unless_it_goes_on_or_is_to_be_r
 def test_a_second_ctrl_c_quits_at_once(capfd):
     process = os.fork()
     if process == 0:
-        StopOnSignal().on_train_begin(None, None, None)
+        StopOnSignal(None).on_train_begin(None, None, None)
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         os._exit(0)

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import resource
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -28,12 +29,13 @@ from fixtures.tiny_training import (
     training_logs,
 )
 from tensorboardX.proto import event_pb2
+from transformers import TrainerCallback
 from workers.launching import launch
 
 from lisa_hf import LisaProcessor
 from lisa_hf.data.mixture import MixtureDataset
 from lisa_hf.training import callbacks
-from lisa_hf.training.callbacks import PredictionSheet, SelfCheck
+from lisa_hf.training.callbacks import PredictionSheet, SelfCheck, StopOnSignal
 from lisa_hf.training.checkpointing import find_fault
 from lisa_hf.training.trainable import prepare_for_training
 
@@ -316,6 +318,50 @@ def test_each_evaluation_draws_the_same_images_and_changes_nothing(tmp_path):
     # The photo of the first cell is the same, and the answers are those of other weights.
     assert np.array_equal(sheets[0][36:256, 12:232], sheets[2][36:256, 12:232])
     assert not np.array_equal(sheets[0], sheets[2])
+
+
+class SignalAtStep(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_run_stopped_where_an_evaluation_is_due_equals_one_that_was_not(tmp_path):
+    """It has dropout, so that the random states after the evaluation count."""
+    runs = {}
+    for name, stops in (("whole", []), ("stopped", [2, 3])):
+        for stop in [*stops, None]:
+            model, processor = build_model()
+            torch.manual_seed(0)
+            trainer = make_trainer(
+                prepare_for_training(model, LISA_PARTS, lora_r=4, lora_dropout=0.5),
+                processor,
+                tmp_path / name,
+                Items(),
+                Items(2),
+                max_steps=5,
+                gradient_accumulation_steps=2,
+                eval_strategy="steps",
+                eval_steps=2,
+                save_strategy="steps",
+                save_steps=2,
+                metric_for_best_model="giou",
+            )
+            trainer.add_callback(StopOnSignal(trainer))
+            trainer.add_callback(SignalAtStep(stop))
+            trainer.train(resume_from_checkpoint="auto")
+            assert trainer.state.global_step == (stop or 5)
+            assert stop != 2 or [entry["step"] for entry in trainer.state.log_history[:-1]] == [1, 2]
+        state = trainer.state
+        times = ("_second", "time", "_gb")
+        logs = [{key: entry[key] for key in entry if not key.endswith(times)} for entry in state.log_history[:-1]]
+        runs[name] = (logs, state.best_metric, state.best_global_step, copy_state(trainer.model))
+    (*logs, weights), (*others, other_weights) = runs.values()
+    assert logs == others and any("eval_giou" in entry for entry in logs[0])
+    assert [key for key in weights if not torch.equal(weights[key], other_weights[key])] == []
 
 
 def test_sheets_of_the_best_model_keep_their_step(tiny, tmp_path):

@@ -200,7 +200,7 @@ def work(
             **(ENGINES[engine] if num_ranks > 1 else {}),
         )
         trainer.remove_callback(trainer.recorder)
-        trainer.add_callback(StopOnSignal())
+        trainer.add_callback(StopOnSignal(trainer))
         trainer.train(resume_from_checkpoint="auto")
         if trainer.state.global_step < NUM_STEPS:
             return
