@@ -1,8 +1,11 @@
 """lisa_hf: teach any Hugging Face vision-language model to answer with segmentation masks."""
 
+import os
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
+
+import torch
 
 
 # transformers imports torchvision wherever it is installed, and fails deep inside if it was built for another torch.
@@ -15,6 +18,10 @@ if find_spec("torchvision"):
             f"expected a torchvision that fits torch {version('torch')}, got torchvision {version('torchvision')} "
             f"({error}). Install the pair that constraints.txt names, from one index: pip install torch torchvision."
         ) from None
+
+# DeepSpeed, which accelerate imports where it is installed, also to save a model, else warns that it found no GPU.
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY

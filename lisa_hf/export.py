@@ -10,12 +10,18 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
-from transformers import set_seed
+from transformers import GenerationConfig, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import PROCESSOR_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, PROCESSOR_NAME
 
 from .conversion.checkpoints import LazyTensor, is_zero_checkpoint, open_checkpoint, open_zero_checkpoint
-from .conversion.saving import MAX_SHARD_SIZE, build_without_weights, most_common_dtype
+from .conversion.saving import (
+    MAX_SHARD_SIZE,
+    build_without_weights,
+    check_tensors,
+    most_common_dtype,
+    save_without_loading,
+)
 from .data.image_keys import read_image_keys, write_image_keys
 from .errors import redact
 from .evaluation.benchmarks import EVALUATION
@@ -256,6 +262,50 @@ def _load_all(weights: dict[str, LazyTensor]) -> dict[str, torch.Tensor]:
 
 
 # ---- save and upload ------------------------------------------------------------------------------------------------
+
+
+def export_model(
+    checkpoint: Path, directory: Path, dtype: torch.dtype | None = None, consolidated: Path | None = None
+) -> None:
+    """Save the model of a checkpoint, with LoRA merged and shards put together, and its processor.
+
+    Weights without LoRA go from the checkpoint's files to the model's, a few at a time.
+
+    Args:
+        checkpoint: The checkpoint.
+        directory: Directory to write to.
+        dtype: Dtype of all weights; by default the run's.
+        consolidated: See [`restore_model`].
+
+    Raises:
+        ValueError: See [`restore_model`].
+    """
+    weights = None
+    if not (checkpoint / ADAPTER_CONFIG).is_file():
+        weights = open_checkpoint(consolidated) if consolidated else open_weights(checkpoint)
+        config = LisaConfig.from_pretrained(checkpoint)
+    if weights is None or (consolidated and not _are_all(weights, config)):
+        return save_model(*restore_model(checkpoint, consolidated), directory, dtype)
+    model = build_without_weights(LisaForConditionalGeneration, config)
+    model.tie_weights()
+    if (checkpoint / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    weights = _complete_tied(model, weights)
+    try:
+        check_tensors(model, weights)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error} Restore the config.json of the run.") from error
+    saved = {name: tensor for name, tensor in weights.items() if name not in model.all_tied_weights_keys}
+    save_without_loading(model, saved, directory, dtype or config.dtype or most_common_dtype(saved), MAX_SHARD_SIZE)
+    LisaProcessor.from_pretrained(checkpoint).save_pretrained(directory)
+
+
+def _complete_tied(model: LisaForConditionalGeneration, weights: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return the weights with those that have a second name in the model under both."""
+    parameters = model.state_dict(keep_vars=True)
+    given = {id(parameters[name]): tensor for name, tensor in weights.items() if name in parameters}
+    tied = {name: given[id(value)] for name, value in parameters.items() if id(value) in given}
+    return tied | weights
 
 
 def save_model(

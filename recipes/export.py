@@ -17,12 +17,11 @@ from pathlib import Path
 from lisa_hf.conversion.saving import DTYPES
 from lisa_hf.errors import report_user_errors
 from lisa_hf.export import (
+    export_model,
     find_consolidated,
     find_newest_model,
     push_to_hub,
-    restore_model,
     save_adapter,
-    save_model,
     save_records,
 )
 from lisa_hf.files import atomic_directory
@@ -62,7 +61,7 @@ def main():
             if args.adapter_only:
                 save_adapter(checkpoint, directory, dtype, consolidated)
             else:
-                save_model(*restore_model(checkpoint, consolidated), directory, dtype)
+                export_model(checkpoint, directory, dtype, consolidated)
             save_records(checkpoint, directory, model_id, args.adapter_only, args.evaluation)
         print(f"Exported {consolidated or checkpoint}: {args.output.resolve()}")
         # 3. Upload the directory.

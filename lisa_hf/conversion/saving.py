@@ -65,10 +65,29 @@ def save_converted(converted: ConvertedModel, output_dir: Path, dtype: torch.dty
     dtype = dtype or most_common_dtype(converted.tensors)
     logger.info("%d tensors fit %s; writing %s", len(converted.tensors), type(converted.model).__name__, dtype)
     with atomic_directory(output_dir) as directory:
-        _save_configuration(converted.model, directory, dtype)
         converted.processor.save_pretrained(directory)
         type(converted.processor).from_pretrained(directory)
-        _save_tensors(converted.tensors, directory, dtype)
+        save_without_loading(converted.model, converted.tensors, directory, dtype)
+
+
+def save_without_loading(
+    model: PreTrainedModel,
+    tensors: dict[str, LazyTensor],
+    directory: Path,
+    dtype: torch.dtype,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """Save a model as `save_pretrained` does, with the weights of one file in memory at a time.
+
+    Args:
+        model: Model on the meta device.
+        tensors: Weights that are saved, by the model's names.
+        directory: Directory to write to.
+        dtype: Dtype of the saved weights.
+        max_shard_size: Largest size of a file.
+    """
+    _save_configuration(model, directory, dtype)
+    _save_tensors(tensors, directory, dtype, max_shard_size)
 
 
 def check_tensors(model: PreTrainedModel, tensors: dict[str, LazyTensor]) -> None:
@@ -111,8 +130,8 @@ def _save_configuration(model: PreTrainedModel, directory: Path, dtype: torch.dt
         model.generation_config.save_pretrained(directory)
 
 
-def _save_tensors(tensors: dict[str, LazyTensor], directory: Path, dtype: torch.dtype) -> None:
-    """Write shards of at most `MAX_SHARD_SIZE` and compare each, bit by bit, with the original tensors."""
+def _save_tensors(tensors: dict[str, LazyTensor], directory: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    """Write shards of at most `max_shard_size` and compare each, bit by bit, with the original tensors."""
 
     def read(name: str) -> torch.Tensor:
         tensor = tensors[name].load()
@@ -121,7 +140,7 @@ def _save_tensors(tensors: dict[str, LazyTensor], directory: Path, dtype: torch.
 
     # Plan the shards from shapes alone, then hold the tensors of one shard at a time.
     shapes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in tensors.items()}
-    split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_SHARD_SIZE)
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for filename, names in split.filename_to_tensors.items():
         logger.info("%s: %d tensors", filename, len(names))
         save_file({name: read(name) for name in names}, directory / filename, metadata={"format": "pt"})

@@ -116,7 +116,7 @@ def test_three_kills(uninterrupted, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("engine", ["plain", "zero2"])
+@pytest.mark.parametrize("engine", ["plain", "zero2", "zero3"])
 def test_twelve_kills(engine, streaming, uninterrupted, tmp_path):
     final, progress = uninterrupted(engine, streaming)
     kills = random_kills(12, f"{engine} {streaming}", progress, num_ranks=1 if engine == "plain" else 2)

@@ -24,8 +24,9 @@ from torch.utils.data import get_worker_info
 
 from lisa_hf.data.streaming import StreamingMixtureDataset
 from lisa_hf.errors import report_user_errors
+from lisa_hf.training.arguments import LisaTrainingArguments, ModelArguments
+from lisa_hf.training.build import build_config_and_processor, build_for_training
 from lisa_hf.training.callbacks import StopOnSignal
-from lisa_hf.training.trainable import prepare_for_training
 from lisa_hf.training.trainer import LisaTrainer
 
 
@@ -170,14 +171,13 @@ def work(
     fault = fault if fault and fault.rank in (rank, None) else None
     progress.follow(fault)
     kind = fault.kind if fault else None
-    model, processor = build_model()
-    torch.manual_seed(0)
-    model = prepare_for_training(model, LISA_PARTS, lora_r=4, lora_dropout=0.0 if items_per_step else 0.2)
     if streaming:
         dataset = StreamingMixtureDataset(one_source(64, 4, directory), rank=rank, num_ranks=num_ranks)
     else:
         dataset = BadItems(kind) if kind in ("bad_row", "worker_killed") else Items()
+    settings = ENGINES[engine] if num_ranks > 1 else {}
     with engine_state(engine) if num_ranks > 1 else nullcontext(), report_user_errors():
+        model, processor = load_for_training(directory, settings, lora_dropout=0.0 if items_per_step else 0.2)
         trainer = make_trainer(
             model,
             processor,
@@ -197,7 +197,7 @@ def work(
             save_steps=1,
             save_total_limit=2,
             dataloader_num_workers=1 if kind == "worker_killed" else 0,
-            **(ENGINES[engine] if num_ranks > 1 else {}),
+            **settings,
         )
         trainer.remove_callback(trainer.recorder)
         trainer.add_callback(StopOnSignal(trainer))
@@ -212,6 +212,17 @@ def work(
         ]
         best = (trainer.state.best_metric, trainer.state.best_global_step)
         torch.save({"weights": weights, "logs": logs, "best": best}, directory / FINAL)
+
+
+def load_for_training(directory: Path, settings: dict, lora_dropout: float):
+    """Load the model that `run_training` saved; with ZeRO-3, in shards."""
+    arguments = ModelArguments(
+        model=str(directory / "model"), trainable=LISA_PARTS, lora_r=4, lora_dropout=lora_dropout
+    )
+    config, processor = build_config_and_processor(arguments)
+    args = LisaTrainingArguments(output_dir=str(directory / "run"), report_to="none", **{"use_cpu": True, **settings})
+    torch.manual_seed(0)
+    return build_for_training(arguments, config, args), processor
 
 
 def run_training(
@@ -229,6 +240,9 @@ def run_training(
     a step is the same for any number of processes, which share its items and drop nothing out.
     """
     num_ranks = num_ranks or (1 if engine == "plain" else 2)
+    if not (directory / "model").exists():
+        for part in build_model():  # the model and its processor
+            part.save_pretrained(directory / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
