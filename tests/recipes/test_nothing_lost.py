@@ -146,6 +146,7 @@ WRITERS = [
     ("train.py --config tiny.yaml --output_dir out", "out/pytorch_model.bin"),
     (f"eval.py MODEL --eval_sources '{SHAPES_ALONE}' --use_cpu true --output_dir out", "out/evaluation.json"),
     ("compare.py somewhere --output report.md", "report.md"),
+    ("compare.py somewhere --json comparison.json", "comparison.json"),
     ("export.py MODEL --output out", "out/notes.txt"),
     ("export.py MODEL --output out", "out"),
     ("convert_weights.py lisa --checkpoint ORIGINAL --vision_tower CLIP --output out", "out/notes.txt"),
