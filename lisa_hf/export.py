@@ -7,14 +7,20 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers import GenerationConfig, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import GENERATION_CONFIG_NAME, PROCESSOR_NAME
 
-from .conversion.checkpoints import LazyTensor, is_zero_checkpoint, open_checkpoint, open_zero_checkpoint
+from .conversion.checkpoints import (
+    LazyTensor,
+    is_fsdp_checkpoint,
+    is_zero_checkpoint,
+    open_checkpoint,
+    open_zero_checkpoint,
+)
 from .conversion.saving import (
     MAX_SHARD_SIZE,
     build_without_weights,
@@ -190,16 +196,23 @@ def restore_adapter(checkpoint: Path, consolidated: Path | None = None) -> PeftM
     base = restore_base(checkpoint)
     if not consolidated and (checkpoint / ADAPTER_WEIGHTS).is_file():
         return PeftModel.from_pretrained(base, checkpoint)
-    # ZeRO shards: they hold every weight, under PEFT's names.
     model = get_peft_model(base, PeftConfig.from_pretrained(checkpoint))
     trained = {name for name, _ in model.named_parameters() if ".lora_" in name or ".modules_to_save." in name}
+    if not consolidated and is_fsdp_checkpoint(checkpoint):  # named as in PEFT's files
+        result = set_peft_model_state_dict(model, _load_all(weights))
+        _raise_if_others(trained, result, checkpoint)
+        return model
+    # ZeRO shards: they hold every weight, under PEFT's names in memory.
     _load_all_of(trained, model, weights, checkpoint)
     return model
 
 
 def _load_all_of(trained: set[str], model: torch.nn.Module, weights: dict[str, LazyTensor], checkpoint: Path) -> None:
     """Load weights, among which must be those that trained."""
-    result = model.load_state_dict(_load_all(weights), strict=False)
+    _raise_if_others(trained, model.load_state_dict(_load_all(weights), strict=False), checkpoint)
+
+
+def _raise_if_others(trained: set[str], result, checkpoint: Path) -> None:
     missing = sorted(trained.intersection(result.missing_keys))
     if missing or result.unexpected_keys:
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 import yaml
+from accelerate import ParallelismConfig
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -322,6 +323,7 @@ class LisaTrainingArguments(TrainingArguments):
                 "accelerator_config: expected neither split_batches nor dispatch_batches, got one of them. A batch "
                 "cannot be sliced, because its rows and images differ in number."
             )
+        self._check_parallelism()
         if self.muon_learning_rate is not None:
             if self.part_learning_rates or self.deepspeed_plugin or self.shards_weights:
                 raise ValueError(
@@ -336,6 +338,17 @@ class LisaTrainingArguments(TrainingArguments):
             raise ValueError(
                 "enable_jit_checkpoint: expected false, got true. recipes/train.py saves and stops on SIGTERM and "
                 "SIGUSR1 anyway, at a step that all processes agree on."
+            )
+
+    def _check_parallelism(self):
+        is_set = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+        config = self.parallelism_config or (ParallelismConfig() if is_set else None)
+        sizes = {name: getattr(config, name, 1) for name in ("tp_size", "cp_size", "sp_size")}
+        if found := [f"{name} {size}" for name, size in sizes.items() if size > 1]:
+            raise ValueError(
+                f"parallelism_config: expected every process to have images of its own, got {', '.join(found)}. The "
+                "losses are divided by the labels and masks of all processes, which tensor, context and sequence "
+                "parallelism would count several times. Shard the weights instead, with ZeRO-3 or FSDP."
             )
 
     @property

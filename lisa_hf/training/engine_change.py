@@ -20,7 +20,15 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 
-from ..conversion.checkpoints import LazyTensor, open_checkpoint, open_zero_checkpoint, open_zero_optimizer
+from ..conversion.checkpoints import (
+    FSDP_OPTIMIZER_DIRECTORY,
+    LazyTensor,
+    is_fsdp_checkpoint,
+    open_checkpoint,
+    open_fsdp_checkpoint,
+    open_zero_checkpoint,
+    open_zero_optimizer,
+)
 from .zero import gathered, is_sharded
 
 
@@ -47,7 +55,7 @@ def saved_engine(checkpoint: Path) -> Engine:
     for step in checkpoint.glob("global_step*"):
         stage = "ZeRO-3" if any(step.glob("zero_pp_rank_*_model_states.pt")) else "ZeRO-1 or 2"
         return Engine(stage, len(list(step.glob("*_optim_states.pt"))))
-    return FSDP if (checkpoint / "optimizer.bin").exists() else PLAIN
+    return FSDP if is_fsdp_checkpoint(checkpoint) or (checkpoint / "optimizer.bin").exists() else PLAIN
 
 
 def running_engine(trainer: Trainer) -> Engine:
@@ -165,7 +173,7 @@ def _open_weights(model: torch.nn.Module, checkpoint: Path) -> dict[str, LazyTen
         return open_zero_checkpoint(checkpoint)
     if not isinstance(model, PeftModel):
         return open_checkpoint(checkpoint)
-    saved = open_checkpoint(checkpoint / ADAPTER_WEIGHTS)
+    saved = open_checkpoint(checkpoint if is_fsdp_checkpoint(checkpoint) else checkpoint / ADAPTER_WEIGHTS)
     names = {name: name for name in model.state_dict()}
     saved_names = get_peft_model_state_dict(model, state_dict=names, save_embedding_layers=False)
     return {name: saved[short] for short, name in saved_names.items() if short in saved}
@@ -203,6 +211,8 @@ def _load_optimizer(trainer: Trainer, checkpoint: Path, names: list[str]) -> str
 def _open_optimizer(checkpoint: Path, names: list[str]) -> States:
     if saved_engine(checkpoint).name.startswith("ZeRO"):
         return open_zero_optimizer(checkpoint)
+    if is_fsdp_checkpoint(checkpoint):
+        return _open_sharded_optimizer(checkpoint)
     by_name = saved_engine(checkpoint) == FSDP
     path = checkpoint / (OPTIMIZER_NAME_BIN if by_name else OPTIMIZER_NAME)
     content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -215,6 +225,15 @@ def _open_optimizer(checkpoint: Path, names: list[str]) -> States:
         name: {key: LazyTensor.from_tensor(torch.as_tensor(value)) for key, value in states.items()}
         for name, states in saved.items()
     }
+
+
+def _open_sharded_optimizer(checkpoint: Path) -> States:
+    states = {}
+    for name, tensor in open_fsdp_checkpoint(checkpoint, FSDP_OPTIMIZER_DIRECTORY).items():
+        weight, _, key = name.removeprefix("optimizer.state.").rpartition(".")
+        if name.startswith("optimizer.state."):  # and not one of its settings
+            states.setdefault(weight, {})[key] = tensor
+    return states
 
 
 def _set_states(optimizer: torch.optim.Optimizer, weights: dict[str, torch.nn.Parameter], states: States) -> None:

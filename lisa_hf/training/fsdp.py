@@ -1,17 +1,25 @@
-"""FSDP2 where accelerate needs help: each process loads its own rows of the weights; CPU processes shard as well."""
+"""FSDP2 where accelerate needs help: each process loads and saves its own rows; CPU processes shard as well."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, patch_environment
+from accelerate.utils import DistributedType, patch_environment, save_fsdp_model
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import Trainer
+
+from ..conversion.checkpoints import FsdpReader, is_fsdp_checkpoint
+
+
+SHARDED = "SHARDED_STATE_DICT"
 
 
 def is_fsdp_requested(fsdp: bool | str | None) -> bool:
@@ -84,3 +92,45 @@ def _load_rows(weight: torch.Tensor, sharded: torch.Tensor, device: torch.device
     else:
         rows = weight.data.to(device)
     return nn.Parameter(rows, requires_grad=sharded.requires_grad)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def saves_shards(trainer: Trainer) -> bool:
+    """Return whether each process saves its own part of the weights."""
+    return trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.state_dict_type.name == SHARDED
+
+
+def save_shards(trainer: Trainer, directory: Path) -> None:
+    """Save the weights (of a LoRA run, those that train) by all processes together, and their configuration."""
+    accelerator = trainer.accelerator
+    save_fsdp_model(accelerator.state.fsdp_plugin, accelerator, trainer.model, directory, adapter_only=True)
+    if trainer.args.should_save:
+        model = accelerator.unwrap_model(trainer.model)
+        if isinstance(model, PeftModel):
+            model.active_peft_config.save_pretrained(directory)
+        else:
+            model.config.save_pretrained(directory)
+            model.generation_config.save_pretrained(directory)
+        trainer.processing_class.save_pretrained(directory)
+
+
+@contextmanager
+def loading_as_saved(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
+    """Load in this context what FSDP saved, in shards or whole; whatever the settings say, and run no code in it."""
+    if not trainer.is_fsdp_enabled:
+        yield
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    names = ("state_dict_type", "state_dict_config", "optim_state_dict_config")
+    settings = {name: getattr(plugin, name) for name in names}
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type(SHARDED if is_fsdp_checkpoint(checkpoint) else "FULL_STATE_DICT")
+    restricted = patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="0")
+    try:
+        with restricted, mock.patch("torch.distributed.checkpoint.FileSystemReader", FsdpReader):
+            yield
+    finally:
+        for name, value in settings.items():
+            setattr(plugin, name, value)

@@ -3,6 +3,7 @@
 import logging
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -21,7 +22,7 @@ from ..model.packing import unpack_rows
 from .callbacks import SkipNonFiniteSteps, Throughput
 from .checkpointing import complete_save, resolve_checkpoint
 from .engine_change import allow_other_engine, load_best_weights
-from .fsdp import each_process_loads_its_rows
+from .fsdp import SHARDED, each_process_loads_its_rows, loading_as_saved, save_shards, saves_shards
 from .model_card import write_model_card
 from .run_record import find_run_record
 from .stream_position import StreamPosition
@@ -77,10 +78,10 @@ class LisaTrainer(Trainer):
                 "labels and masks of all processes."
             )
         state_dict_type = self.accelerator.state.fsdp_plugin.state_dict_type.name if self.is_fsdp_enabled else None
-        if state_dict_type not in (None, "FULL_STATE_DICT"):
+        if state_dict_type not in (None, SHARDED, "FULL_STATE_DICT"):
             raise ValueError(
-                f"fsdp_state_dict_type: expected FULL_STATE_DICT, got {state_dict_type}, with which Trainer saves no "
-                "model. Set it as in recipes/accelerate/fsdp2.yaml."
+                f"fsdp_state_dict_type: expected {SHARDED} or FULL_STATE_DICT, got {state_dict_type}, with which "
+                "Trainer saves no model. Set it as in recipes/accelerate/fsdp2.yaml."
             )
         metric, names = self.args.metric_for_best_model, self.eval_dataset
         if isinstance(names, dict) and metric and self.args.eval_strategy != "no":
@@ -237,9 +238,31 @@ class LisaTrainer(Trainer):
             if self.stream_position:
                 self.stream_position.save(directory)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Save the model as Trainer does, or, where the settings of FSDP say so, in shards."""
+        if saves_shards(self):
+            save_shards(self, Path(output_dir or self.args.output_dir))
+        super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        # With shards, `save_model` has saved the weights that Trainer would save here.
+        saved = mock.patch("transformers.trainer.save_fsdp_model") if saves_shards(self) else nullcontext()
+        with saved:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with loading_as_saved(self, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with loading_as_saved(self, Path(checkpoint)) if checkpoint else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_best_model(self):
         best, metric = Path(self.state.best_model_checkpoint), self.args.metric_for_best_model
-        if not load_best_weights(self, best):
+        with loading_as_saved(self, best):
+            is_loaded = load_best_weights(self, best)
+        if not is_loaded:
             # The records of the run then do not say that the best model is what was saved.
             self.state.best_global_step = self.state.best_model_checkpoint = None
             return

@@ -19,7 +19,6 @@ from workers.launching import finish, launch, start
 
 
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
-# FSDP among CPU processes is DDP to accelerate; test_distributed.py and test_export.py have it as on GPUs.
 LAUNCHERS = {"cpu": 1, "single_gpu": 1, "ddp": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
 OFFLOAD = ("zero2_offload", "zero3_offload")
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from accelerate import ParallelismConfig
 from fixtures.paths import ROOT
 from fixtures.recipes import run_here
 from transformers.trainer_utils import SaveStrategy
@@ -289,3 +290,12 @@ def test_a_tracker_that_is_not_installed_is_one_line(capsys):
     assert capsys.readouterr().err.endswith(f"error: {message}\n")
     with pytest.raises(RuntimeError, match="a bug"), report_user_errors():
         raise RuntimeError("a bug")
+
+
+def test_parallelism_that_divides_one_image_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="expected every process to have images of its own, got cp_size 2"):
+        LisaTrainingArguments(tmp_path, parallelism_config=ParallelismConfig(cp_size=2))
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")  # as the launcher does
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    with pytest.raises(ValueError, match="expected every process to have images of its own, got tp_size 2"):
+        LisaTrainingArguments(tmp_path)

@@ -164,7 +164,8 @@ def work(
         os.dup2(log.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO)
-    if num_ranks > 1:
+    is_plain = engine == "plain"
+    if not is_plain:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
         os.environ |= {name: str(value) for name, value in names.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -175,8 +176,8 @@ def work(
         dataset = StreamingMixtureDataset(one_source(64, 4, directory), rank=rank, num_ranks=num_ranks)
     else:
         dataset = BadItems(kind) if kind in ("bad_row", "worker_killed") else Items()
-    settings = ENGINES[engine] if num_ranks > 1 else {}
-    with engine_state(engine) if num_ranks > 1 else nullcontext(), report_user_errors():
+    settings = {} if is_plain else ENGINES[engine]
+    with nullcontext() if is_plain else engine_state(engine), report_user_errors():
         model, processor = load_for_training(directory, settings, lora_dropout=0.0 if items_per_step else 0.2)
         trainer = make_trainer(
             model,
