@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import growth
 import pytest
+import rows
 import torch
 from fixtures.paths import ROOT
 from growth import growth_table, measure_growth, plot_growth
@@ -118,3 +119,12 @@ def test_baseline_costs_what_the_original_costs(tmp_path):
     memory = [metrics["peak_memory_mb"] for metrics in variants.values()]
     assert memory == sorted(memory, reverse=True)
     assert report["generation"]["speedup"] >= 5 and report["generation"]["equal_answers"] == 16
+
+
+def test_startup_and_memory_of_rows_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "NUM_ITEMS", 20)
+    rows.write_rows(tmp_path, 1000)
+    for kind in ("prepared", "streamed"):
+        *seconds, keys, main, worker = rows.measure(kind, 1000, tmp_path)
+        assert all(0 < number < 60 for number in seconds) and 0 <= main < 500 and 0 < worker < 500
+        assert (keys > 0) == (kind == "prepared")
