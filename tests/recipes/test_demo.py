@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from fixtures.paths import ROOT
-from fixtures.recipes import run, serve, serve_demo
+from fixtures.recipes import run_here, serve, serve_demo
 from fixtures.tiny_models import image, save_talkative
 
 from lisa_hf.evaluation.visualization import COLORS
@@ -51,11 +51,11 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def predicted(talkative, photos, tmp_path_factory) -> dict[str, dict]:
     """What predict.py answers to the question about each photo."""
-    directory = tmp_path_factory.mktemp("predicted")
+    directory = tmp_path_factory.mktemp("predicted") / "out"
     paths = [photos / "first.png", photos / "second.png"]
-    options = ("--max_new_tokens", NUM_TOKENS, "--output_dir", "out", "--format", "jsonl")
-    run("predict.py", talkative, "--image", *paths, "--question", QUESTION, *options, cwd=directory)
-    lines = (directory / "out" / "predictions.jsonl").read_text("utf-8").splitlines()
+    options = ("--max_new_tokens", NUM_TOKENS, "--output_dir", directory, "--format", "jsonl", "--device", "cpu")
+    run_here("predict.py", talkative, "--image", *paths, "--question", QUESTION, *options)
+    lines = (directory / "predictions.jsonl").read_text("utf-8").splitlines()
     records = {record["image"]: record for record in map(json.loads, lines)}
     assert len(records["first.png"]["masks"]) > 1
     return records
