@@ -63,8 +63,7 @@ def make_model(directory: Path) -> None:
     tokenizer = train_tokenizer([template], vocab_size=400)
     config, processor = tiny_config_and_processor(VLM, MASK_MODEL, tokenizer, template)
     config.vlm_config.get_text_config().vocab_size = VOCABULARY_SIZE
-    torch.set_default_dtype(torch.bfloat16)
-    model = LisaForConditionalGeneration(config)
+    model = LisaForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     halves = {"": (model, processor), "vlm": (model.vlm, processor.vlm_processor), "mask_model": (model.mask_model,)}
     for name, parts in halves.items():
         for part in parts:

@@ -1,12 +1,15 @@
 """Several processes share a model: what each one loads, holds and saves with FSDP2; tensor parallelism."""
 
+import json
 import os
 import pickle
 
+import load_memory
 import pytest
 import torch
 from fixtures.tiny_training import ENGINES, LISA_PARTS, Items, build_model, collate
 from workers.fsdp_worker import answer, build, run_processes, train_sharded
+from workers.launching import launch
 
 from lisa_hf.conversion.checkpoints import FSDP_DIRECTORY, open_checkpoint
 from lisa_hf.export import restore_model
@@ -62,6 +65,18 @@ def test_shards_resume_on_another_number_of_processes_and_export_in_one(tmp_path
     options["fsdp_config"] = ENGINES["fsdp2"]["fsdp_config"] | {"fsdp_state_dict_type": "FULL_STATE_DICT"}
     (one,) = train_sharded(tmp_path, model_args, num_ranks=1, **options, resume_from_checkpoint=str(checkpoint))
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-5) and len(set(one["losses"])) == 3
+
+
+@pytest.mark.slow
+def test_host_memory_of_loading_is_a_share_and_a_file(tmp_path, monkeypatch):
+    """With LoRA, whose copy of the embeddings is whole until it is sharded."""
+    monkeypatch.setitem(load_memory.VLM["text_config"], "num_hidden_layers", 6)
+    load_memory.make_model(tmp_path)
+    for num_processes in (2, 4):
+        arguments = ("--model", tmp_path, "--output_dir", tmp_path / "run")
+        output = launch(load_memory.__file__, *arguments, launcher="fsdp2", num_processes=num_processes)
+        report = json.loads(output[output.index("{\n") : output.rindex("}") + 1])
+        assert max(process["peak"] for process in report["processes"]) <= report["bound"]
 
 
 def test_a_description_of_shards_that_would_run_code_is_refused(tmp_path):
