@@ -62,6 +62,10 @@ class LabelMe(Labeled):
         directory = self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
         annotation = read_json(record, self.config.encoding)
         with errors_naming(record):
+            if not {"imagePath", "shapes"} & annotation.keys():
+                # predict.py keeps its settings beside the LabelMe files that it writes.
+                self.pass_over("JSON files that are not LabelMe's")
+                return None
             # The path is that on the annotator's machine.
             image = self.find_image(directory, annotation["imagePath"])
             _, (height, width) = self.find_space(*read_orientation(image), _declared_size(annotation))

@@ -222,6 +222,13 @@ def test_shapes_with_an_area_are_drawn(root, shape, area):
         assert mask[5:15, 10:20].all()
 
 
+def test_settings_of_predictions_beside_labelme_files_are_passed_over(root):
+    (root / "settings.json").write_text('{"model": "mine", "images": {}}')
+    masks, builder = open_labelme(root)
+    assert len(masks) == 1
+    assert builder.remarks() == ["passed over 1 JSON files that are not LabelMe's in the split 'train'"]
+
+
 @pytest.mark.parametrize("kind", ["point", "line", "linestrip", "points", "polygon"])
 def test_shapes_without_an_area_are_passed_over_and_the_photo_is_kept(root, kind):
     masks, builder = open_labelme(root, {"label": "dot", "shape_type": kind, "points": [[1, 1], [20, 20]]})
