@@ -22,7 +22,7 @@ from ..model.packing import unpack_rows
 from .callbacks import SkipNonFiniteSteps, Throughput
 from .checkpointing import complete_save, resolve_checkpoint
 from .engine_change import allow_other_engine, load_best_weights
-from .fsdp import SHARDED, each_process_loads_its_rows, loading_as_saved, save_shards, saves_shards
+from .fsdp import each_process_loads_its_rows, loading_as_saved, save_shards, saves_shards
 from .model_card import write_model_card
 from .run_record import find_run_record
 from .stream_position import StreamPosition
@@ -76,12 +76,6 @@ class LisaTrainer(Trainer):
             raise ValueError(
                 "average_tokens_across_devices: expected True, got False. Leave it out: the loss is divided by the "
                 "labels and masks of all processes."
-            )
-        state_dict_type = self.accelerator.state.fsdp_plugin.state_dict_type.name if self.is_fsdp_enabled else None
-        if state_dict_type not in (None, SHARDED, "FULL_STATE_DICT"):
-            raise ValueError(
-                f"fsdp_state_dict_type: expected {SHARDED} or FULL_STATE_DICT, got {state_dict_type}, with which "
-                "Trainer saves no model. Set it as in recipes/accelerate/fsdp2.yaml."
             )
         metric, names = self.args.metric_for_best_model, self.eval_dataset
         if isinstance(names, dict) and metric and self.args.eval_strategy != "no":
