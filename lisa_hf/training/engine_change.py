@@ -277,7 +277,7 @@ def _set_zero_states(
         steps = {key: int(number) for key, number in steps.items()}
     for row in zero.fp32_partitioned_groups_flat if is_stage_3 else zero.single_partition_of_fp32_groups:
         zero.optimizer.state[row] = {
-            key: copy.copy(steps[key]) if key in steps else torch.zeros_like(row) for key in example
+            key: copy.deepcopy(steps[key]) if key in steps else torch.zeros_like(row) for key in example
         }
     if not is_stage_3:
         zero._lazy_init_hp_params_optimizer_state()
