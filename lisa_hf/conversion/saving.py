@@ -67,7 +67,7 @@ def save_converted(converted: ConvertedModel, output_dir: Path, dtype: torch.dty
     with atomic_directory(output_dir) as directory:
         converted.processor.save_pretrained(directory)
         type(converted.processor).from_pretrained(directory)
-        save_without_loading(converted.model, converted.tensors, directory, dtype)
+        save_without_loading(converted.model, converted.tensors, directory, dtype, MAX_SHARD_SIZE)
 
 
 def save_without_loading(
@@ -75,7 +75,7 @@ def save_without_loading(
     tensors: dict[str, LazyTensor],
     directory: Path,
     dtype: torch.dtype,
-    max_shard_size: str = MAX_SHARD_SIZE,
+    max_shard_size: str,
 ) -> None:
     """Save a model as `save_pretrained` does, with the weights of one file in memory at a time.
 
