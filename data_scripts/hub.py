@@ -85,6 +85,9 @@ class Hub(OwnData):
                 f"source {self.source!r}: expected the option `path`, the dataset's id or files, got none."
             )
         path = self._local_path(data_dir)
+        directory, is_pattern, files = path.rpartition("/data/")
+        if is_pattern:
+            check_finished(directory, files.partition("-*")[0])
         if "://" in path:
             return []
         check_finished(path, self.config.split)

@@ -115,10 +115,10 @@ def write_parquet(
     for path in others:
         fs.rm(path)
     thread_map(fs.mv, staged.values(), [paths[name] for name in staged], disable=True)
-    for path in fs.find(f"{root}/{STAGING}"):
-        if _name(path).startswith(f"{split}-"):  # left by workers that were killed
-            fs.rm(path)
-    if not fs.find(f"{root}/{STAGING}"):
+    for path in _staged_paths(fs, root, split):  # left by workers that were killed
+        fs.rm(path)
+    # An object store has no empty directories.
+    if fs.exists(f"{root}/{STAGING}") and not fs.find(f"{root}/{STAGING}"):
         fs.rm(f"{root}/{STAGING}", recursive=True)
     return WrittenSplit([f"{directory}/data/{name}" for name in names], num_rows, num_excluded)
 
@@ -173,7 +173,7 @@ def write_card(directory: str, licenses: dict[str, str]):
 def check_finished(directory: str, split: str):
     """Raise a `ValueError` if a conversion ended while it moved the shards of a split to where they are read."""
     fs, root = url_to_fs(str(directory))
-    if not any(_name(path).startswith(f"{split}-") for path in fs.find(f"{root}/{STAGING}")):
+    if not _staged_paths(fs, root, split):
         return
     found = [SHARD_NAME.fullmatch(_name(path)) for path in _shard_paths(fs, root)]
     totals = [int(match["total"]) for match in found if match["split"] == split]
@@ -195,6 +195,13 @@ def _name(path: str) -> str:
 def _shard_paths(fs: AbstractFileSystem, root: str) -> list[str]:
     """Return the paths of the shards of a source, sorted."""
     return sorted(path for path in fs.find(f"{root}/data") if SHARD_NAME.fullmatch(_name(path)))
+
+
+def _staged_paths(fs: AbstractFileSystem, root: str, split: str) -> list[str]:
+    """Return the paths of what is staged for a split: its shards, and parts of them."""
+    shard = re.compile(rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.parquet(\..*)?")
+    paths = fs.find(f"{root}/{STAGING}") if fs.exists(f"{root}/{STAGING}") else []
+    return [path for path in paths if shard.fullmatch(_name(path))]
 
 
 def _plan_shards(

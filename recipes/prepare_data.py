@@ -33,6 +33,9 @@ from lisa_hf.evaluation.visualization import preview_sheet
 from lisa_hf.training.arguments import parse_data_arguments
 
 
+EVALUATION_SPLITS = ("val", "test")  # beginnings of their names
+
+
 def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Return the names and options of the given sources, or of those in the recipe, which may also set `data_dir`."""
     if bool(args.sources) == bool(args.config):
@@ -132,7 +135,7 @@ def run_convert(args: argparse.Namespace):
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else {options["split"]: loaded}
         for split, rows in splits.items():
             directory = f"{args.output_dir}/{name}"
-            is_training = not split.startswith(("val", "test"))
+            is_training = not split.startswith(EVALUATION_SPLITS)
             written = write_parquet(
                 *(rows, directory, split, args.num_workers, args.max_shard_size, args.overwrite, args.engine),
                 excluded=excluded if is_training and excluded.names else None,
@@ -140,8 +143,10 @@ def run_convert(args: argparse.Namespace):
             print(f"{name} {split}: {written.num_rows} rows in {len(written.paths)} files")
             for other, number in sorted(written.num_excluded.items()):
                 print(f"{name} {split}: left out {number} rows with images of {other}")
-            if args.deduplicate and is_training:
-                excluded.add(f"{name} {split}", rows, args.engine, args.num_workers)
+        if args.deduplicate:
+            for split, rows in splits.items():
+                if not split.startswith(EVALUATION_SPLITS):
+                    excluded.add(f"{name} {split}", rows, args.engine, args.num_workers)
     write_card(args.output_dir, {name: builder.LICENSE for name, builder in SOURCES.items()})
     if "://" in args.output_dir:
         data_files = f"{args.output_dir}/{name}/data/{split}-*.parquet"

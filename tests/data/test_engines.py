@@ -214,12 +214,19 @@ def test_shards_that_are_being_moved_are_not_read(rows, tmp_path, monkeypatch):
         patch.setattr("data_scripts.parquet.thread_map", move_two)
         with pytest.raises(KeyboardInterrupt):
             write_parquet(rows, directory, "train", **options)
+    # Another split whose name begins alike is neither mistaken for this one nor touched.
+    other = directory / ".incomplete" / "train-unseen-00000-of-00001.parquet"
+    other.touch()
     for read in (
         lambda: write_card(tmp_path / "out", {}),
         lambda: load_source("mine", builder="hub", path=str(directory), cache_dir=str(tmp_path / "cache")),
+        lambda: load_source("mine", builder="hub", path=f"{directory}/data/train-*.parquet", cache_dir=str(tmp_path)),
+        lambda: load_source("mine", builder="hub", path=f"file://{directory}/data/train-*.parquet", streaming=True),
     ):
         with pytest.raises(ValueError, match=r"shards of the split 'train', got 2. Run the conversion again"):
             read()
     write_parquet(rows, directory, "train", **options)
+    assert [path.name for path in (directory / ".incomplete").iterdir()] == [other.name]
+    other.unlink()
     found = load_source("mine", builder="hub", path=str(directory), cache_dir=str(tmp_path / "cache"))
     assert found["image_id"] == rows["image_id"]
