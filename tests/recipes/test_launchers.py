@@ -125,9 +125,9 @@ def run_script(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
 
-    def run(*command, **variables):
+    def run(*command, code=0, **variables):
         environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables
-        subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+        assert subprocess.run(command, env=environment, cwd=tmp_path).returncode == code
         command, *arguments = (tmp_path / "arguments").read_text().splitlines()
         assert command == "launch"
         args = launch_command_parser().parse_args(arguments)
@@ -153,12 +153,18 @@ def test_slurm(run_script):
         simple_slurm.Slurm().add_arguments(name.replace("-", "_"), value)  # exits at an unknown one
 
 
-def test_kubernetes(run_script):
+def test_kubernetes(run_script, tmp_path):
     service, job = yaml.safe_load_all((CLUSTERS / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     variables = {variable["name"]: variable["value"] for variable in container["env"]}
-    args = run_script(*container["command"], JOB_COMPLETION_INDEX="1", **variables)
+    command = [word.replace("/volume/", f"{tmp_path}/") for word in container["command"]]
+    # A training that ends before it has a model was stopped: the pod starts again.
+    args = run_script(*command, code=1, JOB_COMPLETION_INDEX="1", **variables)
+    model = tmp_path / "outputs" / "lisa_7b" / "config.json"
+    model.parent.mkdir(parents=True)
+    model.touch()
+    run_script(*command, JOB_COMPLETION_INDEX="1", **variables)
     number = job["spec"]["completions"]
     assert number == job["spec"]["parallelism"] == args.num_machines
     assert args.num_processes == number * container["resources"]["limits"]["nvidia.com/gpu"]
@@ -170,6 +176,21 @@ def test_kubernetes(run_script):
         kubernetes_validate.validate(document, "1.34", strict=True)
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(job | {"spec": job["spec"] | {"completion": 2}}, "1.34", strict=True)
+
+
+def test_an_eviction_in_kubernetes_reaches_the_training(tmp_path):
+    _, job = yaml.safe_load_all((CLUSTERS / "kubernetes.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    training = tmp_path / "accelerate"
+    training.write_text("#!/bin/bash\ntrap 'touch saved; exit' TERM\ntouch started\nwhile true; do sleep 0.1; done\n")
+    training.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NUM_MACHINES": "2"}
+    command = [word.replace("/volume/", f"{tmp_path}/") for word in container["command"]]
+    with subprocess.Popen(command, env=environment, cwd=tmp_path) as pod:
+        while not (tmp_path / "started").exists():
+            assert pod.poll() is None
+        pod.terminate()
+        assert pod.wait(20) == 1 and (tmp_path / "saved").exists()
 
 
 def test_skypilot(run_script):
