@@ -323,6 +323,10 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.received:  # Trainer takes a stop for the end of the epoch
+            control.should_evaluate = False
+
     def on_train_end(self, args, state, control, **kwargs):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -331,8 +335,12 @@ class StopOnSignal(TrainerCallback):
 def _lacks_evaluation(args: TrainingArguments, state: TrainerState) -> bool:
     """Return whether an evaluation was due at the last step and is not in the log."""
     step = state.global_step
-    is_due = args.eval_strategy == IntervalStrategy.STEPS and step and step % state.eval_steps == 0
+    if args.eval_strategy == IntervalStrategy.STEPS:
+        is_due, place = step % state.eval_steps == 0, step
+    else:
+        is_due, place = math.isclose(state.epoch or 0, round(state.epoch or 0)), state.epoch
+        is_due = is_due and args.eval_strategy == IntervalStrategy.EPOCH
     is_logged = any(
         entry["step"] == step and any(name.startswith("eval_") for name in entry) for entry in state.log_history
     )
-    return bool(is_due and step >= args.eval_delay and not is_logged)
+    return bool(step and is_due and place >= args.eval_delay and not is_logged)

@@ -364,6 +364,21 @@ def test_a_run_stopped_where_an_evaluation_is_due_equals_one_that_was_not(tmp_pa
     assert [key for key in weights if not torch.equal(weights[key], other_weights[key])] == []
 
 
+def test_a_stop_within_an_epoch_is_no_end_of_the_epoch(tmp_path):
+    steps = {}
+    for stop in (1, 2, None):
+        model, processor = build_model()
+        batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        epochs = {"num_train_epochs": 2, "max_steps": -1, "eval_strategy": "epoch"}
+        trainer = make_trainer(model, processor, tmp_path, Items(8), Items(1), **batches, **epochs)
+        trainer.add_callback(StopOnSignal(trainer))
+        trainer.add_callback(SignalAtStep(stop))
+        trainer.train(resume_from_checkpoint="auto")
+        steps[stop] = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.global_step == 4
+    assert steps == {1: [], 2: [], None: [2, 4]}
+
+
 def test_sheets_of_the_best_model_keep_their_step(tiny, tmp_path):
     model, processor = tiny
     steps = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
