@@ -44,6 +44,7 @@ from data_scripts import load_sources
 from data_scripts.benchmarks import BENCHMARKS
 from data_scripts.check import describe_other_counts
 from lisa_hf import LisaDataCollator, LisaTrainer
+from lisa_hf.conversion.checkpoints import is_fsdp_checkpoint
 from lisa_hf.conversion.saving import DTYPES
 from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.errors import nearest_name, report_user_errors
@@ -189,8 +190,8 @@ def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrai
 def make_trainer(
     name: str, model_args: ModelArguments, data_args: DataArguments, training_args: LisaTrainingArguments
 ) -> LisaTrainer:
-    """Load a model, or a checkpoint of a LoRA run, and make the trainer that evaluates it."""
-    if (Path(name) / ADAPTER_CONFIG).is_file():
+    """Load a model, or a checkpoint of a run with LoRA or FSDP, and make the trainer that evaluates it."""
+    if (Path(name) / ADAPTER_CONFIG).is_file() or is_fsdp_checkpoint(Path(name)):
         model, processor = restore_model(Path(name))
         model = model.to(DTYPES[model_args.dtype or "auto"])
     else:

@@ -392,6 +392,7 @@ _METADATA_CLASSES = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # Python 3.13
     "torch": {
         "Size",
         *(str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
@@ -444,7 +445,7 @@ class FsdpReader(FileSystemReader):
             return super().read_metadata(*args, **kwargs)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # in Python: the one in C allocates any amount that a file names
     def find_class(self, module: str, name: str):
         if name not in _METADATA_CLASSES.get(module, ()):
             raise ValueError(

@@ -306,10 +306,12 @@ class LisaTrainingArguments(TrainingArguments):
     def _initialize_devices(self):
         has_fsdp, is_distributed = is_fsdp_requested(self.fsdp), "LOCAL_RANK" in os.environ
         shards_on_cpus = has_fsdp and is_distributed and (self.use_cpu or not torch.accelerator.is_available())
+        use_cpu = self.use_cpu
         if shards_on_cpus:
             self.use_cpu = False  # would turn FSDP off
         with cpus_may_shard() if shards_on_cpus else nullcontext():
             super().__post_init__()
+        self.use_cpu = use_cpu
         if has_fsdp:
             # Each process loads its own rows. With this option, from_pretrained would give some the first one's.
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

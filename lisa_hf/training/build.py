@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from ..chat_templates import load_chat_template
-from ..conversion.checkpoints import LISA_V0_FILES
+from ..conversion.checkpoints import LISA_V0_FILES, is_fsdp_checkpoint
 from ..data.feature_cache import FeatureCache
 from ..data.mixture import EvaluationDataset, MixtureDataset
 from ..data.streaming import StreamingMixtureDataset
@@ -276,6 +276,11 @@ def _load_lisa_config(path: str) -> LisaConfig:
                 f"{path}: expected a finished run, got one without its final model. Finish it with "
                 f"`--resume_from_checkpoint auto`, or export its newest checkpoint: {export}."
             )
+    if is_fsdp_checkpoint(directory):
+        raise ValueError(
+            f"{path}: expected a whole model, got shards of FSDP. Resume their training with "
+            f"`resume_from_checkpoint`, or put them together: `python recipes/export.py {path} --output DIRECTORY`."
+        )
     raise_if_original_format(path)
     config = AutoConfig.from_pretrained(path)
     if not isinstance(config, LisaConfig):

@@ -266,15 +266,17 @@ def _set_zero_states(
     Args:
         precise_weights: The copies, if the checkpoint has any.
     """
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     zero = trainer.model_wrapped.optimizer
     is_stage_3 = trainer.args.deepspeed_plugin.zero_stage == 3
     # What DeepSpeed's optimizer itself makes in its first step: zeros for each row of weights.
     example = next(iter(states.values()))
     steps = {key: state.load() for key, state in example.items() if not state.shape}
-    if isinstance(zero.optimizer, DeepSpeedCPUAdam):
+    if isinstance(zero.optimizer, (DeepSpeedCPUAdam, FusedAdam)):
         steps = {key: int(number) for key, number in steps.items()}
+    elif any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups):
+        steps = {key: number.to(trainer.args.device) for key, number in steps.items()}  # torch's kernels want it there
     for row in zero.fp32_partitioned_groups_flat if is_stage_3 else zero.single_partition_of_fp32_groups:
         zero.optimizer.state[row] = {
             key: copy.deepcopy(steps[key]) if key in steps else torch.zeros_like(row) for key in example

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType, patch_environment, save_fsdp_model
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import Trainer
@@ -37,8 +38,9 @@ def cpus_may_shard() -> Iterator[None]:
     Remove when: accelerate shards among CPU processes; tests/training/test_distributed.py.
     """
     backend = ("gloo", DistributedType.MULTI_GPU)
+    supports_bf16 = mock.patch("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # asked of GPUs
     environment = patch_environment(ACCELERATE_TORCH_DEVICE="cpu")
-    with environment, mock.patch.object(PartialState, "_prepare_backend", lambda *args: backend):
+    with environment, supports_bf16, mock.patch.object(PartialState, "_prepare_backend", lambda *args: backend):
         yield
 
 
@@ -55,6 +57,10 @@ def each_process_loads_its_rows() -> Iterator[None]:
 
 
 def _shard_then_load(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    if isinstance(model, FSDPModule):  # prepared before
+        return fsdp2_prepare_model(accelerator, model)
+    is_offloaded = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+    device = torch.device("cpu") if is_offloaded else accelerator.device
     whole = dict(model.named_parameters(remove_duplicate=False))
     _move_parameters_to_meta(model)
     model = fsdp2_prepare_model(accelerator, model)
@@ -64,7 +70,7 @@ def _shard_then_load(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     for name in sorted(whole, key=lambda name: not whole[name].requires_grad):
         weight, sharded = whole.pop(name), state_dict[name]
         if sharded not in loaded:
-            loaded[sharded] = _load_rows(weight, sharded, accelerator.device)
+            loaded[sharded] = _load_rows(weight, sharded, device)
         state_dict[name] = loaded[sharded]
     model.load_state_dict(state_dict, assign=True)
     return model
