@@ -15,8 +15,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=lisa.log
 set -euo pipefail
-MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MAIN
+mapfile -t MACHINES < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # `head` would break the pipe of scontrol
+export MAIN=${MACHINES[0]}
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 # signals that torch's launcher forwards
 export PET_SHUTDOWN_TIMEOUT=280                     # seconds it waits for the processes to end
 # In single quotes: every machine has its own SLURM_NODEID.

@@ -328,7 +328,8 @@ def test_stop_reaches_two_models_and_a_question_in_the_queue(browser, slow_pair_
         if visitor is answering:
             for number in range(2):
                 visitor.answers.nth(number).get_by_text("[SEG]").first.wait_for()
-    waiting.page.get_by_text(re.compile("queue: ")).first.wait_for()
+    for number in range(2):
+        waiting.page.locator(".overlay").nth(number).get_by_text(re.compile("queue: ")).first.wait_for()
     waiting.page.get_by_role("button", name="Stop").click()
     waiting.wait()
     answering.page.get_by_role("button", name="Stop").click()

@@ -107,8 +107,9 @@ def random_kills(number: int, seed: str, progress: Progress, num_ranks: int) -> 
 
 def test_three_kills(uninterrupted, tmp_path):
     final, progress = uninterrupted("plain", False)
+    # Early: the uninterrupted run may have been several times slower than one that is killed.
     kills = [
-        Fault("kill", phase, occurrence, 0.25 * progress.mean_seconds(phase))
+        Fault("kill", phase, occurrence, 0.05 * progress.mean_seconds(phase))
         for phase, occurrence in (("training", 2), ("saving", 1), ("evaluating", 1))
     ]
     assert assert_survives(tmp_path, "plain", False, kills, final) == dict.fromkeys(KILLED_PHASES, 1)
