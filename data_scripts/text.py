@@ -1,6 +1,6 @@
 """Text files in any encoding that annotation tools write: UTF-8, UTF-16, or that of an older or localized system.
 
-A wrong guess would train on garbage without a word. So an encoding is taken only if the text says clearly which it is;
+A wrong guess would silently train on garbage. So an encoding is taken only if the text says clearly which it is;
 else loading asks for the option `encoding`.
 """
 

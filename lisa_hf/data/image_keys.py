@@ -52,7 +52,7 @@ def content_key(content: bytes | memoryview) -> int:
 
 
 def perceptual_hash(content: bytes) -> int | None:
-    """Return 64 bits of which few change when an image is compressed again or resized; None for a blank image.
+    """Return a 64-bit hash; few of its bits change if the image is recompressed or resized. None for a blank image.
 
     They are the signs of the 8 x 8 lowest frequencies of a gray thumbnail against their median (known as pHash). A
     crop, a mirrored image and a border give other bits.

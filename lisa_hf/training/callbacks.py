@@ -334,13 +334,12 @@ class StopOnSignal(TrainerCallback):
 
 def _lacks_evaluation(args: TrainingArguments, state: TrainerState) -> bool:
     """Return whether an evaluation was due at the last step and is not in the log."""
-    step = state.global_step
-    if args.eval_strategy == IntervalStrategy.STEPS:
-        is_due, place = step % state.eval_steps == 0, step
-    else:
-        is_due, place = math.isclose(state.epoch or 0, round(state.epoch or 0)), state.epoch
-        is_due = is_due and args.eval_strategy == IntervalStrategy.EPOCH
+    step, epoch = state.global_step, state.epoch or 0
+    is_due = {
+        IntervalStrategy.STEPS: step % (state.eval_steps or 1) == 0 and step >= args.eval_delay,
+        IntervalStrategy.EPOCH: math.isclose(epoch, round(epoch)) and epoch >= args.eval_delay,
+    }.get(args.eval_strategy, False)
     is_logged = any(
         entry["step"] == step and any(name.startswith("eval_") for name in entry) for entry in state.log_history
     )
-    return bool(step and is_due and place >= args.eval_delay and not is_logged)
+    return step > 0 and is_due and not is_logged

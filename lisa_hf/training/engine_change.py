@@ -1,7 +1,7 @@
 """Resume from a checkpoint that another engine, or another number of processes, saved: with all of it that fits.
 
 Engines keep the optimizer's states in layouts of their own, ZeRO in one per number of processes. Trainer stops at some
-of them, and passes over others without a word. Here they are read weight by weight and cut as the running engine does.
+of them, and silently ignores others. Here they are read weight by weight and cut as the running engine does.
 """
 
 import copy
@@ -183,7 +183,7 @@ def _open_weights(model: torch.nn.Module, checkpoint: Path) -> dict[str, LazyTen
 
 
 def _load_optimizer(trainer: Trainer, checkpoint: Path, names: list[str]) -> str | None:
-    """Set the optimizer's states to those of a checkpoint; return why they begin anew, or None.
+    """Set the optimizer's states to those of a checkpoint; return why that is impossible, or None.
 
     Args:
         names: Of the weights as a plain optimizer numbers them.
