@@ -1,8 +1,18 @@
+import atexit
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+
+# Keep prepared data out of the user's cache. datasets reads the variable when it is imported.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lisa_hf_tests_")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
 from datasets import Image
 from fixtures.paths import GOLDEN, TREE
 from fixtures.tiny_training import build_model
