@@ -14,13 +14,9 @@ from transformers import GenerationConfig, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import GENERATION_CONFIG_NAME, PROCESSOR_NAME
 
-from .conversion.checkpoints import (
-    LazyTensor,
-    is_fsdp_checkpoint,
-    is_zero_checkpoint,
-    open_checkpoint,
-    open_zero_checkpoint,
-)
+from .conversion.checkpoints import open_checkpoint
+from .conversion.fsdp_checkpoints import is_fsdp_checkpoint
+from .conversion.lazy_tensors import LazyTensor
 from .conversion.saving import (
     MAX_SHARD_SIZE,
     build_without_weights,
@@ -28,6 +24,7 @@ from .conversion.saving import (
     most_common_dtype,
     save_without_loading,
 )
+from .conversion.zero_checkpoints import is_zero_checkpoint, open_zero_checkpoint
 from .data.image_keys import read_image_keys, write_image_keys
 from .errors import redact
 from .evaluation.benchmarks import EVALUATION

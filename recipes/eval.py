@@ -44,7 +44,7 @@ from data_scripts import load_sources
 from data_scripts.benchmarks import BENCHMARKS
 from data_scripts.check import describe_other_counts
 from lisa_hf import LisaDataCollator, LisaTrainer
-from lisa_hf.conversion.checkpoints import is_fsdp_checkpoint
+from lisa_hf.conversion.fsdp_checkpoints import is_fsdp_checkpoint
 from lisa_hf.conversion.saving import DTYPES
 from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.errors import nearest_name, report_user_errors

@@ -18,8 +18,8 @@ from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import SEG_TOKEN, LisaProcessor
 from ..model.self_check import check_against_vlm
 from ..model.similarity_points import PointOptions
-from .checkpoints import LazyTensor
 from .key_tables import Shapes, nest
+from .lazy_tensors import LazyTensor
 from .llava import (
     LLAVA_KEY_TABLE,
     add_vision_tower,

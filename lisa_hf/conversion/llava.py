@@ -23,8 +23,8 @@ from transformers import (
 
 from ..chat_templates import load_chat_template
 from ..model.processing_lisa import add_tokens
-from .checkpoints import LazyTensor
 from .key_tables import Shapes, convert_state_dict
+from .lazy_tensors import LazyTensor
 from .saving import ConvertedModel, build_without_weights
 
 

@@ -27,8 +27,8 @@ from ..model.image_processor_backends import load_vlm_processor
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import SEG_TOKEN, LisaProcessor
 from ..model.self_check import check_against_vlm
-from .checkpoints import LazyTensor
 from .key_tables import convert_state_dict, nest
+from .lazy_tensors import LazyTensor
 from .llava import TEXT_CONFIG_FIELDS
 from .sam2 import SAM2_KEY_TABLE, join_point_embeddings, sam2_config, sam2_image_processor
 from .saving import ConvertedModel, build_without_weights

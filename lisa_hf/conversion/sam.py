@@ -10,8 +10,8 @@ from transformers import (
     SamProcessor,
 )
 
-from .checkpoints import LazyTensor
 from .key_tables import Shapes, convert_state_dict
+from .lazy_tensors import LazyTensor
 from .saving import ConvertedModel, build_without_weights
 
 

@@ -4,8 +4,8 @@ import torch
 from transformers import Sam2Config, Sam2ImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from .checkpoints import LazyTensor
 from .key_tables import Shapes
+from .lazy_tensors import LazyTensor
 
 
 SAM2_KEY_TABLE = [

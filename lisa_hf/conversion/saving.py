@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..files import atomic_directory
-from .checkpoints import LazyTensor, close_files
+from .checkpoints import close_files
+from .lazy_tensors import LazyTensor
 
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,8 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from ..chat_templates import load_chat_template
-from ..conversion.checkpoints import LISA_V0_FILES, is_fsdp_checkpoint
+from ..conversion.checkpoints import LISA_V0_FILES
+from ..conversion.fsdp_checkpoints import is_fsdp_checkpoint
 from ..data.feature_cache import FeatureCache
 from ..data.mixture import EvaluationDataset, MixtureDataset
 from ..data.streaming import StreamingMixtureDataset

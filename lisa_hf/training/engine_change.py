@@ -20,15 +20,10 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 
-from ..conversion.checkpoints import (
-    FSDP_OPTIMIZER_DIRECTORY,
-    LazyTensor,
-    is_fsdp_checkpoint,
-    open_checkpoint,
-    open_fsdp_checkpoint,
-    open_zero_checkpoint,
-    open_zero_optimizer,
-)
+from ..conversion.checkpoints import open_checkpoint
+from ..conversion.fsdp_checkpoints import FSDP_OPTIMIZER_DIRECTORY, is_fsdp_checkpoint, open_fsdp_checkpoint
+from ..conversion.lazy_tensors import LazyTensor
+from ..conversion.zero_checkpoints import open_zero_checkpoint, open_zero_optimizer
 from .zero import gathered, is_sharded
 
 

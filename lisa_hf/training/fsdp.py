@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import Trainer
 
-from ..conversion.checkpoints import FsdpReader, is_fsdp_checkpoint
+from ..conversion.fsdp_checkpoints import FsdpReader, is_fsdp_checkpoint
 
 
 SHARDED = "SHARDED_STATE_DICT"

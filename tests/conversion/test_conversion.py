@@ -12,8 +12,8 @@ from fixtures.golden_model import (
 )
 from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
-from lisa_hf.conversion.checkpoints import LazyTensor
 from lisa_hf.conversion.key_tables import convert_state_dict
+from lisa_hf.conversion.lazy_tensors import LazyTensor
 from lisa_hf.conversion.lisa import LISA_KEY_TABLE, LISA_LAYOUTS
 from lisa_hf.conversion.llava import convert_llava_tensors, llava_config, load_original_tokenizer
 

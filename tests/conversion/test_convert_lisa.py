@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from lisa_hf import LisaProcessor
-from lisa_hf.conversion.checkpoints import open_zero_checkpoint
+from lisa_hf.conversion.zero_checkpoints import open_zero_checkpoint
 
 
 def assert_merged(output: Path) -> None:

@@ -25,7 +25,7 @@ from workers import export_worker
 from workers.launching import launch
 
 from lisa_hf import export
-from lisa_hf.conversion.checkpoints import open_zero_checkpoint
+from lisa_hf.conversion.zero_checkpoints import open_zero_checkpoint
 from lisa_hf.evaluation.benchmarks import write_evaluation
 from lisa_hf.training import engine_change
 from lisa_hf.training.arguments import ModelArguments

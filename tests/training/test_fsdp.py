@@ -11,7 +11,8 @@ from fixtures.tiny_training import ENGINES, LISA_PARTS, Items, build_model, coll
 from workers.fsdp_worker import answer, build, run_processes, train_sharded
 from workers.launching import launch
 
-from lisa_hf.conversion.checkpoints import FSDP_DIRECTORY, open_checkpoint
+from lisa_hf.conversion.checkpoints import open_checkpoint
+from lisa_hf.conversion.fsdp_checkpoints import FSDP_DIRECTORY
 from lisa_hf.export import restore_model
 from lisa_hf.training.arguments import ModelArguments
 from lisa_hf.training.checkpointing import find_fault
