@@ -25,10 +25,11 @@ from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.errors import report_user_errors
 from lisa_hf.export import gather_trained_model
 from lisa_hf.model.packing import resolve_packing
+from lisa_hf.training.argument_changes import compare_with_checkpoint
 from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, parse_arguments
 from lisa_hf.training.build import build_config_and_processor, build_datasets, build_for_training
 from lisa_hf.training.callbacks import PredictionSheet, SelfCheck, StopOnSignal
-from lisa_hf.training.checkpointing import claim_output_dir
+from lisa_hf.training.checkpointing import claim_output_dir, resolve_checkpoint
 from lisa_hf.training.dry_run import dry_run
 from lisa_hf.training.memory_estimate import report_memory
 from lisa_hf.training.run_record import write_run_record
@@ -49,9 +50,14 @@ def main():
         logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
 
     with report_user_errors(), claim_output_dir(training_args):
+        checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+
         # 2. Data: images with the questions that are asked about them
         train_rows, eval_rows = load_rows(data_args, training_args)
         train_dataset, eval_datasets = build_datasets(train_rows, eval_rows, data_args, training_args)
+        if checkpoint:
+            for change in compare_with_checkpoint(checkpoint, model_args, data_args, training_args, train_dataset):
+                logger.log(logging.WARNING if training_args.should_log else logging.DEBUG, "Resuming: %s", change)
 
         # 3. Config, processor, model: what trains is chosen here
         config, processor = build_config_and_processor(model_args, train_rows)
@@ -90,7 +96,7 @@ def main():
         trainer.add_callback(stop := StopOnSignal(trainer))
         if trainer.is_world_process_zero():
             write_run_record(model_args, data_args, training_args, train_dataset, eval_datasets)
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
         if stop.received:
             logger.warning("Stopped by %s. Resume with --resume_from_checkpoint auto.", stop.received.name)
         else:

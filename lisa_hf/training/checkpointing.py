@@ -13,17 +13,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from ..files import atomic_file
 from .arguments import LisaTrainingArguments
+from .run_record import RUN_RECORD
 
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,20 @@ def claim_output_dir(args: LisaTrainingArguments) -> Iterator[None]:
                 "with `--resume_from_checkpoint auto`, name another directory, or begin anew with "
                 "`--overwrite_output_dir`, which removes its checkpoints."
             )
+        elif args.resume_from_checkpoint:
+            _warn_of_later_checkpoints(Path(args.resume_from_checkpoint), checkpoints)
         yield
+
+
+def _warn_of_later_checkpoints(resumed: Path, checkpoints: list[str]) -> None:
+    places = [Path(path).resolve() for path in checkpoints]
+    later = checkpoints[places.index(resumed.resolve()) + 1 :] if resumed.resolve() in places else []
+    if later := [path for path in later if not find_fault(Path(path))]:
+        logger.warning(
+            "%s is not the newest checkpoint: until this run has passed it, `resume_from_checkpoint: auto` would go "
+            "on from %s. Move later ones away if they are not wanted.",
+            *(resumed, later[-1]),
+        )
 
 
 @contextmanager
@@ -99,6 +114,8 @@ def complete_save(trainer: Trainer, directory: Path) -> Iterator[None]:
         trainer.accelerator.wait_for_everyone()
         if args.should_save:
             torch.save(args, directory / TRAINING_ARGS_NAME)
+            if (record := Path(args.output_dir, RUN_RECORD)).is_file():
+                shutil.copyfile(record, directory / RUN_RECORD)
             write_manifest(directory)
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in TORCH_SAVE_ERRORS):
@@ -194,6 +211,26 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
             "newest complete one."
         )
     return resume_from_checkpoint
+
+
+@contextmanager
+def find_best_checkpoint_here(output_dir: str) -> Iterator[None]:
+    """Let a trainer that resumes in this context know the best checkpoint by its place in `output_dir`.
+
+    Its state has the path that it had when it was saved, from where the directory may have been moved or copied.
+    """
+    load = TrainerState.load_from_json
+
+    def load_state(path: str) -> TrainerState:
+        state = load(path)
+        if state.best_model_checkpoint:
+            here = Path(output_dir, Path(state.best_model_checkpoint).name)
+            if here.is_dir():
+                state.best_model_checkpoint = str(here)
+        return state
+
+    with mock.patch.object(TrainerState, "load_from_json", load_state):
+        yield
 
 
 def remove_old_checkpoints(output_dir: str, save_total_limit: int | None, best_model_checkpoint: str | None) -> None:

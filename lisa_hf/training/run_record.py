@@ -1,5 +1,7 @@
 """`run.json`: how a training run was started, written to its output directory before its first step.
 
+Each checkpoint holds a copy, which says what it was saved with even if the run is resumed with something else.
+
 {
   "started": "2026-01-31T12:00:00+00:00",
   "command": "recipes/train.py --config recipes/configs/quickstart.yaml",
@@ -72,10 +74,6 @@ def write_run_record(
     """
     output_dir = Path(training_args.output_dir)
     earlier = read_run_record(output_dir) if training_args.resume_from_checkpoint else None
-    train = [
-        {**_describe(name, data_args.sources, rows), "weight": float(weight)}
-        for name, rows, weight in zip(train_dataset.names, train_dataset.sources, train_dataset.probabilities)
-    ]
     evaluation = [_describe(name, data_args.eval_sources, dataset.rows) for name, dataset in eval_datasets.items()]
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -87,12 +85,8 @@ def write_run_record(
             "distributed_type": AcceleratorState().distributed_type.value,
             "zero_stage": training_args.deepspeed_plugin.zero_stage if training_args.deepspeed_plugin else None,
         },
-        "arguments": {
-            "model": dataclasses.asdict(model_args),
-            "data": dataclasses.asdict(data_args),
-            "training": training_args.to_dict(),
-        },
-        "data": {"train": train, "eval": evaluation},
+        "arguments": describe_arguments(model_args, data_args, training_args),
+        "data": {"train": describe_mixture(data_args, train_dataset), "eval": evaluation},
         "continues": read_run_record(Path(model_args.model)) if model_args.model else None,
         "earlier_starts": [*earlier.pop("earlier_starts"), earlier] if earlier else [],
     }
@@ -156,6 +150,22 @@ def find_training_images(model: str) -> tuple[dict[str, np.ndarray] | None, str]
     if unknown := sorted(sources - keys.keys()):
         notes.append(f"Not compared: {', '.join(unknown)}, whose images were not recorded.")
     return keys or None, " ".join(notes)
+
+
+def describe_arguments(
+    model_args: ModelArguments, data_args: DataArguments, training_args: LisaTrainingArguments
+) -> dict:
+    """Return `arguments` as in a record, without secrets."""
+    arguments = {"model": dataclasses.asdict(model_args), "data": dataclasses.asdict(data_args)}
+    return redact(arguments | {"training": training_args.to_dict()})
+
+
+def describe_mixture(data_args: DataArguments, train_dataset: Mixture) -> list[dict]:
+    """Return `train` of `data` as in a record."""
+    return [
+        {**_describe(name, data_args.sources, rows), "weight": float(weight)}
+        for name, rows, weight in zip(train_dataset.names, train_dataset.sources, train_dataset.probabilities)
+    ]
 
 
 def describe_software() -> dict:

@@ -20,7 +20,7 @@ from ..evaluation.predictions import PredictionWriter
 from ..from_scratch.muon import use_muon
 from ..model.packing import unpack_rows
 from .callbacks import SkipNonFiniteSteps, Throughput
-from .checkpointing import complete_save, resolve_checkpoint
+from .checkpointing import complete_save, find_best_checkpoint_here, resolve_checkpoint
 from .engine_change import allow_other_engine, load_best_weights
 from .fsdp import each_process_loads_its_rows, loading_as_saved, save_shards, saves_shards
 from .model_card import write_model_card
@@ -202,6 +202,7 @@ class LisaTrainer(Trainer):
         self._best_step = None
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         with ExitStack() as stack:
+            stack.enter_context(find_best_checkpoint_here(self.args.output_dir))
             if checkpoint:
                 stack.enter_context(allow_other_engine(self, Path(checkpoint)))
             if self.stream_position:

@@ -17,7 +17,7 @@ from fixtures.recipes import run, run_here, write_config
 from lisa_hf.errors import report_user_errors
 from lisa_hf.training.arguments import LisaTrainingArguments
 from lisa_hf.training.callbacks import StopOnSignal
-from lisa_hf.training.checkpointing import claim_output_dir
+from lisa_hf.training.checkpointing import claim_output_dir, write_manifest
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_second_start_asks_before_it_trains_over_checkpoints(config, tmp_path)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")} == files
 
     result = run(*arguments, "--resume_from_checkpoint", "auto", "--max_steps", 3, cwd=tmp_path)
-    assert "Resuming from run/checkpoint-2" in result.stderr
+    assert "Resuming from run/checkpoint-2" in result.stderr and "Resuming: max_steps 2 -> 3" in result.stderr
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
     result = run(*arguments, "--overwrite_output_dir", "--max_steps", 1, cwd=tmp_path)
@@ -97,7 +97,7 @@ def test_one_run_at_a_time_and_ctrl_c_saves(config, tmp_path):
     assert process.returncode == 0
 
 
-def test_an_output_dir_with_a_run_is_not_claimed_unless_it_goes_on_or_is_to_be_replaced(tmp_path):
+def test_an_output_dir_with_a_run_is_not_claimed_unless_it_goes_on_or_is_to_be_replaced(tmp_path, caplog):
     def claim(**arguments):
         return claim_output_dir(LisaTrainingArguments(str(tmp_path), use_cpu=True, **arguments))
 
@@ -109,6 +109,11 @@ def test_an_output_dir_with_a_run_is_not_claimed_unless_it_goes_on_or_is_to_be_r
         pass
     with claim(resume_from_checkpoint="auto"):
         assert (tmp_path / "checkpoint-2").exists()
+    write_manifest(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-1").mkdir()
+    for older in (False, True):
+        with claim(resume_from_checkpoint=str(tmp_path / f"checkpoint-{1 if older else 2}")):
+            assert ("checkpoint-1 is not the newest checkpoint" in caplog.text) == older
     with claim(dry_run=True):  # has a directory of its own
         assert (tmp_path / "checkpoint-2").exists()
     with claim(overwrite_output_dir=True):

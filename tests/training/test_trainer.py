@@ -5,6 +5,7 @@ Two processes are in test_distributed.py.
 
 import logging
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,16 +268,18 @@ def test_best_model_by_giou_is_loaded_and_remembered_across_a_resume(lora_r, tmp
         made.compute_metrics = lambda prediction: {"giou": next(scores)}
         return made
 
-    first = trainer(tmp_path, [0.9, 0.5, 0.7, 0.6])
+    first = trainer(tmp_path / "first", [0.9, 0.5, 0.7, 0.6])
     with caplog.at_level(logging.INFO, "lisa_hf.training.trainer"):
         first.train()
     assert "Loaded the best model, of step 1 (giou 0.9), in place of the last one, of step 4." in caplog.text
-    resumed = trainer(tmp_path, [0.7, 0.6])
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")
+    arguments["save_total_limit"] = 1
+    resumed = trainer(tmp_path / "moved", [0.7, 0.6])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-2"))
     best = first.recorder.saved_states[1]
     for done in (first, resumed):
         assert done.state.best_metric == 0.9
-        assert done.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+        assert done.state.best_model_checkpoint == str(Path(done.args.output_dir, "checkpoint-1"))
         assert (done.weights_step, done.state.global_step) == (1, 4)
         loaded = copy_state(done.model)
         assert [name for name in best if not torch.equal(best[name], loaded[name])] == []

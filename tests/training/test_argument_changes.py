@@ -1,0 +1,91 @@
+"""What a run that is resumed tells about its arguments, by the record of the checkpoint."""
+
+import re
+
+import pytest
+from accelerate import Accelerator
+from fixtures.rows import dataset, image_file, segmentation_row
+
+from lisa_hf.data.mixture import MixtureDataset
+from lisa_hf.training.argument_changes import compare_with_checkpoint
+from lisa_hf.training.arguments import DataArguments, LisaTrainingArguments, ModelArguments
+from lisa_hf.training.run_record import write_run_record
+
+
+MODEL = {"model": "somebody/lisa", "trainable": ["seg_projector"]}
+DATA = {"sources": {"reason_seg": 3, "shapes": 1}}
+TRAINING = {"max_steps": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "seed": 1}
+
+
+@pytest.fixture
+def compare(tmp_path):
+    image = image_file(tmp_path / "image.png")
+    rows = {name: dataset(*[segmentation_row(name, 0, image)] * 3) for name in ("reason_seg", "shapes")}
+
+    def build(model=MODEL, data=DATA, rows=rows, **training):
+        training_args = LisaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **(TRAINING | training))
+        data_args = DataArguments(**data)
+        chosen = {name: rows[name] for name in data_args.sources}
+        mixture = MixtureDataset(chosen, 8, weights=data_args.weights)
+        return ModelArguments(**model), data_args, training_args, mixture
+
+    arguments = build()
+    Accelerator(cpu=True)  # as the trainer of a run has made one
+    write_run_record(*arguments, {})
+
+    def compare(changed_rows=None, **changes):
+        return compare_with_checkpoint(
+            str(tmp_path / "checkpoint-2"), *build(**changes, rows=rows | (changed_rows or {}))
+        )
+
+    compare.more_rows = dataset(*[segmentation_row("shapes", 0, image)] * 4)
+    return compare
+
+
+def test_nothing_is_told_where_nothing_that_counts_has_changed(compare):
+    assert compare() == []
+    # The same images in a step, cut in another way
+    assert compare(per_device_train_batch_size=6, gradient_accumulation_steps=1) == []
+    assert compare(logging_steps=3, num_train_epochs=7, optim="adamw_torch") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"per_device_train_batch_size": 4}, r"images per step 6 -> 12 .* so some items are left out\."),
+        ({"gradient_accumulation_steps": 1}, r"images per step 6 -> 2 .* so some items come again\."),
+        ({"learning_rate": 1e-4}, r"learning_rate 5e-05 -> 0.0001: has no effect"),
+        ({"max_steps": 20, "warmup_steps": 2}, r"max_steps 10 -> 20, warmup_steps 0 -> 2: gives .*schedule\."),
+        ({"max_steps": -1}, r"max_steps 10 -> -1: gives"),
+        ({"seed": 2}, r"seed 1 -> 2: draws other items"),
+        ({"model": MODEL | {"model": "other"}}, r"model somebody/lisa -> other: is where weights come from"),
+        ({"model": MODEL | {"ce_loss_weight": 2.0}}, r"ce_loss_weight None -> 2.0: holds from here on\."),
+        ({"data": {"sources": {"reason_seg": 1, "shapes": 1}}}, r"weight of reason_seg 0.75 -> 0.5, weight of shapes"),
+        ({"data": {"sources": {"shapes": 1}}}, r"source reason_seg removed, weight of shapes 0.25 -> 1.0: the coming"),
+    ],
+)
+def test_what_has_changed_and_what_it_means(changes, expected, compare):
+    (sentence,) = compare(**changes)
+    assert re.match(expected, sentence), sentence
+
+
+def test_other_rows(compare):
+    (sentence,) = compare(changed_rows={"shapes": compare.more_rows})
+    assert sentence.startswith("num_rows of shapes 3 -> 4: ")
+    (sentence,) = compare(changed_rows={"shapes": compare.more_rows.select(range(3))})
+    assert sentence.startswith("other rows of shapes than before")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model": MODEL | {"trainable": ["mask_decoder"]}}, r"trainable \['seg_projector'\] -> \['mask_decoder'\]"),
+        ({"model": MODEL | {"lora_alpha": 32}}, "lora_alpha 16 -> 32"),
+        ({"optim": "adafactor"}, "optim adamw_torch -> adafactor"),
+        ({"muon_learning_rate": 0.01}, "optim adamw_torch -> muon"),
+        ({"part_learning_rates": {"lora": 1e-4}}, r"parts with a learning rate \[\] -> \['lora'\]"),
+    ],
+)
+def test_what_the_checkpoint_does_not_fit(changes, expected, compare):
+    with pytest.raises(ValueError, match=f"got others: {expected}.* Resume with the earlier ones"):
+        compare(**changes)
