@@ -34,7 +34,7 @@ from lisa_hf.training.dry_run import dry_run
 from lisa_hf.training.memory_estimate import report_memory
 from lisa_hf.training.run_record import write_run_record
 from lisa_hf.training.trainable import allow_unused_weights, trainable_summary
-from lisa_hf.training.zero import whole_image_encoders
+from lisa_hf.training.zero import gather_image_encoders
 
 
 logger = logging.getLogger("train")
@@ -69,7 +69,7 @@ def main():
             print(trainable_summary(model, training_args))
         allow_unused_weights(model, processor, training_args)
         if train_dataset.feature_cache is not None:
-            with whole_image_encoders(model):
+            with gather_image_encoders(model):
                 train_dataset.feature_cache.build(model, processor, train_rows, training_args)
 
         # 4. Trainer

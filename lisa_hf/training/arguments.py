@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..data.rows import OnBadRow
 from ..errors import nearest_name
-from .fsdp import cpus_may_shard, is_fsdp_requested
+from .fsdp import allow_fsdp_on_cpu, is_fsdp_requested
 from .parser import ArgumentParser
 
 
@@ -289,7 +289,7 @@ class LisaTrainingArguments(TrainingArguments):
         self.accelerator_config.dispatch_batches = False
         if self.deepspeed_plugin is not None:
             # With ZeRO-3, transformers would shard every model that is built, also those that one process needs whole.
-            # `zero3_shards_weights` sets this where a model is built for training, and Trainer sets it again.
+            # `zero3_init` sets this where a model is built for training, and Trainer sets it again.
             unset_hf_deepspeed_config()
         _check_parts("part_learning_rates", self.part_learning_rates, ("lora", *TRAINABLE_PARTS))
         for part, rate in self.part_learning_rates.items():
@@ -309,7 +309,7 @@ class LisaTrainingArguments(TrainingArguments):
         use_cpu = self.use_cpu
         if shards_on_cpus:
             self.use_cpu = False  # would turn FSDP off
-        with cpus_may_shard() if shards_on_cpus else nullcontext():
+        with allow_fsdp_on_cpu() if shards_on_cpus else nullcontext():
             super().__post_init__()
         self.use_cpu = use_cpu
         if has_fsdp:

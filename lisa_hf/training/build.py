@@ -47,7 +47,7 @@ from ..model.vlm_backbone import raise_if_not_vlm
 from .arguments import LOSS_OPTIONS, DataArguments, LisaTrainingArguments, ModelArguments
 from .run_record import RUN_RECORD
 from .trainable import prepare_for_training
-from .zero import shard_new_weights, whole_model, zero3_shards_weights
+from .zero import disable_zero3_init, shard_new_weights, zero3_init
 
 
 def build_config_and_processor(
@@ -114,7 +114,7 @@ def build_model(
     elif model_args.model is not None or model_args.vlm is not None:
         model = _load_pretrained_model(model_args, config, device_map)
     else:
-        with whole_model():
+        with disable_zero3_init():
             model = _initialize_model(model_args, config)
     attention = model_args.attn_implementation
     # The other kernels keep as much memory as the default, and may need a GPU that is not there.
@@ -141,7 +141,7 @@ def build_for_training(
         config: From [`build_config_and_processor`].
         training_args: Name the engine.
     """
-    with zero3_shards_weights(training_args):
+    with zero3_init(training_args):
         model = build_model(model_args, config)
         shard_new_weights(model)
         model = prepare_for_training(model, **model_args.adaptation)

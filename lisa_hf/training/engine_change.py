@@ -24,7 +24,7 @@ from ..conversion.checkpoints import open_checkpoint
 from ..conversion.fsdp_checkpoints import FSDP_OPTIMIZER_DIRECTORY, is_fsdp_checkpoint, open_fsdp_checkpoint
 from ..conversion.lazy_tensors import LazyTensor
 from ..conversion.zero_checkpoints import open_zero_checkpoint, open_zero_optimizer
-from .zero import gathered, is_sharded
+from .zero import gather_parameters, is_sharded
 
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
                 f"{checkpoint}: expected {tuple(shape)} as the shape of {name}, got {tuple(saved[name].shape)}. "
                 "Resume with the options that the run was started with."
             )
-        with torch.no_grad(), gathered([weight]) as is_writer:
+        with torch.no_grad(), gather_parameters([weight]) as is_writer:
             if is_writer:
                 weight.copy_(saved[name].load())
 

@@ -29,7 +29,7 @@ def is_fsdp_requested(fsdp: bool | str | None) -> bool:
 
 
 @contextmanager
-def cpus_may_shard() -> Iterator[None]:
+def allow_fsdp_on_cpu() -> Iterator[None]:
     """Let FSDP take CPU processes that are initialized in this context.
 
     Version: accelerate 1.15.
@@ -45,12 +45,16 @@ def cpus_may_shard() -> Iterator[None]:
 
 
 @contextmanager
-def each_process_loads_its_rows() -> Iterator[None]:
-    """Shard what accelerate prepares in this context without a process ever holding the whole model.
+def shard_before_loading() -> Iterator[None]:
+    """Let each process read nothing but its own rows of a model that accelerate prepares in this context.
 
-    `from_pretrained` maps safetensors files and reads nothing of them, so it is enough that sharding reads no more
-    than it keeps. accelerate either copies whole layers on every process or, with `cpu_ram_efficient_loading`,
-    broadcasts whole weights from the first one, which reads all of them.
+    `from_pretrained` maps safetensors files and reads nothing of them, so it is enough to shard before copying.
+
+    Version: accelerate 1.15.
+    Symptom: every process copies whole layers to its device, or, with `cpu_ram_efficient_loading`, the first process
+        reads the whole model and broadcasts it.
+    Remove when: accelerate loads each process's rows;
+        tests/training/test_fsdp.py::test_host_memory_of_loading_is_a_share_and_a_file.
     """
     with mock.patch("accelerate.accelerator.fsdp2_prepare_model", _shard_then_load):
         yield
@@ -123,8 +127,15 @@ def save_shards(trainer: Trainer, directory: Path) -> None:
 
 
 @contextmanager
-def loading_as_saved(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
-    """Load in this context what FSDP saved, in shards or whole; whatever the settings say, and run no code in it."""
+def match_saved_state_dict_type(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
+    """Load checkpoints in this context by the type that they were saved with, and without running code in them.
+
+    Version: accelerate 1.15 with torch 2.14.
+    Symptom: accelerate looks for shards or for whole weights as the run's settings say, whatever the checkpoint has;
+        torch unpickles the description of shards and what is no tensor in them, which may run code.
+    Remove when: accelerate tells the type by the checkpoint, and torch restricts what it unpickles;
+        tests/training/test_fsdp.py::test_shards_resume_on_another_number_of_processes_and_export_in_one.
+    """
     if not trainer.is_fsdp_enabled:
         yield
         return

@@ -14,7 +14,7 @@ from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import LisaProcessor
 from ..model.vlm_backbone import image_encoder, map_token_fields, vision_inputs_of, vision_tower
 from .arguments import TRAINABLE_PARTS, LisaTrainingArguments
-from .zero import copies_in_shards
+from .zero import shard_peft_copies
 
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def prepare_for_training(
             ensure_weight_tying=tied and "embeddings" in trainable,
         )
         try:
-            with nullcontext() if tied else copies_in_shards():  # one copy of tied weights takes another's shape
+            with nullcontext() if tied else shard_peft_copies():  # one copy of tied weights takes another's shape
                 model = get_peft_model(model, config)
         except ValueError as error:
             modules = model.get_submodule(language_model).named_modules()

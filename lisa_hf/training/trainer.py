@@ -22,7 +22,7 @@ from ..model.packing import unpack_rows
 from .callbacks import SkipNonFiniteSteps, Throughput
 from .checkpointing import complete_save, find_best_checkpoint_here, resolve_checkpoint
 from .engine_change import allow_other_engine, load_best_weights
-from .fsdp import each_process_loads_its_rows, loading_as_saved, save_shards, saves_shards
+from .fsdp import match_saved_state_dict_type, save_shards, saves_shards, shard_before_loading
 from .model_card import write_model_card
 from .run_record import find_run_record
 from .stream_position import StreamPosition
@@ -214,7 +214,7 @@ class LisaTrainer(Trainer):
         return output
 
     def _prepare_for_training(self, *args, **kwargs):
-        with each_process_loads_its_rows() if self.is_fsdp_enabled else nullcontext():
+        with shard_before_loading() if self.is_fsdp_enabled else nullcontext():
             return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
@@ -246,16 +246,16 @@ class LisaTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with loading_as_saved(self, Path(resume_from_checkpoint)):
+        with match_saved_state_dict_type(self, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        with loading_as_saved(self, Path(checkpoint)) if checkpoint else nullcontext():
+        with match_saved_state_dict_type(self, Path(checkpoint)) if checkpoint else nullcontext():
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self):
         best, metric = Path(self.state.best_model_checkpoint), self.args.metric_for_best_model
-        with loading_as_saved(self, best):
+        with match_saved_state_dict_type(self, best):
             is_loaded = load_best_weights(self, best)
         if not is_loaded:
             # The records of the run then do not say that the best model is what was saved.

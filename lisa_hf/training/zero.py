@@ -30,7 +30,7 @@ MAX_MMAP_THRESHOLD = 32 * 2**20
 
 
 @contextmanager
-def zero3_shards_weights(args: LisaTrainingArguments) -> Iterator[None]:
+def zero3_init(args: LisaTrainingArguments) -> Iterator[None]:
     """Make `from_pretrained`, `resize_token_embeddings` and PEFT work on shards in this context, under ZeRO-3 alone.
 
     transformers builds each module by `zero.Init`, which cuts it at once, and the first process reads the weights of a
@@ -48,14 +48,14 @@ def zero3_shards_weights(args: LisaTrainingArguments) -> Iterator[None]:
     config.trainer_config_process(args)
     set_hf_deepspeed_config(config)
     try:
-        with _one_file_at_a_time(), _freed_weights_are_returned():
+        with _load_one_file_at_a_time(), _return_freed_memory():
             yield
     finally:
         unset_hf_deepspeed_config()
 
 
 @contextmanager
-def _freed_weights_are_returned() -> Iterator[None]:
+def _return_freed_memory() -> Iterator[None]:
     """Let glibc return the memory of weights that are freed in this context to the system.
 
     It learns to keep what is freed, up to 32 MB a piece, for use again: a process would hold twice its share or more.
@@ -73,7 +73,7 @@ def _freed_weights_are_returned() -> Iterator[None]:
 
 
 @contextmanager
-def _one_file_at_a_time() -> Iterator[None]:
+def _load_one_file_at_a_time() -> Iterator[None]:
     """Let models that are loaded in this context map one file of their weights at a time.
 
     Version: transformers 5.23.
@@ -107,8 +107,8 @@ def _one_file_at_a_time() -> Iterator[None]:
 
 
 @contextmanager
-def whole_model() -> Iterator[None]:
-    """Build models whole in this context, also inside [`zero3_shards_weights`]."""
+def disable_zero3_init() -> Iterator[None]:
+    """Build models whole in this context, also inside [`zero3_init`]."""
     with mock.patch.object(transformers.integrations.deepspeed, "_hf_deepspeed_config_weak_ref", None):
         yield
 
@@ -130,8 +130,14 @@ def shard_new_weights(model: nn.Module) -> None:
 
 
 @contextmanager
-def copies_in_shards() -> Iterator[None]:
-    """Cut each module that PEFT copies in this context, to train it in full, before it copies the next one."""
+def shard_peft_copies() -> Iterator[None]:
+    """Cut each module that PEFT copies in this context, to train it in full, before it copies the next one.
+
+    Version: peft 0.21.
+    Symptom: with ZeRO-3, PEFT puts each module of `modules_to_save` together to copy it and keeps the copies whole, so
+        that every process holds all of them at once.
+    Remove when: PEFT copies under `zero.Init`; `recipes/benchmarks/load_memory.py`.
+    """
     update = ModulesToSaveWrapper.update
 
     def update_and_cut(wrapper, *args, **kwargs):
@@ -143,7 +149,7 @@ def copies_in_shards() -> Iterator[None]:
 
 
 @contextmanager
-def whole_image_encoders(model: nn.Module) -> Iterator[None]:
+def gather_image_encoders(model: nn.Module) -> Iterator[None]:
     """Put everything but the language model together on each process in this context, if the model is in shards."""
     in_language_model = set(model.vlm.base_model.get_decoder().parameters())
     weights = [weight for weight in model.parameters() if is_sharded(weight) and weight not in in_language_model]
@@ -157,7 +163,7 @@ def whole_image_encoders(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(weights: list[torch.Tensor]) -> Iterator[bool]:
+def gather_parameters(weights: list[torch.Tensor]) -> Iterator[bool]:
     """Put weights together in this context, and yield whether this process's changes of them count."""
     if not any(map(is_sharded, weights)):
         yield True
