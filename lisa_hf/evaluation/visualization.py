@@ -20,9 +20,10 @@ from ..model.losses import MASK_IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
+# Legible on white, and different to color-blind people as well: tests/evaluation/test_visualization.py simulates it.
 COLORS = np.array(
-    [(230, 25, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (60, 180, 75), (240, 50, 230)]
-    + [(0, 128, 128), (170, 110, 40), (210, 190, 0), (128, 0, 0), (0, 0, 128), (110, 110, 0)]
+    [(230, 25, 75), (0, 120, 210), (225, 120, 0), (0, 90, 30), (120, 0, 255), (90, 30, 90)]
+    + [(210, 120, 165), (0, 30, 150), (180, 60, 150), (195, 45, 105), (255, 0, 240), (120, 15, 60)]
 )
 IGNORE_COLOR = np.array((128, 128, 128))
 GAP = 12  # pixels between the cells of a sheet

@@ -11,7 +11,7 @@ import numpy as np
 from ..evaluation.visualization import overlay_masks
 from ..model.losses import MASK_IGNORE_INDEX
 from .data_items import DataItems, Item
-from .page import color_words, errors_on_page, fit_masks, fit_page
+from .page import color_words, errors_on_page, escape_text, fit_masks, fit_page
 from .predicted_items import EvaluatedItems, LabeledItems
 
 
@@ -55,6 +55,7 @@ def build_data_page(items: DataItems | EvaluatedItems | LabeledItems) -> gr.Bloc
                     min_width=320,
                     buttons=["fullscreen"],
                     elem_classes="item",
+                    alt_text=f"The image. {label}",
                 )
                 for label in items.pictures
             ]
@@ -131,9 +132,9 @@ def _texts(item: Item) -> str:
     parts = []
     for message in item.messages:
         if message.role == "user":
-            parts.append(f'<p style="margin-top: 1em; opacity: 0.75">{html.escape(message.text)}</p>')
+            parts.append(f'<p style="margin-top: 1em; opacity: 0.75">{escape_text(message.text)}</p>')
         else:
             title = f"<b>{message.title}:</b> " if message.title else ""
-            reasoning = f"<p><i>{html.escape(message.reasoning)}</i></p>" if message.reasoning else ""
+            reasoning = f"<p><i>{escape_text(message.reasoning)}</i></p>" if message.reasoning else ""
             parts.append(f"{reasoning}<p>{title}{color_words(message.text, iter(message.mask_numbers))}</p>")
     return "".join(parts)

@@ -4,7 +4,6 @@ demo = build_demo({"my-lisa": (model, processor)})
 demo.launch()
 """
 
-import html
 import itertools
 import json
 import tempfile
@@ -26,7 +25,7 @@ from ..model.pipeline_lisa import Answer
 from ..model.processing_lisa import LisaProcessor
 from .annotation_files import answer_record, record_masks, to_labelme
 from .conversation import Conversation, Turn
-from .page import color_words, errors_on_page, fit_masks, fit_page
+from .page import color_words, errors_on_page, escape_text, fit_masks, fit_page
 
 
 try:  # on a Hugging Face Space with ZeroGPU, a function has a GPU only under this decorator
@@ -42,12 +41,13 @@ except ImportError:
 
 ANNOTATIONS = ("RLE JSON", "LabelMe JSON")  # files with the masks of all answers
 Turns = list[dict[str, Any]]
+HINT = "Choose an image and ask about it.<br>For a mask, end with: Please output segmentation mask."
 # Gradio's own button copies the HTML that colors the words. Browsers let pages of http write to the clipboard on
 # localhost only.
 _COPY = "navigator.clipboard ? navigator.clipboard.writeText(text) : alert('Copying needs https or localhost.')"
 COPY_TEXT = f"""messages => {{
     const parse = html => new DOMParser().parseFromString(html, "text/html").body.textContent;
-    const text = messages.map(message => parse(message.content[0].text)).join("\\n");
+    const text = messages.map(message => parse(message.content[0].text.replaceAll("<br>", "\\n"))).join("\\n");
     {_COPY};
 }}"""
 COPY_FILE = f"async file => {{ const text = await (await fetch(file.url)).text(); {_COPY}; }}"
@@ -150,13 +150,14 @@ class _Panel:
                 height=360,
                 buttons=["fullscreen"],
                 elem_classes="overlay",
+                alt_text="The image with the masks of the answers",
             )
             self.shown = gr.CheckboxGroup(label="Masks of", visible=False)
             copies = [gr.Button(label) for label in ("Copy text", "Copy RLE")]
-            self.chat = gr.Chatbot(label=name, height=300, buttons=copies)
+            self.chat = gr.Chatbot(label=name, height=300, buttons=copies, placeholder=HINT)
             with gr.Row():
                 png, *files = [
-                    gr.DownloadButton(label, interactive=False, size="sm", min_width=80)
+                    gr.DownloadButton(f"↓ {label}", interactive=False, size="sm", min_width=80)
                     for label in ("PNG", *ANNOTATIONS)
                 ]
             for button, component, script in zip(copies, (self.chat, files[0]), (COPY_TEXT, COPY_FILE)):
@@ -284,7 +285,7 @@ def _chat_messages(turns: Turns) -> list[dict[str, str]]:
     """Return the messages of Gradio's chatbot, with the words before each `[SEG]` in the color of its mask."""
     messages, mask_numbers = [], itertools.count()
     for turn in turns:
-        messages.append({"role": "user", "content": html.escape(turn["question"])})
+        messages.append({"role": "user", "content": escape_text(turn["question"])})
         messages.append({"role": "assistant", "content": color_words(turn["text"], mask_numbers)})
     return messages
 

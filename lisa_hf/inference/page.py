@@ -1,6 +1,5 @@
 """What all pages show: pictures in a size for the screen, words in the colors of their masks, errors as sentences."""
 
-import html
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,8 +38,14 @@ def fit_masks(masks: Iterable[np.ndarray], picture: PIL.Image.Image) -> np.ndarr
     return np.array(resized, dtype=np.uint8).reshape(-1, picture.height, picture.width)
 
 
+def escape_text(text: str) -> str:
+    """Return a text as HTML that shows it word for word, also where Markdown is rendered, as Gradio's chatbot does."""
+    escaped = re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", text)  # ASCII punctuation
+    return escaped.replace("\n", "<br>")
+
+
 def color_words(text: str, mask_numbers: Iterator[int]) -> str:
-    """Return a text as HTML, with the words before each `[SEG]` in the color of its mask.
+    """Return a text as HTML, word for word, with the words before each `[SEG]` in the color of its mask.
 
     Args:
         text: The text.
@@ -49,12 +54,12 @@ def color_words(text: str, mask_numbers: Iterator[int]) -> str:
     *segmented, rest = text.split(SEG_TOKEN)
     content = ""
     for part in segmented:
-        # The words after the last punctuation mark.
-        start = max((match.end() for match in re.finditer(r"[.,;:!?]\s", part)), default=0)
+        # The words after the last punctuation mark or line.
+        start = max((match.end() for match in re.finditer(r"[.,;:!?]\s|\n", part)), default=0)
         style, number = "", next(mask_numbers, None)
         if number is not None:
             color = ", ".join(map(str, COLORS[number % len(COLORS)]))
             style = f"color: rgb({color}); background: white; padding: 0 2px"  # dark ones are lost on a dark page
-        words = html.escape(f"{part[start:]}{SEG_TOKEN}")
-        content += f'{html.escape(part[:start])}<b style="{style}">{words}</b>'
-    return (content + html.escape(rest)).replace(CUT_MARK, "")
+        words = escape_text(part[start:] + SEG_TOKEN)
+        content += f'{escape_text(part[:start])}<b style="{style}">{words}</b>'
+    return (content + escape_text(rest)).replace(CUT_MARK, "")

@@ -71,3 +71,32 @@ def test_sheets_of_texts_in_all_scripts():
     masks = np.zeros((1, 8, 8), bool)
     prediction = visualization.Prediction(image, "哪里生锈了?" * 40, "[SEG]", masks, masks.astype("uint8"))
     assert contact_sheet([prediction], columns=1).width > 600
+
+
+# ---- colors ---------------------------------------------------------------------------------------------------------
+
+# What the cones of color-blind people see of linear RGB, after Machado et al. 2009 (severity 1).
+VISION = {
+    "all cones": np.eye(3),
+    "no long cones": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "no medium cones": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "no short cones": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def to_lab(linear: np.ndarray) -> np.ndarray:
+    """Return CIELAB of linear RGB, `(N, 3)`; colors 20 apart are told apart at a glance."""
+    x, y, z = (np.cbrt(np.clip(linear, 1e-3, 1) @ TO_XYZ.T) / np.cbrt(TO_XYZ.sum(1))).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+def test_colors_of_masks_are_told_apart_by_color_blind_people_and_legible():
+    colors = visualization.COLORS / 255
+    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+    for cones, matrix in VISION.items():
+        lab = to_lab(linear @ np.transpose(matrix))
+        distances = np.linalg.norm(lab[:, None] - lab, axis=2) + 100 * np.eye(len(lab))
+        assert distances.min() > 15 and distances[:8, :8].min() > 20, cones
+    contrast = 1.05 / (linear @ TO_XYZ[1] + 0.05)  # on white: WCAG asks for 3 where letters are bold
+    assert contrast.min() > 2.95

@@ -167,7 +167,7 @@ def test_the_model_is_asked_on_the_other_tab_and_from_python(browser, url, tmp_p
     image(40, 60).save(tmp_path / "photo.png")
     page = browser.new_context().new_page()
     page.goto(url)
-    page.get_by_role("button", name="Ask").wait_for()
+    page.get_by_role("button", name="Ask", exact=True).wait_for()
     assert not page.get_by_role("button", name="Next").is_visible()
     client = Client(url, verbose=False)
     answer = client.predict(image=handle_file(tmp_path / "photo.png"), question="What?", api_name="/segment")

@@ -1,6 +1,8 @@
 """demo.py as people use it: in a browser, from Python, and with curl."""
 
+import html
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -165,7 +167,7 @@ class Visitor:
             number,
         )
         self.page.get_by_label("Question", exact=True).fill(question)
-        self.page.get_by_role("button", name="Ask").click()
+        self.page.get_by_role("button", name="Ask", exact=True).click()
         self.answers.nth(number).wait_for()
         self.wait()
         return list(dict.fromkeys(self.page.evaluate("window.texts")))
@@ -262,6 +264,16 @@ def test_texts_and_masks_are_copied(browser, url, photos, predicted):
     assert [record["masks"] for record in json.loads(copied[1])] == [expected["masks"]]
 
 
+def test_words_are_shown_word_for_word():
+    from lisa_hf.inference.page import color_words
+
+    content = color_words("Cups:\n    *a_b*: [SEG], `[SEG]\n```", itertools.count())
+    assert not re.search(r"[\n*_`\[]", content)  # nothing that Markdown reads
+    text = html.unescape(re.sub("<[^>]*>", "", content.replace("<br>", "\n")))
+    assert text == "Cups:\n    *a_b*: [SEG], `[SEG]\n```"
+    assert [html.unescape(words) for words in re.findall(r"<b [^>]*>(.*?)</b>", content)] == ["[SEG]", "`[SEG]"]
+
+
 def test_a_phone_shows_all_in_its_width(browser, url, photos):
     visitor = Visitor(browser, url, width=390)
     visitor.upload(photos / "first.png")
@@ -305,7 +317,7 @@ def test_stop_ends_an_answer_and_keeps_its_masks(browser, slow_url, photos):
     visitor.page.locator(".overlay img").first.wait_for()
     for turn in (1, 2):
         visitor.page.get_by_label("Question", exact=True).fill(QUESTION)
-        visitor.page.get_by_role("button", name="Ask").click()
+        visitor.page.get_by_role("button", name="Ask", exact=True).click()
         visitor.answers.nth(turn - 1).get_by_text("[SEG]").first.wait_for()
         visitor.page.get_by_role("button", name="Stop").click()
         visitor.wait()
@@ -324,7 +336,7 @@ def test_stop_reaches_two_models_and_a_question_in_the_queue(browser, slow_pair_
         visitor.upload(photos / "first.png")
         visitor.page.locator(".overlay img").nth(1).wait_for()
         visitor.page.get_by_label("Question", exact=True).fill(QUESTION)
-        visitor.page.get_by_role("button", name="Ask").click()
+        visitor.page.get_by_role("button", name="Ask", exact=True).click()
         if visitor is answering:
             for number in range(2):
                 visitor.answers.nth(number).get_by_text("[SEG]").first.wait_for()
@@ -342,7 +354,7 @@ def test_stop_reaches_two_models_and_a_question_in_the_queue(browser, slow_pair_
         assert (
             len(record["masks"]) == record["text"].count("[SEG]") > 0 and len(record["text"]) < 1000
         )  # of about 1300
-    waiting.page.get_by_role("button", name="Ask").click()  # a stopped question can be asked again
+    waiting.page.get_by_role("button", name="Ask", exact=True).click()  # a stopped question can be asked again
     for number in range(2):
         waiting.answers.nth(number).get_by_text("[SEG]").first.wait_for()
     waiting.page.get_by_role("button", name="Stop").click()
@@ -356,13 +368,13 @@ def test_a_new_start_ends_the_answer(browser, slow_url, photos):
     visitor.page.locator(".overlay img").first.wait_for()
     assert visitor.page.get_by_label("Question", exact=True).input_value() == "What is here?"
     assert visitor.picture().shape == (640, 320, 3)
-    visitor.page.get_by_role("button", name="Ask").click()
+    visitor.page.get_by_role("button", name="Ask", exact=True).click()
     visitor.answers.first.wait_for()
     visitor.page.get_by_role("button", name="Start over").click()
     visitor.page.wait_for_function("() => !document.querySelector('[data-testid=bot]')")
     visitor.page.wait_for_timeout(1000)
     assert visitor.answers.count() == 0
-    visitor.page.get_by_role("button", name="Ask").click()  # at once: the answer before has been stopped
+    visitor.page.get_by_role("button", name="Ask", exact=True).click()  # at once: the answer before has been stopped
     visitor.page.wait_for_function("() => document.body.innerText.includes('[SEG]')")
     visitor.page.get_by_role("button", name="Stop").click()
     visitor.wait()
@@ -375,7 +387,9 @@ def test_opacity_and_colors_on_a_dark_page(browser, url, photos, predicted):
     visitor.page.locator(".overlay img").wait_for()
     plain = visitor.picture()
     visitor.ask(QUESTION)
-    visitor.ask("And what is this?")
+    question = "And what is `this` *red* _one_ of [two](three), 1 < 2 &amp; $x$?"
+    visitor.ask(question)
+    assert visitor.page.locator("[data-testid=user]").last.inner_text().strip() == question
     drawn = visitor.picture()
     visitor.page.locator("input[type=range]").fill("0")
     visitor.page.wait_for_timeout(1000)
