@@ -1,4 +1,4 @@
-"""Collate the items of a mixture to the inputs of [`LisaForConditionalGeneration.forward`]."""
+"""Collate the items of a mixture into the inputs of [`LisaForConditionalGeneration.forward`]."""
 
 import logging
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class BatchMeta:
     Args:
         sources: Names of the B images' sources.
         image_ids: Ids of the B images, unique within their source.
-        num_skipped: Number of rows that could not be used, here or in the dataset.
+        num_skipped: Number of unusable rows, found here or by the dataset.
     """
 
     sources: list[str]
@@ -34,24 +34,23 @@ class BatchMeta:
 
 
 class LisaDataCollator:
-    """Collate B items, one image and its questions each, to one batch of B images and N rows.
+    """Collate B items, each one image with its questions, into one batch of B images and N rows.
 
-    A batch has what [`LisaProcessor.encode_conversations`] returns and `mask_labels`, a list of B uint8 tensors
+    A batch has the outputs of [`LisaProcessor.encode_conversations`] and `mask_labels`, a list of B uint8 tensors
     `(M_b, H_b, W_b)`. A compact batch has int32 tensors `(M_b, R_b)` instead, and a list of B `ignored_pixels`, see
-    [`~masks.compact_mask_labels`]. If each item has cached features, they replace the pixels. Everything that is not
-    an input of the model is under `meta`, a [`BatchMeta`]: take it out before calling the model, as [`LisaTrainer`]
-    does.
+    [`~masks.compact_mask_labels`]. If all items have cached features, they replace the pixels. Everything that is not
+    an input of the model is under `meta`, a [`BatchMeta`]: pop it before calling the model, as [`LisaTrainer`] does.
 
     Args:
         processor: Processor of the model.
-        max_length: Length of the longest row in tokens, image tokens included. Longer rows lose their end, but never a
-            `[SEG]`.
-        on_bad_row: What to do with a question whose `[SEG]` lies behind `max_length`, or that the chat template cannot
-            write, see [`~rows.OnBadRow`]. An image without questions left is dropped too. A batch never becomes empty:
-            its last question raises.
+        max_length: Maximum length of a row in tokens, including image tokens. Longer rows are truncated, but never
+            lose a `[SEG]`.
+        on_bad_row: What to do with a question whose `[SEG]` lies beyond `max_length`, or that the chat template cannot
+            render, see [`~rows.OnBadRow`]. An image with no questions left is dropped too. A batch never becomes
+            empty: if no question is left, the last one raises an error.
         packing: Whether the questions about an image share one row, see [`pack_rows`] and [`resolve_packing`].
-        compact: Whether pixels stay uint8 and masks run-length encoded. Loader workers then do less and pass on a
-            fraction of the bytes; [`expand_batch`], which [`LisaTrainer`] calls on its device, does the rest.
+        compact: Whether pixels stay uint8 and masks run-length encoded. Loader workers then do less work and transfer
+            a fraction of the bytes; [`expand_batch`], which [`LisaTrainer`] calls on its device, does the rest.
     """
 
     def __init__(
@@ -70,14 +69,14 @@ class LisaDataCollator:
         self.compact = compact
 
     def __call__(self, items: list[dict]) -> BatchFeature:
-        # 1. Texts and images, without the questions that cannot be learned.
+        # 1. Texts and images, without the questions that cannot be trained on.
         num_skipped = sum(item.get("num_skipped", 0) for item in items)
         questions = [item["questions"] for item in items]
         image_inputs = self._preprocess_images(items)
         try:
             batch = self._encode_questions(image_inputs, questions)
         except ConversationError:
-            # Keep the questions that can be learned, and the images that have one
+            # Keep the questions that can be trained on, and the images that have one
             questions = [
                 [question for question in item["questions"] if self._can_learn(question, image_inputs, index, item)]
                 for index, item in enumerate(items)
@@ -100,7 +99,7 @@ class LisaDataCollator:
             batch["mask_labels"], batch["ignored_pixels"] = map(list, zip(*runs))
         else:
             batch["mask_labels"] = [draw_mask_labels(*ends, item["original_size"]) for ends, item in zip(runs, items)]
-        # 4. What is not for the model.
+        # 4. Everything that is not an input of the model.
         batch["meta"] = BatchMeta(
             sources=[item["source"] for item in items],
             image_ids=[item["image_id"] for item in items],
@@ -109,7 +108,7 @@ class LisaDataCollator:
         return batch
 
     def _preprocess_images(self, items: list[dict]) -> ImageInputs:
-        # Features of some images and pixels of others cannot be joined: a batch has features of all images or of none.
+        # Cached features and pixels cannot be mixed: a batch has features of all images or of none.
         entries = [item["cached_features"] for item in items]
         return self.processor.preprocess_images(
             [item["image"] for item in items],
@@ -119,7 +118,7 @@ class LisaDataCollator:
         )
 
     def _encode_questions(self, image_inputs: ImageInputs, questions: list[list[Question]]) -> BatchFeature:
-        """Encode the questions about each of B images, a row each."""
+        """Encode the questions about each of B images, one row per question."""
         return self.processor.encode_conversations(
             image_inputs,
             conversations=[question.messages for kept in questions for question in kept],
@@ -128,7 +127,7 @@ class LisaDataCollator:
         )
 
     def _can_learn(self, question: Question, image_inputs: ImageInputs, index: int, item: dict) -> bool:
-        """Return whether a question about the image of this index can be trained on; if not, log it or raise."""
+        """Return whether a question about the image with this index can be trained on; if not, log it or raise."""
         try:
             self.processor.encode_conversations(image_inputs, [question.messages], [index], self.max_length)
         except ConversationError as error:
@@ -141,11 +140,11 @@ class LisaDataCollator:
 
 
 def expand_batch(batch: dict, processor: LisaProcessor) -> dict:
-    """Expand a compact batch on its device: normalize uint8 pixels to float, draw run-length encoded masks.
+    """Expand a compact batch on its device: normalize uint8 pixels to float and draw run-length encoded masks.
 
     Args:
-        batch: A batch of [`LisaDataCollator`]; one that is not compact is returned as it is.
-        processor: The processor of the collator.
+        batch: Batch from [`LisaDataCollator`]. A batch that is not compact is returned unchanged.
+        processor: Processor of the collator.
     """
     if "ignored_pixels" not in batch:
         return batch
@@ -157,7 +156,7 @@ def expand_batch(batch: dict, processor: LisaProcessor) -> dict:
 
 
 def _compact_mask_labels(item: dict, questions: list[Question]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what [`compact_mask_labels`] gives for the questions about one image, whose sizes are checked."""
+    """Return [`compact_mask_labels`] of the questions about one image, after checking the sizes."""
     masks = [mask for question in questions for mask in question.masks]
     for mask in masks:
         if list(mask.size) != list(item["original_size"]):

@@ -4,10 +4,10 @@
     dataset = MixtureDataset(rows, length, feature_cache=cache)
     cache.build(model, processor, rows, args)  # before the first item is read
 
-The mask model's image encoder is the largest part of a step, and in LISA it never learns. An entry is a safetensors
-file in bfloat16. Its directory is named after the encoders' weights and the preprocessing, the entry after the bytes
-of the image file: any change gives another name, and an image with an entry need not be decoded. An entry that is cut
-off is computed again, and many processes may write.
+The mask model's image encoder is the largest part of a step, and in LISA it is never trained. An entry is a
+safetensors file in bfloat16. Its directory is named after the encoders' weights and the preprocessing, and the entry
+after the bytes of the image file: any change gives another name, and an image with an entry need not be decoded.
+Truncated entries are recomputed, and several processes may write at the same time.
 """
 
 import hashlib
@@ -49,27 +49,28 @@ from .images import load_row_image, read_file, undecoded
 logger = logging.getLogger(__name__)
 
 EMBEDDINGS, VISION_FEATURES = "image_embeddings", "vision_features"  # arguments of the model's forward
-# What the model needs to know of an image whose pixels are replaced by features, beside the VLM's sizes and grids.
+# What the model needs to know about an image whose pixels are replaced by features, in addition to the VLM's sizes and
+# grids.
 KNOWN_INPUTS = ("original_sizes", "reshaped_input_sizes")
 VLM_SIZES = "vlm_sizes"
-FORMAT = b"3"  # of an entry; another one has another directory
+FORMAT = b"3"  # of an entry; each format has its own directory
 
 
 class FeatureCache:
-    """Look up the features of frozen encoders by the bytes of an image file, after computing them.
+    """Compute the features of frozen encoders once, and look them up by the bytes of an image file.
 
     Args:
-        root: Directory of all caches. Each set of encoders and each preprocessing has a subdirectory of its own.
-        limit_gb: GB that the entries may take. Images beyond it are encoded in every step, as without a cache.
+        root: Directory of all caches. Each combination of encoders and preprocessing has its own subdirectory.
+        limit_gb: Maximum size of all entries in GB. Images beyond it are encoded in every step, as without a cache.
             Default: no limit.
-        min_decoded_edge: The mixture's: images are encoded as it decodes them.
+        min_decoded_edge: Value of the mixture, so that images are encoded as it decodes them.
     """
 
     def __init__(self, root: str | Path, limit_gb: float | None = None, min_decoded_edge: int | None = None):
         self.root = Path(root)
         self.limit_gb = limit_gb
         self.min_decoded_edge = min_decoded_edge
-        # Known once `build` has seen the encoders:
+        # Set by `build`, from the encoders:
         self.directory: Path | None = None
         self.feature_names: list[str] = []
 
@@ -81,15 +82,15 @@ class FeatureCache:
     # ---- entries ----------------------------------------------------------------------------------------------------
 
     def path(self, file: bytes) -> Path:
-        """Return where the entry of an image file belongs."""
+        """Return the path of an image file's entry."""
         name = hashlib.sha256(file).hexdigest()
         return self.directory / name[:2] / f"{name}.safetensors"
 
     def load(self, file: bytes) -> dict[str, Any] | None:
-        """Return the entry of an image file, or None if there is none or it is damaged.
+        """Return the entry of an image file, or None if it does not exist or is damaged.
 
         An entry has features, `KNOWN_INPUTS` and the VLM's sizes (tensors of one image), `image_text` and
-        `type_id_names`. Its `vision_features` are nested fields with names of tensors.
+        `type_id_names`. Its `vision_features` are nested fields that hold the names of tensors.
         """
         try:
             with safe_open(self.path(file), framework="pt") as entry:
@@ -98,7 +99,7 @@ class FeatureCache:
             return None
 
     def has(self, path: Path) -> bool:
-        """Return whether there is a whole entry, by the length in its header: its features are not read."""
+        """Return whether a complete entry exists, from the length in its header and without reading its features."""
         try:
             with safe_open(path, framework="pt"):
                 return True
@@ -106,7 +107,7 @@ class FeatureCache:
             return False
 
     def save(self, path: Path, entry: dict[str, Any]) -> None:
-        """Write an entry whole or not at all.
+        """Write an entry completely or not at all.
 
         Raises:
             ValueError: If the disk is full or the directory cannot be written.
@@ -119,8 +120,8 @@ class FeatureCache:
                 save_file(tensors, incomplete, metadata={"texts": json.dumps(texts)})
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"feature_cache: expected room in {self.directory}, got {error}. Make room and start again, which "
-                "keeps the entries that are there, or give another directory or a feature_cache_limit_gb."
+                f"feature_cache: expected free space in {self.directory}, got {error}. Free some space and start "
+                "again, which keeps the existing entries, or set another directory or a feature_cache_limit_gb."
             ) from error
 
     # ---- building ---------------------------------------------------------------------------------------------------
@@ -132,20 +133,21 @@ class FeatureCache:
         rows: dict[str, Dataset] | dict[str, IterableDataset],
         args: TrainingArguments,
     ) -> None:
-        """Compute the missing entries of the images of `rows`; processes share them, and a second call resumes.
+        """Compute the missing entries of the images of `rows`, divided among the processes; a second call resumes.
 
-        Every row is read once before training, also those of streams: whether an image has an entry is then the same
-        for all processes, whichever draws it.
+        Every row is read once before training, including those of streams, so that all processes agree on whether an
+        image has an entry.
 
         Args:
-            model: Model as it will be trained. Of its two encoders, the frozen ones are cached.
+            model: Model as it will be trained. Its frozen encoders are cached.
             processor: Its processor.
             rows: Training rows by source, of `lisa_hf.data.rows.FEATURES`.
-            args: `per_device_train_batch_size` images are encoded at a time, and `dataloader_num_workers` read them.
+            args: Training arguments: `per_device_train_batch_size` images are encoded at a time, and
+                `dataloader_num_workers` read them.
 
         Raises:
             ValueError: If no encoder is frozen, the disk is too small or full, or encoders are sharded and some images
-                would have no entry: processes that encode and processes that do not would wait for each other.
+                would have no entry: processes that encode would deadlock with those that do not.
         """
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         model.to(args.device)
@@ -157,8 +159,8 @@ class FeatureCache:
             del encoders[VISION_FEATURES]
         if not encoders:
             raise ValueError(
-                "feature_cache: expected a frozen encoder, got both of them in `trainable` or no way to cache them. "
-                "Freeze one, or leave feature_cache out."
+                "feature_cache: expected a frozen encoder, got encoders that are in `trainable` or cannot be cached. "
+                "Freeze one, or omit feature_cache."
             )
         self.feature_names = list(encoders)
         self.directory = self.root / _fingerprint(
@@ -167,14 +169,14 @@ class FeatureCache:
         sources = [undecoded(source) for source in rows.values()]
         num_images = self._count_fitting_images(sources, model, processor, args.shards_weights)
 
-        # 1. The share of this process: of the first `num_images`, or of all streams
+        # 1. This process's share of the first `num_images` images, or of all streams
         if isinstance(sources[0], Dataset):
             share = Subset(ConcatDataset(sources), range(args.process_index, num_images, args.world_size))
         else:
             share = ChainDataset(
                 [split_dataset_by_node(source, args.process_index, args.world_size) for source in sources]
             )
-        # 2. Loader workers read and preprocess what has no entry, this process encodes it
+        # 2. Loader workers read and preprocess images without an entry; this process encodes them
         loader = DataLoader(
             share,
             batch_size=args.per_device_train_batch_size,
@@ -199,9 +201,9 @@ class FeatureCache:
     def _preprocess_missing(
         self, rows: list[dict], processor: LisaProcessor
     ) -> tuple[int, list[Path], ImageInputs | None]:
-        """Return the number of rows, and paths and uint8 inputs of their images without an entry.
+        """Return the number of rows, and the paths and uint8 inputs of their images without an entry.
 
-        Unreadable images are left to training, which names and counts them.
+        Unreadable images are left to training, which reports and counts them.
         """
         images = {}
         for row in rows:
@@ -240,7 +242,7 @@ class FeatureCache:
                     entry[f"{VLM_SIZES}.{name}"] = size
             for entry, text, fields in zip(tensors, texts, encode_images_apart(model.vlm, ids, vision_inputs)):
                 text[VISION_FEATURES] = _name_tensors(fields, entry)
-        # Copies, because safetensors saves no tensors that share memory.
+        # Copies, because safetensors refuses to save tensors that share memory.
         return [
             {
                 name: tensor.to("cpu", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype, copy=True)
@@ -251,8 +253,8 @@ class FeatureCache:
         ]
 
     def _count_fitting_images(self, sources: list, model, processor: LisaProcessor, is_sharded: bool) -> int | None:
-        """Return how many images fit, by the size of one entry, and log what they take; None means all of a stream."""
-        # Encoders see all images in one size; only VLMs that cut images into tiles give more features for larger ones.
+        """Return how many images fit, estimated from the size of one entry, and log it; None means all of a stream."""
+        # Most encoders resize all images to one size; only VLMs that use tiles give more features for larger images.
         example = processor.preprocess_images(PIL.Image.new("RGB", (640, 480)), do_normalize=False)
         (entry,) = self._encode(model, processor, example)
         size = sum(tensor.nbytes for tensor in entry.values() if isinstance(tensor, torch.Tensor)) / 1e9
@@ -274,22 +276,22 @@ class FeatureCache:
         if self.limit_gb is not None and needed > self.limit_gb:
             if is_sharded:
                 raise ValueError(
-                    f"feature_cache_limit_gb: expected {needed:.1f} or more, because sharded encoders need entries of "
-                    f"all images or of none, got {self.limit_gb}. Raise it, or leave feature_cache out."
+                    f"feature_cache_limit_gb: expected {needed:.1f} or more, because sharded encoders need entries "
+                    f"for all images or none, got {self.limit_gb}. Raise it, or omit feature_cache."
                 )
             num_images = int(self.limit_gb / size)
             logger.warning("The limit of %g GB holds %d images.", self.limit_gb, num_images)
         missing = 0 if num_images is None else size * max(num_images - present, 0)
         if missing > free:
             raise ValueError(
-                f"feature_cache: expected {missing:.1f} GB of free disk for {self.directory}, got {free:.1f} GB. Give "
+                f"feature_cache: expected {missing:.1f} GB of free disk for {self.directory}, got {free:.1f} GB. Set "
                 "another directory or a feature_cache_limit_gb."
             )
         return num_images
 
 
 def join_entries(entries: list[dict[str, Any]]) -> ImageInputs:
-    """Return what B entries know of their images, in place of [`LisaProcessor.preprocess_images`]."""
+    """Return the image inputs stored in B entries, instead of calling [`LisaProcessor.preprocess_images`]."""
     features = {}
     if any(name.startswith(EMBEDDINGS) for name in entries[0]):
         features[EMBEDDINGS] = _stack(entries, EMBEDDINGS)
@@ -308,11 +310,11 @@ def join_entries(entries: list[dict[str, Any]]) -> ImageInputs:
 
 
 def _frozen_encoders(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Return the modules of each frozen encoder, by the feature that they compute."""
+    """Return the modules of each frozen encoder, keyed by the feature that they compute."""
     backbone = image_encoder(model.vlm)
     language_model = backbone.get_decoder()
     vision = [child for child in backbone.children() if language_model not in set(child.modules())]
-    # Parameters of the backbone itself, such as LLaVA-NeXT's `image_newline`, are in the features too.
+    # Parameters of the backbone itself, such as LLaVA-NeXT's `image_newline`, also affect the features.
     vision.append(nn.ParameterList(backbone.parameters(recurse=False)))
     encoders = {EMBEDDINGS: [model.mask_model.vision_encoder], VISION_FEATURES: vision}
     return {
@@ -323,9 +325,9 @@ def _frozen_encoders(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def _uncacheable_reason(model: nn.Module, processor: LisaProcessor) -> str | None:
-    """Return why outputs of the VLM's frozen image encoder cannot replace images, or None. Two images are encoded."""
+    """Return why outputs of the VLM's frozen image encoder cannot replace images, or None. Encodes two images."""
     if vision_tower(model.vlm) is None:
-        return "it has no image encoder apart from its language model"
+        return "it has no image encoder separate from its language model"
     outputs = []
     for picture in (PIL.Image.new("RGB", (640, 480)), PIL.Image.linear_gradient("L").convert("RGB")):
         image_inputs = processor.preprocess_images(picture, do_normalize=False)
@@ -333,16 +335,16 @@ def _uncacheable_reason(model: nn.Module, processor: LisaProcessor) -> str | Non
         outputs += encode_images_apart(model.vlm, _image_ids(model, processor, image_inputs), vision_inputs)
     _, tensors = _split_tensors(outputs)
     if any(tensor.requires_grad for tensor in tensors.values()):
-        return "weights that train are in its features"
+        return "its features depend on weights that are trained"
     for name in outputs[0].keys() - {*TOKEN_FIELDS} if isinstance(outputs[0], dict) else ():
         (first, first_tensors), (second, second_tensors) = (_split_tensors(output[name]) for output in outputs)
         if first != second or not all(map(torch.equal, first_tensors.values(), second_tensors.values())):
-            return f"`{name}`, which its encoder returns too, is another one for each image"
+            return f"`{name}`, which its encoder returns too, differs from image to image"
     return None
 
 
 def _split_tensors(fields) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return nested fields with names in the places of their tensors, and these tensors by name."""
+    """Return nested fields with their tensors replaced by names, and these tensors by name."""
     tensors = {}
     return _name_tensors(fields, tensors), tensors
 
@@ -364,10 +366,10 @@ def _image_ids(model: nn.Module, processor: LisaProcessor, image_inputs: ImageIn
 
 
 def _vision_settings(config) -> dict:
-    """Return what a VLM's configuration says beside its language model, such as `vision_feature_layer`."""
+    """Return a VLM's configuration without its language model, such as `vision_feature_layer`."""
 
     def without_places(fields: dict) -> dict:
-        # Where a configuration was loaded from, and by what, changes no feature.
+        # Where a configuration was loaded from, and by which version, does not change features.
         return {
             name: without_places(value) if isinstance(value, dict) else value
             for name, value in fields.items()
@@ -378,7 +380,7 @@ def _vision_settings(config) -> dict:
 
 
 def _fingerprint(encoders: dict[str, list[nn.Module]], preprocessing: list) -> str:
-    """Return a name for weights and preprocessing that is the same only if every bit of them is."""
+    """Return a name for weights and preprocessing that is the same only if every bit of them is the same."""
     digest = hashlib.sha256(FORMAT + json.dumps(preprocessing, sort_keys=True, default=str).encode())
     for name, modules in encoders.items():
         digest.update(name.encode())
@@ -391,7 +393,7 @@ def _fingerprint(encoders: dict[str, list[nn.Module]], preprocessing: list) -> s
 
 
 def _name_tensors(fields, entry: dict[str, torch.Tensor]):
-    """Put the tensors of nested fields into an entry and return the fields with names in their places."""
+    """Move the tensors of nested fields into an entry and return the fields with names in their place."""
     if isinstance(fields, torch.Tensor):
         name = f"{VISION_FEATURES}.{len(entry)}"
         entry[name] = fields
@@ -413,7 +415,7 @@ def _find_tensors(fields, entry: dict[str, Any]):
 
 
 def _flatten(name: str, embeddings, index: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield one image's tensors of nested embeddings ([`encode_images`]) as `name`, or `name.0`, `name.1.0`, ..."""
+    """Yield an image's nested embeddings ([`encode_images`]) as `name`, or `name.0`, `name.1.0`, ..."""
     if isinstance(embeddings, torch.Tensor):
         yield name, embeddings[index]
         return

@@ -1,8 +1,8 @@
 """Tell whether two datasets share images: COCO photos by id, others by file name, content, or how they look.
 
-Many datasets annotate the photos of COCO, under several file names, so a benchmark may ask about what a model was
-trained on in another source. A training run keeps the keys of its images in `train_images.npz`, which travels with the
-model: an array of 64-bit keys by the name of each source.
+Many datasets annotate COCO photos under different file names, so a benchmark may ask about images that a model was
+trained on through another source. A training run saves the keys of its images in `train_images.npz`, which stays with
+the model: one array of 64-bit keys per source name.
 """
 
 import hashlib
@@ -20,20 +20,20 @@ from ..model.images import load_image, open_image
 
 TRAIN_IMAGES = "train_images.npz"
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})")
-SHORT_NAME = 8  # characters; names like "0012" say nothing without their directory
-ENDS = 4096  # bytes at both ends of a file, which tell photos apart
+SHORT_NAME = 8  # characters; names like "0012" identify nothing without their directory
+ENDS = 4096  # bytes at both ends of a file, enough to tell photos apart
 HASH_SIDE = 32  # pixels of the thumbnail of a perceptual hash
-BLANK = 2  # standard deviation of gray values, below which an image has no frequencies to compare
+BLANK = 2  # standard deviation of gray values below which an image has no frequencies to compare
 
 
 def coco_id(path: str) -> int | None:
-    """Return the id of a photo of COCO by its path or address; None if it is not named as COCO's photos are."""
+    """Return the id of a COCO photo from its path or URL; None if it is not named like a COCO photo."""
     match = COCO_NAME.fullmatch(_split_name(path)[1])
     return int(match[1]) if match else None
 
 
 def name_key(path: str) -> int:
-    """Return the key of an image by its path or address: of COCO photos, by their id; of others, by their name."""
+    """Return the key of an image from its path or URL: by id for COCO photos, by name for others."""
     if (number := coco_id(path)) is not None:
         return _hash(f"coco {number}".encode())
     parent, stem = _split_name(path)
@@ -41,21 +41,21 @@ def name_key(path: str) -> int:
 
 
 def _split_name(path: str) -> tuple[str, str]:
-    """Return the names of an image's directory and of its file, the latter without its extension."""
+    """Return the names of an image's directory and file, the latter without its extension."""
     *parents, name = path.split("::")[0].replace("\\", "/").split("/")
     return parents[-1] if parents else "", name.rpartition(".")[0] or name
 
 
 def content_key(content: bytes | memoryview) -> int:
-    """Return the key of an image by the bytes of its file."""
+    """Return the key of an image from the bytes of its file."""
     return _hash(b"".join([b"content %d " % len(content), content[:ENDS], content[-ENDS:]]))
 
 
 def perceptual_hash(content: bytes) -> int | None:
-    """Return a 64-bit hash; few of its bits change if the image is recompressed or resized. None for a blank image.
+    """Return a 64-bit hash of which few bits change if the image is recompressed or resized. None for a blank image.
 
-    They are the signs of the 8 x 8 lowest frequencies of a gray thumbnail against their median (known as pHash). A
-    crop, a mirrored image and a border give other bits.
+    The bits compare the 8 x 8 lowest frequencies of a gray thumbnail with their median (known as pHash). Cropping,
+    mirroring or adding a border gives different bits.
 
     Raises:
         ValueError: If the image cannot be read.
@@ -71,7 +71,8 @@ def perceptual_hash(content: bytes) -> int | None:
 
 
 def image_keys(rows: Dataset) -> np.ndarray:
-    """Return the distinct keys of the images of rows, `(num_keys,)` uint64: of stored images by content, else by name.
+    """Return the distinct keys of the images of rows, `(num_keys,)` uint64: by content if stored in the row, else by
+    name.
 
     Args:
         rows: Rows of `lisa_hf.data.rows.FEATURES`. Images are not decoded, and files are not opened.
@@ -87,7 +88,7 @@ def image_keys(rows: Dataset) -> np.ndarray:
 
 
 def read_image_keys(directory: Path) -> dict[str, np.ndarray]:
-    """Read the keys of a model's training images by source, as far as they are in its directory or its run's."""
+    """Read the keys of a model's training images by source, if its directory or that of its run has them."""
     for path in (directory / TRAIN_IMAGES, directory.resolve().parent / TRAIN_IMAGES):
         if path.is_file() and (path.parent == directory or directory.name.startswith("checkpoint-")):
             with np.load(path, allow_pickle=False) as found:
@@ -108,7 +109,7 @@ def merge_image_keys(*several: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _distinct(keys: np.ndarray) -> np.ndarray:
-    """Return the keys sorted, without repetitions. `np.unique` takes ten times the memory, for a hash table."""
+    """Return the sorted, distinct keys. `np.unique` takes ten times the memory, for a hash table."""
     keys = np.sort(keys)
     return keys[np.append(True, keys[1:] != keys[:-1])] if len(keys) else keys
 

@@ -1,6 +1,6 @@
-"""The images of rows: find and read a file, decode it as small as it may be, compare it with the masks.
+"""Images of rows: find and read a file, decode it as small as allowed, and compare its size with the masks.
 
-How a file becomes pixels is in `lisa_hf.model.images`, for rows as for every other image.
+`lisa_hf.model.images` turns files into pixels, for rows and for all other images.
 """
 
 from typing import Any
@@ -15,25 +15,25 @@ from ..model.images import load_image, open_image, raise_unreadable
 def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """Return the rows with their images as `{"path", "bytes"}`.
 
-    Decoding an image while its row is read would fail before the row can say which file it is.
+    If images were decoded while a row is read, errors could not name the file.
     """
     return rows.cast_column("image", Image(decode=False))
 
 
 def load_row_image(row: dict, feature_cache=None, min_decoded_edge: int | None = None) -> dict[str, Any]:
-    """Load the image of an undecoded row, as the part of an item that is about it.
+    """Load the image of an undecoded row, as the image part of an item.
 
     Args:
         row: Row of `lisa_hf.data.rows.FEATURES`.
-        feature_cache: [`FeatureCache`] to look the image up in. The image of an entry with the features of both
-            encoders is opened but not decoded: it could be decoded when the entry was made.
-        min_decoded_edge: As in [`reduce_decoding`], which changes `image` alone.
+        feature_cache: [`FeatureCache`] to look up the image in. An image whose entry has the features of both encoders
+            is opened but not decoded: it was decodable when the entry was written.
+        min_decoded_edge: See [`reduce_decoding`], which changes `image` only.
 
     Returns:
         `image`: PIL image, `original_size`: [H, W] of the file, `cached_features`: its entry, or None.
 
     Raises:
-        ValueError: If the image cannot be read, or a mask of the row has another size.
+        ValueError: If the image cannot be read, or a mask of the row has a different size.
     """
     if row["image"] is None:
         raise ValueError("expected an image, got none. Remove the row.")
@@ -63,26 +63,26 @@ def load_row_image(row: dict, feature_cache=None, min_decoded_edge: int | None =
 
 
 def read_file(row: dict) -> bytes:
-    """Return the image file of an undecoded row, as it is stored."""
+    """Return the stored image file of an undecoded row."""
     image = row["image"]
     if image["bytes"] is not None:
         return image["bytes"]
-    with xopen(image["path"], "rb") as file:  # also of an archive or a server
+    with xopen(image["path"], "rb") as file:  # may be in an archive or on a server
         return file.read()
 
 
 def reduce_decoding(image: PIL.Image.Image, min_decoded_edge: int) -> int:
-    """Let an opened JPEG be decoded at 1/8, 1/4 or 1/2 of its size, in a fraction of the time.
+    """Make an opened JPEG decode at 1/8, 1/4 or 1/2 of its size, in a fraction of the time.
 
-    The factor must divide both edges: that keeps the aspect ratio, and a later resize to fit a square gives the same
+    The factor must divide both edges, which keeps the aspect ratio, so a later resize to fit a square gives the same
     size as from the full image.
 
     Args:
-        image: Opened, not yet decoded.
-        min_decoded_edge: Least number of pixels that its longer edge keeps.
+        image: Opened image that is not decoded yet.
+        min_decoded_edge: Minimum number of pixels that the longer edge keeps.
 
     Returns:
-        The factor: 8, 4, 2, or 1 if the image is left as it is, because it is small or not a JPEG.
+        The factor: 8, 4, 2, or 1 if the image is small or not a JPEG and stays as it is.
     """
     width, height = image.size
     for factor in (8, 4, 2):

@@ -1,13 +1,13 @@
 """Binary masks as COCO run-length encodings (RLE): encode, check once, merge, and draw on any device.
 
 A row holds its masks as compressed RLEs: dicts of `size` [H, W] and `counts` bytes, as pycocotools writes them. An RLE
-is parsed and checked once, when a question asks for it, and is a [`Mask`] from there on. For example, 2 x 3 pixels:
+is parsed and checked once, when a question asks for it, and is a [`Mask`] from then on. For example, 2 x 3 pixels:
 
     1 1 0       down the columns        1 0 1 1 0 0
     0 1 0       lengths of the runs     0 1 1 2 2       runs of 0 and 1 alternate, a run of 0 comes first
                 ends of the runs        0 1 2 4 6       the last end is H * W
 
-No pixel is touched before [`draw_run_ends`], so a mask costs as little as it has runs.
+No pixel is touched before [`draw_run_ends`], so the cost of a mask is proportional to its runs.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from ..model.losses import MASK_IGNORE_INDEX
 
 
 RLE_FEATURES = {"size": List(Value("int32")), "counts": Value("binary")}
-# A larger photo is a decompression bomb to Pillow, and run ends are int32.
+# Pillow treats larger photos as decompression bombs, and run ends are int32.
 MAX_PIXELS = 178_956_970
 
 
@@ -34,7 +34,7 @@ class Mask:
 
     Args:
         size: Height and width in pixels.
-        run_ends: Where the alternating runs of 0 and 1 end, down the columns. Shape `(R,)`, int32, ascending.
+        run_ends: Ends of the alternating runs of 0 and 1, down the columns. Shape `(R,)`, int32, ascending.
     """
 
     size: tuple[int, int]
@@ -57,8 +57,8 @@ class Mask:
                 f"{height} x {width}. Restore the annotation."
             )
         runs = _decompress(rle["counts"])
-        # pycocotools does not check this, and fills the pixels that the counts do not cover with uninitialized memory.
-        # Each run is checked too, since the sum of huge ones may overflow to the right number.
+        # pycocotools does not check this, and fills pixels not covered by the counts with uninitialized memory. Each
+        # run is checked too, because the sum of huge runs may overflow to the right number.
         is_too_long = runs.min(initial=0) < 0 or runs.max(initial=0) > height * width
         if is_too_long or runs.sum() != height * width:
             raise ValueError(
@@ -74,7 +74,7 @@ class Mask:
         return {"size": size, "counts": rle["counts"]}
 
     def at(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the values of pixels, bool, by their numbers down the columns."""
+        """Return the values of pixels, bool, given their indices down the columns."""
         return np.searchsorted(self.run_ends, pixels, side="right") % 2 == 1
 
     def draw(self) -> np.ndarray:
@@ -118,21 +118,21 @@ def merge_masks(masks: Sequence[Mask]) -> Mask:
     sizes = sorted({mask.size for mask in masks})
     if len(sizes) != 1:
         raise ValueError(f"expected at least one mask and all of one size, got the sizes {sizes}.")
-    # A run of 1 begins where a run of 0 ends, and the other way around.
+    # A run of 1 begins where a run of 0 ends, and vice versa.
     ends = np.concatenate([mask.run_ends for mask in masks])
     steps = np.concatenate([np.resize([1, -1], len(mask.run_ends)) for mask in masks])
-    # How many masks cover the pixels behind each end; ends at the same pixel count together.
+    # Number of masks that cover the pixels after each end; ends at the same pixel are summed.
     ends, inverse = np.unique(ends, return_inverse=True)
     is_covered = np.bincount(inverse, weights=steps).cumsum() > 0
     changes = ends[np.diff(is_covered, prepend=False)]
     height, width = sizes[0]
-    # The last run ends with the image, whatever its value is.
+    # The last run ends with the image, whatever its value.
     run_ends = np.append(changes[changes < height * width], height * width)
     return Mask((height, width), run_ends.astype(np.int32))
 
 
 def stack_run_ends(masks: Sequence[Mask]) -> torch.Tensor:
-    """Stack the run ends of masks of one size.
+    """Stack the run ends of masks of the same size.
 
     Returns:
         Shape `(M, R)`, int32. Masks with fewer runs are padded with runs of length 0 at the end of the image.
@@ -144,7 +144,7 @@ def stack_run_ends(masks: Sequence[Mask]) -> torch.Tensor:
 
 
 def draw_run_ends(run_ends: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Draw masks of one size, on the device of their run ends.
+    """Draw masks of the same size, on the device of their run ends.
 
     Args:
         run_ends: Shape `(M, R)`, int32, from [`stack_run_ends`].
@@ -154,7 +154,8 @@ def draw_run_ends(run_ends: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         Shape `(M, H, W)`, uint8 in {0, 1}.
     """
     height, width = size
-    # A pixel's value is the parity of the number of runs that end at or before it. Ends at H * W fall off the image.
+    # A pixel's value is the parity of the number of runs that end at or before it. Ends at H * W lie outside the
+    # image.
     changes = torch.zeros(len(run_ends), height * width + 1, dtype=torch.uint8, device=run_ends.device)
     changes.scatter_add_(1, run_ends.long(), torch.ones_like(run_ends, dtype=torch.uint8))
     masks = changes[:, :-1].cumsum(1, dtype=torch.uint8) & 1  # [M, W * H]; a sum beyond 255 keeps its parity
@@ -162,7 +163,7 @@ def draw_run_ends(run_ends: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 def compact_mask_labels(masks: Sequence[Mask], ignore: Mask | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the run ends of an image's masks and of its ignored pixels, which [`draw_mask_labels`] draws.
+    """Return the run ends of an image's masks and of its ignored pixels, for [`draw_mask_labels`].
 
     Returns:
         Shapes `(M, R)` and `(1, R')`, or `(0, 0)` without ignored pixels, both int32.
@@ -183,7 +184,7 @@ def draw_mask_labels(run_ends: torch.Tensor, ignored_run_ends: torch.Tensor, siz
     """
     masks = draw_run_ends(run_ends, size)
     if len(ignored_run_ends):
-        # Where a pixel is annotated as both, it is a target.
+        # A pixel annotated as both is a target.
         masks.masked_fill_((masks == 0) & (draw_run_ends(ignored_run_ends, size) == 1), MASK_IGNORE_INDEX)
     return masks
 
@@ -191,10 +192,10 @@ def draw_mask_labels(run_ends: torch.Tensor, ignored_run_ends: torch.Tensor, siz
 def _decompress(counts: bytes) -> np.ndarray:
     """Return the lengths of the runs, shape `(R,)`, int64, from compressed counts.
 
-    Each number is a chain of characters, whose codes minus 48 hold six bits. The lower five are data, the least
-    significant first, and the sixth says that another character follows. The number is in two's complement, so the
-    highest data bit of its last character is the sign. From the fourth number on, it is the difference to the last but
-    one.
+    Each number is a sequence of characters whose codes minus 48 hold six bits. The lower five are data, least
+    significant first, and the sixth is set if another character follows. Numbers are in two's complement, so the
+    highest data bit of the last character is the sign. From the fourth number on, they are differences from the
+    second-to-last number.
     """
     codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
     # Split the characters into numbers: the last character of a number has no sixth bit.
@@ -211,7 +212,7 @@ def _decompress(counts: bytes) -> np.ndarray:
     runs = np.add.reduceat((codes & 31) << (5 * position), first)
     # Extend the sign.
     runs -= np.where(codes[last] & 16, 1 << (5 * length), 0)
-    # Undo the differences, which are to the last run of the same value. The first run of 0 takes no part in them.
+    # Undo the differences, which are from the previous run of the same value. The first run of 0 is not part of them.
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs

@@ -1,4 +1,4 @@
-"""Datasets of training and evaluation items, made from the rows of one or several sources.
+"""Datasets of training and evaluation items, made from the rows of one or more sources.
 
 Both are map-style. Item k is a pure function of the rows, the arguments and k, so Trainer's own samplers can shard,
 shuffle and resume, and the number of loader workers makes no difference. An item is one image with its questions:
@@ -50,19 +50,19 @@ NO_ROWS = "Source {!r}: expected at least one row, got none. Check its data dire
 def default_weights(sources: dict[str, Dataset | IterableDataset]) -> dict[str, float]:
     """Return LISA's weights: semantic, referring, VQA and reasoning 9 : 3 : 3 : 1, shared equally by a task's sources.
 
-    Conversations with masks count as much as VQA.
+    Conversations with masks get the same weight as VQA.
 
     If a task has no source, the others keep their proportions.
 
     Args:
-        sources: Rows of `lisa_hf.data.rows.FEATURES` by the name of their source. The first row tells a source's task.
+        sources: Rows of `lisa_hf.data.rows.FEATURES` by source name. The first row determines a source's task.
 
     Raises:
         ValueError: If a source has no rows.
     """
     tasks = {}
     for name, rows in sources.items():
-        # Reading the image too could fail.
+        # Without the image, which may be unreadable.
         first = next(iter(rows.select_columns("task")), None)
         if first is None:
             raise ValueError(NO_ROWS.format(name))
@@ -74,27 +74,27 @@ def default_weights(sources: dict[str, Dataset | IterableDataset]) -> dict[str, 
 class Mixture:
     """Base of the map-style and the streaming mixture: sources, their weights, and how a row becomes an item.
 
-    A row is bad if its image is missing or unreadable, or if a mask is damaged or of another size than the image. In
-    place of a bad row, or of one that gives no question, another row of the same source is drawn, so the weights hold.
+    A row is bad if its image is missing or unreadable, or if a mask is damaged or does not have the image's size. A
+    bad row, or one that gives no question, is replaced with another row of the same source, so the weights hold.
 
     Args:
         sources: Rows of `lisa_hf.data.rows.FEATURES` by the name of their source.
         weights: Relative frequency of every source. Defaults to [`default_weights`].
         seed: Non-negative seed of all random draws.
-        num_questions: Largest number of questions about an image, see [`~prompts.sample_questions`].
+        num_questions: Maximum number of questions about an image, see [`~prompts.sample_questions`].
         explanatory_probability: Probability of an answer without a mask, see [`~prompts.sample_questions`].
         merge_instances: Whether a phrase refers to all targets that have it, see [`~prompts.sample_questions`].
         on_bad_row: What to do with a bad row, see [`~rows.OnBadRow`]. Skipped rows are counted in the `num_skipped` of
             the next item. A row that gives no question is not bad.
-        min_decoded_edge: Smallest longer edge, in pixels, at which a large JPEG is decoded, see
+        min_decoded_edge: Minimum length of the longer edge, in pixels, when a large JPEG is decoded, see
             [`~images.reduce_decoding`]. By default, photos are decoded in full.
         feature_cache: Features of the sources' images. It must be built before the first item is made.
 
     Raises:
         ValueError: If the arguments contradict each other. When items are made: at the first bad row with
-            `on_bad_row="raise"`, if `MAX_DRAWS` rows in succession could not be used, or if more than 1% of a source
-            and more than three rows are bad, or more than a fifth. Each loader worker judges a source by the rows that
-            it has drawn itself, after `MIN_DRAWS` rows and with an allowance of three standard deviations.
+            `on_bad_row="raise"`, if `MAX_DRAWS` consecutive rows cannot be used, or if more than 1% of a source and
+            more than three rows are bad, or more than a fifth. Each loader worker judges a source by the rows that it
+            has drawn itself, after `MIN_DRAWS` rows and with a tolerance of three standard deviations.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Mixture:
         return int(rng.choice(len(self.names), p=self.probabilities))
 
     def make_item(self, source: int, rows: Iterator[dict], rng: np.random.Generator) -> dict[str, Any]:
-        """Make an item of the first of `rows` that can be used. All of them belong to the source of this index."""
+        """Make an item from the first usable one of `rows`, which all belong to the source with this index."""
         num_skipped = 0
         error = None
         for _ in range(MAX_DRAWS):
@@ -172,20 +172,20 @@ class Mixture:
         is_few = len(self.bad_rows[source]) <= FEW_BAD_ROWS
         num_drawn, num_bad = self.num_drawn[source], self.num_bad[source]
         expected = max(MAX_BAD_SHARE, MAX_FEW_SHARE * is_few) * num_drawn
-        # Without an allowance, chance would sooner or later stop a source that is just good enough.
+        # Without a tolerance, chance would sooner or later stop a source that is just good enough.
         if num_drawn >= MIN_DRAWS and num_bad > expected + 3 * expected**0.5:
             raise ValueError(
                 f"Source {self.names[source]!r}: expected at most {MAX_BAD_SHARE:.0%} of bad rows, or "
                 f"{FEW_BAD_ROWS}, got {num_bad} of {num_drawn} drawn rows. Restore its files, remove their "
-                f"annotations, or leave the source out. The last bad row: {error}"
+                f"annotations, or omit the source. The last bad row: {error}"
             ) from error
 
 
 class MixtureDataset(Mixture, torch.utils.data.Dataset):
     """Map-style mixture: draws a source by weight for each item, one of its rows uniformly, and questions about it.
 
-    Since items are random draws already, they are read in sequence: item k is what step k sees on any machine. Rows
-    stay in the Arrow files of their datasets, so the memory of a loader worker does not grow with their number.
+    Items are random draws already, so they are read in order: item k is what step k sees on any machine. Rows stay in
+    the Arrow files of their datasets, so the memory of a loader worker does not grow with their number.
 
     Args:
         sources: Prepared rows by the name of their source.
@@ -206,14 +206,14 @@ class MixtureDataset(Mixture, torch.utils.data.Dataset):
             raise ValueError(f"length: expected 1 item or more, got {length}.")
         super().__init__(sources, **kwargs)
         self.length = length
-        # In shared memory, so that persistent loader workers learn about a new epoch.
+        # In shared memory, so that persistent loader workers see a new epoch.
         self._first = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return self.length
 
     def set_epoch(self, epoch: int):
-        """Move on to the items from `epoch * length`, so that no epoch repeats another. Called by Trainer."""
+        """Move to the items from `epoch * length`, so that epochs do not repeat. Called by Trainer."""
         self._first.fill_(epoch * self.length)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -227,7 +227,7 @@ class MixtureDataset(Mixture, torch.utils.data.Dataset):
 class EvaluationDataset(torch.utils.data.Dataset):
     """Evaluation items: item k is row k with its evaluation questions.
 
-    A bad row always raises, because a score over fewer rows is another score.
+    A bad row always raises an error, because a score over fewer rows is a different score.
 
     Args:
         rows: Rows of `lisa_hf.data.rows.FEATURES`.
@@ -235,7 +235,7 @@ class EvaluationDataset(torch.utils.data.Dataset):
         texts: Which texts to ask, see [`~prompts.evaluation_questions`].
 
     Attributes:
-        image_ids: Ids of the rows' images. One that repeats gets a number, as in "cat", "cat#2".
+        image_ids: Ids of the rows' images. Repeated ids are numbered, as in "cat", "cat#2".
 
     Raises:
         ValueError: When an item is made, if its row is bad or gives no question.

@@ -1,8 +1,8 @@
-"""LISA's question and answer templates, and the conversations that are made of a row.
+"""LISA's question and answer templates, and the conversations made from a row.
 
 The templates mirror LISA's `utils/utils.py` and its datasets (arXiv 2308.00692). Released LISA checkpoints were
-trained on exactly these strings, so a missing space or a different case costs accuracy. The image is a content part of
-its own in the first user message; the line break that LISA writes after `<image>` belongs to the chat template.
+trained on exactly these strings, so a missing space or a different case costs accuracy. The image is a separate
+content part of the first user message; the line break that LISA writes after `<image>` is part of the chat template.
 """
 
 from collections.abc import Collection, Sequence
@@ -44,11 +44,11 @@ EVALUATION_ANSWER = "[SEG]."
 
 SEG_PATTERN = token_pattern([SEG_TOKEN])
 
-# Which texts a protocol of evaluation asks:
-# - "first": of each target the first, and every referring expression, as LISA validates;
+# Which texts an evaluation protocol asks:
+# - "first": the first text of each target, and every referring expression, as in LISA's validation;
 # - "all": every text;
-# - "one_per_object": of each target the first;
-# - "normalized": the same in lower case, without punctuation at its ends, as Seg-Zero asks.
+# - "one_per_object": the first text of each target;
+# - "normalized": the same in lowercase, without leading or trailing punctuation, as in Seg-Zero.
 TEXTS = ("first", "all", "one_per_object", "normalized")
 PUNCTUATION = '."?!'
 
@@ -60,10 +60,10 @@ class Question:
     Args:
         messages: Chat messages `{"role", "content"}`. Content is a list of parts: `{"type": "image"}` and
             `{"type": "text", "text": ...}` in the first user message, one text part in all others. An assistant
-            message with `"is_context": True` is given and not learned.
-        masks: One mask per `[SEG]` of the assistant messages that are learned, in their order.
-        phrase: The text that `messages` ask with, before it was put into a template; empty in a conversation.
-        texts: Those of `TEXTS` that the text is among.
+            message with `"is_context": True` is given, not trained on.
+        masks: One mask per `[SEG]` of the assistant messages that are trained on, in order.
+        phrase: Text of the question before it was inserted into a template; empty in a conversation.
+        texts: Those of `TEXTS` that include this text.
     """
 
     messages: list[dict]
@@ -73,7 +73,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The last text of the user."""
+        """The text of the last user message."""
         return self.messages[-2]["content"][-1]["text"].strip()
 
 
@@ -86,17 +86,17 @@ def sample_questions(
 ) -> list[Question]:
     """Draw the training questions of a row as LISA does, one conversation per question.
 
-    - Semantic rows: draw classes, and for each of them one of its interchangeable phrases.
+    - Semantic rows: draw classes, and one of the interchangeable phrases of each.
     - Referring and reasoning rows: draw phrases, so several questions may be about the same object.
-    - Rows with an explanation: answer all questions alike, with the explanation alone and no mask (probability
-      `explanatory_probability`), with a mask alone, or with a mask and the explanation (half of the remaining
-      probability each).
+    - Rows with an explanation: answer all questions in the same way, with the explanation alone and no mask
+      (probability `explanatory_probability`), with a mask alone, or with a mask and the explanation (half of the
+      remaining probability each).
     - VQA rows and conversations with masks: return the whole conversation.
 
     Args:
         row: Row of `lisa_hf.data.rows.FEATURES`. Its image is not read.
         rng: Generator of all random draws.
-        num_questions: Largest number of questions, drawn without replacement.
+        num_questions: Maximum number of questions, drawn without replacement.
         explanatory_probability: Probability in [0, 1] of an explanation without a mask.
         merge_instances: Whether the mask of a phrase is the union of all targets that have it. `False` uses one target
             per question, as LISA does.
@@ -148,7 +148,7 @@ def sample_questions(
 def evaluation_questions(
     row: dict, merge_instances: bool = True, texts: Collection[str] = ("first",)
 ) -> list[Question]:
-    """Return the questions that LISA validates with, which use one fixed template.
+    """Return LISA's validation questions, which use one fixed template.
 
     - Referring rows: every expression of every target.
     - Reasoning rows: the first phrase of every target.
@@ -159,10 +159,10 @@ def evaluation_questions(
     Args:
         row: Row of `lisa_hf.data.rows.FEATURES`. Its image is not read.
         merge_instances: Whether the mask of a phrase is the union of all targets that have it.
-        texts: What to ask, some of `TEXTS`. The questions above are "first".
+        texts: Which of `TEXTS` to ask. The questions above are "first".
 
     Returns:
-        Questions whose last message is the expected answer, `"[SEG]."` where a mask is expected.
+        Questions whose last message is the expected answer, `"[SEG]."` if a mask is expected.
 
     Raises:
         ValueError: If a mask of a question is damaged.
@@ -177,7 +177,7 @@ def evaluation_questions(
             for text, among in _wordings(phrase.strip(), index, row):
                 if not among & set(texts):
                     continue
-                # Instances of one name are asked for at once; otherwise each text of each target counts.
+                # Instances with the same name are asked for together; otherwise each text of each target counts.
                 key = (phrase, text) if merge_instances else (number, index, text)
                 if key in questions:
                     questions[key].texts |= among
@@ -192,7 +192,7 @@ def evaluation_questions(
 
 
 def _wordings(phrase: str, index: int, row: dict) -> list[tuple[str, frozenset[str]]]:
-    """Return how a target's phrase of this index is asked for, and of which `TEXTS` each wording is."""
+    """Return the wordings of a target's phrase with this index, each with those of `TEXTS` that include it."""
     among = {"all"}
     if index == 0 or row["task"] == "referring":
         among.add("first")
@@ -201,7 +201,7 @@ def _wordings(phrase: str, index: int, row: dict) -> list[tuple[str, frozenset[s
     if row["is_sentence"]:
         template = EVALUATION_LONG_QUESTION
     else:
-        # As LISA, which lower-cases every phrase in training and referring expressions here, but not ReasonSeg's.
+        # As in LISA, which lowercases every phrase in training and referring expressions here, but not ReasonSeg's.
         template, phrase = EVALUATION_SHORT_QUESTION, phrase if row["task"] == "reasoning" else phrase.lower()
     wordings = {template.format(phrase=phrase): among}
     if index == 0:
@@ -214,7 +214,7 @@ def _normalize(text: str) -> str:
 
 
 def _choices(row: dict, merge_instances: bool) -> list[tuple[dict, list[str]]]:
-    """Return what training questions can be about: pairs of a target and its possible phrases."""
+    """Return the possible subjects of training questions: pairs of a target and its phrases."""
     if row["task"] == "semantic":
         choices = [(target, target["phrases"]) for target in row["targets"]]
     else:
@@ -225,7 +225,8 @@ def _choices(row: dict, merge_instances: bool) -> list[tuple[dict, list[str]]]:
 
 
 def _mask(row: dict, target: dict, phrase: str, merge_instances: bool) -> Mask:
-    # In PACO and PASCAL-Part, LISA asks for a class and trains on one of its instances. The text means all of them.
+    # In PACO and PASCAL-Part, LISA asks for a class but trains on one of its instances. The text refers to all of
+    # them.
     if not merge_instances:
         return Mask.from_rle(target["rle"])
     masks = [Mask.from_rle(other["rle"]) for other in row["targets"] if phrase in other["phrases"]]
@@ -260,7 +261,7 @@ def _conversation(row: dict) -> Question:
 
 
 def _split_turns(conversation: Question) -> list[Question]:
-    """Return a question per turn, which has the turns before it as its context."""
+    """Return one question per turn, with the previous turns as its context."""
     turns, num_masks = [], 0
     for end in range(2, len(conversation.messages) + 1, 2):
         *context, question, answer = conversation.messages[:end]

@@ -1,7 +1,7 @@
 """The row format that all datasets share, and what to do with a row that cannot be used.
 
-A row is one image with everything that is annotated on it. Its masks stay compressed COCO run-length encodings (RLE),
-see [`~masks.Mask`].
+A row is one image with all of its annotations. Its masks stay compressed COCO run-length encodings (RLE), see
+[`~masks.Mask`].
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ OnBadRow = Literal["raise", "skip"]
 
 
 def check_on_bad_row(on_bad_row: str) -> None:
-    """Raise a `ValueError` unless the value is one of [`OnBadRow`]."""
+    """Raise a `ValueError` unless the value is one of `OnBadRow`."""
     if on_bad_row not in get_args(OnBadRow):
         raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {on_bad_row!r}.")
 
@@ -62,12 +62,13 @@ def make_row(
         source: Name of the dataset, as `data_scripts.load_source` knows it.
         task: One of `TASKS`. A "vqa" row has `messages`, a "conversation" row has `messages` and a target for each
             `[SEG]` of its answers, every other row has `targets`.
-        targets: Dicts of `phrases` (list of str, at least one; a conversation needs none) and `rle`, all of one size.
-        ignore: RLE of the pixels that count neither as target nor as background, of the targets' size.
+        targets: Dicts of `phrases` (list of str, at least one; a conversation needs none) and `rle`, all of the same
+            size.
+        ignore: RLE of the pixels that count neither as target nor as background, of the same size as the targets.
         is_sentence: Whether the phrases are complete questions instead of names.
         explanation: Why the targets answer the phrases.
-        messages: Chat turns, alternately of the user and the assistant: dicts of `role`, `content` and, if an answer's
-            reasoning is to be learned, `reasoning_content`.
+        messages: Chat turns, alternating between user and assistant: dicts of `role`, `content` and, to train on an
+            answer's reasoning, `reasoning_content`.
 
     Raises:
         ValueError: If the arguments contradict each other. The message names the source and the image.
@@ -93,10 +94,10 @@ def make_row(
     for index, target in enumerate(targets):
         phrases = target["phrases"]
         if isinstance(phrases, str) or not phrases or not all(isinstance(p, str) and p.strip() for p in phrases):
-            raise ValueError(f"{where}: expected a list of non-empty phrases of target {index}, got {phrases!r}.")
+            raise ValueError(f"{where}: expected a list of non-empty phrases for target {index}, got {phrases!r}.")
     sizes = {rle_size(rle) for rle in [target["rle"] for target in targets] + ([ignore] if ignore else [])}
     if len(sizes) > 1:
-        raise ValueError(f"{where}: expected all masks in the size of the image, got the sizes {sorted(sizes)}.")
+        raise ValueError(f"{where}: expected all masks to have the size of the image, got the sizes {sorted(sizes)}.")
     roles = [message["role"] for message in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2):
         raise ValueError(f"{where}: expected pairs of user and assistant messages, got the roles {roles}.")

@@ -200,7 +200,7 @@ def test_full_disk_stops_and_leaves_nothing_half_written(rows, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # bytes that a file may have
-        with pytest.raises(ValueError, match="feature_cache: expected room in .*Make room and start again"):
+        with pytest.raises(ValueError, match="feature_cache: expected free space in .*Free some space and start again"):
             build(tmp_path, rows, model, processor)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -265,7 +265,7 @@ def test_images_that_become_tokens_of_the_language_model_are_not_cached(rows, tm
     assert cache.feature_names == ["image_embeddings"] and len(find_entries(cache)) == len(SIZES)
 
 
-@pytest.mark.parametrize("weight_trains, reason", [(True, "weights that train"), (False, "`image_mean`")])
+@pytest.mark.parametrize("weight_trains, reason", [(True, "weights that are trained"), (False, "`image_mean`")])
 def test_features_that_cannot_stand_for_an_image_are_not_cached(weight_trains, reason, rows, tmp_path, caplog):
     model, processor = make_model()
     backbone = model.get_base_model().vlm.model

@@ -490,7 +490,7 @@ BAD_FILES = [
     ("refcoco", REFS, lambda path: write_pickle(path, 5), "not iterable"),
     ("refcoco", REFS, lambda path: write_pickle(path, [5]), "not subscriptable"),
     ("refcoco", REFS, lambda path: write_pickle(path, [{"ref_id": 1}]), "key 'image_id', which is missing"),
-    ("refcoco", REFS, lambda path: edit_refs(path, sentences=[]), r"non-empty phrases of target 0, got \[\]"),
+    ("refcoco", REFS, lambda path: edit_refs(path, sentences=[]), r"non-empty phrases for target 0, got \[\]"),
     ("refcoco", REFS, lambda path: edit_refs(path, sentences=[{"sent": " "}]), "non-empty phrases"),
     ("refcoco", REFS, lambda path: edit_refs(path, ann_id=99), "Ref 1 needs the annotation 99, which .*lacks"),
     ("refcoco", REFS, lambda path: edit_refs(path, image_id=99), "Ref 1 needs the image 99, which .*lacks"),
