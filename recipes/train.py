@@ -22,6 +22,8 @@ import transformers
 
 from data_scripts import load_sources
 from lisa_hf import LisaDataCollator, LisaTrainer
+from lisa_hf.data.mixture import MixtureDataset
+from lisa_hf.data.streaming import StreamingMixtureDataset
 from lisa_hf.errors import report_user_errors
 from lisa_hf.export import gather_trained_model
 from lisa_hf.model.packing import resolve_packing
@@ -69,8 +71,9 @@ def main():
             print(trainable_summary(model, training_args))
         allow_unused_weights(model, processor, training_args)
         if train_dataset.feature_cache is not None:
+            rows = choose_rows_to_cache(train_dataset, train_rows, training_args)
             with gather_image_encoders(model):
-                train_dataset.feature_cache.build(model, processor, train_rows, training_args)
+                train_dataset.feature_cache.build(model, processor, rows, training_args)
 
         # 4. Trainer
         packing = resolve_packing(model.config, data_args.packing)
@@ -109,6 +112,18 @@ def load_rows(data_args: DataArguments, training_args: LisaTrainingArguments) ->
         options = {"on_bad_row": data_args.on_bad_row, "exclude_refer_val": data_args.exclude_refer_val}
         train_rows = load_sources(data_args.sources, data_args.data_dir, streaming=data_args.streaming, **options)
         return train_rows, load_sources(data_args.eval_sources, data_args.data_dir, data_args.max_eval_items)
+
+
+def choose_rows_to_cache(
+    dataset: MixtureDataset | StreamingMixtureDataset, train_rows: dict, training_args: LisaTrainingArguments
+) -> dict:
+    """Choose the rows whose images the feature cache gets: a short run needs those alone that it draws."""
+    args = training_args
+    num_items = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    # Sharded encoders need an entry for every image, also of rows that are drawn in place of bad ones.
+    if not isinstance(dataset, MixtureDataset) or args.shards_weights or args.train_sampling_strategy != "sequential":
+        return train_rows
+    return dataset.drawn_rows(num_items) if 0 < num_items < sum(map(len, train_rows.values())) else train_rows
 
 
 def evaluate_and_save(trainer: LisaTrainer) -> None:

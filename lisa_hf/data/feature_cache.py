@@ -7,7 +7,8 @@
 The mask model's image encoder is the largest part of a step, and in LISA it is never trained. An entry is a
 safetensors file in bfloat16. Its directory is named after the encoders' weights and the preprocessing, and the entry
 after the bytes of the image file: any change gives another name, and an image with an entry need not be decoded.
-Truncated entries are recomputed, and several processes may write at the same time.
+Truncated entries are recomputed, and several processes may write at the same time. A mark
+says which rows were read by a finished build, so that the next one does not read their images again.
 """
 
 import hashlib
@@ -135,13 +136,14 @@ class FeatureCache:
     ) -> None:
         """Compute the missing entries of the images of `rows`, divided among the processes; a second call resumes.
 
-        Every row is read once before training, including those of streams, so that all processes agree on whether an
-        image has an entry.
+        All rows are read, including those of streams, unless an earlier build has read the same prepared rows and the
+        entries are no fewer and no smaller than they were then.
 
         Args:
             model: Model as it will be trained. Its frozen encoders are cached.
             processor: Its processor.
-            rows: Training rows by source, of `lisa_hf.data.rows.FEATURES`.
+            rows: Training rows by source, of `lisa_hf.data.rows.FEATURES`: all, or those that will be drawn. Images of
+                others are encoded in every step.
             args: Training arguments: `per_device_train_batch_size` images are encoded at a time, and
                 `dataloader_num_workers` read them.
 
@@ -168,6 +170,12 @@ class FeatureCache:
         )
         sources = [undecoded(source) for source in rows.values()]
         num_images = self._count_fitting_images(sources, model, processor, args.shards_weights)
+        mark = self._mark(sources, num_images)
+        # Processes that have an entry and others that do not would wait for each other if encoders are sharded.
+        if mark is not None and not args.shards_weights and self._is_marked(mark):
+            logger.info("Feature cache: an earlier run has read these images.")
+            model.train(was_training)
+            return
 
         # 1. This process's share of the first `num_images` images, or of all streams
         if isinstance(sources[0], Dataset):
@@ -197,6 +205,29 @@ class FeatureCache:
         model.train(was_training)
         if args.world_size > 1:
             torch.distributed.barrier()
+        if mark is not None and args.process_index == args.world_size - 1:
+            with atomic_file(mark) as path:
+                path.write_text(json.dumps(self._measure()), encoding="utf-8")
+
+    def _mark(self, sources: list, num_images: int | None) -> Path | None:
+        """Return the file that is there once these rows were read; None for streams, which may change unnoticed."""
+        if num_images is None or isinstance(sources[0], IterableDataset):
+            return None
+        names = json.dumps([num_images, *(rows._fingerprint for rows in sources)])
+        return self.directory / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.json"
+
+    def _is_marked(self, mark: Path) -> bool:
+        """Return whether a mark is there and the entries are as many and as large as then."""
+        try:
+            expected = json.loads(mark.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return False
+        return all(now >= then for now, then in zip(self._measure(), expected))
+
+    def _measure(self) -> tuple[int, int]:
+        """Return the number of entries and their bytes."""
+        sizes = [path.stat().st_size for path in self.directory.glob("*/*.safetensors")]
+        return len(sizes), sum(sizes)
 
     def _preprocess_missing(
         self, rows: list[dict], processor: LisaProcessor

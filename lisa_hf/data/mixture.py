@@ -223,6 +223,16 @@ class MixtureDataset(Mixture, torch.utils.data.Dataset):
         source = self.draw_source(rng)
         return self.make_item(source, _draw_rows(self.sources[source], rng), rng)
 
+    def drawn_rows(self, num_items: int) -> dict[str, Dataset]:
+        """Return the rows that the first items of all epochs draw, by source, without those in place of bad rows."""
+        drawn: list[set[int]] = [set() for _ in self.sources]
+        for item in range(num_items):
+            rng = np.random.default_rng([self.seed, item])
+            source = self.draw_source(rng)
+            drawn[source].add(_draw_index(self.sources[source], rng))
+        chosen = zip(self.names, self.sources, drawn)
+        return {name: rows.select(sorted(indices)) for name, rows, indices in chosen if indices}
+
 
 class EvaluationDataset(torch.utils.data.Dataset):
     """Evaluation items: item k is row k with its evaluation questions.
@@ -234,9 +244,6 @@ class EvaluationDataset(torch.utils.data.Dataset):
         merge_instances: Whether a phrase refers to all targets that have it, see [`~prompts.evaluation_questions`].
         texts: Which texts to ask, see [`~prompts.evaluation_questions`].
 
-    Attributes:
-        image_ids: Ids of the rows' images. Repeated ids are numbered, as in "cat", "cat#2".
-
     Raises:
         ValueError: When an item is made, if its row is bad or gives no question.
     """
@@ -245,11 +252,21 @@ class EvaluationDataset(torch.utils.data.Dataset):
         self.rows = undecoded(rows)
         self.merge_instances = merge_instances
         self.texts = texts
+        # Numbers, because the memory of loader workers would grow with a list of ids.
+        self._occurrences = np.empty(len(rows), dtype=np.int32)
         seen: Counter[str] = Counter()
-        self.image_ids = []
-        for image_id in self.rows["image_id"]:
+        for index, image_id in enumerate(self.rows["image_id"]):
             seen[image_id] += 1
-            self.image_ids.append(image_id if seen[image_id] == 1 else f"{image_id}#{seen[image_id]}")
+            self._occurrences[index] = seen[image_id]
+
+    @property
+    def image_ids(self) -> list[str]:
+        """Ids of the rows' images. Repeated ids are numbered, as in "cat", "cat#2"."""
+        return [self._number(image_id, index) for index, image_id in enumerate(self.rows["image_id"])]
+
+    def _number(self, image_id: str, index: int) -> str:
+        occurrence = self._occurrences[index]
+        return image_id if occurrence == 1 else f"{image_id}#{occurrence}"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -261,7 +278,8 @@ class EvaluationDataset(torch.utils.data.Dataset):
         try:
             image = load_row_image(row)
             questions = self.questions(row)
-            item = _make_item(row, image, questions, num_skipped=0) | {"image_id": self.image_ids[index]}
+            item = _make_item(row, image, questions, num_skipped=0)
+            item["image_id"] = self._number(row["image_id"], index)
             if not questions:
                 raise ValueError("expected a target to ask about, got none. Filter such rows out.")
         except ValueError as error:
@@ -286,7 +304,11 @@ def _make_item(row: dict, image: dict, questions: list[Question], num_skipped: i
 
 def _draw_rows(rows: Dataset, rng: np.random.Generator) -> Iterator[dict]:
     while True:
-        yield rows[int(rng.integers(len(rows)))]
+        yield rows[_draw_index(rows, rng)]
+
+
+def _draw_index(rows: Dataset, rng: np.random.Generator) -> int:
+    return int(rng.integers(len(rows)))
 
 
 def _probabilities(names: list[str], weights: dict[str, float]) -> np.ndarray:

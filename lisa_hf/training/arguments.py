@@ -297,7 +297,11 @@ class LisaTrainingArguments(TrainingArguments):
                 raise ValueError(f"part_learning_rates: {part}: expected a number from 0, got {rate!r}.")
         _check_range(self, "muon_learning_rate", 0)
         _check_range(self, "max_nonfinite_steps", 0)
-        _check_range(self, "generation_max_new_tokens", 1)
+        for name in (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            "generation_max_new_tokens",
+        ):
+            _check_range(self, name, 1)
 
     def __getstate__(self) -> dict:
         """Leave out the token: Trainer pickles its arguments into every checkpoint, which may be shared."""
@@ -380,7 +384,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         if device := values.pop("device"):
             values["use_cpu"] = device == "cpu"
         model_args, data_args, training_args = parser.parse_dict(values)
-        _check_together(model_args, training_args, device)
+        _check_together(model_args, data_args, training_args, device)
         return model_args, data_args, training_args
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
@@ -401,7 +405,11 @@ def parse_data_arguments(path: str) -> DataArguments:
         raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from error
 
 
-def _check_together(model_args: ModelArguments, training_args: LisaTrainingArguments, device: str | None):
+def _check_together(
+    model_args: ModelArguments, data_args: DataArguments, training_args: LisaTrainingArguments, device: str | None
+):
+    if data_args.streaming and training_args.max_steps < 0:
+        raise ValueError("max_steps: expected the number of steps with streaming, got none. A stream has no end.")
     if device and training_args.device.type != device:
         raise ValueError(
             f"--device: expected a kind of device of this machine, such as {training_args.device.type}, got {device}. "

@@ -10,7 +10,7 @@ from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from ..data.collator import expand_batch
 from ..data.streaming import CollateWithState, StreamingMixtureDataset
@@ -96,7 +96,13 @@ class LisaTrainer(Trainer):
         """Return Trainer's loader; a [`StreamingMixtureDataset`] divides its rows among processes itself."""
         if isinstance(self.train_dataset, StreamingMixtureDataset):
             return self._get_streaming_dataloader(self.train_dataset)
-        return super().get_train_dataloader()
+        loader = super().get_train_dataloader()
+        if has_length(loader) and len(loader) == 0:
+            raise ValueError(
+                f"dataloader_drop_last: expected items for a whole batch ({self._train_batch_size} for each process), "
+                f"got {len(self.train_dataset)} in all. Leave it out, or lower per_device_train_batch_size."
+            )
+        return loader
 
     def _get_streaming_dataloader(self, dataset: StreamingMixtureDataset) -> DataLoader:
         args = self.args

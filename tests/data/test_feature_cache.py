@@ -177,6 +177,24 @@ def test_second_build_resumes_and_mends(rows, tmp_path):
     assert "image_embeddings" in LisaDataCollator(processor)(make_items(rows, [0], cache))
 
 
+def test_a_later_build_reads_no_image_unless_entries_are_missing(rows, tmp_path):
+    model, processor = make_model()
+    cache = build(tmp_path, rows, model, processor)
+    with mock.patch("lisa_hf.data.feature_cache.read_file", side_effect=AssertionError("reads")):
+        build(tmp_path, rows, model, processor)
+        with pytest.raises(AssertionError, match="reads"):  # whether sharded encoders run must be certain
+            with mock.patch.object(LisaTrainingArguments, "shards_weights", True):
+                build(tmp_path, rows, model, processor)
+        with pytest.raises(AssertionError, match="reads"):
+            build(tmp_path, rows.select([0, 1]), model, processor)
+        entry = cache.path(read_file(undecoded(rows)[0]))
+        entry.unlink()
+        with pytest.raises(AssertionError, match="reads"):
+            build(tmp_path, rows, model, processor)
+    build(tmp_path, rows, model, processor)
+    assert entry.exists()
+
+
 def test_interrupted_build_goes_on(rows, tmp_path):
     model, processor = make_model()
     runs = count_encoder_runs(model)

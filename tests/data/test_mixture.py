@@ -439,6 +439,19 @@ def test_epochs_continue_the_sequence(sources):
     assert [comparable(short[index]) for index in range(4)] == [comparable(long[index]) for index in range(4, 8)]
 
 
+def test_rows_that_a_short_run_draws_are_known_beforehand(sources):
+    data = MixtureDataset(sources, length=4, seed=3)
+    expected = {name: set() for name in sources}
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        for index in range(4 - epoch):
+            item = data[index]
+            expected[item["source"]].add(item["image_id"])
+    drawn = data.drawn_rows(7)
+    assert {name: set(rows["image_id"]) for name, rows in drawn.items()} == {k: v for k, v in expected.items() if v}
+    assert data.drawn_rows(7)["classes"]._fingerprint == drawn["classes"]._fingerprint  # by which a cache knows them
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loader_workers_hear_of_a_new_epoch(sources, num_workers):
     data = MixtureDataset(sources, length=6, seed=3)

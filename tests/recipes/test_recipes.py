@@ -284,6 +284,16 @@ def assert_one_line(result: subprocess.CompletedProcess, *parts: str):
         assert part in line, line
 
 
+def test_a_short_run_caches_the_images_that_it_draws(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", "datasets_cache")
+    config = write_config(tmp_path / "tiny.yaml", feature_cache="cache", eval_sources={})
+    run_here("train.py", "--config", config, "--output_dir", "run", "--max_steps", 1)
+    assert 0 < len(list(Path("cache").glob("*/*/*"))) <= 2  # one step of two images, of 12
+    run_here("train.py", "--config", config, "--output_dir", "again", "--max_steps", 1)
+    assert "an earlier run has read these images" in caplog.text
+
+
 def test_unknown_key_names_the_nearest(tmp_path):
     config = write_config(tmp_path / "typo.yaml", learning_rte=1e-3)
     result = run("train.py", "--config", config, cwd=tmp_path, check=False)

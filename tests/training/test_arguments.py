@@ -221,6 +221,12 @@ def test_renamed_arguments_exist():
         (["--sources", "{a: 0}"], "sources: a: expected a weight above 0, got 0"),
         (["--sources", "{a: 1, b: }"], "sources: expected a weight for each of them or for none, got none for"),
         (["--streaming", "--num_train_items", "9"], "num_train_items: expected none with streaming"),
+        (["--streaming", "--max_steps", "-1"], "max_steps: expected the number of steps with streaming"),
+        (
+            ["--per_device_train_batch_size", "0"],
+            "per_device_train_batch_size: expected a number from 1",
+        ),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps: expected a number from 1 to inf"),
         (["--accelerator_config", '{"split_batches": true}'], "expected neither split_batches nor dispatch_batches"),
         (["--sources", "{a: [b]}"], "sources: a: expected a mapping of options, got ['b']"),
         (["--eval_sources", "{a: 2}"], "eval_sources: a: expected no weight, got 2"),

@@ -444,3 +444,9 @@ def test_settings_that_would_change_the_loss_are_refused(arguments, num_gpus, ma
     monkeypatch.setattr(LisaTrainingArguments, "n_gpu", property(lambda self: num_gpus))
     with pytest.raises(ValueError, match=match):
         make_trainer(model, processor, tmp_path, Items(), **arguments)
+
+
+def test_fewer_items_than_a_whole_batch_are_no_end_of_training(tiny, tmp_path):
+    trainer = make_trainer(*tiny, tmp_path, Items(3), per_device_train_batch_size=4, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match=r"whole batch \(4 for each process\), got 3 in all"):
+        trainer.train()
