@@ -1,16 +1,17 @@
 """Messages about mistakes that a user can correct: one line without a stack trace, and the nearest valid name.
 
-And what no message or record may hold: secrets.
+And what no message or record may hold: secrets. And what none that is shared may hold: paths of this machine.
 """
 
 import difflib
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from pickle import UnpicklingError
 from typing import Any
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 REDACTED = "<REDACTED>"
+LOCAL = "<local>"  # in the place of the directory of a path; no Hub id begins so
 SECRET_NAME = r"(?:token|api_?key|access_?key|secret|password|passwd|signature|credentials?)"
 SECRETS = [
     re.compile(pattern, re.IGNORECASE)
@@ -33,6 +35,10 @@ SECRETS = [
         rf"([{{,]\s*[\"']?[\w-]*{SECRET_NAME}[\"']?\s*:\s*[\"']?)[^\s\"',}}]{{8,}}",  # {token: VALUE}
     )
 ]
+_ROOT = r"(?:~[\w.-]*|[A-Za-z]:)?[/\\]"
+LOCAL_PATH = re.compile(  # absolute, or below a home directory: between quotes, or up to a space, a comma, a bracket
+    rf"""(?<="){_ROOT}[^"]+(?=")|(?<='){_ROOT}[^']+(?=')|(?<![^\s=,'"(\[{{]){_ROOT}[^\s,'"\])}}]+"""
+)
 
 
 @contextmanager
@@ -107,6 +113,31 @@ def redact(value: Any) -> Any:
         return value
 
     return redacted(value)
+
+
+def hide_local_paths(value: Any) -> Any:
+    """Return a value, or a structure of them, in which of absolute paths, which tell names of users, the name is left.
+
+    `/home/somebody/photos` becomes `<local>/photos`. What is under the key `command` is a shell's command line.
+    """
+    if isinstance(value, dict):
+        return {
+            key: shlex.join(hide_local_paths(shlex.split(item))) if key == "command" else hide_local_paths(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [hide_local_paths(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if os.path.isabs(value) and "\n" not in value:  # as a whole: it may have spaces
+        return _hide_directory(value)
+    return LOCAL_PATH.sub(lambda found: _hide_directory(found[0]), value)
+
+
+def _hide_directory(path: str) -> str:
+    if Path(path) == Path.home():
+        return LOCAL
+    return f"{LOCAL}/{PureWindowsPath(path).name}"  # it knows the separators of every system
 
 
 def _redact_log(record: logging.LogRecord) -> bool:

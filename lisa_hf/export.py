@@ -26,16 +26,17 @@ from .conversion.saving import (
 )
 from .conversion.zero_checkpoints import is_zero_checkpoint, open_zero_checkpoint
 from .data.image_keys import read_image_keys, write_image_keys
-from .errors import redact
+from .errors import LOCAL, hide_local_paths, redact
 from .evaluation.benchmarks import EVALUATION
 from .model.configuration_lisa import LisaConfig
 from .model.modeling_lisa import LisaForConditionalGeneration
 from .model.processing_lisa import LisaProcessor
+from .model.upstream_fixes import share_weights_files
 from .training.arguments import ModelArguments
 from .training.build import build_config_and_processor, build_model
 from .training.checkpointing import find_checkpoint
-from .training.model_card import write_model_card
-from .training.run_record import RUN_RECORD, find_run_record
+from .training.model_card import BASES, read_required_record, write_model_card
+from .training.run_record import RUN_RECORD, find_run_record, list_stages
 from .training.trainable import merge_lora, prepare_for_training
 from .training.trainer import LisaTrainer
 
@@ -347,13 +348,23 @@ def save_adapter(
             f"{checkpoint}: expected the {ADAPTER_CONFIG} of a LoRA run, got none. Export without --adapter_only."
         )
     restore_adapter(checkpoint, consolidated).to(dtype).save_pretrained(directory)
+    share_weights_files(directory)
     LisaProcessor.from_pretrained(checkpoint).save_pretrained(directory)
+
+
+def check_records(checkpoint: Path, evaluation: Path | None = None) -> None:
+    """Raise a `ValueError` unless [`save_records`] finds the run record and the evaluation that it needs."""
+    read_required_record(checkpoint)
+    if evaluation is not None and not (evaluation / EVALUATION).is_file():
+        raise ValueError(f"{evaluation}: expected the {EVALUATION} that recipes/eval.py writes, got none. Run it.")
 
 
 def save_records(
     checkpoint: Path, directory: Path, model_id: str, is_adapter: bool = False, evaluation: Path | None = None
 ) -> None:
     """Copy the run record, metrics and prediction sheets of a run beside its model, and write the model card.
+
+    What is copied holds no secrets, and no paths of this machine unless an adapter's base is found by them.
 
     Args:
         checkpoint: Directory that the model was restored from.
@@ -363,8 +374,9 @@ def save_records(
         evaluation: Output directory of recipes/eval.py, whose metrics and sheets the card shows too.
 
     Raises:
-        ValueError: `evaluation` holds no metrics, or the run has no record.
+        ValueError: See [`check_records`].
     """
+    check_records(checkpoint, evaluation)
     if evaluation is not None:
         _copy_evaluation(evaluation, checkpoint, directory)
         for sheet in evaluation.glob("predictions*.png"):
@@ -374,20 +386,45 @@ def save_records(
         for sheet in (checkpoint / "predictions.png", checkpoint.parent / "predictions" / f"step-{step}.png"):
             if sheet.is_file():
                 shutil.copy(sheet, directory / "predictions.png")
-    if record := find_run_record(checkpoint):
-        (directory / RUN_RECORD).write_text(json.dumps(redact(record), indent=2) + "\n", encoding="utf-8")
+    record = _shared_record(read_required_record(checkpoint), is_adapter)
+    (directory / RUN_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if keys := read_image_keys(checkpoint):
         write_image_keys(directory, keys)
     write_model_card(directory, checkpoint, model_id, is_adapter)
 
 
+def _shared_record(record: dict, is_adapter: bool) -> dict:
+    """Return a run record as others may see it."""
+    record = redact(record)
+    local_bases = [
+        (arguments, name)
+        for stage in list_stages(record)
+        if "converted_from" not in stage
+        for arguments in [stage["arguments"]["model"]]
+        for name in BASES
+        if arguments[name] and Path(stage["directory"], arguments[name]).exists()
+    ]
+    if is_adapter and local_bases:
+        logger.warning(
+            "%s names the base of the adapter by the paths of this machine, where alone it can be loaded. To share "
+            "it, export without --adapter_only.",
+            RUN_RECORD,
+        )
+        return record
+    for arguments, name in local_bases:  # a relative path looks like an id of the Hub
+        arguments[name] = f"{LOCAL}/{Path(arguments[name]).name}"
+    for stage in list_stages(record):
+        stage |= {"directory": LOCAL} if "directory" in stage else {}
+    return hide_local_paths(record)
+
+
 def _copy_evaluation(evaluation: Path, checkpoint: Path, directory: Path) -> None:
-    if not (evaluation / EVALUATION).is_file():
-        raise ValueError(f"{evaluation}: expected the {EVALUATION} that recipes/eval.py writes, got none. Run it.")
-    evaluated = json.loads((evaluation / EVALUATION).read_text())["model"]
-    if Path(evaluated).resolve() != checkpoint.resolve():
-        logger.warning("The card shows metrics of %s: check that it is the same model as %s.", evaluated, checkpoint)
-    shutil.copy(evaluation / EVALUATION, directory)
+    content = json.loads((evaluation / EVALUATION).read_text("utf-8"))
+    if Path(content["model"]).resolve() != checkpoint.resolve():
+        message = "The card shows metrics of %s: check that it is the same model as %s."
+        logger.warning(message, content["model"], checkpoint)
+    content = hide_local_paths(redact(content))
+    (directory / EVALUATION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def push_to_hub(directory: Path, repo_id: str, private: bool = True) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from lisa_hf.conversion.saving import DTYPES
 from lisa_hf.errors import report_user_errors
 from lisa_hf.export import (
+    check_records,
     export_model,
     find_consolidated,
     find_newest_model,
@@ -54,6 +55,7 @@ def main():
         checkpoint = find_consolidated(args.run)
         consolidated = args.run if checkpoint else None
         checkpoint = checkpoint or find_newest_model(args.run)
+        check_records(checkpoint, args.evaluation)
         # 2. Write the model, its processor, and where it comes from: all of it or nothing.
         dtype = DTYPES[args.dtype]
         model_id = args.push_to_hub or args.output.name

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..files import atomic_directory
+from ..model.upstream_fixes import share_weights_files
 from .checkpoints import close_files
 from .lazy_tensors import LazyTensor
 
@@ -154,6 +155,7 @@ def _save_tensors(tensors: dict[str, LazyTensor], directory: Path, dtype: torch.
                 f"{different}. Check the disk and the checkpoint."
             )
         close_files()
+    share_weights_files(directory)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

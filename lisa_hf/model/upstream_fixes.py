@@ -1,10 +1,12 @@
-"""Workarounds for transformers and PEFT: the version that needs each, its symptom, and when to remove it.
+"""Workarounds for transformers, PEFT and safetensors: the version that needs each, its symptom, and when to remove it.
 
 To find out whether one is still needed, make it do nothing and run the test that it names.
 """
 
-from contextlib import contextmanager
+import os
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,6 +31,7 @@ class UpstreamFixesMixin:
             tests/model/test_modeling.py::test_checkpoint_keys_are_those_in_memory.
         """
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        share_weights_files(Path(save_directory))
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -39,6 +42,21 @@ class UpstreamFixesMixin:
         Remove when: PEFT reads `is_activation_checkpointing`; tests/training/test_trainable.py.
         """
         return self.is_activation_checkpointing
+
+
+def share_weights_files(directory: Path) -> None:
+    """Give the weights files of a directory the permissions that any new file has.
+
+    Version: safetensors 0.8.
+    Symptom: only their owner can read `*.safetensors`, whatever the umask says, so that nobody else on a cluster, in a
+        container or in a group can load a model that was trained, converted or exported.
+    Remove when: safetensors' issue 782 is closed; tests/recipes/test_export.py::test_others_can_read_weights.
+    """
+    umask = os.umask(0o077)  # it can be read only by setting it
+    os.umask(umask)
+    for path in directory.glob("*.safetensors"):
+        with suppress(PermissionError):  # of another user, or on a file system without permissions
+            path.chmod(0o666 & ~umask)
 
 
 def drop_absent_no_split_modules(model: nn.Module) -> None:

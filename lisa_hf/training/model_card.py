@@ -11,15 +11,16 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from ..errors import redact
+from ..errors import LOCAL, redact
 from ..evaluation.benchmarks import EVALUATION, markdown_table
 from ..evaluation.leakage import describe_seen_images
+from ..evaluation.protocols import PROTOCOLS
 from .run_record import find_run_record, list_stages
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-PROTOCOLS = {"": "lisa", "generated_": "generated"}  # as recipes/eval.py names them
+LOGGED_PROTOCOLS = {"": "lisa", "generated_": "generated"}  # by the prefix of their metrics in the log
 BASES = ("vlm", "mask_model", "language_model", "model")  # arguments that name the models a run starts from
 TRAINING_ARGUMENTS = (
     "learning_rate",
@@ -37,13 +38,11 @@ TRAINING_ARGUMENTS = (
     "fp16",
     "seed",
 )
+LORA_ARGUMENTS = ("lora_alpha", "lora_dropout", "lora_target_modules", "use_dora")
 MODEL_ARGUMENTS = (
     "trainable",
     "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "use_dora",
+    *LORA_ARGUMENTS,
     "load_in_8bit",
     "load_in_4bit",
     "ce_loss_weight",
@@ -68,12 +67,7 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
     Raises:
         ValueError: If the run has no record.
     """
-    record = find_run_record(checkpoint)
-    if record is None:
-        raise ValueError(
-            f"{checkpoint}: expected the run.json of its run in it or in the directory above, got none. Copy it "
-            "there: the model card is made from it."
-        )
+    record = read_required_record(checkpoint)
     state = _read_json(checkpoint / "trainer_state.json")
     step, is_best = weights_step(checkpoint, record, state)
     results = evaluation_results(record, _metrics(checkpoint, state, step))
@@ -107,11 +101,28 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
         model_literal=json.dumps(model_id, ensure_ascii=False),
         is_adapter=is_adapter,
         benchmarks=markdown_table({escape(name): result for name, result in benchmarks.items()}) if benchmarks else "",
+        protocols={
+            name: PROTOCOLS[name].source
+            for result in benchmarks.values()
+            for name in result["protocols"]
+            if name in PROTOCOLS  # of another version
+        },
         predictions=sorted(quote(path.name) for path in directory.glob("predictions*.png")),
         **escape(texts),
     )
     card.save(directory / "README.md")
     write_eval_results(directory)
+
+
+def read_required_record(checkpoint: Path) -> dict:
+    """Return the record of a checkpoint's run; raise a `ValueError` if there is none."""
+    record = find_run_record(checkpoint)
+    if record is None:
+        raise ValueError(
+            f"{checkpoint}: expected the run.json of its run in it or in the directory above, got none. Copy it "
+            "there: the model card is made from it."
+        )
+    return record
 
 
 def escape(value: Any) -> Any:
@@ -139,24 +150,25 @@ def evaluation_results(record: dict, metrics: dict[str, float]) -> list[dict]:
         metrics: Metrics as the trainer logs them.
 
     Returns:
-        Dicts of `source`, `split`, `protocol`, `giou`, `ciou`, `interval` (95%, of gIoU) and `num_masks`.
+        Dicts of `source`, `split`, `protocol`, `giou`, `ciou`, `interval` (95%, of gIoU), all in percent, and
+        `num_masks`.
     """
     sources = record["data"]["eval"]
     results = []
     for source in sources:
         prefix = f"eval_{source['source']}_" if len(sources) > 1 else "eval_"
-        for protocol, name in PROTOCOLS.items():
-            if prefix + protocol + "giou" not in metrics:
+        for logged, protocol in LOGGED_PROTOCOLS.items():
+            if f"{prefix}{logged}giou" not in metrics:
                 continue
-            low, high = (metrics[f"{prefix}{protocol}giou_{end}"] for end in ("low", "high"))
+            low, high = (metrics[f"{prefix}{logged}giou_{end}"] for end in ("low", "high"))
             results.append(
                 {
                     "source": source["source"],
                     "split": source["split"],
-                    "protocol": name,
-                    "giou": round(metrics[f"{prefix}{protocol}giou"], 4),
-                    "ciou": round(metrics[f"{prefix}{protocol}ciou"], 4),
-                    "interval": f"{low:.4f} to {high:.4f}",
+                    "protocol": protocol,
+                    "giou": round(100 * metrics[f"{prefix}{logged}giou"], 2),
+                    "ciou": round(100 * metrics[f"{prefix}{logged}ciou"], 2),
+                    "interval": f"{100 * low:.2f} to {100 * high:.2f}",
                     "num_masks": int(metrics[f"{prefix}num_masks"]),
                 }
             )
@@ -172,15 +184,15 @@ def weights_step(checkpoint: Path, record: dict, state: dict) -> tuple[int | Non
 
 
 def benchmark_results(benchmarks: dict[str, dict]) -> list[dict]:
-    """Return `source`, `split`, `protocol`, `giou` and `ciou` per benchmark and protocol of `evaluation.json`."""
+    """Return `source`, `split`, `protocol` and, in percent, `giou` and `ciou` of benchmarks in `evaluation.json`."""
     return [
         {
             # Of a dataset on the Hub, its id; otherwise the source.
             "source": result.get("path", result["builder"]) if result["builder"] == "hub" else result["builder"],
             "split": result["split"],
             "protocol": protocol,
-            "giou": round(metrics["giou"], 4),
-            "ciou": round(metrics["ciou"], 4),
+            "giou": round(100 * metrics["giou"], 2),
+            "ciou": round(100 * metrics["ciou"], 2),
         }
         for result in benchmarks.values()
         for protocol, metrics in result["protocols"].items()
@@ -231,7 +243,7 @@ def _bases(record: dict) -> list[dict]:
         if name is None or (argument == "model" and record["continues"]):  # the models behind it count instead
             continue
         path = Path(record["directory"], name)
-        is_local = path.exists()
+        is_local = path.exists() or name.startswith(LOCAL)  # on this machine, or on that of an earlier stage
         bases.append(
             {
                 "name": path.name if is_local else name,
@@ -292,10 +304,11 @@ def _hyperparameters(record: dict, state: dict, best_step: int | None) -> dict:
         "images per step": batch * record["hardware"]["num_processes"],
         "processes": f"{record['hardware']['num_processes']} x {record['hardware']['device']}",
     }
+    unused = LORA_ARGUMENTS if not arguments["model"]["lora_r"] else ()
     for group, names in (("training", TRAINING_ARGUMENTS), ("model", MODEL_ARGUMENTS), ("data", DATA_ARGUMENTS)):
         for name in names:
             value = arguments[group][name]
-            if value is not None and value != {}:
+            if value is not None and value != {} and name not in unused:
                 chosen[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
     return chosen
 

@@ -19,6 +19,7 @@ from ..evaluation.predict import generate_answers
 from ..evaluation.predictions import PredictionWriter
 from ..from_scratch.muon import use_muon
 from ..model.packing import unpack_rows
+from ..model.upstream_fixes import share_weights_files
 from .callbacks import SkipNonFiniteSteps, Throughput
 from .checkpointing import complete_save, find_best_checkpoint_here, resolve_checkpoint
 from .engine_change import allow_other_engine, load_best_weights
@@ -244,6 +245,8 @@ class LisaTrainer(Trainer):
         if saves_shards(self):
             save_shards(self, Path(output_dir or self.args.output_dir))
         super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            share_weights_files(Path(output_dir or self.args.output_dir))
 
     def _save_optimizer_and_scheduler(self, output_dir):
         # With shards, `save_model` has saved the weights that Trainer would save here.

@@ -264,8 +264,27 @@ def test_nothing_is_left_of_an_export_that_fails(runs, command, tmp_path, monkey
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
+def test_what_the_card_needs_is_looked_for_before_weights_are_written(runs, command, tmp_path, monkeypatch):
+    shutil.copytree(runs("full") / "run" / "checkpoint-5", tmp_path / "alone" / "checkpoint-5")
+    (tmp_path / "alone" / "checkpoint-5" / "run.json").unlink(missing_ok=True)
+    monkeypatch.setattr(export, "export_model", lambda *_: pytest.fail("weights were written"))
+    assert "expected the run.json of its run" in command(tmp_path / "alone" / "checkpoint-5", fails=True)
+    assert "expected the evaluation.json" in command(runs("full") / "run", "--evaluation", tmp_path, fails=True)
+
+
+def test_others_can_read_weights(runs, command, tmp_path):
+    command(runs("lora") / "run")
+    command(runs("lora") / "run" / "checkpoint-5", "--adapter_only", output=tmp_path / "adapter")
+    weights = [path for top in (tmp_path, runs("lora"), runs("full")) for path in top.rglob("*model*.safetensors")]
+    assert {path.name for path in weights} == {"model.safetensors", "adapter_model.safetensors"}
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in weights} == {0o666 & ~umask}
+
+
 def test_adapter_without_a_record_of_its_base(runs, tmp_path):
     shutil.copytree(runs("lora") / "run" / "checkpoint-5", tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-5" / "run.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match="expected the run.json of its run"):
         export.restore_model(tmp_path / "checkpoint-5")
 
@@ -278,11 +297,12 @@ def test_model_card_tells_the_run(runs, command, tmp_path):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     metrics = json.loads((runs("from_nothing") / "run" / "eval_results.json").read_text())
     found = {(result.metric_name, result.dataset_split): result.metric_value for result in card.data.eval_results}
-    assert found["gIoU (lisa)", "validation"] == pytest.approx(metrics["eval_giou"], abs=1e-4)
-    assert found["cIoU (generated)", "validation"] == pytest.approx(metrics["eval_generated_ciou"], abs=1e-4)
+    assert found["gIoU (lisa)", "validation"] == pytest.approx(100 * metrics["eval_giou"], abs=1e-2)
+    assert found["cIoU (generated)", "validation"] == pytest.approx(100 * metrics["eval_generated_ciou"], abs=1e-2)
     settings = ("learning_rate | 0.001", "trainable | mask_decoder", "steps | 5", "images per step | 1")
     for line in ("shapes | train | 100.0% | 12", *settings):
         assert f"| {line} |" in card.text
+    assert f"| shapes | validation | lisa | {100 * metrics['eval_giou']:.2f} |" in card.text
     assert "Trained from random weights" in card.text and "Trained on the split" not in card.text
     assert PIL.Image.open(tmp_path / "out" / "predictions.png").width > 1000 and "](predictions.png)" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
@@ -350,7 +370,8 @@ def test_model_card_shows_an_evaluation_on_benchmarks(runs, command, tmp_path):
     assert "trained on images of reason_seg_val" not in card
     listed = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
     found = {(entry.dataset_type, entry.dataset_split, entry.metric_name): entry.metric_value for entry in listed}
-    assert found["somebody/benchmark", "test", "gIoU (lisa)"] == found["reason_seg", "val", "cIoU (lisa)"] == 0.5
+    assert found["somebody/benchmark", "test", "gIoU (lisa)"] == found["reason_seg", "val", "cIoU (lisa)"] == 50
+    assert "- `lisa`: LISA, arXiv 2308.00692, `validate` in train_ds.py" in card
     (path,) = (tmp_path / "out" / ".eval_results").iterdir()
     (entry,) = parse_eval_result_entries(yaml.safe_load(path.read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("somebody/benchmark", "default", 50.0)
@@ -373,7 +394,9 @@ class RecordingApi:
 
 @pytest.mark.parametrize("adapter_only", [False, True])
 @pytest.mark.parametrize("public", [False, True])
-def test_push_sends_the_directory_to_a_private_repository(adapter_only, public, runs, command, tmp_path, monkeypatch):
+def test_push_sends_the_directory_to_a_private_repository(
+    adapter_only, public, runs, command, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(RecordingApi, "calls", [])
     monkeypatch.setattr(export, "HfApi", RecordingApi)
     options = ["--adapter-only"] * adapter_only + ["--public"] * public
@@ -388,6 +411,12 @@ def test_push_sends_the_directory_to_a_private_repository(adapter_only, public, 
     assert "hf upload mine" in printed and ("--private" in printed) == (not public)
     card = (tmp_path / "out" / "README.md").read_text()
     assert ('snapshot_download("mine")' if adapter_only else 'model="mine"') in card
+    # Nothing tells of this machine, except the base without which the adapter is nothing.
+    texts = {file.name: file.read_text() for file in (tmp_path / "out").iterdir() if file.suffix in (".json", ".md")}
+    places = [str(path) for path in (converted_directory().parent, runs("lora"), Path.cwd())]
+    telling = {name for name, text in texts.items() if any(place in text for place in places)}
+    assert telling == ({"run.json", "adapter_config.json"} if adapter_only else set())
+    assert ("where alone it can be loaded" in caplog.text) == adapter_only
 
 
 def test_trainer_pushes_its_card_to_a_private_repository(tiny, runs, tmp_path, monkeypatch):
