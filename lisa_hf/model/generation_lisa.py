@@ -44,15 +44,22 @@ class LisaGenerateOutput(ModelOutput):
 
 
 class SegTokens(NamedTuple):
-    """Rows, positions and images of M `[SEG]` tokens, `(M,)` int64 each; the state at (row, position) is a prompt."""
+    """Where M `[SEG]` tokens are, `(M,)` int64 each; the state at (row, position) is a prompt of the mask decoder.
+
+    Args:
+        rows, positions: Place of the state.
+        images: Image that the mask is of.
+        prompts: Row of `input_ids` that the token is in, or answers.
+    """
 
     rows: torch.Tensor
     positions: torch.Tensor
     images: torch.Tensor
+    prompts: torch.Tensor
 
     def or_dummy(self) -> "SegTokens":
         """Return these tokens, or one dummy at the first position of row 0 and image 0 if there are none."""
-        return self if len(self.rows) else SegTokens(*[self.rows.new_zeros(1)] * 3)
+        return self if len(self.rows) else SegTokens(*[self.rows.new_zeros(1)] * len(self))
 
 
 class LisaGenerationMixin:
@@ -126,19 +133,7 @@ class LisaGenerationMixin:
         vision_inputs, generate_kwargs = split_vision_inputs(
             self.vlm, {"pixel_values": pixel_values, **kwargs}, input_ids, image_indices, num_images
         )
-        if self.config.suppress_tokens:
-            generate_kwargs.setdefault("suppress_tokens", self.config.suppress_tokens)
-        if self.config.answer_end_token_id is not None:
-            own = self.vlm.generation_config.eos_token_id
-            own = [] if own is None else own if isinstance(own, list) else [own]
-            generate_kwargs.setdefault("eos_token_id", sorted({*own, self.config.answer_end_token_id}))
-
-        pad = self.vlm.generation_config.pad_token_id
-        if pad is not None and pad >= self.get_input_embeddings().num_embeddings:
-            # As in SmolVLM's configuration. What fills answers that have ended goes through the VLM too.
-            ends = generate_kwargs.get("eos_token_id", self.vlm.generation_config.eos_token_id)
-            generate_kwargs.setdefault("pad_token_id", ends[0] if isinstance(ends, list) else ends)
-
+        generate_kwargs = self._complete_options(generate_kwargs)
         if self.config.similarity_points is not None:
             past_key_values = None  # the states of the image are read again
 
@@ -157,54 +152,24 @@ class LisaGenerationMixin:
             prompts = {"input_ids": input_ids, "attention_mask": attention_mask, "mm_encoder_outputs": features}
 
         # 2. Answers of the VLM, and the state that predicted each of their tokens.
-        backbone = self.vlm.base_model
-        if hasattr(past_key_values, "rope_deltas"):
-            backbone.rope_deltas = past_key_values.rope_deltas
-        # Points need the states of all positions of the prompt, of which only the last one is projected.
-        where = self.config.states_at if self.config.similarity_points is None else "after_norm"
-        with record_states(self.vlm, where=where) as states:
-            output = self.vlm.generate(**prompts, return_dict_in_generate=True, **generate_kwargs)
-        if hasattr(backbone, "rope_deltas") and output.past_key_values is not None:
-            # By how much M-RoPE shifts what follows the image. A VLM keeps it of its last call only, which may be
-            # about another image when this cache is continued.
-            output.past_key_values.rope_deltas = backbone.rope_deltas
-        prompt_states = states[0]  # with `similarity_points` those of the whole prompts, [N * beams, L, hidden_size]
-        states = torch.stack(
-            [step[:, -1] for step in states], dim=1
-        )  # [rows, steps, hidden_size], one row per answer or beam
+        output, steps = self._run_vlm_generate(prompts, generate_kwargs)
+        states = torch.stack([step[:, -1] for step in steps], dim=1)  # [rows, steps, hidden_size], a row per beam
         answers = output.sequences[:, input_ids.shape[1] :]  # [N * copies, steps]
         copies = len(answers) // len(input_ids)  # num_return_sequences
 
-        # 3. [SEG] tokens of the answers. Beams change rows as they go; `beam_indices` says in which row a token was
-        # predicted. The state of a token itself predicts the next one: an answer's last token has none.
-        is_seg = answers == self.config.seg_token_id
-        is_own = self.config.seg_state != "predicting"
-        if is_own:
-            is_seg[:, -1] = False
-        seg_rows, seg_steps = is_seg.nonzero(as_tuple=True)  # [M] each
-        state_rows, state_steps = seg_rows, seg_steps + is_own
-        if output.get("beam_indices") is not None:
-            state_rows = output.beam_indices[seg_rows, state_steps]
-        elif len(states) != len(answers):
-            raise ValueError(
-                f"expected one decoded row per answer, got {len(states)} rows for {len(answers)} answers. Use greedy "
-                "search, sampling or beam search."
-            )
-        seg_tokens = SegTokens(state_rows, state_steps, image_indices[seg_rows // copies])
+        # 3. [SEG] tokens of the answers.
+        seg_rows, seg_tokens = self._find_generated_seg_tokens(
+            answers, states, output.get("beam_indices"), image_indices
+        )
 
         # 4. Masks.
         if image_embeddings is None:
             image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
         seg_embeddings = self._seg_embeddings(states, seg_tokens)
-        points = None
-        if self.config.similarity_points is not None:
-            rows, steps, images = seg_tokens.or_dummy()
-            prompt_rows = seg_rows // copies if len(seg_rows) else rows
-            beams = len(prompt_states) // len(input_ids)
-            is_image = input_ids == self.image_token_id  # [N, L]
-            image_states = [prompt_states[row * beams][is_image[row]] for row in prompt_rows.tolist()]
-            sizes = [sizes.to(images.device)[images] for sizes in (original_sizes, reshaped_input_sizes)]
-            points = self._similarity_points(image_states, states[rows, steps], *sizes)
+        prompt_states = steps[0][:: len(steps[0]) // len(input_ids)]  # [N, L or 1, hidden_size], of the first beams
+        points = self._similarity_points(
+            states, seg_tokens, prompt_states, input_ids, original_sizes, reshaped_input_sizes
+        )
         low_res_masks, iou_scores, _ = self._decode(seg_embeddings, seg_tokens, image_embeddings, points)
 
         return LisaGenerateOutput(
@@ -215,6 +180,73 @@ class LisaGenerationMixin:
             seg_embeddings=seg_embeddings[: len(low_res_masks)],
             past_key_values=output.past_key_values,
         )
+
+    def _complete_options(self, generate_kwargs: dict) -> dict:
+        """Return arguments of the VLM's `generate`, with what this model needs where the caller gave nothing else."""
+        options = dict(generate_kwargs)
+        if self.config.suppress_tokens:
+            options.setdefault("suppress_tokens", self.config.suppress_tokens)
+        own_ends = self.vlm.generation_config.eos_token_id
+        if self.config.answer_end_token_id is not None:
+            own_ends = [] if own_ends is None else own_ends if isinstance(own_ends, list) else [own_ends]
+            options.setdefault("eos_token_id", sorted({*own_ends, self.config.answer_end_token_id}))
+        pad = self.vlm.generation_config.pad_token_id
+        if pad is not None and pad >= self.get_input_embeddings().num_embeddings:
+            # As in SmolVLM's configuration. What fills answers that have ended goes through the VLM too.
+            ends = options.get("eos_token_id", own_ends)
+            options.setdefault("pad_token_id", ends[0] if isinstance(ends, list) else ends)
+        return options
+
+    def _run_vlm_generate(self, prompts: dict, generate_kwargs: dict) -> tuple[ModelOutput, list[torch.Tensor]]:
+        """Run the VLM's own `generate`.
+
+        Returns:
+            Its output, and the states of each of its steps, `(rows, 1, hidden_size)` with a row per answer or beam;
+            with `similarity_points`, the first ones are those of the whole prompts, `(rows, L, hidden_size)`.
+        """
+        backbone, cache = self.vlm.base_model, prompts.get("past_key_values")
+        if hasattr(cache, "rope_deltas"):
+            backbone.rope_deltas = cache.rope_deltas
+        # Points need the states of all positions of the prompt, of which only the last one is projected.
+        where = self.config.states_at if self.config.similarity_points is None else "after_norm"
+        with record_states(self.vlm, where=where) as states:
+            output = self.vlm.generate(**prompts, return_dict_in_generate=True, **generate_kwargs)
+        if hasattr(backbone, "rope_deltas") and output.past_key_values is not None:
+            # By how much M-RoPE shifts what follows the image. A VLM keeps it of its last call only, which may be
+            # about another image when this cache is continued.
+            output.past_key_values.rope_deltas = backbone.rope_deltas
+        return output, states
+
+    def _find_generated_seg_tokens(
+        self, answers: torch.Tensor, states: torch.Tensor, beam_indices, image_indices: torch.Tensor
+    ) -> tuple[torch.Tensor, SegTokens]:
+        """Find the M `[SEG]` tokens of answers, row by row.
+
+        Args:
+            answers: Token ids, `(N * copies, steps)`.
+            states: The state that predicted each token, `(rows, steps, hidden_size)`.
+            beam_indices: Row of `states` in which each token was predicted, because beams change rows as they go;
+                None without beams.
+            image_indices: Image of each prompt, `(N,)`.
+
+        Returns:
+            The answer of each token, `(M,)`, and where its state is.
+        """
+        is_seg = answers == self.config.seg_token_id
+        is_own = self.config.seg_state != "predicting"
+        if is_own:
+            is_seg[:, -1] = False  # the state of a token itself predicts the next one: an answer's last token has none
+        seg_rows, seg_steps = is_seg.nonzero(as_tuple=True)  # [M] each
+        state_rows, state_steps = seg_rows, seg_steps + is_own
+        if beam_indices is not None:
+            state_rows = beam_indices[seg_rows, state_steps]
+        elif len(states) != len(answers):
+            raise ValueError(
+                f"expected one decoded row per answer, got {len(states)} rows for {len(answers)} answers. Use greedy "
+                "search, sampling or beam search."
+            )
+        prompts = seg_rows // (len(answers) // len(image_indices))
+        return seg_rows, SegTokens(state_rows, state_steps, image_indices[prompts], prompts)
 
     def _prefill_shared_prefix(
         self, input_ids, attention_mask, image_indices, num_images, vision_inputs, vision_features, generate_kwargs
@@ -247,7 +279,7 @@ class LisaGenerationMixin:
         # The last token of a row is never in the prefix: `generate` needs one token to read.
         is_common = (left_aligned == left_aligned[first]) & (column + padding < length - 1)
         num_common = int(is_common.long().cumprod(1).sum(1).min())
-        is_image = left_aligned == self.config.vlm_config.image_token_id
+        is_image = left_aligned == self.image_token_id
         if num_common <= int((column * is_image).max()):  # the image must be inside
             return None
 

@@ -386,12 +386,9 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         # 3. Mask decoder. Each image is encoded once, and all masks are decoded in one call.
         if image_embeddings is None:
             image_embeddings = encode_images(self.mask_model, mask_pixel_values.to(self.mask_model.dtype))
-        points = None
-        if self.config.similarity_points is not None:
-            rows, positions, images = seg_tokens.or_dummy()
-            image_states = [hidden_states[row][input_ids[row] == self.image_token_id] for row in rows.tolist()]
-            sizes = original_sizes[images], reshaped_input_sizes[images]
-            points = self._similarity_points(image_states, hidden_states[rows, positions], *sizes)
+        points = self._similarity_points(
+            hidden_states, seg_tokens, hidden_states, input_ids, original_sizes, reshaped_input_sizes
+        )
         low_res_masks, iou_scores, zero_loss = self._decode(seg_embeddings, seg_tokens, image_embeddings, points)
         image_masks = low_res_masks.split(masks_per_image)  # B tensors [M_b, h, w]
 
@@ -408,9 +405,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         # 5. Masks at full size. Training has no use for them.
         pred_masks = None
         if output_masks or (output_masks is None and not self.training):
-            sizes = zip(reshaped_input_sizes.tolist(), original_sizes.tolist())
-            side = padded_side(self.config.mask_config, self.config.video_mask_decoding)
-            pred_masks = [upscale_masks(masks, *size, side) for masks, size in zip(image_masks, sizes)]
+            pred_masks = self._full_size_masks(image_masks, reshaped_input_sizes, original_sizes)
 
         return LisaOutput(
             loss=sum(losses.values()) if losses else None,
@@ -472,7 +467,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         positions = positions + (self.config.seg_state != "predicting")
         images = image_indices[rows]
         by_image = torch.argsort(images, stable=True)
-        return SegTokens(rows[by_image], positions[by_image], images[by_image])
+        return SegTokens(rows[by_image], positions[by_image], images[by_image], rows[by_image])
 
     def _seg_embeddings(self, hidden_states: torch.Tensor, seg_tokens: SegTokens) -> torch.Tensor:
         """Project the states of `[SEG]` to prompts of the mask decoder.
@@ -487,7 +482,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         Returns:
             `(max(M, 1), C)`.
         """
-        rows, positions, _ = seg_tokens.or_dummy()
+        rows, positions, *_ = seg_tokens.or_dummy()
         return self.seg_projector(hidden_states[rows, positions])
 
     @property
@@ -496,24 +491,33 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         return self.config.vlm_config.image_token_id
 
     def _similarity_points(
-        self, image_states: list[torch.Tensor], seg_states: torch.Tensor, original_sizes, reshaped_input_sizes
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose the points that prompt M masks beside their `[SEG]`.
+        self, states, seg_tokens: SegTokens, prompt_states, input_ids, original_sizes, reshaped_input_sizes
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Choose the points that prompt M masks beside their `[SEG]`; None if the configuration wants none.
 
         Args:
-            image_states: States of the tokens of each mask's image, M tensors `(tokens, hidden_size)`.
-            seg_states: `(M, hidden_size)`.
-            original_sizes, reshaped_input_sizes: Sizes of each mask's image, `(M, 2)`.
+            states: States that the places of `seg_tokens` are in, `(rows, L, hidden_size)`.
+            prompt_states: States of the rows of `input_ids`, with their images, `(N, L, hidden_size)`.
+            original_sizes, reshaped_input_sizes: Sizes of the images, `(B, 2)`.
 
         Returns:
-            x and y in pixels of the mask model's input, `(M, P, 2)`, and labels `(M, P)`.
+            x and y in pixels of the mask model's input, `(max(M, 1), P, 2)`, and labels `(max(M, 1), P)`.
         """
+        if self.config.similarity_points is None:
+            return None
+        rows, positions, images, prompts = seg_tokens.or_dummy()
+        original_sizes = original_sizes.to(images.device)[images]  # [M, 2]
+        reshaped_input_sizes = reshaped_input_sizes.to(images.device)[images]  # [M, 2]
+
         options = PointOptions(**self.config.similarity_points)
+        is_image = input_ids == self.image_token_id  # [N, L]
+        image_states = [prompt_states[row][is_image[row]] for row in prompts.tolist()]  # of M images
         chosen = [
-            similarity_points(*states, size, options)
-            for *states, size in zip(image_states, seg_states, original_sizes.tolist())
+            similarity_points(*of_mask, options)
+            for of_mask in zip(image_states, states[rows, positions], original_sizes.tolist())
         ]
-        scale = (reshaped_input_sizes / original_sizes).flip(1).to(seg_states.device)  # [M, 2], x and y
+        # From pixels of the image to those of the mask model's input
+        scale = (reshaped_input_sizes / original_sizes).flip(1).to(states.device)  # [M, 2], x and y
         points = torch.stack([points for points, _ in chosen]) * scale[:, None]
         return points, torch.stack([labels for _, labels in chosen])
 
@@ -598,3 +602,9 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             checkpoint(full_size_losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
         ]
         return tuple(map(sum, zip(*parts)))
+
+    def _full_size_masks(self, image_masks, reshaped_input_sizes, original_sizes) -> list[torch.Tensor]:
+        """Resize the decoder's masks, B tensors `(M_b, h, w)`, to their images: B tensors `(M_b, H_b, W_b)`."""
+        sizes = zip(reshaped_input_sizes.tolist(), original_sizes.tolist())
+        side = padded_side(self.config.mask_config, self.config.video_mask_decoding)
+        return [upscale_masks(masks, *size, side) for masks, size in zip(image_masks, sizes)]
