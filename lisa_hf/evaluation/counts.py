@@ -27,6 +27,18 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return metrics
 
 
+def metric_names(has_generated: bool) -> list[str]:
+    """Return the names of what [`compute_metrics`] computes, with or without generated answers."""
+    # A mask that is due, and a question about nothing
+    columns = {name: [[1], [0]] for name in ("intersections", "unions", "targets")}
+    columns |= {"num_seg_tokens": [1, 0], "images": [0, 1]}
+    names = list(compute_protocol(columns, is_generated=False, bootstrap=1))
+    if has_generated:
+        generated = compute_protocol(columns, is_generated=True, bootstrap=1)
+        names += [GENERATED + name for name in generated if not name.startswith("num_")]
+    return names
+
+
 def compute_protocol(columns: dict[str, list], is_generated: bool, **options) -> dict[str, float]:
     """Compute the metrics of [`SegmentationMetric`] from its columns, leaving out those without a meaning.
 

@@ -14,7 +14,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from ..data.collator import expand_batch
 from ..data.streaming import CollateWithState, StreamingMixtureDataset
-from ..evaluation.counts import compute_metrics, count_generated, count_masks_due, count_teacher_forced
+from ..errors import nearest_name
+from ..evaluation.counts import (
+    compute_metrics,
+    count_generated,
+    count_masks_due,
+    count_teacher_forced,
+    metric_names,
+)
 from ..evaluation.predict import generate_answers
 from ..evaluation.predictions import PredictionWriter
 from ..from_scratch.muon import use_muon
@@ -78,13 +85,26 @@ class LisaTrainer(Trainer):
                 "average_tokens_across_devices: expected True, got False. Leave it out: the loss is divided by the "
                 "labels and masks of all processes."
             )
+        if self.args.metric_for_best_model and self.args.eval_strategy != "no":
+            self._check_best_metric()
+
+    def _check_best_metric(self) -> None:
         metric, names = self.args.metric_for_best_model, self.eval_dataset
-        if isinstance(names, dict) and metric and self.args.eval_strategy != "no":
-            if not any(metric.removeprefix("eval_").startswith(f"{name}_") for name in names):
+        name = metric.removeprefix("eval_")
+        if isinstance(names, dict):
+            sets = [dataset for dataset in names if name.startswith(f"{dataset}_")]
+            if not sets:
                 raise ValueError(
                     f"metric_for_best_model: expected a metric of one evaluation set ({', '.join(names)}), got "
                     f"{metric}. Name its set, as in {next(iter(names))}_{metric}."
                 )
+            name = name.removeprefix(f"{max(sets, key=len)}_")
+        known = ["loss", *metric_names(self.args.eval_generate)]
+        if name not in known:
+            hint = f"Did you mean {nearest_name(name, known)}?"
+            if name in metric_names(has_generated=True):
+                hint = "Set eval_generate."
+            raise ValueError(f"metric_for_best_model: expected one of {', '.join(known)}, got {metric}. {hint}")
 
     @property
     def weights_step(self) -> int:

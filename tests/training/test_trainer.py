@@ -446,6 +446,22 @@ def test_settings_that_would_change_the_loss_are_refused(arguments, num_gpus, ma
         make_trainer(model, processor, tmp_path, Items(), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("eval_accuracy", "expected one of loss, giou, .*, got eval_accuracy. Did you mean t_acc"),
+        ("generated_giou", "got generated_giou. Set eval_generate"),
+        ("first_gious", "got first_gious. Did you mean giou"),
+    ],
+)
+def test_a_best_metric_that_no_evaluation_computes(metric, message, tiny, tmp_path):
+    evaluation = {"first": Items(1)} if "first" in metric else Items(1)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": metric}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(*tiny, tmp_path, Items(), evaluation, **settings)
+    make_trainer(*tiny, tmp_path, Items(), Items(1), **(settings | {"metric_for_best_model": "eval_n_acc"}))
+
+
 def test_fewer_items_than_a_whole_batch_are_no_end_of_training(tiny, tmp_path):
     trainer = make_trainer(*tiny, tmp_path, Items(3), per_device_train_batch_size=4, dataloader_drop_last=True)
     with pytest.raises(ValueError, match=r"whole batch \(4 for each process\), got 3 in all"):
