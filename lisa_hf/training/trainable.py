@@ -92,24 +92,20 @@ def prepare_for_training(
             f"{', '.join(part for part, paths in parts.items() if paths)}, got {', '.join(missing)}. Remove what it "
             "does not have."
         )
+    if lora_r and "language_model" in trainable:
+        raise ValueError(
+            f"trainable: expected no language_model with LoRA, got it with lora_r {lora_r}. Train it in full with "
+            "lora_r 0, or with LoRA by removing it from `trainable`."
+        )
     untrained = _untrained_decoder_modules(model) + _untrained_vision_modules(model)
     model.requires_grad_(False)
-    if lora_r == 0:
-        for path in (path for part in trainable for path in parts[part]):
-            model.get_submodule(path).requires_grad_(True)
-    else:
-        if "language_model" in trainable:
-            raise ValueError(
-                f"trainable: expected no language_model with LoRA, got it with lora_r {lora_r}. Train it in full with "
-                "lora_r 0, or with LoRA by removing it from `trainable`."
-            )
+    paths = [path for part in trainable for path in parts[part]]
+    if lora_r:
+        # A projector inside a vision tower that trains is saved with it.
+        paths = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
         # A bare name such as q_proj would match the vision tower and the mask decoder as well.
         (language_model,) = parts["language_model"]
         names = "|".join(map(re.escape, lora_target_modules))
-        tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-        paths = [path for part in trainable for path in parts[part]]
-        # A projector inside a vision tower that trains is saved with it.
-        paths = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
         config = LoraConfig(
             r=lora_r,
             lora_alpha=lora_alpha,
@@ -117,22 +113,37 @@ def prepare_for_training(
             use_dora=use_dora,
             target_modules=rf"{re.escape(language_model)}\..*\.({names})",
             modules_to_save=_trained_modules(model, paths, untrained),
-            ensure_weight_tying=tied and "embeddings" in trainable,
+            ensure_weight_tying="embeddings" in trainable and _has_tied_embeddings(model),
         )
-        try:
-            with nullcontext() if tied else shard_peft_copies():  # one copy of tied weights takes another's shape
-                model = get_peft_model(model, config)
-        except ValueError as error:
-            modules = model.get_submodule(language_model).named_modules()
-            layers = dict.fromkeys(name.split(".")[-1] for name, layer in modules if isinstance(layer, nn.Linear))
-            raise ValueError(
-                f"lora_target_modules: expected layers of the language model, which are {', '.join(layers)}, got "
-                f"{', '.join(lora_target_modules)}: {error}"
-            ) from error
+        model = _add_lora(model, config, language_model, lora_target_modules)
+    else:
+        for path in paths:
+            model.get_submodule(path).requires_grad_(True)
     # A weight that trains without ever getting a gradient is an error under DDP.
     for module in untrained:
         module.requires_grad_(False)
     return model
+
+
+def _has_tied_embeddings(model: LisaForConditionalGeneration) -> bool:
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def _add_lora(
+    model: LisaForConditionalGeneration, config: LoraConfig, language_model: str, layer_names: list[str]
+) -> PeftModel:
+    """Add LoRA; if the language model, whose path is given, has no layers of these names, say which it has."""
+    try:
+        # One copy of tied weights takes the other's shape, so both stay whole until all copies are made.
+        with nullcontext() if _has_tied_embeddings(model) else shard_peft_copies():
+            return get_peft_model(model, config)
+    except ValueError as error:
+        modules = model.get_submodule(language_model).named_modules()
+        layers = dict.fromkeys(name.split(".")[-1] for name, layer in modules if isinstance(layer, nn.Linear))
+        raise ValueError(
+            f"lora_target_modules: expected layers of the language model, which are {', '.join(layers)}, got "
+            f"{', '.join(layer_names)}: {error}"
+        ) from error
 
 
 def _trained_modules(model: nn.Module, paths: list[str], untrained: list[nn.Module]) -> list[str]:

@@ -1,29 +1,33 @@
 """What LISA must do with a VLM, each as a check of a tiny random model of any type: the columns of the matrix."""
 
 import copy
-import inspect
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from unittest import mock
 
-import numpy as np
 import PIL.Image
 import torch
+from matrix_models import (
+    ANSWERS,
+    IMAGE_INDICES,
+    Model,
+    as_float32,
+    make_lisa,
+    mask_inputs,
+    mask_labels,
+    pad,
+    random_image,
+)
 from tiny_vlms import (
-    IMAGE_END_ID,
-    IMAGE_START_ID,
     IMAGE_TOKEN_ID,
     MASK_MODELS,
-    SEG_TOKEN_ID,
     family_options,
-    tiny_image_processor,
     tiny_mask_config,
     tiny_mask_image_processor,
     tiny_vlm_config,
     tiny_vlm_processor,
 )
-from torch.nn.utils.rnn import pad_sequence
 
 from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor
 from lisa_hf.model.packing import pack_rows, packing_unsupported_reason
@@ -39,13 +43,9 @@ from lisa_hf.training.trainable import find_parts, prepare_for_training
 
 
 TOLERANCE, PACKING_TOLERANCE = 2e-4, 1e-5  # relative to the largest number, or to 1
-IMAGE_INDICES = [1, 0, 1]
-ANSWERS = [[30, SEG_TOKEN_ID, 31], [32, 33, SEG_TOKEN_ID, 34], [35, SEG_TOKEN_ID, 36, 37, 38]]
-IMAGE_SIZES = [(32, 32), (24, 56)]
 PROCESSOR_IMAGE_SIZES = [(60, 40), (32, 64)]
 QUESTIONS = ["What is it?", "What is the red circle?", "The circle of a circle and the red circle?"]
 SPOKEN_ANSWERS = ["It is [SEG].", "Sure, it is [SEG].", "[SEG] and [SEG]."]
-MASK_SIDE = 64
 DEFAULT_PARTS = ("seg_projector", "mask_decoder", "embeddings")
 VISION_PARTS = ("vision_tower", "multi_modal_projector")
 # How the errors begin that tell a user in a sentence what does not work.
@@ -94,130 +94,6 @@ def require_close(name: str, found: torch.Tensor, expected: torch.Tensor, tolera
     difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
     if not difference <= tolerance * max(1.0, largest):
         raise Wrong(f"{name} differ by up to {difference:.2g} of {largest:.2g}")
-
-
-# ---- models and batches ---------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def make_lisa(config: LisaConfig) -> LisaForConditionalGeneration:
-    """Initialize a model, the same at every call and without zeros, which would hide what goes through them."""
-    torch.manual_seed(0)
-    model = LisaForConditionalGeneration(config)
-    for parameter in model.parameters():
-        if not parameter.any() or not parameter.isfinite().all():
-            parameter.normal_(std=0.2)
-    return model.eval()
-
-
-def random_image(height: int, width: int, seed: int) -> PIL.Image.Image:
-    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(blocks).resize((width, height), PIL.Image.Resampling.NEAREST)
-
-
-class Model:
-    """A LISA of a VLM type, two images of different sizes as the type's image processor makes them, three rows.
-
-    The rows are about images 1, 0 and 1, with token ids as any processor would write them: no processor is needed.
-    """
-
-    def __init__(self, model_type: str, mask_model: str = "sam"):
-        self.model_type = model_type
-        self.lisa = make_lisa(
-            LisaConfig(
-                vlm_config=tiny_vlm_config(model_type),
-                mask_config=tiny_mask_config(mask_model),
-                seg_token_id=SEG_TOKEN_ID,
-            )
-        )
-        self.vlm = self.lisa.vlm
-        self._inputs = None
-
-    @property
-    def inputs(self) -> tuple[list[dict], dict, list[dict]]:
-        """Vision inputs of each image alone and of both, and the rows; made once."""
-        if self._inputs is None:
-            sizes = family_options(self.model_type).get("image_sizes", IMAGE_SIZES)
-            images = [random_image(*size, seed) for seed, size in enumerate(sizes, start=1)]
-            singles = [self._vision_inputs([image]) for image in images]
-            runs = [self._image_token_runs(single) for single in singles]
-            rows = [self._row(number, runs[index]) for number, index in enumerate(IMAGE_INDICES)]
-            self._inputs = singles, self._vision_inputs(images), rows
-        return copy.deepcopy(self._inputs)
-
-    def batch(self, rows: list[int] = (0, 1, 2), indices: list[int] = IMAGE_INDICES) -> dict:
-        """Return a padded batch of some of the rows, about both images or, if all indices are 0, about image 1."""
-        singles, both, all_rows = self.inputs
-        vision = both if any(indices) else singles[1]
-        images = {"image_indices": torch.tensor(indices), **mask_inputs(2 if any(indices) else 1)}
-        return {**pad([all_rows[row] for row in rows]), **vision, **images}
-
-    def _vision_inputs(self, images: list[PIL.Image.Image]) -> dict:
-        if self.model_type == "fuyu":  # its image processor needs the text
-            pixels = torch.stack([torch.from_numpy(np.array(image.resize((32, 32)))) for image in images]) / 255
-            patches = pixels.unflatten(1, (4, 8)).unflatten(3, (4, 8)).permute(0, 1, 3, 2, 4, 5)  # [B, 4, 4, 8, 8, 3]
-            return {"pixel_values": patches.flatten(1, 2).flatten(2)}
-        image_processor = tiny_image_processor(self.model_type)
-        try:
-            outputs = image_processor([[image] for image in images], return_tensors="pt")
-        except (ValueError, TypeError, AttributeError):
-            outputs = image_processor(images, return_tensors="pt")
-        names = set(inspect.signature(self.vlm.forward).parameters) | vision_inputs_of(self.vlm, outputs).keys()
-        return {name: as_float32(value) for name, value in outputs.items() if name in names}
-
-    @torch.no_grad()
-    def _image_token_runs(self, vision: dict) -> list[int]:
-        """Return the lengths of the runs of image tokens of an image: one, or one per crop if features are a list."""
-        encoder = image_encoder(self.vlm)
-        output = encoder.get_image_features(**vision_inputs_of(self.vlm, vision), return_dict=True)
-        features = []
-        map_token_fields(output, features.append)
-        first = features[0]
-        if isinstance(first, (list, tuple)):
-            return [part.shape[:-1].numel() for part in first]
-        return [first.shape[:-1].numel()]
-
-    def _row(self, number: int, runs: list[int]) -> dict:
-        accepted = inspect.signature(self.vlm.forward).parameters
-        image = [id for length in runs for id in [*[IMAGE_TOKEN_ID] * length, 8]]
-        prompt = [1, 5, 100, IMAGE_START_ID, *image, 101, IMAGE_END_ID, 7, *range(10, 13 + 2 * number)]
-        ids = prompt + ANSWERS[number]
-        row = {"input_ids": ids, "attention_mask": [1] * len(ids)}
-        row["labels"] = [-100] * len(prompt) + ANSWERS[number]
-        for name in ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"):
-            if name in accepted:
-                row[name] = [int(id == IMAGE_TOKEN_ID) for id in ids]
-        if self.model_type == "paligemma":  # 1 is the answer
-            row["token_type_ids"] = [0] * len(prompt) + [1] * len(ANSWERS[number])
-        return {name: torch.tensor(values) for name, values in row.items()}
-
-
-def as_float32(value):
-    is_half = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.float() if is_half else value
-
-
-def pad(rows: list[dict], side: str = "right") -> dict:
-    return {
-        name: pad_sequence(
-            [row[name] for row in rows],
-            batch_first=True,
-            padding_value=-100 if name == "labels" else 0,
-            padding_side=side,
-        )
-        for name in rows[0]
-    }
-
-
-def mask_inputs(num_images: int, side: int = MASK_SIDE) -> dict:
-    pixels = torch.randn(num_images, 3, side, side, generator=torch.Generator().manual_seed(0))
-    sizes = torch.tensor([[side, side]] * num_images)
-    return {"mask_pixel_values": pixels, "original_sizes": sizes, "reshaped_input_sizes": sizes}
-
-
-def mask_labels(*counts: int, side: int = MASK_SIDE) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 2, (count, side, side), generator=generator) for count in counts]
 
 
 # ---- checks of the model --------------------------------------------------------------------------------------------
@@ -381,13 +257,7 @@ def check_processor(model_type: str) -> None:
     for row, (prompt, index) in enumerate(zip(prompts, IMAGE_INDICES)):
         own = own_inputs(processor, prompt, images[index])
         length = own["input_ids"].shape[1]
-        for name in [name for name in own if name == "input_ids" or name.endswith("token_type_ids")]:
-            if name not in batch or not torch.equal(batch[name][row, :length], torch.as_tensor(own[name])[0]):
-                raise Wrong(f"{name} of row {row}")
-        labels = batch["labels"][row]
-        learned = "".join(processor.tokenizer.decode(labels[labels != -100]).split())
-        if learned != "".join(f"{SPOKEN_ANSWERS[row]}<end>".split()):
-            raise Wrong(f"labels {learned!r} of the answer {SPOKEN_ANSWERS[row]!r}")
+        _require_own_tokens(processor, batch, row, own)
         with torch.no_grad(), record_states(lisa.vlm) as own_states:
             lisa.vlm(**copy.deepcopy(own), use_cache=False)
         require_close(f"states of row {row}", states[row, :length], own_states[0][0])
@@ -397,7 +267,24 @@ def check_processor(model_type: str) -> None:
         if not torch.equal(found, own_answer):
             raise Wrong(f"the answer {found.tolist()} instead of {own_answer.tolist()}")
     owns = [own_inputs(processor, prompts[0], image) for image in images]
-    for name in vision_inputs_of(lisa.vlm, owns[0]):
+    _require_own_pixels(batch, owns, vision_inputs_of(lisa.vlm, owns[0]))
+
+
+def _require_own_tokens(processor: LisaProcessor, batch: dict, row: int, own: dict) -> None:
+    """Compare a row's prompt with what the VLM's own processor made of it, and its labels with the answer."""
+    length = own["input_ids"].shape[1]
+    for name in [name for name in own if name == "input_ids" or name.endswith("token_type_ids")]:
+        if name not in batch or not torch.equal(batch[name][row, :length], torch.as_tensor(own[name])[0]):
+            raise Wrong(f"{name} of row {row}")
+    labels = batch["labels"][row]
+    learned = "".join(processor.tokenizer.decode(labels[labels != -100]).split())
+    if learned != "".join(f"{SPOKEN_ANSWERS[row]}<end>".split()):
+        raise Wrong(f"labels {learned!r} of the answer {SPOKEN_ANSWERS[row]!r}")
+
+
+def _require_own_pixels(batch: dict, owns: list[dict], names: Iterable[str]) -> None:
+    """Compare the images' pixels, in any order, with those of the VLM's own processor."""
+    for name in names:
         if "pixel" in name and isinstance(batch[name], torch.Tensor):
             own = torch.cat([own[name].flatten() for own in owns]).float().sort().values
             found = batch[name].flatten().float().sort().values

@@ -8,8 +8,9 @@ import torch
 from fixtures.packed_batches import QWEN_LIKE, VLMS, make_family, make_prompts
 from fixtures.tiny_models import FAMILIES, conversation, image, sam_config
 from fixtures.tiny_training import Items, assert_gradients_equal, build_model, make_trainer
-from matrix_checks import IMAGE_TOKEN_ID, Model, check_generate, mask_labels, require_close
-from tiny_vlms import tiny_vlm_config
+from matrix_checks import check_generate, require_close
+from matrix_models import Model, mask_labels
+from tiny_vlms import IMAGE_TOKEN_ID, tiny_vlm_config
 from transformers import AutoConfig
 
 from lisa_hf import LisaConfig, LisaDataCollator
@@ -79,7 +80,7 @@ def test_other_vlms_answer_from_a_shared_prefix(model_type, monkeypatch):
             config.get_text_config().sliding_window = 128
         return config
 
-    monkeypatch.setattr("matrix_checks.tiny_vlm_config", with_wide_window)
+    monkeypatch.setattr("matrix_models.tiny_vlm_config", with_wide_window)
     model = Model(model_type)
     lisa, prompts = model.lisa, make_prompts(model.batch([0, 2], [0, 0]))
     options = {"max_new_tokens": 5, "do_sample": False}
