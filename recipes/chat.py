@@ -2,7 +2,7 @@
 
     python recipes/chat.py outputs/quickstart --image scene.png
 
-Type a question, or a command:
+Type a question, drop a file or paste a URL to talk about another image, or type a command:
 
     /image FILE|URL   talk about another image
     /mask             show the last answer's masks over the image
@@ -18,6 +18,7 @@ import argparse
 import base64
 import io
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -25,6 +26,8 @@ import tempfile
 import webbrowser
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import PIL.Image
 import PIL.ImageOps
@@ -34,11 +37,14 @@ from lisa_hf.evaluation.visualization import COLORS, overlay_masks
 from lisa_hf.inference.annotation_files import save_conversation
 from lisa_hf.inference.arguments import add_model_arguments
 from lisa_hf.inference.conversation import Conversation
+from lisa_hf.model.images import load_image
 from lisa_hf.model.processing_lisa import SEG_TOKEN
 from lisa_hf.training.build import load_lisa
 
 
 COMMANDS = __doc__[__doc__.index("    /image") : __doc__.index("\n\nCtrl-C")]
+# Tokens of single bytes can spell sequences that control a terminal.
+CONTROL_CHARACTERS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,17 +59,19 @@ def main():
     args = parse_arguments()
     with suppress(ImportError):  # with it, the arrow keys edit the line and bring back earlier ones; not on Windows
         import readline  # noqa: F401
+    sys.stdout.reconfigure(errors="replace")  # an answer may have characters that the terminal's encoding lacks
     with report_user_errors():
+        image = load_image(args.image) if args.image else None  # before weights are loaded
         model, processor = load_lisa(args.model, dtype=args.dtype)
         model.to(args.device).eval()
 
-        def start(image: str) -> Conversation:
+        def start(image: str | PIL.Image.Image) -> Conversation:
             conversation = Conversation(model, processor, image, args.max_new_tokens)
             print("{} x {} pixels. Ask a question, or see /help.".format(*conversation.image.size))
             return conversation
 
-        conversation = start(args.image) if args.image else None
-    while (line := read_line()) not in (None, "/quit"):
+        conversation = start(image) if image else None
+    while (line := read_line()) not in (None, "/quit", "exit", "quit"):
         try:
             match line.split(maxsplit=1):
                 case []:
@@ -71,14 +79,20 @@ def main():
                 case ["/help"]:
                     print(COMMANDS)
                 case ["/image", image]:
-                    conversation = start(image)
+                    conversation = start(read_path(image))
+                case _ if is_image(line):
+                    conversation = start(read_path(line))
+                case ["/image" | "/save" as command]:
+                    print(
+                        f"expected {command} {'FILE or URL' if command == '/image' else 'DIR'}, got {command} alone."
+                    )
                 case _ if conversation is None:
                     print("Open an image first: /image FILE")
                 case ["/mask"]:
                     show_masks(conversation)
                 case ["/save", directory]:
-                    save_conversation(conversation, Path(directory))
-                    print(f"Saved: {Path(directory).resolve()}")
+                    save_conversation(conversation, Path(read_path(directory)))
+                    print(f"Saved: {Path(read_path(directory)).resolve()}")
                 case ["/reset"]:
                     conversation.turns.clear()
                 case [command, *_] if command.startswith("/"):
@@ -93,16 +107,41 @@ def read_line() -> str | None:
     """Return the next line, or None at the end of the input."""
     while True:
         try:
-            return input("> ").strip()
+            return input("> " if sys.stdin.isatty() else "").strip()
         except KeyboardInterrupt:
             print("\nCtrl-D leaves.")
         except EOFError:
-            print()
+            if sys.stdin.isatty():
+                print()
             return None
 
 
+def read_path(text: str) -> str:
+    """Return the path or URL that a user typed, pasted or dropped: with quotes, backslashes, `~` or `file://`."""
+    if text.startswith("file://"):
+        return url2pathname(urlsplit(text).path)
+    if "://" in text or Path(text).exists():
+        return text
+    if sys.platform == "win32":  # where a backslash separates directories
+        return os.path.expanduser(text.strip('"'))
+    with suppress(ValueError):  # an apostrophe is no quote
+        words = shlex.split(text)
+        text = words[0] if len(words) == 1 else text
+    return os.path.expanduser(text)
+
+
+def is_image(line: str) -> bool:
+    """Return whether a line is nothing but a URL or the path of a file."""
+    if line.startswith(("http://", "https://")):
+        return len(line.split()) == 1
+    try:
+        return Path(read_path(line)).is_file()
+    except (OSError, ValueError):  # too long, or with a null character
+        return False
+
+
 def print_answer(conversation: Conversation, question: str):
-    """Print the answer to a question while it is generated, each `[SEG]` in the color of its mask."""
+    """Print the answer to a question while it is generated, each `[SEG]` on the color of its mask."""
     number, is_colored = 0, sys.stdout.isatty() and "NO_COLOR" not in os.environ
     is_stopped = False
 
@@ -114,10 +153,10 @@ def print_answer(conversation: Conversation, question: str):
     handler = signal.signal(signal.SIGINT, stop)
     try:
         for piece in conversation.ask(question):
-            texts = piece.split(SEG_TOKEN)
+            texts = piece.translate(CONTROL_CHARACTERS).split(SEG_TOKEN)
             for text in texts[:-1]:
                 color = ";".join(map(str, COLORS[number % len(COLORS)]))
-                seg = f"\033[1;38;2;{color}m{SEG_TOKEN}\033[0m" if is_colored else SEG_TOKEN
+                seg = f"\033[1;97;48;2;{color}m{SEG_TOKEN}\033[0m" if is_colored else SEG_TOKEN  # white letters
                 print(text + seg, end="", flush=True)
                 number += 1
             print(texts[-1], end="", flush=True)

@@ -91,7 +91,7 @@ def test_chat_in_a_terminal(terminal, tmp_path):
 
     # Ctrl-C stops an answer and not the program. What there is of the answer stays, with its masks.
     for turn in range(3):
-        assert "\033[1;38;2;230;25;75m[SEG]" in terminal.type("What is red?\n", until="[SEG]")
+        assert "\033[1;97;48;2;230;25;75m[SEG]" in terminal.type("What is red?\n", until="[SEG]")
         assert "(stopped)" in terminal.type(CTRL_C)
     assert "Saved: " in terminal.type("/mask\n")
     printed = ""
@@ -110,7 +110,9 @@ def test_chat_in_a_terminal(terminal, tmp_path):
 
     assert "that can be read, got nowhere.png: No such file" in terminal.type("/image nowhere.png\n")
     assert "expected a command, got /imge" in terminal.type("/imge second.png\n")
-    assert "32 x 64 pixels" in terminal.type("/image second.png\n")
+    assert "expected /image FILE or URL, got /image alone" in terminal.type("/image\n")
+    assert "60 x 40 pixels" in terminal.type("/image first.png\n")
+    assert "32 x 64 pixels" in terminal.type(f"'{tmp_path / 'second.png'}' \n")  # dropped
     assert "is not empty" in terminal.type("/save talk\n")
     terminal.type("What is it?\n", until="[SEG]")
     terminal.type(CTRL_C)
@@ -119,6 +121,52 @@ def test_chat_in_a_terminal(terminal, tmp_path):
     assert json.loads((tmp_path / "second" / "conversation.json").read_text("utf-8")) == []
     terminal.type(CTRL_D, until="\n")
     assert os.waitpid(terminal.process, 0)[1] == 0
+
+
+def test_paths_are_read_as_people_type_paste_and_drop_them(tmp_path, monkeypatch):
+    chat = runpy.run_path(str(ROOT / "recipes" / "chat.py"))
+    path = tmp_path / "it's my ü.png"
+    image(8, 8).save(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    escaped = str(path).replace("'", "\\'").replace(" ", "\\ ")
+    for text in (f"{path}", f'"{path}"', escaped, f"~/{path.name}", f'"~/{path.name}"', path.as_uri()):
+        assert chat["read_path"](text) == str(path) and chat["is_image"](text), text
+    assert chat["is_image"]("https://example.com/a.png") and chat["read_path"]("https://a.b/c d") == "https://a.b/c d"
+    for text in (
+        "What is red?",
+        "It's red",
+        "https://example.com/a.png shows what?",
+        str(tmp_path),
+        "x\0",
+        "x" * 5000,
+    ):
+        assert not chat["is_image"](text), text
+    monkeypatch.setattr("sys.platform", "win32")
+    assert chat["read_path"](r'"C:\my photos\a.png"') == r"C:\my photos\a.png"
+
+
+def test_chat_without_a_terminal(talkative, tmp_path, monkeypatch):
+    image(40, 60).save(tmp_path / "first.png")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    command = [
+        sys.executable,
+        ROOT / "recipes" / "chat.py",
+        talkative,
+        "--image",
+        "first.png",
+        "--max_new_tokens",
+        "20",
+    ]
+    result = subprocess.run(command, cwd=tmp_path, input="What?\nWhy?\n", capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "error" not in result.stdout
+    assert len(result.stdout.splitlines()) == 3 and ">" not in result.stdout[:60] and "[SEG]" in result.stdout
+    result = subprocess.run(
+        [*command[:2], "no_model", "--image", "none.png"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (
+        result.stderr
+        == "chat.py: error: expected an image that can be read, got none.png: No such file or directory\n"
+    )
 
 
 @pytest.mark.parametrize(
