@@ -100,7 +100,11 @@ class Hub(OwnData):
         if "://" not in self.config.path:
             return digest
         fs, pattern = url_to_fs(self.config.path)
-        files = [digest, *(fs.ukey(path) for path in sorted(fs.glob(pattern)))]
+        files = [digest]
+        for path in sorted(fs.glob(pattern)):
+            info = fs.info(path)
+            # fsspec takes files of web servers for unchanging, and their key for that of the address.
+            files += [fs.ukey(path), *(str(info.get(name)) for name in ("ETag", "Last-Modified", "size"))]
         return hashlib.sha256(" ".join(files).encode()).hexdigest()[:16]
 
     def _local_path(self, data_dir: str | None) -> str:

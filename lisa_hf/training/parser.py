@@ -58,7 +58,17 @@ RENAMED = {
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Loader for which `5e-4` is a number."""
+    """Loader for which `5e-4` is a number, and a key that is there twice a mistake."""
+
+    def compose_mapping_node(self, anchor):
+        node, keys = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if key.value in keys:
+                raise yaml.composer.ComposerError(
+                    None, None, f"expected each key once, got `{key.value}` again", key.start_mark
+                )
+            keys.add(key.value)
+        return node
 
 
 # PyYAML follows YAML 1.1, where a float needs a dot: 5e-4 would be a string. YAML 1.2 and JSON read it as a number.
@@ -108,8 +118,11 @@ class ArgumentParser(HfArgumentParser):
 
     def parse_config(self, path: str) -> Namespace:
         """Return the namespace of all arguments, their defaults overridden by the YAML file at `path`."""
-        with open(path, encoding="utf-8") as stream:
-            root = yaml.compose(stream, Loader=_YamlLoader)
+        try:
+            with open(path, encoding="utf-8") as stream:
+                root = yaml.compose(stream, Loader=_YamlLoader)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected YAML in UTF-8, got other bytes ({error}).") from error
         if not isinstance(root, yaml.MappingNode):
             raise ValueError(f"{path}: expected a mapping of arguments, got {f'a {root.id}' if root else 'nothing'}.")
         namespace, hints = self.parse_args([]), self._hints()

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import io
+import os
 import threading
 
 import datasets
@@ -10,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data_scripts import load_source
+from data_scripts import load_source, make_builder
 from data_scripts.parquet import write_parquet
 from lisa_hf.data.images import load_row_image, undecoded
 
@@ -126,3 +127,17 @@ def test_paths_in_converted_rows_are_checked_too(load, tmp_path):
     rows.to_parquet(tmp_path / "data" / "rows" / "again.parquet")
     with pytest.raises(ValueError, match="expected an image in the row"):
         load(None, path=str(tmp_path / "data" / "rows" / "again.parquet"))
+
+
+def test_rows_follow_a_file_that_changed_on_a_web_server(load, tmp_path):
+    load(None)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "data" / "rows")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{httpd.server_port}/train.parquet"
+        hashes = []
+        for seconds in (1, 1, 2):  # same size, another time
+            os.utime(tmp_path / "data" / "rows" / "train.parquet", (seconds, seconds))
+            hashes.append(make_builder("mine", builder="hub", path=url, cache_dir=str(tmp_path / "cache")).hash)
+        httpd.shutdown()
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -188,10 +188,19 @@ def test_mistake_in_the_file_names_file_line_and_key(fails, line, expected):
         ("- model", "recipe.yaml: expected a mapping of arguments, got a sequence"),
         ("model: [a", 'recipe.yaml", line'),
         ("model: a: b", "mapping values are not allowed here"),
+        ("model: a\nseed: 1\nmodel: b", 'expected each key once, got `model` again in "'),
+        ("sources: {a: 1, a: 2}", "expected each key once, got `a` again"),
     ],
 )
 def test_file_that_is_no_mapping(fails, text, expected):
     assert expected in fails(text)
+
+
+def test_file_that_is_not_in_utf_8(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_bytes("model: a".encode("utf-16"))
+    with pytest.raises(SystemExit):
+        parse_arguments(["--config", str(tmp_path / "recipe.yaml")])
+    assert "recipe.yaml: expected YAML in UTF-8, got other bytes" in capsys.readouterr().err
 
 
 def test_renamed_arguments_exist():
