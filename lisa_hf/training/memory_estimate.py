@@ -1,28 +1,22 @@
 """Estimate the memory that a training step needs on each GPU, before any weight is loaded.
 
 The model is built without weights and prepared for training. Weights, gradients and optimizer states follow to the
-byte from the sizes of its parameters and from how DDP, ZeRO and FSDP2 shard them. Activations are measured: a
-forward and a backward pass run on fake tensors, which have shapes but no data, and all bytes that live at the same
-time are counted.
-
-Existing estimators do not fit: DeepSpeed's `estimate_zero*_model_states_mem_needs` assume that every weight trains, in
-16 bits and with Adam, and torch's `MemTracker` fails on frozen weights.
+byte from the sizes of its parameters and from how DDP, ZeRO and FSDP2 shard them, where DeepSpeed's
+`estimate_zero*_model_states_mem_needs` assume that every weight trains, in 16 bits and with Adam. Activations are
+measured, see activation_memory.py.
 """
 
 import dataclasses
 import logging
 import math
-import weakref
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 from peft import PeftModel
 from PIL import Image
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..data.collator import LisaDataCollator
@@ -34,6 +28,7 @@ from ..model.losses import IGNORE_INDEX
 from ..model.modeling_lisa import UNQUANTIZED_MODULES, LisaForConditionalGeneration
 from ..model.packing import resolve_packing
 from ..model.processing_lisa import LisaProcessor
+from .activation_memory import activation_bytes, fake_like, make_fake
 from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
 from .build import build_model
 from .trainable import prepare_for_training
@@ -180,7 +175,7 @@ def estimate_memory(
             parameter.data = parameter.data.to(half)  # DeepSpeed casts parameters and keeps buffers
     quantized = _quantized_weights(model) if model_args.load_in_8bit or model_args.load_in_4bit else []
     saved = sum(weight.nbytes - _quantized_bytes(weight, model_args) for weight in quantized)
-    _make_fake(model)
+    make_fake(model)
     estimates = [_model_states(model, engine, _create_optimizer(model, args), half) for engine in engines]
     fake_log = logging.getLogger(FakeTensorMode.__module__)
     was_disabled, fake_log.disabled = fake_log.disabled, True  # it logs errors with their trace
@@ -325,7 +320,7 @@ def _state_bytes(
     """Return the bytes of the optimizer states after a step, on the parameters or on shards of each group."""
     for index, group in enumerate(optimizer.param_groups):
         if shards is not None:
-            group["params"] = [_fake_like(torch.empty(shape, dtype=dtype, device="meta")) for shape in shards[index]]
+            group["params"] = [fake_like(torch.empty(shape, dtype=dtype, device="meta")) for shape in shards[index]]
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -352,96 +347,6 @@ def _quantized_bytes(weight: nn.Parameter, model_args: ModelArguments) -> int:
         # Scales in 8 bits with a float32 scale per 256 of them, their table of 256 values and their mean.
         scales = num_scales + 4 * math.ceil(num_scales / 256) + 4 * 256 + 4
     return math.ceil(weight.numel() / 2) + 4 * 16 + scales  # the table of 4-bit values has 16
-
-
-# ---- activations ----------------------------------------------------------------------------------------------------
-
-
-def activation_bytes(
-    model: nn.Module, args: LisaTrainingArguments, batch: dict, autocast: torch.dtype | None = None
-) -> int:
-    """Return the peak memory of a forward and a backward pass, without weights and their gradients.
-
-    Args:
-        model: Model whose parameters are replaced by fake ones.
-        batch: Batch, which stays real: some VLMs look into it to see which images are padding.
-        autocast: Dtype of mixed precision, which DeepSpeed does without.
-    """
-    _make_fake(model)
-    model.train()
-    if args.activation_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=args.activation_checkpointing_kwargs)
-    # Gradients exist beforehand, as in all accumulation steps but the first.
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    live = _LiveBytes([*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)])
-    with live, torch.autocast("cpu", autocast) if autocast else nullcontext():
-        loss = model(**batch).loss
-    with live:
-        loss.backward()
-    for parameter in trained:
-        parameter.grad = None
-    return live.peak
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Count the bytes of all storages that live at the same time, from the operation that makes one to its release.
-
-    Args:
-        held: Tensors that exist before and do not count.
-    """
-
-    def __init__(self, held: list[torch.Tensor]):
-        super().__init__()
-        self.live = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in held}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.index.Tensor:
-            # A fake tensor does not look into a mask to see how many elements it selects, positions have a length.
-            args = (args[0], [part for index in args[1] for part in _as_positions(index)])
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return output
-
-    def _count(self, storage: torch.UntypedStorage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._release, key, size)
-
-    def _release(self, key: int, size: int):
-        self._known.discard(key)
-        self.live -= size
-
-
-def _as_positions(index: torch.Tensor | None) -> list[torch.Tensor | None]:
-    is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
-    return list(index.nonzero(as_tuple=True)) if is_mask else [index]
-
-
-_FAKE_MODE = FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def _fake_like(tensor: torch.Tensor) -> torch.Tensor:
-    with _FAKE_MODE:
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
-
-
-def _make_fake(model: nn.Module) -> None:
-    """Replace the parameters by fake ones on the CPU; tied parameters stay tied."""
-    made = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not isinstance(parameter, FakeTensor):
-                if parameter not in made:
-                    made[parameter] = nn.Parameter(_fake_like(parameter), parameter.requires_grad)
-                module._parameters[name] = made[parameter]
 
 
 # ---- the batch ------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from workers.launching import launch
 from workers.memory_worker import tensor_bytes
 
 from lisa_hf.training import build
+from lisa_hf.training.activation_memory import activation_bytes
 from lisa_hf.training.arguments import TRAINABLE_PARTS, DataArguments, LisaTrainingArguments, ModelArguments
-from lisa_hf.training.memory_estimate import Engine, activation_bytes, estimate_memory, report_memory
+from lisa_hf.training.memory_estimate import Engine, estimate_memory, report_memory
 from lisa_hf.training.trainable import prepare_for_training
 
 
