@@ -105,12 +105,18 @@ class ClassMasks(Labeled):
             text = read_text(self.locate(data_dir, "image_set"), self.config.encoding)
             stems = [os.path.splitext(line.strip())[0] for line in text.splitlines() if line.strip()]
         paired = [stem for stem in stems if all(stem in found for found in files.values())]
+        for paths in (found[stem] for stem in paired for found in files.values()):
+            if len(paths) > 1:
+                raise ValueError(
+                    f"source {self.source!r}: expected one image of each name besides its extension, got {paths[:3]}. "
+                    "Keep photos and masks in directories of their own, and remove what belongs to neither."
+                )
         if len(paired) < len(stems):
             lone = next(stem for stem in stems if stem not in paired)
             self.read_remarks.append(
                 f"found no pair for {len(stems) - len(paired)} of {len(stems)} masks, such as {lone!r}"
             )
-        return {self.config.split: [{option: found[stem] for option, found in files.items()} for stem in paired]}
+        return {self.config.split: [{option: found[stem][0] for option, found in files.items()} for stem in paired]}
 
     def make_row(self, record):
         path = record.get("masks") or record["instances"]
@@ -226,6 +232,11 @@ def _label_classes(classes: Any) -> dict[int, str]:
         )
     named = {}
     for name, value in classes.items():
+        if isinstance(name, bool) or not isinstance(name, str | int | float) or not str(name).strip():
+            raise ValueError(
+                f"expected text as the names of `classes`, got {name!r}. Put words that YAML reads otherwise, such as "
+                "yes, no and null, in quotes."
+            )
         if isinstance(value, list | tuple) and len(value) == 3 and all(v in range(256) for v in value):
             label = COLORED + (value[0] << 16) + (value[1] << 8) + value[2]
         elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value < COLORED:
@@ -267,9 +278,12 @@ def _describe_label(label: int) -> str:
     return str(label) if label < COLORED else f"#{label - COLORED:06x}"
 
 
-def _by_stem(directory: str) -> dict[str, str]:
+def _by_stem(directory: str) -> dict[str, list[str]]:
     """Return the images of a directory by their path in it, without the extension."""
-    return {os.path.splitext(os.path.relpath(path, directory))[0]: path for path in list_images(directory)}
+    found: dict[str, list[str]] = {}
+    for path in list_images(directory):
+        found.setdefault(os.path.splitext(os.path.relpath(path, directory))[0], []).append(path)
+    return found
 
 
 def _check_fit(image: str, size: tuple[int, int]):

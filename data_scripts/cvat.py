@@ -12,7 +12,7 @@ import numpy as np
 
 from .file_names import list_images
 from .own_data import ImagesConfig, Labeled
-from .segmentation import check_size, encode_ellipse, encode_patch, encode_visible
+from .segmentation import MAX_OVERHANG, check_size, encode_ellipse, encode_patch, encode_visible
 from .source import errors_naming
 
 
@@ -87,7 +87,7 @@ def _encode_cvat(kind: str, shape: dict[str, str], height: int, width: int) -> d
     # The lengths of the runs along the rows of the box around the mask, that of 0 first.
     left, top, box_width, box_height = (int(float(shape[key])) for key in ("left", "top", "width", "height"))
     runs = np.array(shape["rle"].split(","), dtype=np.int64)
-    if min(box_width, box_height) < 1 or box_width > width or box_height > height:
+    if min(box_width, box_height) < 1 or box_width > width + MAX_OVERHANG or box_height > height + MAX_OVERHANG:
         raise ValueError(
             f"expected a mask inside an image of {width} x {height} pixels, got {box_width} x {box_height}."
         )

@@ -27,10 +27,21 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(tuple(PIL.Image.registered_extensions()))
 
 
+def list_files(directory: str) -> list[str]:
+    """Return the paths of all files in a directory, at any depth, in order.
+
+    Hidden ones are left out: macOS puts `._a.jpg` beside a.jpg on other disks, and Jupyter keeps copies of files.
+    """
+    found = []
+    for folder, subfolders, names in os.walk(directory, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
 def list_images(directory: str) -> list[str]:
-    """Return the paths of all image files in a directory, at any depth, in order."""
-    walk = os.walk(directory, followlinks=True)
-    return sorted(os.path.join(folder, name) for folder, _, names in walk for name in names if is_image(name))
+    """Return the paths of all image files in a directory, see [`list_files`]."""
+    return [path for path in list_files(directory) if is_image(path)]
 
 
 def find_image(directory: str, name: str, version: str = "") -> tuple[str, bool]:
@@ -50,23 +61,13 @@ def find_image(directory: str, name: str, version: str = "") -> tuple[str, bool]
     """
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"expected the name of an image file, got {name!r}.")
-    parts = split_name(name)
-    is_relative = not OUTSIDE.match(name) and ".." not in parts
-    direct = os.path.join(directory, *parts)
-    if is_relative and os.path.isfile(direct):
+    direct = os.path.join(directory, *split_name(name))
+    if _is_relative(name) and os.path.isfile(direct):
         return direct, False
     images = _images_by_name(directory, version)
-    last = parts[-1]
-    found = images.get(_key(last), [])
-    if not found and UPLOAD_PREFIX.match(last):
-        found = _find_upload(images, last)
-    if is_relative and os.path.isdir(os.path.dirname(direct)):
-        folder = os.path.join(*parts[:-1]) if parts[1:] else ""
-        found = [path for path in found if os.path.dirname(path) == folder]
-    elif len(found) > 1:
-        end = "/".join(parts)
-        longest = [path for path in found if f"/{end}".endswith("/" + "/".join(split_name(path)))]
-        found = longest or found
+    # Spreadsheets leave spaces around a name, and servers write "%20" for a space.
+    forms = dict.fromkeys([name, unquote(name.strip())])
+    found = next(filter(None, (_find_by_last_part(directory, images, form) for form in forms)), [])
     if len(found) > 1:
         raise ValueError(
             f"expected one file for the image {name!r}, got {len(found)} in {directory!r}: {found[:3]}. Write paths "
@@ -74,18 +75,38 @@ def find_image(directory: str, name: str, version: str = "") -> tuple[str, bool]
         )
     if found:
         return os.path.join(directory, found[0]), True
-    if not is_relative:
+    if not _is_relative(name):
         raise ValueError(
             f"expected an image in {directory!r}, got {name!r}, which is outside of it, and no image in there is "
-            f"called {last!r}. Put the images there, or name their directory."
+            f"called {split_name(name)[-1]!r}. Put the images there, or name their directory."
         )
     return direct, False
 
 
+def _is_relative(name: str) -> bool:
+    """Return whether a name is a path that does not lead out of a directory."""
+    return not OUTSIDE.match(name) and ".." not in split_name(name)
+
+
+def _find_by_last_part(directory: str, images: dict[str, list[str]], name: str) -> list[str]:
+    """Return the images that a name may mean, by its last part. The parts before it choose among several."""
+    *folders, last = parts = split_name(name)
+    found = images.get(_key(last), [])
+    if not found and UPLOAD_PREFIX.match(last):
+        found = _find_upload(images, last)
+    if _is_relative(name) and os.path.isdir(os.path.join(directory, *folders)):
+        return [path for path in found if os.path.dirname(path) == os.path.join("", *folders)]
+    if len(found) > 1:
+        end = "/" + "/".join(parts)
+        longest = [path for path in found if end.endswith("/" + "/".join(split_name(path)))]
+        found = longest or found
+    return found
+
+
 def split_name(name: str) -> list[str]:
     """Return the parts of a path or address; of Label Studio's `/data/local-files/?d=photos/a.jpg`, those of `d`."""
-    address = urlsplit(name) if "://" in name or "?d=" in name else None
-    if address is not None:
+    if name.startswith(("http://", "https://", "file://")) or "?d=" in name:
+        address = urlsplit(name)
         name = parse_qs(address.query).get("d", [unquote(address.path)])[0]
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")] or [name]
 

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ import numpy as np
 from fsspec.core import url_to_fs
 
 from lisa_hf.data.masks import encode_mask
-from lisa_hf.data.rows import FEATURES, make_row
+from lisa_hf.data.rows import FEATURES, count_masks, make_row
+from lisa_hf.model.processing_lisa import SEG_TOKEN
 
 from .orientation import read_orientation
 from .own_data import OwnData, OwnDataConfig, open_file
@@ -34,6 +36,8 @@ from .source import errors_naming, is_inside
 
 # What a path inside of an archive may begin with: zip://photos/a.jpg::photos.zip
 ARCHIVES = ("zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4://")
+# The characters of compressed counts, as pycocotools writes them.
+RLE_COUNTS = re.compile(rb"[0-o]*")
 URLS = ("http://", "https://", "hf://")
 
 
@@ -121,6 +125,7 @@ class Hub(OwnData):
         else:
             arguments = {"path": path if os.path.isdir(path) else config.path, "name": config.subset}
         rows = datasets.load_dataset(**arguments, split=config.split, revision=config.revision, streaming=True)
+        rows = rows if rows.features else rows._resolve_features()  # of CSV and JSON, from their first rows
         names = [config.image_column, config.messages_column or config.mask_column]
         names += [] if config.messages_column else [config.phrases_column]
         names += [config.image_id_column] if config.image_id_column else []
@@ -185,6 +190,8 @@ class Hub(OwnData):
         with errors_naming(f"{config.path!r}, row {name} (shard-row)"):
             if FEATURES.keys() <= row.keys():
                 return row | {"image": row["image"] and self._find_file(row["image"])}
+            if row[config.image_column] is None:
+                raise ValueError(f"expected an image in the column {config.image_column!r}, got none. Remove the row.")
             image = self._find_file(row[config.image_column])
             name = str(row[config.image_id_column]) if config.image_id_column else name
             if config.messages_column:
@@ -194,17 +201,23 @@ class Hub(OwnData):
             if rle is None:
                 self.pass_over("masks without a pixel")
                 return None
-            phrases = [phrases] if isinstance(phrases, str) else phrases
+            phrases = phrases if isinstance(phrases, list) else [phrases]
             is_sentence = config.is_sentence
             if is_sentence is None:
-                is_sentence = all(phrase.rstrip().endswith((".", "?")) for phrase in phrases)
+                is_sentence = all(str(phrase).rstrip().endswith((".", "?")) for phrase in phrases)
             targets = [{"phrases": phrases, "rle": rle}]
             return self._make_row(image, name, config.task, targets=targets, ignore=ignore, is_sentence=is_sentence)
 
     def _make_conversation(self, image: dict[str, Any], name: str, row: dict[str, Any]) -> dict[str, Any]:
         """Make a row of messages; with a column of masks, one mask per `[SEG]` of the answers."""
         messages = row[self.config.messages_column]
+        num_masks = count_masks(messages, f"Row {name!r}")
         if self.config.mask_column not in row:
+            if num_masks:
+                raise ValueError(
+                    f"expected masks for the {num_masks} {SEG_TOKEN} of its answers, got no column "
+                    f"{self.config.mask_column!r}. Name theirs with `mask_column`."
+                )
             return self._make_row(image, name, task="vqa", messages=messages)
         rles = [self._read_mask(image, mask)[0] for mask in row[self.config.mask_column] or []]
         if None in rles:
@@ -213,8 +226,17 @@ class Hub(OwnData):
 
     def _read_mask(self, image: dict[str, Any], mask: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Return the RLE of a mask (None if it is empty) and that of what it ignores."""
+        if mask is None:
+            raise ValueError(f"expected a mask in the column {self.config.mask_column!r}, got none. Remove the row.")
         if isinstance(mask, str):
             mask = _read_text(mask)
+        if isinstance(mask, list) and mask and isinstance(mask[0], dict) and "bytes" in mask[0]:
+            raise ValueError(
+                f"expected one mask, got a list of {len(mask)} images. Make a row of each, or conversations with "
+                f"{SEG_TOKEN}."
+            )
+        if isinstance(mask, bytes) and not RLE_COUNTS.fullmatch(mask):
+            mask = {"bytes": mask, "path": None}  # an image file
         if isinstance(mask, str | bytes | list) or "counts" in mask:
             pixels = _read_pixels(mask)
             with open_file(image) as file:

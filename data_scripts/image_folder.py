@@ -78,7 +78,7 @@ class ImageFolder(OwnData):
                 image_id=record["image"],
                 source=self.source,
                 task="reasoning" if is_sentence else "referring",
-                targets=[{"phrases": [phrases] if isinstance(phrases, str) else phrases, "rle": encode_mask(mask)}],
+                targets=[{"phrases": phrases if isinstance(phrases, list) else [phrases], "rle": encode_mask(mask)}],
                 ignore=None if ignore is None else encode_mask(ignore),
                 is_sentence=is_sentence,
                 explanation=record.get("explanation"),

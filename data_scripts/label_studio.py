@@ -62,7 +62,7 @@ class LabelStudio(Labeled):
             for region in regions:
                 value = region["value"]
                 labels = value.get(region["type"]) or []
-                if not {"points", "rle", "radiusX"} & value.keys() or region["type"] in ("vectorlabels", "vector"):
+                if not _is_drawn(value) or region["type"] in ("vectorlabels", "vector"):
                     self.pass_over(f"regions of the type {region['type']!r}")
                 elif labels:
                     rle = _encode_region(value, *size)
@@ -78,7 +78,7 @@ class LabelStudio(Labeled):
 
     def _find_task_image(self, data: dict[str, Any], results: list[dict]) -> tuple[str, list[dict[str, Any]]]:
         """Return the path of the image of a task, and the results that are regions of it."""
-        regions = [result for result in results if "original_width" in result]
+        regions = [result for result in results if "original_width" in result or _is_drawn(result.get("value"))]
         if any(region.get("image_rotation") for region in regions):
             raise ValueError(
                 "expected regions of the image as it is, got an image that was turned in the tool. Turn it back."
@@ -92,6 +92,11 @@ class LabelStudio(Labeled):
             raise ValueError(f"expected the address of one image in `data`, got {data!r:.200}. Call it 'image'.")
         name = names.get("image") or next(iter(names.values()))
         return self.find_image(self.locate(self.config.data_dir, "images"), name), regions
+
+
+def _is_drawn(value: Any) -> bool:
+    """Return whether the value of a result is an outline or a mask."""
+    return isinstance(value, dict) and not {"points", "rle", "radiusX"}.isdisjoint(value)
 
 
 def _region_size(regions: Sequence[dict[str, Any]]) -> tuple[int, int] | None:

@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from .file_names import list_images
+from .file_names import list_files, list_images, split_name
 from .orientation import Size, read_orientation
 from .own_data import Labeled, LabeledConfig
 from .segmentation import encode_ellipse, encode_patch, encode_visible, load_mask
-from .source import errors_naming, read_json
+from .source import errors_naming, is_inside, read_json
+
+
+# Kinds of shapes whose points are their corners. The last two are those of X-AnyLabeling.
+POLYGONS = ("polygon", "rectangle", "oriented_rectangle", "rotation", "quadrilateral")
 
 
 @dataclasses.dataclass
@@ -35,10 +39,11 @@ class LabelMeConfig(LabeledConfig):
 class LabelMe(Labeled):
     """Files of the annotation tool LabelMe. One row per file, one target per shape with an area, named by its label.
 
-    annotations     directory of *.json, one per image
+    annotations     directory of *.json, one per image, or of folders of them
     images          the directory of the images; default: that of the JSON files
 
-    Polygons, rectangles, rotated boxes, circles and masks are drawn. Points and lines are passed over and counted.
+    Polygons, rectangles, rotated boxes, circles and masks are drawn. Points and lines are passed over and counted. An
+    image that is not there is taken from the JSON file, if LabelMe has stored it in there.
     """
 
     BUILDER_CONFIG_CLASS = LabelMeConfig
@@ -50,25 +55,24 @@ class LabelMe(Labeled):
         return [*self._json_files(directory), *images]
 
     def _json_files(self, directory: str) -> list[str]:
-        paths = sorted(entry.path for entry in os.scandir(directory) if entry.name.endswith(".json"))
+        found = [path for path in list_files(directory) if path.lower().endswith(".json")]
+        paths = [path for path in found if os.path.dirname(path) == directory] or found
         if not paths:
             raise FileNotFoundError(f"source {self.source!r}: expected *.json in {directory!r}, got none.")
         return paths
 
     def read_records(self, data_dir):
-        return {self.config.split: self._json_files(self.locate(data_dir, "annotations"))}
+        return {self.config.split: self._json_files(self._root())}
 
     def make_row(self, record):
-        directory = self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
         annotation = read_json(record, self.config.encoding)
         with errors_naming(record):
             if not {"imagePath", "shapes"} & annotation.keys():
                 # predict.py keeps its settings beside the LabelMe files that it writes.
                 self.pass_over("JSON files that are not LabelMe's")
                 return None
-            # The path is that on the annotator's machine.
-            image = self.find_image(directory, annotation["imagePath"])
-            _, (height, width) = self.find_space(*read_orientation(image), _declared_size(annotation))
+            image = self._find_photo(record, annotation)
+            _, (height, width) = self.find_space(*read_orientation(_open(image)), _declared_size(annotation))
             objects = []
             for shape in annotation["shapes"]:
                 rle = _encode_shape(shape, height, width)
@@ -78,12 +82,41 @@ class LabelMe(Labeled):
                     objects.append((shape["label"], rle))
             if not annotation["shapes"]:
                 self.pass_over("files without shapes")
-            return self.make_labeled_row(image, os.path.splitext(os.path.basename(image))[0], objects)
+            if isinstance(image, bytes):
+                self.count("took {} images from the JSON files, which hold them")
+            path, root = (image, self._image_directory()) if isinstance(image, str) else (record, self._root())
+            return self.make_labeled_row(image, os.path.splitext(os.path.relpath(path, root))[0], objects)
 
     def annotated_size(self, record):
         annotation = read_json(record, self.config.encoding)
-        directory = self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
-        return self.find_image(directory, annotation["imagePath"]), _declared_size(annotation)
+        return _open(self._find_photo(record, annotation)), _declared_size(annotation)
+
+    def _root(self) -> str:
+        return self.locate(self.config.data_dir, "annotations")
+
+    def _image_directory(self) -> str:
+        return self.locate(self.config.data_dir, "images" if self.config.images else "annotations")
+
+    def _find_photo(self, path: str, annotation: dict[str, Any]) -> str | bytes:
+        """Return the path of the image of a JSON file, or the image itself if only that file has it."""
+        directory, data = self._image_directory(), annotation.get("imageData")
+        try:
+            name = annotation["imagePath"]
+            # Paths are relative to the JSON file; those of another machine to nothing that is here.
+            folder = os.path.relpath(os.path.dirname(path), self._root())
+            beside = os.path.normpath(os.path.join(directory, folder, *split_name(name))) if name else directory
+            if is_inside(beside, directory) and os.path.isfile(beside):
+                return beside
+            found = self.find_image(directory, name)
+        except (KeyError, ValueError):
+            if not data:
+                raise
+            found = ""
+        return base64.b64decode(data, validate=True) if data and not os.path.isfile(found) else found
+
+
+def _open(image: str | bytes) -> str | io.BytesIO:
+    return image if isinstance(image, str) else io.BytesIO(image)
 
 
 def _declared_size(annotation: dict) -> Size | None:
@@ -105,6 +138,6 @@ def _encode_shape(shape: dict, height: int, width: int) -> dict[str, Any] | None
         (x, y), rim = points
         radius = float(np.hypot(rim[0] - x, rim[1] - y))
         return encode_ellipse((x, y), (radius, radius), 0, height, width)
-    elif kind not in ("polygon", "rectangle", "rotation", "quadrilateral"):
+    elif kind not in POLYGONS:
         return None
     return encode_visible([[value for x, y in points for value in (x, y)]], height, width)

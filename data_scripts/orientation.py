@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.TiffImagePlugin
 
 from lisa_hf.data.masks import decode_mask, encode_mask
 from lisa_hf.model.images import raise_unreadable
@@ -30,6 +31,8 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda stored: np.rot90(stored, 2).T,
     8: np.rot90,
 }
+# Tags of a TIFF: its width and height as stored.
+TIFF_SIZE = (PIL.TiffImagePlugin.IMAGEWIDTH, PIL.TiffImagePlugin.IMAGELENGTH)
 
 
 def read_orientation(file: str | IO[bytes]) -> tuple[int, dict[Space, Size]]:
@@ -37,6 +40,8 @@ def read_orientation(file: str | IO[bytes]) -> tuple[int, dict[Space, Size]]:
     try:
         with raise_unreadable(), PIL.Image.open(file) as image:
             width, height = image.size
+            if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # its size is that after the turn
+                width, height = (image.tag_v2[side] for side in TIFF_SIZE)
             orientation = image.getexif().get(PIL.ExifTags.Base.Orientation)
     except ValueError as error:
         raise ValueError(f"The image {file!r} cannot be read: {error}. Download it again, or remove it.") from error
@@ -55,17 +60,18 @@ def fitting_spaces(size: Size | None, sizes: dict[Space, Size]) -> tuple[Space, 
     return tuple(space for space, found in sizes.items() if size is None or tuple(size) == found)
 
 
-def count_spaces(images: Iterable[tuple[str, Size | None]]) -> Counter[tuple[Space, ...]]:
+def count_spaces(images: Iterable[tuple[str | IO[bytes], Size | None]]) -> Counter[tuple[Space, ...]]:
     """Count the spaces that fit the annotations of photos with an EXIF orientation.
 
     Args:
-        images: Paths of images and the sizes of their annotations. Images that cannot be read do not count.
+        images: Paths or open files of images, and the sizes of their annotations. Images that cannot be read do not
+            count.
     """
 
-    def find(image: tuple[str, Size | None]) -> tuple[Space, ...] | None:
-        path, size = image
+    def find(image: tuple[str | IO[bytes], Size | None]) -> tuple[Space, ...] | None:
+        file, size = image
         try:
-            orientation, sizes = read_orientation(path)
+            orientation, sizes = read_orientation(file)
         except ValueError:
             return None
         return fitting_spaces(size, sizes) if orientation > 1 else None

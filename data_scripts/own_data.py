@@ -60,8 +60,10 @@ class OwnData(SourceBuilder):
     # Options that name directories.
     DIRECTORIES: tuple[str, ...] = ("images", "masks", "instances")
 
-    def annotated_size(self, record: Any) -> tuple[str, Size | None]:
-        """Return the path of a record's image, and the height and width of its annotation, or None if it says none.
+    def annotated_size(self, record: Any) -> tuple[str | IO[bytes], Size | None]:
+        """Return the path or open file of a record's image, and the size (height, width) that its annotation says.
+
+        The size is None if it says none.
 
         Raises:
             Exception: Of any kind, if the record is bad.
@@ -183,6 +185,11 @@ class LabeledConfig(OwnDataConfig):
         if self.names is not None and not isinstance(self.names, dict):
             raise ValueError(f"names: expected lists of phrases by label, got {self.names!r}.")
         for label, phrases in (self.names or {}).items():
+            if not isinstance(label, str):
+                raise ValueError(
+                    f"names: expected labels as text, got {label!r}. Put numbers, and words that YAML reads "
+                    "otherwise, such as yes, no and null, in quotes."
+                )
             if phrases != [] and not _is_texts(phrases):
                 raise ValueError(f"names: expected a list of phrases for {label!r}, got {phrases!r}.")
         templates = self.templates
@@ -197,7 +204,7 @@ class Labeled(OwnData):
 
     def make_labeled_row(
         self,
-        image: str,
+        image: str | bytes,
         image_id: str,
         objects: Sequence[tuple[Any, dict[str, Any] | None]],
         ignore: dict[str, Any] | None = None,
@@ -205,8 +212,8 @@ class Labeled(OwnData):
         """Make the row of an image, with one target per object. None if no object covers a pixel.
 
         Args:
-            image: Path of the image.
-            image_id: See [`~lisa_hf.data.rows.make_row`].
+            image: See [`~lisa_hf.data.rows.make_row`].
+            image_id: As `image`.
             objects: Label and RLE of every object. Objects with an RLE of None are passed over.
             ignore: RLE of the pixels to ignore.
         """

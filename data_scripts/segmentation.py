@@ -23,6 +23,8 @@ MAX_STEPS = 20_000_000
 MERGED_AT_ONCE = 32
 # In a mask image, 255 beside a value up to this one is void, as in PASCAL VOC. Beside a larger one, nobody can tell.
 MAX_CLASS = 63
+# CVAT writes masks that are a pixel too large for their image.
+MAX_OVERHANG = 1
 # Corners of the polygon that is drawn for a circle or an ellipse.
 ELLIPSE_POINTS = 180
 LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
@@ -128,6 +130,8 @@ def encode_polygons(polygons: Sequence[Sequence[float]], height: int, width: int
 def encode_patch(patch: np.ndarray, left: float, top: float, height: int, width: int) -> dict[str, Any] | None:
     """Encode a mask of a part of an image, or return None if it covers no pixel.
 
+    Tools round: the part may leave the image by `MAX_OVERHANG` pixels, which are cut off.
+
     Args:
         patch: Shape `(H', W')`, bool.
         left: Column of its upper left corner in the image.
@@ -141,13 +145,15 @@ def encode_patch(patch: np.ndarray, left: float, top: float, height: int, width:
     height, width = check_size(height, width)
     left, top = round(left), round(top)
     bottom, right = top + patch.shape[0], left + patch.shape[1]
-    if top < 0 or left < 0 or bottom > height or right > width:
+    overhang = max(-top, -left, bottom - height, right - width)
+    if overhang > MAX_OVERHANG:
         raise ValueError(
             f"expected a mask inside an image of {width} x {height} pixels, got one from {[left, top]} to "
             f"{[right, bottom]}. It belongs to another image."
         )
     mask = np.zeros((height, width), dtype=bool)
-    mask[top:bottom, left:right] = patch
+    inner = patch[max(-top, 0) : height - top, max(-left, 0) : width - left]
+    mask[max(top, 0) : bottom, max(left, 0) : right] = inner
     return encode_mask(mask) if mask.any() else None
 
 
@@ -317,7 +323,10 @@ def check_size(height: Any, width: Any) -> tuple[int, int]:
     Raises:
         ValueError: If they are not whole numbers from 1 to `MAX_PIXELS` in total.
     """
-    sides = [float(height), float(width)]
+    try:
+        sides = [float(height), float(width)]
+    except (TypeError, ValueError):
+        sides = [0.0, 0.0]
     if not all(side >= 1 and side.is_integer() for side in sides) or sides[0] * sides[1] > MAX_PIXELS:
         raise ValueError(
             f"expected an image size of whole numbers and at most {MAX_PIXELS // 10**6} megapixels, got a height of "
@@ -360,7 +369,7 @@ def _flatten(polygon: Any) -> list[float]:
     if isinstance(polygon, np.ndarray):
         polygon = polygon.tolist()
     if not isinstance(polygon, list | tuple):
-        raise ValueError(f"expected a polygon as a list of numbers or points, got {polygon!r}.")
+        raise ValueError(f"expected a polygon as a list of numbers or points, got {polygon!r:.100}.")
     points = [[point["x"], point["y"]] if isinstance(point, dict) else point for point in polygon]
     if all(isinstance(point, list | tuple) for point in points):
         if any(len(point) != 2 for point in points):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from .file_names import list_images
+from .file_names import list_files, list_images
 from .own_data import AnnotationFileConfig, Labeled
 from .segmentation import check_size, encode_patch, encode_with_holes
 from .source import errors_naming, read_json
@@ -32,15 +32,10 @@ class Supervisely(Labeled):
 
     def _json_files(self, data_dir: str | None) -> list[str]:
         directory = self.locate(data_dir, "annotations")
-        found = [
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(directory, followlinks=True)
-            for name in names
-            if os.path.basename(folder) == "ann" and name.endswith(".json")
-        ]
+        found = [path for path in list_files(directory) if _is_annotation(path)]
         if not found:
             raise FileNotFoundError(f"source {self.source!r}: expected ann/*.json in {directory!r}, got none.")
-        return sorted(found)
+        return found
 
     def annotation_files(self, data_dir):
         return [*self._json_files(data_dir), *list_images(self.locate(data_dir, "annotations"))]
@@ -62,6 +57,10 @@ class Supervisely(Labeled):
 
     def annotated_size(self, record):
         return _supervisely_image(record), _supervisely_size(read_json(record, self.config.encoding))
+
+
+def _is_annotation(path: str) -> bool:
+    return os.path.basename(os.path.dirname(path)) == "ann" and path.endswith(".json")
 
 
 def _supervisely_image(path: str) -> str:

@@ -78,8 +78,7 @@ def make_row(
         raise ValueError(f"{where}: expected a task among {TASKS}, got {task!r}.")
     num_masks = 0
     if task == "conversation":
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        num_masks = sum(answer.count(SEG_TOKEN) for answer in answers)
+        num_masks = count_masks(messages, where)
         targets = [{"phrases": [f"mask {number}"]} | target for number, target in enumerate(targets, start=1)]
     expected = {
         "vqa": bool(messages) and not targets,
@@ -98,9 +97,8 @@ def make_row(
     sizes = {rle_size(rle) for rle in [target["rle"] for target in targets] + ([ignore] if ignore else [])}
     if len(sizes) > 1:
         raise ValueError(f"{where}: expected all masks to have the size of the image, got the sizes {sorted(sizes)}.")
-    roles = [message["role"] for message in messages]
-    if roles != ["user", "assistant"] * (len(roles) // 2):
-        raise ValueError(f"{where}: expected pairs of user and assistant messages, got the roles {roles}.")
+    if task == "vqa":
+        _check_roles(messages, where)
     return {
         "image": {"path": image, "bytes": None} if isinstance(image, str) else {"path": None, "bytes": image},
         "image_id": image_id,
@@ -115,6 +113,34 @@ def make_row(
         "explanation": explanation and replace_surrogates(explanation),
         "messages": [_make_message(message) for message in messages],
     }
+
+
+def count_masks(messages: Any, where: str) -> int:
+    """Return how many masks a conversation asks for: the number of `[SEG]` in its answers.
+
+    Args:
+        messages: As in [`make_row`].
+        where: Beginning of error messages.
+
+    Raises:
+        ValueError: If these are no pairs of messages with text.
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"{where}: expected messages, a list of `role` and `content`, got {messages!r:.100}.")
+    _check_roles(messages, where)
+    for message in messages:
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            raise ValueError(
+                f"{where}: expected text as the `content` of every message, got {message['content']!r:.100} of the "
+                f"{message['role']}."
+            )
+    return sum(message["content"].count(SEG_TOKEN) for message in messages if message["role"] == "assistant")
+
+
+def _check_roles(messages: Sequence[dict[str, str]], where: str):
+    roles = [message["role"] for message in messages]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"{where}: expected pairs of user and assistant messages, got the roles {roles}.")
 
 
 def _make_message(message: dict[str, str]) -> dict[str, str | None]:

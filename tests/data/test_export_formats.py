@@ -239,6 +239,13 @@ def test_masks_of_cvat_run_along_rows(root, load):
     np.testing.assert_array_equal(masks_of(load("cvat", annotations="a.xml", images="photos")[0])["crack"], expected)
 
 
+def test_masks_of_cvat_may_be_a_pixel_too_large(root, load):
+    """As in https://github.com/cvat-ai/cvat/issues/9316."""
+    (root / "a.xml").write_text(cvat('<mask label="x" rle="0, 82" left="58" top="-1" width="2" height="41"/>'))
+    mask = masks_of(load("cvat", annotations="a.xml", images="photos")[0])["x"]
+    np.testing.assert_array_equal(mask, drawn((slice(None), slice(58, 60))))
+
+
 def test_ellipses_turn_to_the_right(root, load):
     ellipse = '<ellipse label="crack" cx="30" cy="20" rx="15" ry="3" rotation="45"/>'
     (root / "a.xml").write_text(cvat(ellipse))
@@ -261,7 +268,7 @@ BILLION_LAUGHS = (
         (cvat("").replace("annotations", "html"), "expected <annotations>"),
         ('<annotations><track label="x"/></annotations>', "CVAT for images 1.1"),
         (cvat('<mask label="x" rle="1, 5" left="0" top="0" width="2" height="2"/>'), "a mask of 2 x 2 pixels"),
-        (cvat('<mask label="x" rle="4" left="59" top="0" width="2" height="2"/>'), "belongs to another image"),
+        (cvat('<mask label="x" rle="4" left="60" top="0" width="2" height="2"/>'), "belongs to another image"),
         (cvat('<mask label="x" rle="1" left="0" top="0" width="99999" height="99999"/>'), "expected a mask inside"),
         (cvat(cvat_polygon("crack"), 'name="a.jpg" width="99999999" height="999999"'), "expected an image size"),
         (cvat('<polygon label="&i;" points="1,1;2,2;3,3"/>', before=BILLION_LAUGHS), "expected an XML file"),
@@ -437,6 +444,14 @@ def test_one_annotation_of_several_is_taken_and_said(root, load):
     assert "left out 1 annotations" in load.remarks[0]
     (root / "tasks.json").write_text(json.dumps([task | {"annotations": [later, first | {"ground_truth": True}]}]))
     assert list(masks_of(load("label_studio", **options)[0])) == ["Rust Patch"]
+
+
+def test_regions_without_the_size_of_their_image_are_not_left_out(root, load):
+    region = polygon_region("crack")
+    del region["original_width"]
+    write_tasks(root, [polygon_region("crack"), region], "a.jpg")
+    with pytest.raises(ValueError, match="task 7: expected the key 'original_width'"):
+        load("label_studio", annotations="tasks.json", images="photos")
 
 
 def test_json_min_is_refused_with_the_remedy(root, load):

@@ -111,6 +111,18 @@ def test_undecided_orientations_are_asked_for(tmp_path, builder, size, orientati
     assert [is_red(row) for row in undecoded(rows)] == [True, False]
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("space", ["stored", "display"])
+def test_tiffs_are_turned_when_they_are_loaded(tmp_path, orientation, space):
+    """Pillow says their size after the turn, that of other formats before it."""
+    photo(tmp_path / "a.tif", WIDE, orientation)
+    corners(WIDE, orientation, space)[0].save(tmp_path / "m.png")
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"image": "a.tif", "mask": "m.png", "phrase": "it"}))
+    options = {"builder": "image_folder", "questions": "questions.jsonl", "images": ".", "masks": "."}
+    rows = load_source("mine", str(tmp_path), orientation=space, cache_dir=str(tmp_path / "cache"), **options)
+    assert [is_red(row) for row in undecoded(rows)] == [True]
+
+
 def test_sizes_come_before_the_option(tmp_path):
     options = write(tmp_path, "coco_instances", [(WIDE, 6), (WIDE, 8)], "stored")
     rows = load_source("mine", str(tmp_path), **options, orientation="display")
