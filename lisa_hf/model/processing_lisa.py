@@ -19,6 +19,7 @@ from .image_processor_backends import (
 from .images import load_image
 from .losses import IGNORE_INDEX
 from .mask_backbone import upscale_masks
+from .pixel_normalization import clear_padding, holds_uint8_pixels, normalize, normalizes_last
 from .upstream_fixes import keep_llama_legacy
 from .vlm_text_layout import (
     TYPE_IDS,
@@ -227,7 +228,7 @@ class LisaProcessor(ProcessorMixin):
         self, images: list[PIL.Image.Image], do_normalize: bool = True, **kwargs
     ) -> tuple[dict, list[str], list[str]]:
         """Return the VLM's vision inputs of B RGB images, and `image_texts` and `type_id_names` of [`ImageInputs`]."""
-        if not do_normalize and _normalizes_last(self.vlm_processor.image_processor):
+        if not do_normalize and normalizes_last(self.vlm_processor.image_processor):
             kwargs |= {"do_rescale": False, "do_normalize": False}
         # A question about each image shows what the VLM's processor makes of it: its vision inputs and the text that
         # replaces the image token.
@@ -257,17 +258,13 @@ class LisaProcessor(ProcessorMixin):
 
     def normalize_pixels(self, batch: dict) -> None:
         """Rescale and normalize, in place and on their device, the pixels that [`preprocess_images`] left uint8."""
-        for name in [name for name in batch if _holds_uint8_pixels(name, batch[name])]:
-            if name != "mask_pixel_values":
-                batch[name] = _normalize(batch[name], self.vlm_processor.image_processor)  # [B, 3, H, W]
-                continue
-            pixels = _normalize(batch[name], self.mask_image_processor)  # [B, 3, S, S]
-            # SAM pads the image with zeros after normalizing it.
-            sizes = batch["reshaped_input_sizes"].to(pixels.device)
-            rows, columns = (torch.arange(side, device=pixels.device) for side in pixels.shape[-2:])
-            is_image = (rows[:, None] < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])
-            pixels *= is_image[:, None]  # [B, 1, S, S]
-            batch[name] = pixels
+        for name in [name for name in batch if holds_uint8_pixels(name, batch[name])]:
+            if name == "mask_pixel_values":
+                batch[name] = normalize(batch[name], self.mask_image_processor)  # [B, 3, S, S]
+                # SAM pads the image with zeros after normalizing it.
+                clear_padding(batch[name], batch["reshaped_input_sizes"])
+            else:
+                batch[name] = normalize(batch[name], self.vlm_processor.image_processor)  # [B, 3, H, W]
 
     # ---- texts ------------------------------------------------------------------------------------------------------
 
@@ -551,47 +548,3 @@ def _expand_row(row: Row, image_token: str, image_text: str, layout: TextLayout)
 def _pad(values: list[int], padding: int, length: int, side: str) -> list[int]:
     filler = [padding] * (length - len(values))
     return filler + values if side == "left" else values + filler
-
-
-def _holds_uint8_pixels(name: str, value) -> bool:
-    return "pixel_values" in name and isinstance(value, torch.Tensor) and value.dtype == torch.uint8
-
-
-@lru_cache
-def _normalizes_last(image_processor) -> bool:
-    """Return whether pixels are rescaled and normalized after everything else, so that it can be done later as well.
-
-    Some image processors pad, cut or rearrange the normalized pixels; trying tells which.
-    """
-    images = [PIL.Image.linear_gradient("L").convert("RGB").resize(size) for size in ((160, 120), (90, 300))]
-    try:
-        raw = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")
-        expected = image_processor(images, return_tensors="pt")
-    except ValueError:  # images of different sizes have different numbers of crops, or not all sizes are allowed
-        return False
-    names = [name for name in raw if _holds_uint8_pixels(name, raw[name])]
-    others = [name for name in raw if isinstance(raw[name], torch.Tensor) and name not in names]
-    return (
-        len(names) > 0
-        and all(raw[name].dim() == 4 and raw[name].shape == expected[name].shape for name in names)
-        and all(expected[name].dtype == torch.float32 for name in names)
-        and all(
-            torch.allclose(_normalize(raw[name], image_processor), expected[name], rtol=0, atol=1e-5) for name in names
-        )
-        # Another tensor of pixels may have been normalized with numbers of its own.
-        and all(torch.equal(raw[name], expected[name]) for name in others)
-    )
-
-
-def _normalize(pixels: torch.Tensor, image_processor) -> torch.Tensor:
-    """Rescale and normalize `(B, 3, H, W)` uint8 to float32, as the image processor does it."""
-    pixels = pixels.float()
-    if image_processor.do_rescale:
-        pixels *= image_processor.rescale_factor
-    if image_processor.do_normalize:
-        mean, std = (
-            torch.tensor(values, device=pixels.device).view(-1, 1, 1)
-            for values in (image_processor.image_mean, image_processor.image_std)
-        )
-        pixels.sub_(mean).div_(std)
-    return pixels
