@@ -101,13 +101,17 @@ def report(records: list[dict], output_dir: Path):
     num_masks = sum(len(record["masks"]) for record in answered)
     num_without = sum(not record["masks"] for record in answered)
     num_unreadable = len({record["image"] for record in records if "text" not in record})
-    print(f"Saved {len(answered)} answers with {num_masks} masks: {output_dir.resolve()}")
+    print(f"Saved {_count(len(answered), 'answer')} with {_count(num_masks, 'mask')}: {output_dir.resolve()}")
     if num_unreadable:
-        print(f"{num_unreadable} images could not be read. Mend them and start again to add them.")
+        print(f"{_count(num_unreadable, 'image')} could not be read. Mend and start again to add what is missing.")
     if num_masks == 0:
         print("No answer has a [SEG]. Ask as in training: '... Please output segmentation mask.'")
     elif num_without:
-        print(f"{num_without} answers have no mask. Look at them: python recipes/demo.py --predictions {output_dir}")
+        print(f"Without a mask: {num_without}. Look at them: python recipes/demo.py --predictions {output_dir}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def read_questions(path: Path) -> list[dict[str, str]]:
         ValueError: If a line is something else.
     """
     questions = []
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -88,8 +88,11 @@ def questions_by_image(images: dict[str, str], questions: list[dict[str, str]]) 
     """Return what is asked about each image, leaving out images that nothing is asked about.
 
     Raises:
-        ValueError: If a question names an unknown image.
+        ValueError: If a question is empty or names an unknown image.
     """
+    for question in questions:
+        if not (isinstance(question["question"], str) and question["question"].strip()):
+            raise ValueError(f"expected a question of at least one word, got {question['question']!r}.")
     if unknown := {question.get("image", "") for question in questions} - {"", *images}:
         raise ValueError(
             f"expected questions about one of the images ({', '.join(list(images)[:3])}, ...), got one about "

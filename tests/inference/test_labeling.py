@@ -95,6 +95,11 @@ def test_questions_are_read_and_assigned(tmp_path):
     ]
     with pytest.raises(ValueError, match="got one about b.png"):
         questions_by_image({"a.png": "/a.png"}, read_questions(path))
+    for empty in (" ", None, 5):
+        with pytest.raises(ValueError, match="expected a question of at least one word"):
+            questions_by_image({"a.png": "/a.png"}, [{"question": empty}])
+    path.write_text(json.dumps({"question": "Wo?"}), "utf-8-sig")  # as Notepad saves it
+    assert read_questions(path) == [{"question": "Wo?"}]
     path.write_text('{"question": "All?"}\n{"text": "?"}\n', "utf-8")
     with pytest.raises(ValueError, match="questions.jsonl, line 2: expected an object with `question`"):
         read_questions(path)
