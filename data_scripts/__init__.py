@@ -1,4 +1,4 @@
-"""One `datasets` builder per source of data. All of them make the rows of `lisa_hf.data.rows`."""
+"""One `datasets` builder per data source. All of them make the rows of `lisa_hf.data.rows`."""
 
 import dataclasses
 import functools
@@ -72,7 +72,7 @@ SOURCES = {
     "reason_seg": ReasonSeg,
     "muse": Muse,
     "lisa_plus": LisaPlus,
-    # Your own data: a recipe chooses the name, and names one of these as `builder`.
+    # Your own data: a recipe chooses the name and sets one of these as `builder`.
     "coco_instances": CocoInstances,
     "labelme": LabelMe,
     "image_folder": ImageFolder,
@@ -98,13 +98,13 @@ def load_source(
     """Load one split of a source, or all of them, and log how many records were skipped or excluded.
 
     Args:
-        name: Key of `SOURCES`, or any name if there is a `builder`.
+        name: Key of `SOURCES`, or any name if `builder` is set.
         data_dir: Directory of all datasets, in LISA's layout. Drawn sources do not need it.
         split: Name of a split, as in the docstring of the builder. Your own data has a single split of any name. None
             loads all splits.
         streaming: Whether to make rows as they are read, instead of preparing them once in the cache of `datasets`.
-        builder: Key of `SOURCES` that reads a source with a name of your own; or a class in a Python file of yours,
-            such as "my_builder.py:Boxes", whose code is run.
+        builder: Key of `SOURCES` that reads a source with a custom name; or a class in your Python file, such as
+            "my_builder.py:Boxes", whose code is run.
         cache_dir: Directory of prepared rows. Defaults to the cache of `datasets`.
         options: Fields of the builder's config.
 
@@ -175,10 +175,9 @@ def load_sources(
     Args:
         sources: Options of [`load_source`] by the name of the source. A `weight` among them is ignored.
         data_dir: Directory of all datasets, in LISA's layout.
-        max_rows: Number of rows to keep of each source, the first ones. By default, all.
+        max_rows: Number of rows to keep of each source, from the start. By default, all.
         streaming: Whether to stream the rows, see [`load_source`].
-        on_bad_row: What to do with bad records, unless the options of a source say so, see
-            [`~lisa_hf.data.rows.OnBadRow`].
+        on_bad_row: What to do with bad records, unless a source sets it, see [`~lisa_hf.data.rows.OnBadRow`].
         exclude_refer_val: Whether to exclude the COCO photos in a val or test split of the refer sources. The log says
             how many records of each source are excluded, and which sources have no COCO photos.
     """
@@ -194,7 +193,7 @@ def load_sources(
 def complete_options(
     sources: dict[str, dict], on_bad_row: str = "raise", exclude_refer_val: bool = False
 ) -> dict[str, dict]:
-    """Return the options of [`load_source`] for each source: its own, completed by those of the whole recipe."""
+    """Return the options of [`load_source`] for each source: its own, plus those of the whole recipe."""
     completed, others = {}, []
     for name, options in sources.items():
         completed[name] = {"on_bad_row": on_bad_row, **options}

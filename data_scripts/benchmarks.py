@@ -1,4 +1,4 @@
-"""Benchmarks by name: splits of the sources, and datasets on the Hub in the layout of Seg-Zero."""
+"""Benchmarks by name: splits of the sources, and Hub datasets in Seg-Zero's layout."""
 
 from typing import Any
 
@@ -17,9 +17,9 @@ SPLITS = {
 
 
 def _hub(path: str, task: str = "reasoning", split: str = "test") -> tuple[str, dict[str, Any]]:
-    """Return builder and options of a dataset on the Hub with the columns image, text, mask and image_id."""
+    """Return the builder and options of a Hub dataset with the columns image, text, mask and image_id."""
     options = {"path": path, "split": split, "task": task, "phrases_column": "text", "image_id_column": "image_id"}
-    # ReasonSeg's texts are phrases and sentences, which these copies do not tell apart.
+    # ReasonSeg's texts are phrases or sentences, which these copies do not distinguish.
     return "hub", options | {"is_sentence": None if task == "reasoning" else False, "empty_masks": True}
 
 

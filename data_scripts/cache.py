@@ -1,6 +1,6 @@
-"""Find and remove what the builders keep in the cache of `datasets`: prepared rows, and records beside them.
+"""Find and remove what the builders store in the cache of `datasets`: prepared rows, and records next to them.
 
-Rows are kept under a fingerprint of the files that they were made from, so those of changed files stay behind.
+Rows are stored under a fingerprint of their source files, so the rows of old versions of files remain.
 """
 
 import glob
@@ -14,18 +14,18 @@ from .source import OWNER, read_json
 
 
 def clean_cache(sources: Collection[str] = (), cache_dir: str | None = None) -> dict[str, int]:
-    """Remove what the builders keep. Files of other programs stay. No source may be in use.
+    """Remove what the builders store. Files of other programs stay. No source may be in use.
 
     Args:
         sources: Names of sources. By default, all.
         cache_dir: As in [`load_source`].
 
     Returns:
-        Number of bytes that were removed of each source.
+        Number of bytes removed for each source.
     """
     root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
     removed: dict[str, int] = {}
-    # Builder, source and options, version, fingerprint: as `datasets` arranges them.
+    # Builder, source and options, version, fingerprint: the layout of `datasets`.
     for marker in sorted(root.glob(f"*/*/*/*/{OWNER}")):
         source = read_json(str(marker))["source"]
         if sources and source not in sources:

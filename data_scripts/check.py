@@ -3,8 +3,8 @@
     from data_scripts.check import check_source
     print(check_source("refcoco", data_dir="dataset"))
 
-A source is opened as training opens it, so its rows are prepared only once. It is ready if every record and image is
-whole: what training would skip is not.
+A source is opened as in training, so its rows are prepared only once. It is ready only if every record and image is
+valid, even if training would skip bad ones.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from lisa_hf.model.images import open_image
 from . import find_builder, load_source, make_builder
 
 
-# Numbers of rows (photos; conversations of LLaVA-Instruct; questions on the Hub) by the authors. Rows without anything
-# to ask are omitted.
+# Published numbers of rows (photos; conversations for LLaVA-Instruct; questions on the Hub). Rows without anything to
+# ask are omitted.
 PUBLISHED_ROWS = {
     "ade20k": {"train": 20210, "validation": 2000},
     "cocostuff": {"train": 118287},
@@ -41,12 +41,13 @@ PUBLISHED_ROWS = {
     "sj9909/ReasonSegX_val": {"test": 156},
     "sj9909/ReasonSegX_test": {"test": 773},
 }
-# Numbers of expressions, all of which an evaluation asks, as FlagEval gives them for the UNC split.
+# Numbers of expressions, all of which an evaluation asks, from FlagEval for the UNC split.
 PUBLISHED_EXPRESSIONS = {"refcoco": {"val": 10834, "testA": 5657, "testB": 5095}}
 
 
 def describe_other_counts(benchmark: str, builder: str, options: dict[str, Any], rows: Dataset) -> str:
-    """Say that a benchmark has other numbers of rows or expressions than published; return "" otherwise.
+    """Describe how the numbers of rows or expressions of a benchmark differ from the published ones; "" if they do
+    not.
 
     Args:
         benchmark: Name of the benchmark.
@@ -73,14 +74,14 @@ class Report:
     Args:
         name: Name of the source.
         builder: As in [`load_source`].
-        published: Numbers of rows by split that the authors publish.
+        published: Published numbers of rows by split.
         num_rows: Number of rows by split.
         num_images: Number of distinct image files in the rows.
         missing_images: Paths of the image files that do not exist or are empty.
-        bad_images: What is wrong with other images, or with masks on them.
-        errors: Why the source cannot be opened: one line, or one line for each of its first bad records, also those
-            that `on_bad_row: skip` leaves out.
-        remarks: What was decided or left out while its rows were made.
+        bad_images: Descriptions of what is wrong with other images or their masks.
+        errors: Reasons why the source cannot be opened: one line, or one line for each of its first bad records,
+            including those skipped with `on_bad_row: skip`.
+        remarks: What was decided or excluded while its rows were made.
     """
 
     name: str
@@ -119,7 +120,7 @@ class Report:
 
 
 def check_source(name: str, data_dir: str | None = None, split: str | None = None, **options: Any) -> Report:
-    """Open a source and check that every row can be trained on: its image decodes, and its masks have that size.
+    """Open a source and check that every row can be trained on: its image decodes, and its masks have the same size.
 
     Args:
         name: Name of the source, see [`load_source`].
@@ -153,7 +154,7 @@ def check_source(name: str, data_dir: str | None = None, split: str | None = Non
         report.bad_images += [error for error, _ in found if error]
         num_deep += sum(is_deep for _, is_deep in found)
     if num_deep:
-        report.remarks.append(f"{num_deep} images have more than 8 bits, and are brought to 8 bits as viewers do")
+        report.remarks.append(f"{num_deep} images have more than 8 bits, and are converted to 8 bits like in viewers")
     return report
 
 
@@ -172,14 +173,14 @@ def _inspect_row(row: dict[str, Any], missing: set[str]) -> tuple[str | None, bo
 
 
 def image_paths(rows: Dataset) -> list[str | None]:
-    """Return the path of the image file of every row, or None for an image that is stored in its row."""
+    """Return the path of the image file of every row, or None for images stored in their rows."""
     tables = rows.select_columns("image").with_format("arrow").iter(batch_size=10_000)
     images = [image for table in tables for image in table["image"].to_pylist()]
     return [image["path"] if image and image["bytes"] is None else None for image in images]
 
 
 def _bad_records(name: str, data_dir: str | None, split: str | None, options: dict) -> list[str]:
-    """Return the errors of the first bad records of a source, where training would report one at a time."""
+    """Return the errors of the first bad records of a source, which training would report one at a time."""
     try:
         return make_builder(name, data_dir, split, **options).find_bad_records()
     except (OSError, ValueError):  # files are missing, or an option is wrong

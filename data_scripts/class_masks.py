@@ -5,7 +5,7 @@
       voc: {builder: class_masks, images: VOC/JPEGImages, masks: VOC/SegmentationClass, classes: VOC/labelmap.txt}
       scenes: {builder: coco_panoptic, annotations: panoptic.json, images: photos, masks: panoptic}
 
-A row has one target per class, or per instance where the masks tell instances apart.
+A row has one target per class, or per instance if the masks distinguish instances.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from .source import errors_naming, read_image_size, read_json
 from .text import read_text
 
 
-# What tools call the pixels that are nothing, and those that nobody has decided about.
+# Tools' names for background pixels and for undecided pixels.
 BACKGROUND_NAMES = ("background", "_background_")
 VOID_NAMES = ("void", "unlabeled", "ignore", "ignored", "__ignore__")
 # How PASCAL VOC marks the borders of objects, by value and by color.
 VOID = 255
-# A color is the label of this number plus 0xRRGGBB, so that it is never taken for a value.
+# The label of a color is this number plus 0xRRGGBB, so that it is never mistaken for a value.
 COLORED = 1 << 24
 VOID_COLOR = COLORED + 0xE0E0C0
 
@@ -42,15 +42,15 @@ class ClassMasksConfig(LabeledConfig):
 
     Args:
         images: Directory of the images.
-        masks: Directory of the masks, which are called as their images.
+        masks: Directory of the masks, which have the names of their images.
         classes: Value, or color [red, green, blue], by class; or the classes in the order of their values from 0; or
             the path of a file: labelmap.txt of CVAT and Datumaro, or a text file with one class per line, from 0.
             Pixels of a class called "background" are background, those of 255 or of a class called "void" are ignored.
-        instances: Directory of masks whose values tell the instances of a class apart, as SegmentationObject of
-            PASCAL VOC.
-        label_divisor: In masks of classes and instances, as those of Cityscapes: a value from here on is a class
-            times this number, plus the number of an instance.
-        image_set: Text file with the names of the images to use, one per line, as those of PASCAL VOC.
+        instances: Directory of masks whose values distinguish the instances of a class, like PASCAL VOC's
+            SegmentationObject.
+        label_divisor: For masks of classes and instances, such as those of Cityscapes: a value of at least this number
+            is a class times this number, plus an instance number.
+        image_set: Text file with the names of the images to use, one per line, as in PASCAL VOC.
     """
 
     images: str = ""
@@ -78,14 +78,14 @@ class ClassMasks(Labeled):
         return [*files, *(file for directory in directories for file in list_images(directory))]
 
     def _directories(self, data_dir: str | None) -> dict[str, str]:
-        """Return the directories by their option: the images, and masks or instances or both."""
+        """Return the directories by option: the images, and masks or instances or both."""
         given = [option for option in ("masks", "instances") if getattr(self.config, option)]
         options = ["images", *(given or ["masks"])]
         return {option: self.locate(data_dir, option) for option in options}
 
     @functools.cached_property
     def classes(self) -> dict[int, str]:
-        """Return the name of every class by its label: its value, or its color and [`COLORED`]."""
+        """Return the class names by label: the value, or the color plus `COLORED`."""
         classes = self.config.classes
         if not isinstance(classes, str):
             return _label_classes(classes)
@@ -149,8 +149,8 @@ def encode_regions(
 
     Args:
         labels: Shape `(H, W)`, int64.
-        classes: Name by label. Without one, 0 and black are background, and `VOID` and `VOID_COLOR` are ignored.
-        instances: Shape `(H, W)`, int64: pixels of the same class and number are one instance.
+        classes: Names by label. Without a name, 0 and black are background, and `VOID` and `VOID_COLOR` are ignored.
+        instances: Shape `(H, W)`, int64. Pixels of the same class and number are one instance.
 
     Returns:
         Pairs of a name and its RLE, and the RLE of the ignored pixels, if there are any.
@@ -165,7 +165,7 @@ def encode_regions(
     if unknown:
         raise ValueError(
             f"expected the classes {_describe(classes)}, got {len(unknown)} others: "
-            f"{', '.join(map(_describe_label, unknown[:5]))}. Add them to `classes`; call what is not decided 'void'."
+            f"{', '.join(map(_describe_label, unknown[:5]))}. Add them to `classes`; call undecided pixels 'void'."
         )
     regions = regions.reshape(labels.shape)
     meanings = [_meaning(names[value]) for value in values.tolist()]
@@ -180,19 +180,19 @@ def encode_regions(
 
 
 def _meaning(name: str) -> str | None:
-    """Return the name of a class; an empty string for the background, None for what is ignored."""
+    """Return the name of a class; an empty string for the background, None if ignored."""
     if name.lower() in BACKGROUND_NAMES:
         return ""
     return None if name.lower() in VOID_NAMES else name
 
 
 def _read_labels(path: str, by_color: bool | None = None) -> np.ndarray:
-    """Read a mask, turned by its EXIF orientation, as labels of shape `(H, W)`, int64.
+    """Read a mask, rotated by its EXIF orientation, as labels of shape `(H, W)`, int64.
 
     Args:
         path: Path of the mask.
-        by_color: Whether a color or palette is read as colors, and a value of gray as one. By default, as either that
-            tells pixels apart.
+        by_color: Whether to read colors and palettes as colors, and gray values as gray colors. By default, whichever
+            distinguishes pixels.
     """
     try:
         with PIL.Image.open(path) as image:
@@ -242,12 +242,12 @@ def _label_classes(classes: Any) -> dict[int, str]:
         elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value < COLORED:
             label = value
         else:
-            raise ValueError(f"expected a value or a color [red, green, blue] of the class {name!r}, got {value!r}.")
+            raise ValueError(f"expected a value or a color [red, green, blue] for the class {name!r}, got {value!r}.")
         if label in named:
             raise ValueError(f"expected one class per value, got {named[label]!r} and {name!r} for {value!r}.")
         named[label] = str(name)
     if len({label >= COLORED for label in named}) > 1:
-        raise ValueError(f"expected either values or colors of classes, got both: {classes!r}.")
+        raise ValueError(f"expected either values or colors for classes, got both: {classes!r}.")
     return named
 
 
@@ -279,7 +279,7 @@ def _describe_label(label: int) -> str:
 
 
 def _by_stem(directory: str) -> dict[str, list[str]]:
-    """Return the images of a directory by their path in it, without the extension."""
+    """Return the images of a directory by their relative path without the extension."""
     found: dict[str, list[str]] = {}
     for path in list_images(directory):
         found.setdefault(os.path.splitext(os.path.relpath(path, directory))[0], []).append(path)
@@ -351,7 +351,7 @@ class CocoPanoptic(CocoBuilder, Labeled):
             names = dict(record["segments"])
             for number, name in names.items():
                 if not isinstance(name, str):
-                    raise ValueError(f"expected a category of the segment {number}, got none. Add it to `categories`.")
+                    raise ValueError(f"expected a category for segment {number}, got none. Add it to `categories`.")
             rles = encode_labels(labels)
             ignore = rles.pop(0, None)
             unknown = sorted(rles.keys() - names.keys())

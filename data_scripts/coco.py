@@ -2,8 +2,8 @@
 
     load_source("cocostuff", data_dir="dataset", exclude_refer_val=True)
 
-excludes the photos that a referring benchmark evaluates on. The original declares `--exclude_val` for this, without
-using it.
+excludes the photos that a referring benchmark evaluates on. The original declares `--exclude_val` for this, but does
+not use it.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ COCO_REFS = (
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Unpickle dicts, lists, tuples, sets, strings and numbers only. A pickle that imports code is refused.
+    """Unpickle dicts, lists, tuples, sets, strings and numbers only. A pickle that imports code is rejected.
 
-    It is the one in Python: that in C is twice as fast, but takes gigabytes where a few bytes give a value of its memo
-    the number 2**31.
+    This is the Python implementation: the C one is twice as fast, but takes gigabytes if a few bytes give a memo entry
+    the index 2**31.
     """
 
     def find_class(self, module, name):
@@ -51,7 +51,7 @@ def read_refs(path: str) -> list[dict[str, Any]]:
     try:
         with open(path, "rb") as file:
             return _PlainUnpickler(file, encoding="utf-8").load()
-    except Exception as error:  # Damaged pickles raise almost anything.
+    except Exception as error:  # Damaged pickles can raise almost anything.
         raise ValueError(
             f"expected a pickle of plain dicts, lists, strings and numbers, got {path!r} ({error}). Download it "
             "again, and only from a source that you trust."
@@ -59,7 +59,7 @@ def read_refs(path: str) -> list[dict[str, Any]]:
 
 
 def id_key(number: Any) -> str:
-    """Return the same key for an id that one tool writes as a number and another as text."""
+    """Return the same key for an id that one tool writes as a number and another as a string."""
     if isinstance(number, float) and number.is_integer():
         number = int(number)
     if isinstance(number, bool) or not isinstance(number, int | str):
@@ -68,18 +68,18 @@ def id_key(number: Any) -> str:
 
 
 def index_by_id(entries: list[dict[str, Any]], what: str, key: str) -> dict[str, dict[str, Any]]:
-    """Return entries by the key of their id, of which those with the same id must be equal in `key`.
+    """Return entries by the key of their id. Entries with the same id must be equal in `key`.
 
     Raises:
-        ValueError: If an id is used twice, as when files were merged without numbering them anew.
+        ValueError: If an id is used twice, as in files that were merged without renumbering.
     """
     found: dict[str, dict[str, Any]] = {}
     for entry in entries:
         first = found.setdefault(id_key(entry["id"]), entry)
         if first.get(key) != entry.get(key):
             raise ValueError(
-                f"expected {what} with ids of their own, got the duplicate id {entry['id']!r} of {first.get(key)!r} "
-                f"and {entry.get(key)!r}. Number them anew where the files were merged."
+                f"expected {what} with unique ids, got the duplicate id {entry['id']!r} of {first.get(key)!r} "
+                f"and {entry.get(key)!r}. Renumber them when you merge files."
             )
     return found
 
@@ -87,12 +87,12 @@ def index_by_id(entries: list[dict[str, Any]], what: str, key: str) -> dict[str,
 def read_instances(path: str, remarks: list[str], encoding: str | None = "cp1252") -> list[dict[str, Any]]:
     """Read annotations in the COCO format.
 
-    Ids that are text on one side and numbers on the other are matched. Images that are listed under several ids with
-    one file are one record.
+    Ids that are strings in one place and numbers in another are matched. Images listed under several ids with the same
+    file are one record.
 
     Args:
         path: Path of the JSON file.
-        remarks: Remarks for the user, to which this function appends.
+        remarks: List of remarks for the user, to which this function appends.
         encoding: See [`~text.read_text`].
 
     Returns:
@@ -112,7 +112,7 @@ def read_instances(path: str, remarks: list[str], encoding: str | None = "cp1252
         objects, num_joined, num_text = {key: [] for key in images}, 0, 0
         for annotation in content["annotations"]:
             category, key = id_key(annotation["category_id"]), id_key(annotation["image_id"])
-            # An unknown image gives a bad record, without its name and size.
+            # An unknown image gives a bad record without name and size.
             image = images.get(key, {"id": annotation["image_id"]})
             named = categories.get(category, {"id": annotation["category_id"]})
             is_text = [isinstance(value, str) for value in (annotation["image_id"], annotation["category_id"])]
@@ -124,7 +124,7 @@ def read_instances(path: str, remarks: list[str], encoding: str | None = "cp1252
                 (annotation["category_id"], named.get("name"), annotation.get("segmentation"))
             )
         if num_text:
-            remarks.append(f"matched {num_text} annotations by ids that are strings on one side, numbers on the other")
+            remarks.append(f"matched {num_text} annotations by ids that are strings in one place, numbers in another")
         if num_joined:
             remarks.append(f"joined {num_joined} annotations of images that are listed more than once")
         return [{"image": images.get(key, {"id": key}), "objects": found} for key, found in objects.items() if found]
@@ -135,18 +135,18 @@ def _size_of(image: dict[str, Any]) -> tuple:
 
 
 def encode_objects(record: dict[str, Any], pass_over: Callable[[str], None]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the category name and RLE of every annotation of a record of [`read_instances`] that covers a pixel.
+    """Yield the category name and RLE of every annotation that covers a pixel, from a record of [`read_instances`].
 
     Args:
         record: Record of one image.
-        pass_over: [`SourceBuilder.pass_over`], for the other annotations.
+        pass_over: [`SourceBuilder.pass_over`], called for the other annotations.
     """
     image = record["image"]
     if image.keys() == {"id"}:
-        raise ValueError("expected an entry of `images` with this id, got none. Add it, or remove its annotations.")
+        raise ValueError("expected an entry in `images` with this id, got none. Add it, or remove its annotations.")
     for category, name, segmentation in record["objects"]:
         if name is None:
-            raise ValueError(f"expected a name of the category {category}, got none. Add it to `categories`.")
+            raise ValueError(f"expected a name for the category {category}, got none. Add it to `categories`.")
         rle = encode_visible(segmentation, image["height"], image["width"]) if segmentation else None
         if rle is None:
             pass_over("annotations without a pixel" if segmentation else "annotations without an outline")
@@ -162,15 +162,15 @@ def make_instances_row(
     phrases_of: Callable[[str], list[str]],
     pass_over: Callable[[str], None],
 ) -> dict[str, Any] | None:
-    """Make the row of a record of [`read_instances`], with one target per annotation. None if no annotation is left.
+    """Make the row of a record of [`read_instances`], with one target per annotation; None if none is left.
 
     Args:
         record: Record of one image.
-        path: Path of the file that holds it, for messages.
+        path: Path of its file, for messages.
         directory: Directory of the images.
         source: Name of the source.
-        phrases_of: Function from the name of a category to its phrases.
-        pass_over: [`SourceBuilder.pass_over`], for annotations without a pixel.
+        phrases_of: Function that maps a category name to its phrases.
+        pass_over: [`SourceBuilder.pass_over`], called for annotations without a pixel.
     """
     image = record["image"]
     with errors_naming(f"{path!r}, image {image['id']}"):
@@ -204,7 +204,7 @@ class CocoBuilder(SourceBuilder):
     BUILDER_CONFIG_CLASS = CocoConfig
 
     def held_out_files(self, data_dir: str) -> list[str]:
-        """Return the paths of the refs that say which photos to exclude; none without `exclude_refer_val`."""
+        """Return the paths of the refs that list the photos to exclude; none without `exclude_refer_val`."""
         if not self.config.exclude_refer_val:
             return []
         if data_dir is None:

@@ -32,7 +32,7 @@ class Cvat(Labeled):
         path = self.locate(data_dir, "annotations")
         try:
             return {self.config.split: list(_read_cvat(path))}
-        except (ET.ParseError, IsADirectoryError, LookupError) as error:  # the last of an unknown encoding
+        except (ET.ParseError, IsADirectoryError, LookupError) as error:  # the last for an unknown encoding
             raise ValueError(
                 f"expected an XML file of CVAT, got {path!r} ({error}). Name annotations.xml, or export it again."
             ) from error
@@ -70,7 +70,7 @@ def _read_cvat(path: str) -> Iterator[tuple[dict[str, str], list[tuple[str, dict
             shapes = [(shape.tag, dict(shape.attrib)) for shape in element if shape.tag != "tag"]
             if shapes:
                 yield dict(element.attrib), shapes
-            root.clear()  # of what was read: files may be larger than the memory
+            root.clear()  # frees what was read: files may be larger than memory
     if root is None or root.tag != "annotations":
         raise ValueError(
             f"expected <annotations> of CVAT in {path!r}, got {'nothing' if root is None else root.tag!r}."
@@ -84,7 +84,7 @@ def _encode_cvat(kind: str, shape: dict[str, str], height: int, width: int) -> d
     if kind == "ellipse":
         x, y, x_radius, y_radius = (float(shape[key]) for key in ("cx", "cy", "rx", "ry"))
         return encode_ellipse((x, y), (x_radius, y_radius), float(shape.get("rotation", 0)), height, width)
-    # The lengths of the runs along the rows of the box around the mask, that of 0 first.
+    # Run lengths along the rows of the mask's bounding box, starting with 0.
     left, top, box_width, box_height = (int(float(shape[key])) for key in ("left", "top", "width", "height"))
     runs = np.array(shape["rle"].split(","), dtype=np.int64)
     if min(box_width, box_height) < 1 or box_width > width + MAX_OVERHANG or box_height > height + MAX_OVERHANG:

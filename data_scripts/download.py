@@ -4,7 +4,8 @@
     download(["ade20k", "refcoco"], "dataset")
 
 A file is downloaded to `<data_dir>/.downloads`, where the next call resumes an interrupted download. It is unpacked
-there and moved to its place in one step, so whatever is in its place is complete and is not downloaded again.
+there and moved to its destination in one step, so files at their destination are complete and are not downloaded
+again.
 """
 
 import dataclasses
@@ -28,18 +29,18 @@ from huggingface_hub.utils import http_stream_backoff
 
 logger = logging.getLogger(__name__)
 
-# With compression, the size of a file would be unknown and a download could not be resumed.
+# With compression, the file size would be unknown and downloads could not be resumed.
 HEADERS = {"Accept-Encoding": "identity"}
 
 
 @dataclasses.dataclass(frozen=True)
 class WebFile:
-    """A file on the web and its place in the data directory.
+    """A file on the web and its destination in the data directory.
 
     Args:
         url: Direct link.
-        places: Destinations below the data directory, by the path in the archive, at any depth of it. A single path
-            for a file that is not an archive.
+        places: Destinations below the data directory, by path in the archive, at any depth. A single path for a file
+            that is not an archive.
         checksum: Published checksum as "algorithm:digest", with an algorithm of `hashlib`.
     """
 
@@ -66,8 +67,8 @@ class RemoteState:
 
 
 # Links as in the READMEs of LISA, COCO-Stuff, PACO, VLPart and gRefCOCO; checksums as in PACO's, and for the photos as
-# in PaddlePaddle (COCO 2017), LAVIS (COCO 2014), torchvision (VOC) and GluonCV (ADE20K). The servers of refCOCO are
-# gone: LISA names these copies.
+# in PaddlePaddle (COCO 2017), LAVIS (COCO 2014), torchvision (VOC) and GluonCV (ADE20K). The refCOCO servers
+# are gone: LISA links to these copies.
 COCO = "http://images.cocodataset.org"
 ARCHIVED = "https://web.archive.org/web"
 REFERIT = "bvisionweb1.cs.unc.edu/licheng/referit/data"
@@ -177,7 +178,7 @@ MANUAL_STEPS = {
 
 
 def download(names: Sequence[str], data_dir: str | os.PathLike, num_threads: int = 4):
-    """Download and unpack all files of the given sources that are not in their place yet.
+    """Download and unpack all files of the given sources that are not at their destination yet.
 
     Args:
         names: Keys of `WEB_FILES`.
@@ -185,8 +186,8 @@ def download(names: Sequence[str], data_dir: str | os.PathLike, num_threads: int
         num_threads: Number of files to download and unpack at once.
 
     Raises:
-        OSError: If the disk is too small or another download is running, before the first download. If files could not
-            be downloaded or unpacked, after all others.
+        OSError: Before the first download, if the disk is too small or another download is running. After all others,
+            if files could not be downloaded or unpacked.
     """
     data_dir = Path(data_dir).expanduser().absolute()
     files = [file for file in _files_of(names) if not all(map(_is_filled, file.targets(data_dir)))]
@@ -196,7 +197,7 @@ def download(names: Sequence[str], data_dir: str | os.PathLike, num_threads: int
     directory = data_dir / ".downloads"
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        # Pool threads are daemons, so Ctrl-C ends the process at once, and the next call resumes.
+        # Pool threads are daemons, so Ctrl-C ends the process immediately, and the next call resumes.
         with FileLock(directory / ".lock", timeout=0), ThreadPool(num_threads) as pool:
             answers = list(zip(files, pool.map(_ask_server, files)))
             errors = [answer for _, answer in answers if isinstance(answer, str)]
@@ -205,7 +206,7 @@ def download(names: Sequence[str], data_dir: str | os.PathLike, num_threads: int
             jobs = [(file, state, directory, data_dir) for file, state in found]
             errors += filter(None, pool.imap_unordered(_download_one, jobs))
     except Timeout as error:
-        raise OSError(f"Another download into {str(data_dir)!r} is at work. Wait for it, or stop it.") from error
+        raise OSError(f"Another download into {str(data_dir)!r} is running. Wait for it, or stop it.") from error
     if errors:
         raise OSError(f"{len(errors)} of {len(files)} files failed. " + " ".join(errors))
 
@@ -229,7 +230,7 @@ def _ask_server(file: WebFile) -> RemoteState | str:
     except Exception as error:  # of any kind in httpx
         return f"{file.url}: {error}."
     if headers.get("Content-Type", "").startswith("text/html"):
-        return f"{file.url}: the server answers with a web page in place of the file."
+        return f"{file.url}: the server sent a web page instead of the file."
     size = headers.get("Content-Length")
     return RemoteState(int(size) if size else None, headers.get("ETag") or headers.get("Last-Modified") or "")
 
@@ -241,10 +242,10 @@ def _check_disk(found: list[tuple[WebFile, RemoteState]], directory: Path, num_t
     sizes = [state.size or 0 for _, state in found]
     paths = [path for file, state in found for path in _paths(file, state, directory)]
     present = sum(path.stat().st_size for path in paths if path.exists())
-    # An unpacked archive is at least as large as the packed one, which is removed afterwards.
+    # An unpacked archive is at least as large as the archive itself, which is removed afterwards.
     needed = sum(sizes) + sum(sorted(sizes)[-num_threads:]) - present
     free = shutil.disk_usage(directory).free
-    logger.info("%10s  in all, of which %s are here", _gigabytes(sum(sizes)), _gigabytes(present))
+    logger.info("%10s  in total, %s already downloaded", _gigabytes(sum(sizes)), _gigabytes(present))
     if free < needed:
         raise OSError(
             errno.ENOSPC,
@@ -259,13 +260,13 @@ def _gigabytes(size: int) -> str:
 
 
 def _paths(file: WebFile, state: RemoteState, directory: Path) -> tuple[Path, Path]:
-    """Return the paths of the complete and the partial file. They differ for another version on the server."""
+    """Return the paths of the complete and the partial file, which differ for each version on the server."""
     version = hashlib.sha256(f"{file.url}\n{state}".encode()).hexdigest()[:8]
     return directory / f"{version}-{file.name}", directory / f"{version}-{file.name}.part"
 
 
 def _download_one(job: tuple[WebFile, RemoteState, Path, Path]) -> str | None:
-    """Download a file and put it in its place. Returns an error message, so that other downloads continue."""
+    """Download a file to its destination. Errors are returned as a message, so that other downloads continue."""
     file, state, directory, data_dir = job
     try:
         whole = fetch(file, state, directory)
@@ -274,10 +275,10 @@ def _download_one(job: tuple[WebFile, RemoteState, Path, Path]) -> str | None:
         else:
             unpack(whole, {name: data_dir / place for name, place in file.places.items()})
         return None
-    except Exception as error:  # of httpx, zipfile, tarfile, zlib, the operating system ...
+    except Exception as error:  # from httpx, zipfile, tarfile, zlib, the operating system, ...
         logger.debug("The full trace:", exc_info=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return f"{file.url}: the disk is full. Make room and start again; what was fetched is kept."
+            return f"{file.url}: the disk is full. Free some space and start again; downloaded data is kept."
         return f"{file.url}: {error}"
 
 
@@ -295,7 +296,7 @@ def fetch(file: WebFile, state: RemoteState, directory: Path) -> Path:
         return whole
     headers = dict(HEADERS)
     if state.validator and not state.validator.startswith("W/"):
-        headers["If-Range"] = state.validator  # a changed file is sent from its beginning
+        headers["If-Range"] = state.validator  # a changed file is sent from the start
     with open(part, "ab") as stream:
         if state.size is None or stream.tell() > state.size:
             stream.truncate(0)
@@ -313,8 +314,8 @@ def fetch(file: WebFile, state: RemoteState, directory: Path) -> Path:
                 raise
             part.unlink()
             raise OSError(
-                f"expected {state.size} bytes, but the server sent another number. The file changed, or a proxy "
-                "answers in its place. Start again."
+                f"expected {state.size} bytes, but the server sent a different number. The file changed, or a proxy "
+                "answered instead. Start again."
             ) from error
     if file.checksum:
         algorithm, _, expected = file.checksum.partition(":")
@@ -328,11 +329,11 @@ def fetch(file: WebFile, state: RemoteState, directory: Path) -> Path:
 
 
 def unpack(archive: Path, places: dict[str, Path]):
-    """Unpack a zip or tar archive, move its wanted parts to their places, and remove the archive.
+    """Unpack a zip or tar archive, move the wanted parts to their destinations, and remove the archive.
 
     Args:
         archive: Path of the archive.
-        places: Destinations by the path in the archive, at any depth of it. Existing destinations are kept.
+        places: Destinations by path in the archive, at any depth. Existing destinations are kept.
 
     Raises:
         OSError: If the archive is damaged, contains a path that leads out of it, or lacks a wanted part.
@@ -372,7 +373,7 @@ def _check_zip(archive: Path):
 def _find(directory: Path, name: str) -> Path:
     wanted = PurePosixPath(name).parts
     found = [path for path in directory.rglob(wanted[-1]) if path.parts[-len(wanted) :] == wanted]
-    # macOS adds files of the same names to archives.
+    # macOS adds files with the same names to archives.
     found = [path for path in found if "__MACOSX" not in path.parts]
     if not found:
         raise OSError(

@@ -1,4 +1,4 @@
-"""Find rows that show an image of a benchmark, or of another source: by COCO id, or by how the image looks."""
+"""Find rows with an image of a benchmark or of another source: by COCO id, or by how the image looks."""
 
 import hashlib
 from collections import Counter
@@ -14,14 +14,15 @@ from lisa_hf.data.images import read_file, undecoded
 from .engines import Engine, map_pieces
 
 
-# Differing bits of 64, up to which two perceptual hashes are those of one photo. Copies that are compressed again,
-# halved or squeezed into a square differ in at most 4; two drawn scenes, in at least 8, and two photos in 18.
+# Maximum number of differing bits, of 64, between two perceptual hashes of the same photo. Copies that are
+# recompressed, halved or squeezed into a square differ in at most 4; two drawn scenes in at least 8, and two photos in
+# at least 18.
 MAX_DISTANCE = 4
 IMAGES_PER_PIECE = 1000
 
 
 class KnownImages:
-    """Images to leave out of other rows, each known by the name of the benchmark or source that it belongs to."""
+    """Images to exclude from other rows, each with the name of its owner, a benchmark or source."""
 
     def __init__(self):
         self.names: list[str] = []
@@ -30,10 +31,10 @@ class KnownImages:
         self.hash_owners = np.empty(0, dtype=np.int64)
 
     def add(self, name: str, rows: Dataset, engine: Engine = "datasets", num_workers: int = 1):
-        """Read the images of rows, and keep their keys under a name.
+        """Read the images of rows, and store their keys under a name.
 
         Raises:
-            ValueError: If an image cannot be read: without it, the promise to find it could not be kept.
+            ValueError: If an image cannot be read, because it could then not be found elsewhere.
         """
         num_pieces = -(-len(rows) // IMAGES_PER_PIECE)
         images = undecoded(rows).select_columns("image")
@@ -48,12 +49,12 @@ class KnownImages:
         self.hash_owners = np.concatenate([self.hash_owners, np.full(len(hashes), owner)])
 
     def find(self, path: str | None, content: bytes) -> str | None:
-        """Return the name that an image is known by, or None."""
+        """Return the name of the owner of an image, or None."""
         owner = self.coco_owners.get(coco_id(path or ""))
         if owner is None:
             try:
                 key = perceptual_hash(content)
-            except ValueError:  # the mixture tells about it, or skips it
+            except ValueError:  # the mixture reports or skips it
                 return None
             if key is None or not len(self.hashes):
                 return None
@@ -65,7 +66,7 @@ class KnownImages:
         return self.names[owner]
 
     def filter(self, table: pa.Table) -> tuple[pa.Table, Counter[str]]:
-        """Return the rows of embedded images that are not known, and how many others there are by name."""
+        """Return the rows whose embedded images have no owner, and the number of other rows by owner."""
         images = table["image"].combine_chunks()
         paths, contents = images.field("path").to_pylist(), images.field("bytes")
         found = [self.find(path, content.as_py()) for path, content in zip(paths, contents)]

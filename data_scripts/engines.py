@@ -1,7 +1,7 @@
-"""Run the pieces of a job on an engine: processes of this machine, a Ray cluster, or a Spark cluster.
+"""Run the pieces of a job on an engine: processes on this machine, a Ray cluster, or a Spark cluster.
 
-A piece is a number, and its result may depend on nothing else: the engine, the number of workers and a piece that is
-run twice make no difference. Ray and Spark run a piece again if its worker dies.
+A piece is a number, and its result may depend on nothing else: the engine, the number of workers and repeated runs of
+a piece make no difference. Ray and Spark rerun a piece if its worker dies.
 """
 
 import os
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 
 Engine = Literal["datasets", "ray", "spark"]
-# Of a piece whose worker died.
+# For a piece whose worker died.
 MAX_TRIES = 4
 
 
@@ -30,17 +30,17 @@ def map_pieces(
     """Call a function with the number of every piece; return the results in the order of the pieces.
 
     Args:
-        function: Function that can be pickled.
+        function: Picklable function.
         num_pieces: Number of pieces.
-        engine: What runs it. "datasets" takes processes of this machine, or this process for one worker. "ray" takes
-            the cluster in the environment variable `RAY_ADDRESS`, "spark" that of `spark-submit`, and both start one
-            on this machine where there is none.
-        num_workers: Number of pieces to run at once. On a Spark cluster, its own settings decide.
+        engine: Engine to run on. "datasets" uses processes on this machine, or this process for one worker. "ray" uses
+            the cluster in the environment variable `RAY_ADDRESS`, "spark" that of `spark-submit`; both start one on
+            this machine if there is none.
+        num_workers: Number of pieces to run at once. On a Spark cluster, its settings decide.
         description: Title of the progress bar.
 
     Raises:
-        ValueError: If the engine is not known or not installed, or there is no worker.
-        Exception: What the function raised first. The other pieces may have been run or not.
+        ValueError: If the engine is unknown or not installed, or there are no workers.
+        Exception: The first exception of the function. The other pieces may or may not have run.
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine: expected one of {', '.join(get_args(Engine))}, got {engine!r}.")
@@ -60,7 +60,7 @@ def map_pieces(
 
 
 def _outcome(function: Callable[[int], Any], piece: int) -> bytes:
-    """Return the pickled result of a piece, or its error, which engines would wrap in one of many lines."""
+    """Return the pickled result of a piece, or its error, which engines would wrap in a long traceback."""
     try:
         result = function(piece)
     except (OSError, ValueError) as error:

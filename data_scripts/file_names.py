@@ -1,8 +1,8 @@
-"""Image files by the names that annotations give them: Windows paths, addresses of servers, upload prefixes.
+"""Image files by the names in annotations: Windows paths, URLs, upload prefixes.
 
-A name that leads to a file inside of the directory is taken at its word. Of a name from another machine, or in a
-folder that is not there, only the last part counts, and only if one file has it: nothing outside of the directory is
-opened, and no file takes the place of a missing one in another folder.
+A name that leads to a file inside the directory is used as is. For a name from another machine, or in a folder that
+does not exist, only the last part is used, and only if exactly one file has it: nothing outside the directory is
+opened, and a missing file is never replaced with one from another folder.
 """
 
 import functools
@@ -14,16 +14,16 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import PIL.Image
 
 
-OUTSIDE = re.compile(r"[/\\]|[A-Za-z]:[/\\]|\w+://")  # how absolute paths and addresses begin
-# Label Studio puts this before the names of uploaded files, writes "_" for a space, and leaves out what is no letter.
+OUTSIDE = re.compile(r"[/\\]|[A-Za-z]:[/\\]|\w+://")  # how absolute paths and URLs begin
+# Label Studio prepends this to the names of uploaded files, writes "_" for spaces, and drops other characters.
 UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")
 LEFT_OUT_OF_UPLOADS = re.compile(r"[^-\w.]")
-# It cuts the path "upload/PROJECT/NAME" to 100 characters, the last of them, before the extensions, at random.
+# It truncates the path "upload/PROJECT/NAME" to 100 characters and makes the last ones, before the extensions, random.
 CUT_UPLOAD = re.compile(r"^(?=.{84,91}$)(.*)_[A-Za-z0-9]{7}((?:\.[^.]*)+)$")
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file is an image by the extension of its name."""
+    """Return whether a file is an image, by its extension."""
     return name.lower().endswith(tuple(PIL.Image.registered_extensions()))
 
 
@@ -49,15 +49,15 @@ def find_image(directory: str, name: str, version: str = "") -> tuple[str, bool]
 
     Args:
         directory: Directory of the images.
-        name: Path, as any system writes it, or address. Its extension may be missing.
-        version: Changes when the directory may have changed; its files are listed once per version.
+        name: Path in the style of any system, or URL. Its extension may be missing.
+        version: Key that changes when the directory may have changed; its files are listed once per version.
 
     Returns:
-        Path of the image, which need not exist if the name is a path inside of the directory, and whether it was found
-        by the last part of its name alone.
+        Path of the image, which need not exist if the name is a path inside the directory, and whether it was found by
+        the last part of its name alone.
 
     Raises:
-        ValueError: If the name leads out of the directory, and no file or several files have its last part.
+        ValueError: If the name leads outside the directory, and no file or several files have its last part.
     """
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"expected the name of an image file, got {name!r}.")
@@ -77,7 +77,7 @@ def find_image(directory: str, name: str, version: str = "") -> tuple[str, bool]
         return os.path.join(directory, found[0]), True
     if not _is_relative(name):
         raise ValueError(
-            f"expected an image in {directory!r}, got {name!r}, which is outside of it, and no image in there is "
+            f"expected an image in {directory!r}, got {name!r}, which is outside it, and no image in there is "
             f"called {split_name(name)[-1]!r}. Put the images there, or name their directory."
         )
     return direct, False
@@ -104,7 +104,7 @@ def _find_by_last_part(directory: str, images: dict[str, list[str]], name: str) 
 
 
 def split_name(name: str) -> list[str]:
-    """Return the parts of a path or address; of Label Studio's `/data/local-files/?d=photos/a.jpg`, those of `d`."""
+    """Return the parts of a path or URL; for Label Studio's `/data/local-files/?d=photos/a.jpg`, those of `d`."""
     if name.startswith(("http://", "https://", "file://")) or "?d=" in name:
         address = urlsplit(name)
         name = parse_qs(address.query).get("d", [unquote(address.path)])[0]
@@ -112,7 +112,7 @@ def split_name(name: str) -> list[str]:
 
 
 def _find_upload(images: dict[str, list[str]], name: str) -> list[str]:
-    """Return the images that Label Studio may have called this when they were uploaded."""
+    """Return the images that Label Studio may have given this name on upload."""
     uploaded = UPLOAD_PREFIX.sub("", name)
     found = images.get(_upload_key(uploaded), [])
     cut = None if found else CUT_UPLOAD.match(name)
@@ -124,12 +124,12 @@ def _find_upload(images: dict[str, list[str]], name: str) -> list[str]:
 
 
 def _key(name: str) -> str:
-    """Return the same key for names that Windows and macOS take for the same file."""
+    """Return the same key for names that are the same file on Windows and macOS."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def _upload_key(name: str) -> str:
-    """Return the same key for a name and what Label Studio makes of it. No name begins with its "/"."""
+    """Return the same key for a name and Label Studio's version of it. No name starts with its "/"."""
     return "/" + LEFT_OUT_OF_UPLOADS.sub("", name.replace(" ", "_")).casefold()
 
 
@@ -139,7 +139,7 @@ def _images_by_name(directory: str, version: str) -> dict[str, list[str]]:
     for path in list_images(directory):
         name, relative = os.path.basename(path), os.path.relpath(path, directory)
         for form in (name, os.path.splitext(name)[0]):
-            # macOS gives accents as characters of their own, which an upload leaves out.
+            # macOS writes accents as separate characters, which an upload drops.
             uploaded = {_upload_key(unicodedata.normalize(normal, form)) for normal in ("NFC", "NFD")}
             for key in (_key(form), *uploaded):
                 found.setdefault(key, []).append(relative)

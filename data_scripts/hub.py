@@ -1,4 +1,4 @@
-"""Rows from any dataset on the Hub, or from Parquet files, by the names of their columns.
+"""Rows from any Hub dataset, or from Parquet files, by column names.
 
     sources:
       captions: {builder: hub, path: user/captions, image_column: photo, mask_column: label, phrases_column: caption}
@@ -34,7 +34,7 @@ from .segmentation import encode_visible, read_mask
 from .source import errors_naming, is_inside
 
 
-# What a path inside of an archive may begin with: zip://photos/a.jpg::photos.zip
+# Possible start of a path inside an archive: zip://photos/a.jpg::photos.zip
 ARCHIVES = ("zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4://")
 # The characters of compressed counts, as pycocotools writes them.
 RLE_COUNTS = re.compile(rb"[0-o]*")
@@ -46,21 +46,21 @@ class HubConfig(OwnDataConfig):
     """Options of a dataset on the Hub.
 
     Args:
-        path: Id on the Hub, a directory that `datasets.load_dataset` can read, or a pattern of Parquet files, also as
-            the URL of an fsspec file system.
-        subset: Name of the configuration, if there are several.
-        revision: Branch, tag or commit on the Hub. Once rows are prepared, changes of a branch go unnoticed.
-        image_column: Column of the images, as files or paths.
-        mask_column: Column of the masks: images of one channel (0 for the background), rows of pixels, COCO RLE (its
+        path: Hub id, a directory that `datasets.load_dataset` can read, or a glob pattern of Parquet files, which may
+            be an fsspec URL.
+        subset: Name of the dataset's configuration, if it has several.
+        revision: Branch, tag or commit on the Hub. Once rows are prepared, changes to a branch go unnoticed.
+        image_column: Column with the images, as files or paths.
+        mask_column: Column with the masks: single-channel images (0 for the background), rows of pixels, COCO RLE (its
             counts alone are enough) or polygons, or one of these as JSON text.
-        phrases_column: Column of the phrases that describe the mask, a text or a list of interchangeable texts.
-        messages_column: Column of conversations, lists of `role` and `content`, instead of masks and phrases.
-        image_id_column: Column of the images' ids. By default, rows are numbered.
+        phrases_column: Column with the phrases that describe the mask, a text or a list of interchangeable texts.
+        messages_column: Column with conversations, lists of `role` and `content`, instead of masks and phrases.
+        image_id_column: Column with the image ids. By default, rows are numbered.
         task: Task of the rows, see [`~lisa_hf.data.rows.make_row`].
         is_sentence: Whether the phrases are complete questions. None: those that end with a period or a question mark.
-        empty_masks: Whether a phrase whose mask has no pixel is about nothing. Otherwise, it is passed over.
-        allow_urls: Whether to read images and masks that rows name by a URL of any server. Without it, rows may name
-            files in `data_dir` and of the dataset itself.
+        empty_masks: Whether a phrase with an empty mask refers to nothing. Otherwise, it is skipped.
+        allow_urls: Whether to read images and masks from URLs in the rows, on any server. Otherwise, rows may only
+            name files in `data_dir` and of the dataset itself.
     """
 
     path: str = ""
@@ -78,7 +78,7 @@ class HubConfig(OwnDataConfig):
 
 
 class Hub(OwnData):
-    """A dataset on the Hub, or Parquet files. One row per record, with a target or a conversation."""
+    """A Hub dataset, or Parquet files. One row per record, with a target or a conversation."""
 
     BUILDER_CONFIG_CLASS = HubConfig
     _divided: tuple[int, datasets.IterableDataset] | None = None
@@ -169,17 +169,17 @@ class Hub(OwnData):
         except (NotImplementedError, TypeError) as error:  # a column that cannot be read as images
             raise ValueError(
                 f"source {self.source!r}: expected the column {self.config.image_column!r} of {self.config.path!r} to "
-                f"hold images, and other columns texts and masks, got other values ({error}). Name the right columns."
+                f"contain images, and others texts and masks, got other values ({error}). Name the right columns."
             ) from error
 
     def cut_shard(self, shard: int) -> list[int | tuple[int, int]]:
-        # A row's number in its shard, which a piece does not know, is its id if it has no other.
+        # A row without an id gets its number in the shard, which a piece does not know.
         if not (self.config.image_id_column or FEATURES.keys() <= set(self._rows.column_names)):
             return [shard]
         return [(shard, piece) for piece in range(self._pieces(shard).num_shards)]
 
     def _pieces(self, shard: int) -> datasets.IterableDataset:
-        """Return a shard divided into row groups, if it has any. The last one is kept: it takes reading the file."""
+        """Return a shard split into its row groups, if any. Caches the last result, because it reads the file."""
         if self._divided is None or self._divided[0] != shard:
             self._divided = shard, self._rows.shard(self._rows.num_shards, shard).reshard()
         return self._divided[1]
@@ -225,7 +225,7 @@ class Hub(OwnData):
         return self._make_row(image, name, "conversation", targets=[{"rle": rle} for rle in rles], messages=messages)
 
     def _read_mask(self, image: dict[str, Any], mask: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Return the RLE of a mask (None if it is empty) and that of what it ignores."""
+        """Return the RLE of a mask (None if it is empty) and that of its ignored pixels."""
         if mask is None:
             raise ValueError(f"expected a mask in the column {self.config.mask_column!r}, got none. Remove the row.")
         if isinstance(mask, str):
@@ -251,13 +251,13 @@ class Hub(OwnData):
         return encode_mask(pixels), None if void is None else encode_mask(void)
 
     def _make_row(self, image: dict[str, Any], name: str, task: str, **columns: Any) -> dict[str, Any]:
-        # Prefer the content to the path, which may be one inside an archive.
+        # Prefer the content to the path, which may be inside an archive.
         return self.turn_upright(make_row(image["bytes"] or image["path"], name, self.source, task, **columns))
 
     def _find_file(self, image: dict[str, Any]) -> dict[str, Any]:
-        """Return an image whose path, if it has no content, is one that the author of the rows may name.
+        """Return an image, after checking that its path, if it has no content, is one that rows may name.
 
-        Rows come from others, and so do the paths in them: they must not read this machine's files or ask its servers.
+        The paths in rows come from others: they must not read this machine's files or contact its servers.
         """
         path = image["path"]
         if image["bytes"] or path is None:
@@ -283,15 +283,15 @@ class Hub(OwnData):
         return {"bytes": None, "path": "::".join([*archived, found])}
 
     def _roots(self) -> list[str]:
-        """Return the directories whose files rows may name: `data_dir`, and that of the dataset."""
+        """Return the directories whose files rows may name: `data_dir` and the dataset's."""
         path = self._local_path(self.config.data_dir)
-        # Without `dirname`, which `datasets` replaces in modules of builders: its own drops the last directory.
+        # Without `dirname`, which `datasets` patches in builder modules: its version drops the last directory.
         own = path if os.path.isdir(path) else path.partition("*")[0].rpartition(os.sep)[0]
         return list(dict.fromkeys([*filter(None, [self.config.data_dir]), *([own] if os.path.isdir(own) else [])]))
 
 
 def _read_text(mask: str) -> Any:
-    """Return what JSON text holds; other text, the counts of an RLE, is returned as it is."""
+    """Return the value of JSON text; other text, the counts of an RLE, is returned unchanged."""
     try:
         found = json.loads(mask)
     except ValueError:
@@ -300,7 +300,7 @@ def _read_text(mask: str) -> Any:
 
 
 def _read_pixels(mask: Any) -> np.ndarray | None:
-    """Return a mask that is given as rows of truth values, shape `(H, W)`, bool; None if it is given otherwise."""
+    """Return a mask given as rows of booleans, shape `(H, W)`, bool; None if it has another form."""
     if not (isinstance(mask, list) and mask and isinstance(mask[0], list) and mask[0]):
         return None
     return np.array(mask, dtype=bool) if isinstance(mask[0][0], bool) else None

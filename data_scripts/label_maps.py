@@ -3,7 +3,7 @@
     from data_scripts import load_source
     rows = load_source("ade20k", data_dir="dataset", split="validation")
 
-Mirrors the semantic datasets of the original. The class names of ADE20K and COCO-Stuff beside this file are LISA's
+Mirrors the semantic datasets of the original. The class names of ADE20K and COCO-Stuff next to this file are LISA's
 (github.com/dvlab-research/LISA, Apache-2.0): released checkpoints were trained on exactly these.
 """
 
@@ -26,12 +26,12 @@ IGNORED, UNKNOWN = -1, -2
 
 
 def read_label_map(path: str) -> np.ndarray:
-    """Read a grayscale or palette image, turned by its EXIF orientation, as labels of shape `(H, W)`, uint8."""
+    """Read a grayscale or palette image, rotated by its EXIF orientation, as labels of shape `(H, W)`, uint8."""
     try:
         with PIL.Image.open(path) as image:
             image = PIL.ImageOps.exif_transpose(image)
             image.load()
-    except Exception as error:  # Pillow has no exception of its own for broken files.
+    except Exception as error:  # Pillow has no specific exception for broken files.
         raise ValueError(f"expected a label map, got an unreadable file: {error}. Download it again.") from error
     if image.mode not in ("L", "P"):
         raise ValueError(
@@ -57,7 +57,7 @@ class LabelMapBuilder(SourceBuilder):
         raise NotImplementedError
 
     def read_names(self, path: str) -> list[str | None]:
-        """Read the class name of every pixel value from 0. A name of None is ignored, and so is the value 255."""
+        """Read the class name of every pixel value from 0. Pixels with the name None or the value 255 are ignored."""
         raise NotImplementedError
 
     def pair_with_images(self, data_dir: str | None, label_maps: str, images: str) -> list[tuple[str, str]]:

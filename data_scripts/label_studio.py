@@ -18,9 +18,9 @@ class LabelStudio(Labeled):
     """Label Studio's export of the format JSON. One row per image, one target per polygon, brush mask and ellipse.
 
     annotations     JSON: tasks with `data` and `annotations`
-    images          directory of the images, which are found by the last part of their addresses
+    images          directory of the images, which are found by the last part of their URLs
 
-    Of several annotations of an image, the ground truth is taken, or else the last one that was made.
+    If an image has several annotations, the ground truth is used, or else the latest one.
     """
 
     BUILDER_CONFIG_CLASS = ImagesConfig
@@ -47,10 +47,10 @@ class LabelStudio(Labeled):
             num_predicted += not annotations and bool(task.get("predictions"))
         if num_others:
             self.read_remarks.append(
-                f"left out {num_others} annotations of images that have a later one or a ground truth"
+                f"dropped {num_others} annotations of images that have a later one or a ground truth"
             )
         if num_predicted:
-            self.read_remarks.append(f"passed over {num_predicted} tasks with predictions alone: nobody accepted them")
+            self.read_remarks.append(f"skipped {num_predicted} tasks with predictions only, which nobody accepted")
         return {self.config.split: records}
 
     def make_row(self, record):
@@ -81,15 +81,15 @@ class LabelStudio(Labeled):
         regions = [result for result in results if "original_width" in result or _is_drawn(result.get("value"))]
         if any(region.get("image_rotation") for region in regions):
             raise ValueError(
-                "expected regions of the image as it is, got an image that was turned in the tool. Turn it back."
+                "expected regions of the original image, got an image that was rotated in the tool. Rotate it back."
             )
         names = {region.get("to_name") for region in regions}
         if len(names) > 1:
-            raise ValueError(f"expected regions of one image in a task, got those of {sorted(map(str, names))}.")
+            raise ValueError(f"expected regions of one image per task, got {sorted(map(str, names))}.")
         texts = {key: value for key, value in data.items() if isinstance(value, str) and value.strip()}
         names = {key: name for key, name in texts.items() if key == "image" or is_image(split_name(name)[-1])}
         if "image" not in names and len(names) != 1:
-            raise ValueError(f"expected the address of one image in `data`, got {data!r:.200}. Call it 'image'.")
+            raise ValueError(f"expected the URL of one image in `data`, got {data!r:.200}. Name it 'image'.")
         name = names.get("image") or next(iter(names.values()))
         return self.find_image(self.locate(self.config.data_dir, "images"), name), regions
 
@@ -102,12 +102,12 @@ def _is_drawn(value: Any) -> bool:
 def _region_size(regions: Sequence[dict[str, Any]]) -> tuple[int, int] | None:
     sizes = {check_size(region["original_height"], region["original_width"]) for region in regions}
     if len(sizes) > 1:
-        raise ValueError(f"expected regions of an image of one size, got the sizes {sorted(sizes)}.")
+        raise ValueError(f"expected all regions to have the same image size, got {sorted(sizes)}.")
     return next(iter(sizes), None)
 
 
 def _encode_region(value: dict[str, Any], height: int, width: int) -> dict[str, Any] | None:
-    """Encode a region of Label Studio, whose lengths are percents of the image's width and height."""
+    """Encode a region of Label Studio, whose lengths are percentages of the image's width and height."""
     if "rle" in value:
         mask = decode_brush(value["rle"], height, width)
         return encode_patch(mask, 0, 0, height, width)

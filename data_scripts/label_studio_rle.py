@@ -1,4 +1,4 @@
-"""The masks of Label Studio's brush: packed bits, after the format of the JavaScript package `@thi.ng/rle-pack`.
+"""Brush masks of Label Studio: packed bits in the format of the JavaScript package `@thi.ng/rle-pack`.
 
     32 bits         number N of values
     5 bits          bits of a value, less 1
@@ -6,8 +6,8 @@
     then blocks     1 bit: is it a run; 2 bits: which size the count has; the count, less 1;
                     the value of the run, or `count` values
 
-The values are the pixels of the image, row by row, each of red, green, blue and alpha. The mask is
-where alpha, whose edges are soft, is more than half of its largest value.
+The values are the pixels of the image, row by row, each with red, green, blue and alpha. The mask is where alpha,
+whose edges are soft, exceeds half of its maximum.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def decode_brush(content: Sequence[int], height: int, width: int) -> np.ndarray:
         width: Width of the image in pixels.
 
     Raises:
-        ValueError: If it is damaged, or belongs to an image of another size.
+        ValueError: If it is damaged, or belongs to an image of a different size.
     """
     if not isinstance(content, list) or not all(isinstance(v, int) and 0 <= v <= 255 for v in content):
         raise ValueError("expected a brush mask of bytes (numbers from 0 to 255), got other values. Export it again.")

@@ -42,8 +42,8 @@ class LabelMe(Labeled):
     annotations     directory of *.json, one per image, or of folders of them
     images          the directory of the images; default: that of the JSON files
 
-    Polygons, rectangles, rotated boxes, circles and masks are drawn. Points and lines are passed over and counted. An
-    image that is not there is taken from the JSON file, if LabelMe has stored it in there.
+    Polygons, rectangles, rotated boxes, circles and masks are drawn. Points and lines are skipped and counted. A
+    missing image is read from the JSON file, if LabelMe has stored it there.
     """
 
     BUILDER_CONFIG_CLASS = LabelMeConfig
@@ -68,7 +68,7 @@ class LabelMe(Labeled):
         annotation = read_json(record, self.config.encoding)
         with errors_naming(record):
             if not {"imagePath", "shapes"} & annotation.keys():
-                # predict.py keeps its settings beside the LabelMe files that it writes.
+                # predict.py stores its settings next to the LabelMe files that it writes.
                 self.pass_over("JSON files that are not LabelMe's")
                 return None
             image = self._find_photo(record, annotation)
@@ -120,13 +120,13 @@ def _open(image: str | bytes) -> str | io.BytesIO:
 
 
 def _declared_size(annotation: dict) -> Size | None:
-    """Return the height and width that a LabelMe file says, or None if it does not."""
+    """Return the height and width in a LabelMe file, or None if it has none."""
     size = annotation.get("imageHeight"), annotation.get("imageWidth")
     return size if all(size) else None
 
 
 def _encode_shape(shape: dict, height: int, width: int) -> dict[str, Any] | None:
-    """Encode a shape of LabelMe or X-AnyLabeling as RLE, or return None if it covers no pixel, as points and lines."""
+    """Encode a shape of LabelMe or X-AnyLabeling as RLE; return None if it covers no pixel, like points and lines."""
     points, kind = shape["points"], shape.get("shape_type") or "polygon"
     if kind == "mask":
         patch = load_mask(io.BytesIO(base64.b64decode(shape["mask"], validate=True)))[0] != 0

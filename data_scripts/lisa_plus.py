@@ -5,7 +5,7 @@
 
 The answers of three of its files refer to outlines by their ids, in brackets of several kinds: "the remotes
 [<380|remote>, <348|remote>]", "the remote 《380|remote》", "the pizzas [pizza <107>, pizza <157>]". Each id becomes a
-`[SEG]`, whose mask is that outline.
+`[SEG]` with that outline as its mask.
 """
 
 import os
@@ -95,7 +95,7 @@ class LisaPlus(CocoBuilder):
             )
 
     def _instance_turns(self, sample: dict, outlines: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
-        """Return a question and an answer by the names of the objects, and the ids of their outlines."""
+        """Return a question and an answer with the names of the objects, and the ids of their outlines."""
         ids = self._with_outline([str(number) for number in sample["ID"]], outlines)
         if not ids:
             raise ValueError(f"expected an object with an outline, got the ids {sample['ID']}.")
@@ -103,7 +103,7 @@ class LisaPlus(CocoBuilder):
         return [("user", sample["English Question"]), ("assistant", answer)], ids
 
     def _turns(self, sample: dict, outlines: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
-        """Return the turns of a conversation, with `[SEG]` for each id in an answer, and these ids in order."""
+        """Return the turns of a conversation, with a `[SEG]` for each id in an answer, and these ids in order."""
         if "output" in sample:
             _, *parts = SPEAKER.split(sample["output"])
             said = [("user" if who == "person" else "assistant", text) for who, text in zip(parts[::2], parts[1::2])]

@@ -1,9 +1,9 @@
-"""MUSE: questions about several objects, whose answers name each of them with its mask (PixelLM, arXiv 2312.02228).
+"""MUSE: questions about several objects, whose answers name each object with its mask (PixelLM, arXiv 2312.02228).
 
     from data_scripts import load_source
     rows = load_source("muse", data_dir="dataset", split="val")
 
-Mirrors `MultiReasonSegDataset` of PixelLM, with one `[SEG]` per object.
+Mirrors PixelLM's `MultiReasonSegDataset`, with one `[SEG]` per object.
 """
 
 import os
@@ -77,7 +77,7 @@ class Muse(CocoBuilder):
             texts = image.get("text_answers") or []
             answer = _write_answer(texts[number] if number < len(texts) else None, objects)
             if answer is None:
-                self.pass_over("questions with another number of masks in their answer than objects")
+                self.pass_over("questions whose answer does not have one mask per object")
                 return None
             size = image["height"], image["width"]
             return make_row(
@@ -90,14 +90,14 @@ class Muse(CocoBuilder):
             )
 
     def _find_image(self, name: str) -> str:
-        """Return the path of a photo in LISA's directories, or else in those of PixelLM."""
+        """Return the path of a photo in LISA's directories, or else in PixelLM's."""
         path = join_inside(os.path.join(self.config.data_dir, "coco"), name)
         pixel_lm = join_inside(os.path.join(self.config.data_dir, "refer_seg", "images", "mscoco", "images"), name)
         return pixel_lm if os.path.exists(pixel_lm) and not os.path.exists(path) else path
 
 
 def _image_name(image: dict[str, Any]) -> str:
-    """Return directory and name of a photo of COCO: "train2017/000000000139.jpg"."""
+    """Return the directory and name of a COCO photo: "train2017/000000000139.jpg"."""
     if "file_name" in image:
         return f"train2014/{image['file_name']}"
     directory, _, name = image["coco_url"].rpartition("/")
@@ -105,10 +105,10 @@ def _image_name(image: dict[str, Any]) -> str:
 
 
 def _write_answer(text: str | None, objects: list[dict[str, Any]]) -> str | None:
-    """Return the answer with a `[SEG]` per object, in their order, or None if the recorded one has another number.
+    """Return the answer with a `[SEG]` per object, in order, or None if the recorded answer has a different number.
 
     Args:
-        text: Recorded answer, with "{seg}" behind each object; or None, and the objects are listed.
+        text: Recorded answer, with "{seg}" after each object. If None, the objects are listed.
         objects: Annotations with a `rephrased_name` or a `category_name`.
     """
     if text is not None:

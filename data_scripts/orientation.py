@@ -1,7 +1,8 @@
-"""Photos with an EXIF orientation: whether their annotations are in the pixels as stored, or as displayed.
+"""Photos with an EXIF orientation: whether their annotations refer to the pixels as stored or as displayed.
 
-Phones store what the sensor saw, and how viewers must turn it. So does `lisa_hf.model.images`; some annotation tools
-draw on the turned photo and some on the stored pixels. The size of an annotation tells, unless both sizes are equal.
+Phones store the sensor's pixels and how viewers must rotate them. `lisa_hf.model.images` rotates them too; some
+annotation tools use the rotated photo and some the stored pixels. The size of an annotation tells which, unless both
+sizes are equal.
 """
 
 from collections import Counter
@@ -21,7 +22,7 @@ from lisa_hf.model.images import raise_unreadable
 Space = Literal["stored", "display"]
 Size = tuple[int, int]
 
-# By EXIF orientation: how the stored pixels (H, W) become those that are displayed.
+# By EXIF orientation: how the stored pixels (H, W) become the displayed ones.
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: lambda stored: np.rot90(stored, 2),
@@ -51,7 +52,7 @@ def read_orientation(file: str | IO[bytes]) -> tuple[int, dict[Space, Size]]:
 
 
 def turn_mask(rle: dict[str, Any], orientation: int) -> dict[str, Any]:
-    """Turn a mask of the stored pixels as viewers turn the photo."""
+    """Rotate a mask of the stored pixels as viewers rotate the photo."""
     return encode_mask(TURNS[orientation](decode_mask(rle))) if orientation in TURNS else rle
 
 
@@ -81,14 +82,14 @@ def count_spaces(images: Iterable[tuple[str | IO[bytes], Size | None]]) -> Count
 
 
 def decide_space(counts: Counter[tuple[Space, ...]], option: Space | None) -> tuple[Space | None, list[str]]:
-    """Decide in which space the annotations are that fit both.
+    """Decide which space to use for annotations that fit both.
 
     Args:
         counts: Result of [`count_spaces`].
-        option: What the user says.
+        option: Choice of the user.
 
     Returns:
-        The space of the others if they agree, `option` before that, or None; and remarks for the user.
+        `option` if given, else the space of the other annotations if they agree, else None; and remarks for the user.
     """
     stored, displayed, both = counts["stored",], counts["display",], counts["stored", "display"]
     agreed = None if bool(stored) == bool(displayed) else "stored" if stored else "display"
@@ -99,5 +100,5 @@ def decide_space(counts: Counter[tuple[Space, ...]], option: Space | None) -> tu
     remark += f"by their sizes, {stored} are annotated as stored and {displayed} as displayed"
     if both:
         by = "the option `orientation`" if option else "the others"
-        remark += f"; {both} fit both, " + (f"taken as {space!r} by {by}" if space else "which is not decided")
+        remark += f"; {both} fit both, " + (f"treated as {space!r} by {by}" if space else "which is undecided")
     return space, [remark]

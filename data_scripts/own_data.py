@@ -1,4 +1,4 @@
-"""Base of the builders of your own data, whose files a recipe names: one module per format, such as `labelme.py`.
+"""Base of the builders for your own data, whose files a recipe names: one module per format, such as `labelme.py`.
 
     sources:
       parts: {builder: coco_instances, annotations: parts/train.json, images: parts/photos, weight: 3}
@@ -38,9 +38,10 @@ class OwnDataConfig(SourceConfig):
 
     Args:
         split: Name of its only split.
-        orientation: Whether annotations of photos with an EXIF orientation are in the pixels as stored ("stored") or
-            as viewers turn them ("display"). By default, and where only one fits, the sizes decide.
-        encoding: Encoding of annotation files that are not in Unicode, as Python calls it. By default, it is detected.
+        orientation: Whether annotations of photos with an EXIF orientation refer to the pixels as stored ("stored") or
+            as viewers rotate them ("display"). By default, and if only one fits, the sizes decide.
+        encoding: Python's name for the encoding of annotation files that are not in Unicode. By default, it is
+            detected.
     """
 
     split: str = "train"
@@ -54,16 +55,16 @@ class OwnDataConfig(SourceConfig):
 
 
 class OwnData(SourceBuilder):
-    """Base of the builders that find their files by options, and turn masks with their photos."""
+    """Base of the builders that find their files by options, and rotate masks with their photos."""
 
     BUILDER_CONFIG_CLASS = OwnDataConfig
     # Options that name directories.
     DIRECTORIES: tuple[str, ...] = ("images", "masks", "instances")
 
     def annotated_size(self, record: Any) -> tuple[str | IO[bytes], Size | None]:
-        """Return the path or open file of a record's image, and the size (height, width) that its annotation says.
+        """Return the path or open file of a record's image, and the size (height, width) in its annotation.
 
-        The size is None if it says none.
+        The size is None if the annotation has none.
 
         Raises:
             Exception: Of any kind, if the record is bad.
@@ -74,7 +75,7 @@ class OwnData(SourceBuilder):
         """Return the path of the image that an annotation names, see [`~file_names.find_image`]."""
         path, is_guess = find_image(directory, name, self.hash or "")
         if is_guess:
-            self.count("found {} images by the last part of their path or address")
+            self.count("found {} images by the last part of their path or URL")
         return path
 
     def write_records(self, records, remarks=()):
@@ -91,20 +92,21 @@ class OwnData(SourceBuilder):
 
     @functools.cached_property
     def space(self) -> Space | None:
-        """Return the space of annotations that fit both, or None if nothing says so."""
+        """Return the space of annotations that fit both, or None if it is unknown."""
         path = os.path.join(self.records_dir, ORIENTATION)
         return self.config.orientation or (read_json(path) if os.path.exists(path) else None)
 
     def find_space(self, orientation: int, sizes: dict[Space, Size], size: Sequence[int] | None) -> tuple[int, Size]:
-        """Return the EXIF orientation by which a mask must be turned, 1 for none, and the size of the annotation.
+        """Return the EXIF orientation by which a mask must be rotated, 1 for none, and the size of the annotation.
 
         Args:
             orientation: EXIF orientation of the image, from [`read_orientation`].
             sizes: Height and width of the image by space, from [`read_orientation`].
-            size: Height and width that the annotation says. None if it says none.
+            size: Height and width in the annotation. None if it has none.
 
         Raises:
-            ValueError: If the annotation fits the photo as stored and as displayed, and nothing says which it is.
+            ValueError: If the annotation fits the photo both as stored and as displayed, and nothing tells which it
+                is.
         """
         spaces = fitting_spaces(size, sizes)
         if not spaces:
@@ -115,14 +117,14 @@ class OwnData(SourceBuilder):
         space = spaces[0] if len(spaces) == 1 else self.space
         if orientation > 1 and space is None:
             raise ValueError(
-                f"expected to know how the photo was turned when it was annotated, got the EXIF orientation "
+                f"expected to know how the photo was rotated when it was annotated, got the EXIF orientation "
                 f"{orientation} and an annotation that fits it as stored and as displayed. Set `orientation: display` "
-                "if your tool turns photos as viewers do, else `orientation: stored`, and look at a preview."
+                "if your tool rotates photos like viewers do, else `orientation: stored`, and look at a preview."
             )
         return (orientation if space == "stored" else 1), sizes[space or "stored"]
 
     def turn_upright(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Turn the masks of a row as viewers turn its photo. Every later reader sees both upright."""
+        """Rotate the masks of a row as viewers rotate its photo. Every later reader sees both upright."""
         masks = [target["rle"] for target in row["targets"]]
         if not masks:
             return row
@@ -132,13 +134,13 @@ class OwnData(SourceBuilder):
         except (OSError, ValueError):
             orientation = 1
         if orientation == 1:
-            return row  # a missing or broken image, or one of another size, is found where it is decoded
+            return row  # a missing or broken image, or one of another size, is detected when it is decoded
         turn, _ = self.find_space(orientation, sizes, masks[0]["size"])
         targets = [target | {"rle": turn_mask(target["rle"], turn)} for target in row["targets"]]
         return row | {"targets": targets, "ignore": row["ignore"] and turn_mask(row["ignore"], turn)}
 
     def locate(self, data_dir: str | None, option: str) -> str:
-        """Return the path in an option.
+        """Return the path given by an option.
 
         Raises:
             ValueError: If the option is not set, or names an archive, or a file instead of a directory.
@@ -168,13 +170,13 @@ class OwnData(SourceBuilder):
 
 @dataclasses.dataclass
 class LabeledConfig(OwnDataConfig):
-    """Options of annotations that name each object by the label of its class.
+    """Options of annotations that name each object by its class label.
 
     Args:
         names: Interchangeable phrases by label: {"Rust_Patch": ["rust", "the corroded part"]}. The phrase of any other
-            label is the label itself, with spaces for underscores. An empty list leaves the label out.
+            label is the label itself, with spaces for underscores. An empty list drops the label.
         templates: Complete questions about a phrase, such as "Where is {name}?", to ask instead of LISA's about
-            classes. With "{name}" alone, `names` holds the questions.
+            classes. With "{name}" alone, `names` contains the questions.
     """
 
     names: dict[str, list[str]] | None = None
@@ -194,11 +196,11 @@ class LabeledConfig(OwnDataConfig):
                 raise ValueError(f"names: expected a list of phrases for {label!r}, got {phrases!r}.")
         templates = self.templates
         if templates is not None and not (_is_texts(templates) and all("{name}" in text for text in templates)):
-            raise ValueError(f"templates: expected a list of questions that hold '{{name}}', got {templates!r}.")
+            raise ValueError(f"templates: expected a list of questions that contain '{{name}}', got {templates!r}.")
 
 
 class Labeled(OwnData):
-    """Base of the builders whose annotations name each object by the label of its class."""
+    """Base of the builders whose annotations name each object by its class label."""
 
     BUILDER_CONFIG_CLASS = LabeledConfig
 
@@ -214,7 +216,7 @@ class Labeled(OwnData):
         Args:
             image: See [`~lisa_hf.data.rows.make_row`].
             image_id: As `image`.
-            objects: Label and RLE of every object. Objects with an RLE of None are passed over.
+            objects: Label and RLE of every object. Objects with an RLE of None are skipped.
             ignore: RLE of the pixels to ignore.
         """
         targets = []
@@ -231,7 +233,7 @@ class Labeled(OwnData):
         return self.turn_upright(row)
 
     def phrases(self, label: Any) -> list[str]:
-        """Return the interchangeable phrases, or complete questions, of a label; none if `names` leaves it out."""
+        """Return the interchangeable phrases, or complete questions, of a label; none if `names` drops it."""
         if not isinstance(label, str) or not label.strip():
             raise ValueError(f"expected a label, got {label!r}. Name the class.")
         self.met_labels.add(label)
@@ -264,7 +266,7 @@ def _is_texts(values: Any) -> bool:
 
 @dataclasses.dataclass
 class AnnotationFileConfig(LabeledConfig):
-    """Options of an export with one file of annotations, or one directory.
+    """Options of an export with one annotation file or directory.
 
     Args:
         annotations: Path of the file or directory.
@@ -275,7 +277,7 @@ class AnnotationFileConfig(LabeledConfig):
 
 @dataclasses.dataclass
 class ImagesConfig(AnnotationFileConfig):
-    """Options of an export with one file of annotations and the images apart from it.
+    """Options of an export with one annotation file and separate images.
 
     Args:
         images: Directory of the images.
@@ -285,5 +287,5 @@ class ImagesConfig(AnnotationFileConfig):
 
 
 def open_file(image: dict[str, Any]) -> IO[bytes]:
-    """Open the file of an undecoded image, also of an archive or a server."""
+    """Open the file of an undecoded image, which may be in an archive or on a server."""
     return io.BytesIO(image["bytes"]) if image["bytes"] else xopen(image["path"], "rb")

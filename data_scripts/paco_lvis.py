@@ -1,9 +1,9 @@
-"""PACO-LVIS: objects and their parts on COCO photos, in the COCO format of its authors.
+"""PACO-LVIS: objects and their parts on COCO photos, in the authors' COCO format.
 
     from data_scripts import load_source
     rows = load_source("paco_lvis", data_dir="dataset")
 
-Rows have one target per annotation, where the original draws one instance.
+Rows have one target per annotation, whereas the original draws one instance.
 """
 
 from .coco import CocoBuilder, make_instances_row, read_instances

@@ -1,12 +1,12 @@
-"""Write rows to Parquet with their images inside: a directory that loads like a dataset on the Hub, or becomes one.
+"""Write rows to Parquet with embedded images: a directory that loads like a Hub dataset, or becomes one.
 
 from data_scripts.parquet import write_card, write_parquet
 write_parquet(load_source("refcoco", data_dir="dataset", split="val"), "parquet/refcoco", "val")
 write_card("parquet", {"refcoco": RefCoco.LICENSE})
 datasets.load_dataset("parquet", "refcoco", split="val", streaming=True)
 
-The rows are cut into shards, whose content and order are the same on every engine and with any number of workers.
-Shards are staged in a hidden directory and moved when all of them are there, so what can be loaded is always whole.
+The rows are split into shards, whose content and order are the same on every engine and with any number of workers.
+Shards are staged in a hidden directory and moved when all of them exist, so a split that can be loaded is complete.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from .engines import Engine, map_pieces
 # The choice of `datasets` for images: a reader holds this many in memory.
 ROWS_PER_GROUP = 100
 FINGERPRINT = b"lisa_hf_fingerprint"
-EXCLUDED = b"lisa_hf_excluded"  # number of rows that were left out, by the name that their images are known by
+EXCLUDED = b"lisa_hf_excluded"  # number of excluded rows, by the name of their images' owner
 STAGING = ".incomplete"  # hidden: `load_dataset` does not look into it
 SHARD_NAME = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<total>\d{5})\.parquet")
 CHECKSUM = "<!-- checksum of the above: "
@@ -47,7 +47,7 @@ CHECKSUM = "<!-- checksum of the above: "
 
 @dataclasses.dataclass
 class WrittenSplit:
-    """What [`write_parquet`] wrote: paths of the shards in order, rows in them, rows left out by name."""
+    """Result of [`write_parquet`]: paths of the shards in order, number of rows, number of excluded rows by name."""
 
     paths: list[str]
     num_rows: int
@@ -66,7 +66,7 @@ def write_parquet(
 ) -> WrittenSplit:
     """Write one split as shards `data/<split>-00000-of-00007.parquet`, except those that exist for the same rows.
 
-    These names let `load_dataset` find splits of any name. A conversion that was interrupted goes on where it ended.
+    With these names, `load_dataset` finds splits of any name. An interrupted conversion continues where it stopped.
 
     Args:
         rows: Prepared rows of `lisa_hf.data.rows.FEATURES`.
@@ -74,18 +74,18 @@ def write_parquet(
             exist.
         split: Name of the split.
         num_workers: Number of shards to write at once.
-        max_shard_size: Approximate largest size of a shard.
-        overwrite: Whether to replace shards of this split that hold other rows.
-        engine: What writes the shards, see [`~engines.map_pieces`]. All of its workers must see the images and
+        max_shard_size: Approximate maximum size of a shard.
+        overwrite: Whether to replace shards of this split that contain other rows.
+        engine: Engine that writes the shards, see [`~engines.map_pieces`]. All of its workers must see the images and
             `directory`.
-        excluded: Images whose rows are left out.
+        excluded: Images whose rows are excluded.
 
     Raises:
-        ValueError: If an image is missing or empty, or there are shards of other rows, or no row is left. Nothing can
-            be read then that could not be read before.
+        ValueError: If an image is missing or empty, there are shards of other rows, or no row is left. The readable
+            files do not change then.
         OSError: If a shard was not written completely. The others are kept for the next call.
     """
-    rows = rows.cast_column("image", Image())  # also of undecoded rows: the files say how to read them
+    rows = rows.cast_column("image", Image())  # even for undecoded rows: the files tell how to read them
     fs, root = url_to_fs(str(directory))
     names, fingerprint = _plan_shards(rows, split, max_shard_size, excluded)
     final = {path for path in _shard_paths(fs, root) if SHARD_NAME.fullmatch(_name(path))["split"] == split}
@@ -110,12 +110,12 @@ def write_parquet(
     paths = {name: f"{root}/data/{name}" for name in names}
     num_rows, num_excluded = _count_rows(fs, list((paths | staged).values()))
     if not num_rows:
-        raise ValueError(f"{_name(root)} {split}: expected a row, got none: all show excluded images. Leave it out.")
-    # From here on, shards of the old rows and of the new ones are never there together.
+        raise ValueError(f"{_name(root)} {split}: expected a row, got none: all show excluded images. Omit it.")
+    # From here on, shards of old and new rows never exist together.
     for path in others:
         fs.rm(path)
     thread_map(fs.mv, staged.values(), [paths[name] for name in staged], disable=True)
-    for path in _staged_paths(fs, root, split):  # left by workers that were killed
+    for path in _staged_paths(fs, root, split):  # left by killed workers
         fs.rm(path)
     # An object store has no empty directories.
     if fs.exists(f"{root}/{STAGING}") and not fs.find(f"{root}/{STAGING}"):
@@ -124,7 +124,7 @@ def write_parquet(
 
 
 def check_card(directory: str):
-    """Raise a `ValueError` if a directory has a README.md that [`write_card`] did not write, or not all of it."""
+    """Raise a `ValueError` if a directory has a README.md that [`write_card`] did not write, or that was edited."""
     fs, root = url_to_fs(str(directory))
     if not fs.exists(f"{root}/README.md"):
         return
@@ -162,7 +162,7 @@ def write_card(directory: str, licenses: dict[str, str]):
         for source, splits in shards.items()
     ]
     lines = [f"- {name}: {licenses[name]}" for name in shards if licenses.get(name)]
-    card = "# Rows for lisa_hf\n\nA configuration per source. Their licenses hold for these copies too.\n\n"
+    card = "# Rows for lisa_hf\n\nOne configuration per source. Their licenses apply to these copies too.\n\n"
     metadata = DatasetCardData(configs=configs, task_categories=["image-segmentation"])
     text = f"---\n{metadata}\n---\n\n{card}" + "\n".join(lines) + "\n\n"
     part = f"{root}/README.md.{uuid.uuid4().hex}.part"
@@ -171,7 +171,7 @@ def write_card(directory: str, licenses: dict[str, str]):
 
 
 def check_finished(directory: str, split: str):
-    """Raise a `ValueError` if a conversion ended while it moved the shards of a split to where they are read."""
+    """Raise a `ValueError` if a conversion stopped while it moved the shards of a split into place."""
     fs, root = url_to_fs(str(directory))
     if not _staged_paths(fs, root, split):
         return
@@ -207,7 +207,7 @@ def _staged_paths(fs: AbstractFileSystem, root: str, split: str) -> list[str]:
 def _plan_shards(
     rows: Dataset, split: str, max_shard_size: str, excluded: KnownImages | None
 ) -> tuple[list[str], bytes]:
-    """Return the names of the shards, and the fingerprint of all that their content depends on."""
+    """Return the names of the shards, and the fingerprint of everything that their content depends on."""
     sizes = np.fromiter(_image_sizes(rows), np.int64, len(rows))
     num_shards = max(1, -(-int(sizes.sum()) // convert_file_size_to_int(max_shard_size)))
     num_shards = min(num_shards, max(1, len(rows)))
@@ -229,7 +229,7 @@ def _image_sizes(rows: Dataset) -> Iterator[int]:
                 size = xgetsize(path) if path and ("://" in path or os.path.isfile(path)) else 0
             if size == 0:
                 raise ValueError(
-                    f"expected an image in every row, but {path!r} is empty or not there. Restore it, or remove its "
+                    f"expected an image in every row, but {path!r} is empty or missing. Restore it, or remove its "
                     "annotation."
                 )
             yield size
@@ -244,7 +244,7 @@ def _is_written(fs: AbstractFileSystem, path: str, fingerprint: bytes) -> bool:
 
 
 def _count_rows(fs: AbstractFileSystem, paths: list[str]) -> tuple[int, Counter[str]]:
-    """Return the number of rows in shards, and of those that were left out, by name."""
+    """Return the number of rows in shards, and the number of excluded rows by name."""
     num_rows, num_excluded = 0, Counter()
     for path in paths:
         with fs.open(path, "rb") as file:
@@ -263,10 +263,10 @@ def _write_shard(
     excluded: KnownImages | None,
     piece: int,
 ):
-    """Write one of the chosen shards into a directory, whole or not at all."""
+    """Write one of the chosen shards into a directory, completely or not at all."""
     fs, root = url_to_fs(directory)
     path = f"{root}/{names[chosen[piece]]}"
-    part = f"{path}.{uuid.uuid4().hex}.part"  # a worker that is taken for dead may still write
+    part = f"{path}.{uuid.uuid4().hex}.part"  # a worker that is considered dead may still write
     shard = rows.shard(len(names), chosen[piece], contiguous=True)
     num_excluded = Counter()
     with fs.open(part, "wb") as file:
@@ -280,12 +280,11 @@ def _write_shard(
                     num_excluded.update(found)
                 if table.num_rows:  # an empty group cannot be read
                     writer.write_table(table)
-            # Last: also an error closes the writer.
+            # Last, because an error closes the writer too.
             writer.add_key_value_metadata({FINGERPRINT: fingerprint, EXCLUDED: json.dumps(num_excluded)})
         size = file.tell()
     if fs.size(part) != size or not _is_written(fs, part, fingerprint):
         raise OSError(
-            f"expected {size} bytes in {part}, got {fs.size(part)}: the storage lost what was written. Run the same "
-            "command again."
+            f"expected {size} bytes in {part}, got {fs.size(part)}: the storage lost data. Run the same command again."
         )
     fs.mv(part, path)

@@ -3,7 +3,7 @@
     from data_scripts import load_source
     rows = load_source("pascal_part", data_dir="dataset")
 
-Rows have one target per annotation, where the original draws one instance.
+Rows have one target per annotation, whereas the original draws one instance.
 """
 
 from .coco import make_instances_row, read_instances

@@ -21,17 +21,17 @@ from .source import SourceBuilder, errors_naming, read_image_size, read_json
 
 SPLITS = ("train", "val", "test")
 TARGET, IGNORE = 1, 255
-# Bounds of what one annotation may ask for: lines times edges of a polygon, and pixels of all its polygons.
+# Limits for one annotation: lines times edges of a polygon, and pixels of all its polygons.
 MAX_CROSSINGS = 20_000_000
 MAX_PAINTED = 4_000_000_000
 
 
 def paint_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarray:
-    """Paint labeled polygons over each other, the largest first, so that smaller ones stay visible.
+    """Paint labeled polygons over each other, largest first, so that smaller ones stay visible.
 
     Args:
         shapes: Dicts of `label` and `points`. The label is "target", contains "ignore", or is the obsolete "flag",
-            which is skipped; upper and lower case are equal. Points [[x, y], ...] in pixels are truncated to integers.
+            which is skipped; case does not matter. Points [[x, y], ...] in pixels are truncated to integers.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
 
@@ -61,7 +61,7 @@ def paint_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.
         polygons.append((int(inside.sum()), len(polygons), inside, IGNORE if "ignore" in label else TARGET))
 
     labels = np.zeros((height, width), dtype=np.uint8)
-    # As the original, which paints the later one of equal areas first.
+    # As in the original, which paints the later of two equal areas first.
     for _, _, inside, value in sorted(polygons, key=lambda polygon: polygon[:2], reverse=True):
         labels[inside] = value
     return labels
@@ -71,7 +71,7 @@ def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
     """Fill a polygon and its outline by the even-odd rule, as OpenCV up to 4.10 did.
 
     The published scores on ReasonSeg were measured on such masks. Since OpenCV 4.11, `cv2.fillPoly` omits some pixels
-    beside slanted edges, and more of them beside edges that cross the border of the image.
+    next to slanted edges, and more next to edges that cross the image border.
 
     Args:
         points: Corners (x, y), shape `(num_corners, 2)`, int32.
@@ -89,7 +89,7 @@ def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
     for (x0, y0), (x1, y1) in zip(np.roll(points, 1, axis=0).tolist(), points.tolist()):
         if y0 == y1:
             continue
-        # Fixed-point x with 16 fractional bits, at both ends of the edge, which is clipped at the border of the image.
+        # Fixed-point x with 16 fractional bits, at both ends of the edge, which is clipped at the image border.
         half = 1 << 15
         first, last = (y0, (x0 << 16) + half), (y1, (x1 << 16) + half)
         if not (0 <= min(x0, x1) and max(x0, x1) < width and 0 <= min(y0, y1) and max(y0, y1) < height):
@@ -142,7 +142,7 @@ class ReasonSeg(SourceBuilder):
         if not images:
             raise FileNotFoundError(f"ReasonSeg: expected {SPLITS} with *.jpg in {root!r}, got no image. Download it.")
         explanations = os.path.join(root, "explanatory", "train.json")
-        # The sizes of the images matter too: polygons are cut off at their borders.
+        # The image sizes matter too: polygons are clipped at the borders.
         return [
             *images,
             *(path for path in map(_annotation_path, images) if os.path.exists(path)),
@@ -192,7 +192,7 @@ class ReasonSeg(SourceBuilder):
 
 
 def _is_sentence(image_path: str) -> bool | None:
-    """Return whether the question is a complete sentence. None if that cannot be read: both splits get the record."""
+    """Return whether the question is a complete sentence. None if unreadable: both splits then get the record."""
     try:
         return bool(read_json(_annotation_path(image_path))["is_sentence"])
     except (OSError, KeyError, TypeError, ValueError):

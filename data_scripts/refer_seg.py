@@ -5,8 +5,8 @@
 
 Mirrors `REFER` and `G_REFER` as the original uses them. A row holds all refs of one image in one split, with one
 target per ref, whose phrases are the expressions in the file. For the published scores, every expression of every ref
-is a question, even if two refs of an image share it: evaluate with `merge_instances=False`. The expressions of a ref
-that are false, about nothing in the image, are a target of their own with an empty mask.
+is a question, even if two refs of an image share it: evaluate with `merge_instances=False`. The false expressions of a
+ref, which refer to nothing in the image, are a separate target with an empty mask.
 """
 
 import collections
@@ -36,18 +36,18 @@ def splits_of(split: str) -> list[str]:
 
 
 def is_false(sentence: dict[str, Any]) -> bool:
-    """Return whether an expression is about nothing: marked so by FP-RefCOCO, or as not existing by R-RefCOCO."""
+    """Return whether an expression refers to nothing, as marked by FP-RefCOCO or R-RefCOCO."""
     return bool(sentence.get("is_false_premise", not sentence.get("exist", True)))
 
 
 def _choose_segmentation(annotations: list[dict[str, Any]], image_id: str) -> Any:
-    """Return the segmentation of the annotations that share an id, of which one is in the image."""
+    """Return the segmentation of the annotation in the image, among those that share an id."""
     if len(annotations) > 1:
         annotations = [found for found in annotations if id_key(found["image_id"]) == image_id] or annotations
     if any(other["segmentation"] != annotations[0]["segmentation"] for other in annotations):
         raise ValueError(
             f"expected one annotation with the id {annotations[0]['id']!r} in the image {image_id}, got a duplicate "
-            "id of different masks. Number the annotations anew where the files were merged."
+            "id with different masks. Renumber the annotations when you merge files."
         )
     return annotations[0]["segmentation"]
 
@@ -77,7 +77,7 @@ class ReferSegConfig(CocoConfig):
     """Options of the referring datasets.
 
     Args:
-        split_by: Who split the data: "unc", "umd", "google" or "berkeley". Defaults to the original's choice.
+        split_by: Author of the splits: "unc", "umd", "google" or "berkeley". Defaults to the original's choice.
     """
 
     split_by: str | None = None
@@ -227,8 +227,8 @@ class GRefCocoConfig(ReferSegConfig):
     """Options of gRefCOCO.
 
     Args:
-        conversations: Whether each expression is a row of its own, whose answer has a mask per object, or says that
-            there is none. The published scores use the other rows.
+        conversations: Whether each expression is a separate row, whose answer has a mask per object or says that there
+            is none. The published scores use the default rows.
     """
 
     conversations: bool = False

@@ -1,7 +1,7 @@
 """Segmentations as annotation tools write them, encoded as RLE: polygons, RLEs, pixel lists.
 
-Annotations are not trusted: pycocotools crashes the process or fills the memory on coordinates and sizes that are far
-off, so everything that reaches it is checked and bounded here first.
+Annotations are not trusted: pycocotools crashes the process or exhausts memory on extreme coordinates and sizes, so
+everything is checked and bounded here first.
 """
 
 from collections.abc import Sequence
@@ -19,19 +19,20 @@ from lisa_hf.data.masks import MAX_PIXELS, Mask, encode_mask, merge_masks
 # polygons may be 4 million pixels long, 100 times around a photo of 100 megapixels.
 STEPS_PER_PIXEL = 5
 MAX_STEPS = 20_000_000
-# Unions are made of this many RLEs at once, so that the time for many polygons does not grow with their square.
+# RLEs are merged in groups of this size, so that the time does not grow with the square of their number.
 MERGED_AT_ONCE = 32
-# In a mask image, 255 beside a value up to this one is void, as in PASCAL VOC. Beside a larger one, nobody can tell.
+# In a mask image, 255 in addition to a value up to this one is void, as in PASCAL VOC. With a larger value, it is
+# ambiguous.
 MAX_CLASS = 63
 # CVAT writes masks that are a pixel too large for their image.
 MAX_OVERHANG = 1
-# Corners of the polygon that is drawn for a circle or an ellipse.
+# Number of corners of the polygon drawn for a circle or an ellipse.
 ELLIPSE_POINTS = 180
 LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
 
 
 class NothingToDrawError(ValueError):
-    """A segmentation has no polygon of at least three points."""
+    """A segmentation has no polygon with at least three points."""
 
 
 def encode_segmentation(segmentation: Any, height: int, width: int) -> dict[str, Any]:
@@ -40,11 +41,11 @@ def encode_segmentation(segmentation: Any, height: int, width: int) -> dict[str,
     Args:
         segmentation: One of:
             - Polygons [[x0, y0, x1, y1, ...], ...] or [[[x0, y0], ...], ...] in pixels, whose union is the mask.
-              Those of fewer than three points are omitted.
+              Polygons with fewer than three points are omitted.
             - One polygon, [x0, y0, x1, y1, ...] or [[x0, y0], ...].
             - An RLE with compressed (str or bytes) or uncompressed (list of int) counts.
             - RLEs, whose union is the mask.
-            - The pixels, rows of the image's size that hold booleans, or 0 and 1.
+            - The pixels: rows of booleans, or of 0 and 1, with the size of the image.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
 
@@ -78,7 +79,7 @@ def encode_visible(segmentation: Any, height: int, width: int) -> dict[str, Any]
 
 
 def encode_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    """Encode an RLE, whose counts are compressed or not, as compressed RLE of an image of this size."""
+    """Encode an RLE with compressed or uncompressed counts as compressed RLE for an image of this size."""
     if list(rle["size"]) != [height, width]:
         raise ValueError(f"expected a mask of {[height, width]}, got one of {list(rle['size'])}.")
     counts = rle["counts"]
@@ -128,19 +129,19 @@ def encode_polygons(polygons: Sequence[Sequence[float]], height: int, width: int
 
 
 def encode_patch(patch: np.ndarray, left: float, top: float, height: int, width: int) -> dict[str, Any] | None:
-    """Encode a mask of a part of an image, or return None if it covers no pixel.
+    """Encode a mask of part of an image, or return None if it covers no pixel.
 
     Tools round: the part may leave the image by `MAX_OVERHANG` pixels, which are cut off.
 
     Args:
         patch: Shape `(H', W')`, bool.
-        left: Column of its upper left corner in the image.
-        top: Row of its upper left corner in the image.
+        left: Column of its upper-left corner in the image.
+        top: Row of its upper-left corner in the image.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
 
     Raises:
-        ValueError: If it is not inside of the image.
+        ValueError: If it is not inside the image.
     """
     height, width = check_size(height, width)
     left, top = round(left), round(top)
@@ -164,14 +165,14 @@ def encode_ellipse(
 
     Args:
         center: x and y in pixels.
-        radii: Half axes along x and y before the turn, in pixels.
-        rotation: Turn to the right, in degrees.
+        radii: Semi-axes along x and y before the rotation, in pixels.
+        rotation: Clockwise rotation in degrees.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
     """
     angles = np.linspace(0, 2 * np.pi, ELLIPSE_POINTS, endpoint=False)
     turn = np.deg2rad(rotation)
-    with np.errstate(over="ignore", invalid="ignore"):  # `check_points` says where such an ellipse is
+    with np.errstate(over="ignore", invalid="ignore"):  # `check_points` reports where such an ellipse is
         x, y = radii[0] * np.cos(angles), radii[1] * np.sin(angles)
         x, y = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
         points = np.stack([center[0] + x, center[1] + y], axis=1)
@@ -179,7 +180,7 @@ def encode_ellipse(
 
 
 def encode_with_holes(outline: Sequence, holes: Sequence[Sequence], height: int, width: int) -> dict[str, Any] | None:
-    """Encode a polygon without its holes, which are polygons too, or return None if no pixel is left."""
+    """Encode a polygon minus its holes, which are polygons too, or return None if no pixel is left."""
     rle = encode_visible([outline], height, width)
     inner = encode_visible(list(holes), height, width) if holes else None
     if rle is None or inner is None:
@@ -189,7 +190,7 @@ def encode_with_holes(outline: Sequence, holes: Sequence[Sequence], height: int,
 
 
 def encode_labels(labels: np.ndarray) -> dict[int, dict[str, Any]]:
-    """Encode the region of every label in one pass over the runs of equal labels.
+    """Encode the region of every label, in one pass over the runs of equal labels.
 
     Args:
         labels: Shape `(H, W)`, any integer dtype.
@@ -213,18 +214,18 @@ def encode_labels(labels: np.ndarray) -> dict[int, dict[str, Any]]:
 
 
 def read_mask(file: str | IO[bytes]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read a mask image, turned by its EXIF orientation, with 0 for the background and one other value.
+    """Read a mask image with 0 for the background and one other value, rotated by its EXIF orientation.
 
     Args:
-        file: Path or file of the image. Lossy images are cut at half of the brightness if nearly all of their pixels
+        file: Path or file of the image. Lossy images are thresholded at half brightness if nearly all of their pixels
             are black or white.
 
     Returns:
-        The mask, shape `(H, W)`, bool, and the ignored pixels alike: those of 255 beside a class. None if there are
-        none.
+        The mask, shape `(H, W)`, bool, and the ignored pixels in the same form: those of 255 in addition to a class.
+        None if there are none.
 
     Raises:
-        ValueError: If it cannot be read, is empty or full, or has several values, so that nobody can tell the object.
+        ValueError: If it cannot be read, is empty or full, or has several values, so that the object is ambiguous.
     """
     pixels, is_lossy = load_mask(file)
     if is_lossy:
@@ -247,19 +248,19 @@ def read_mask(file: str | IO[bytes]) -> tuple[np.ndarray, np.ndarray | None]:
         return pixels == others[0], pixels == 255
     raise ValueError(
         f"expected a mask with 0 for the background and one other value, got {file!r} with {len(others)} others, "
-        f"{others[:5]}{' and so on' if len(others) > 5 else ''}. Save the object that is asked for as a mask of its "
-        "own, or threshold a soft mask."
+        f"{others[:5]}{' and so on' if len(others) > 5 else ''}. Save the object that is asked for as a separate "
+        "mask, or threshold a soft mask."
     )
 
 
 def load_mask(file: str | IO[bytes]) -> tuple[np.ndarray, bool]:
-    """Load the values of a mask image, shape `(H, W)`, as viewers turn them, and whether its format is lossy."""
+    """Load the values of a mask image, shape `(H, W)`, as viewers rotate it, and whether its format is lossy."""
     try:
         with PIL.Image.open(file) as image:
             is_lossy = image.format in LOSSY_FORMATS
             image = PIL.ImageOps.exif_transpose(image)
             image.load()
-    except Exception as error:  # Pillow has no exception of its own for broken files.
+    except Exception as error:  # Pillow has no specific exception for broken files.
         raise ValueError(
             f"expected a mask, got {file!r}, which cannot be read: {error}. Restore it, or remove the row."
         ) from error
@@ -290,10 +291,10 @@ def load_mask(file: str | IO[bytes]) -> tuple[np.ndarray, bool]:
 def check_points(points: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return the points (x, y) of a polygon, shape `(N, 2)`, if they fit an image of this size.
 
-    An outline may leave the image by as much as the image's longer side. It is cut off at the border.
+    An outline may extend beyond the image by up to the image's longer side. It is clipped at the border.
 
     Raises:
-        ValueError: If the polygon is not in the image, or a point is far outside of it.
+        ValueError: If the polygon is not in the image, or a point is far outside it.
     """
     longer = max(height, width)
     with np.errstate(invalid="ignore"):
@@ -345,7 +346,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _holds_pixels(segmentation: Sequence, height: int, width: int) -> bool:
-    """Return whether a list holds the rows of a mask, instead of polygons."""
+    """Return whether a list contains the rows of a mask instead of polygons."""
     return len(segmentation) == height and all(
         isinstance(row, list | tuple) and len(row) == width and all(value in (0, 1) for value in row)
         for row in segmentation
@@ -353,7 +354,7 @@ def _holds_pixels(segmentation: Sequence, height: int, width: int) -> bool:
 
 
 def _split_polygons(segmentation: Sequence) -> list[Sequence]:
-    """Return the polygons of a list of polygons, or of a list that is one polygon: of numbers or of points."""
+    """Return the polygons in a list of polygons, or in a list that is one polygon, of numbers or points."""
     if segmentation and all(_is_number(value) for value in segmentation):
         return [segmentation]
     is_polygon = len(segmentation) >= 3 and all(
@@ -365,7 +366,7 @@ def _split_polygons(segmentation: Sequence) -> list[Sequence]:
 
 
 def _flatten(polygon: Any) -> list[float]:
-    """Return a polygon as [x0, y0, x1, y1, ...], from numbers, points [x, y] or points of the keys x and y."""
+    """Return a polygon as [x0, y0, x1, y1, ...], from numbers, points [x, y] or points with the keys x and y."""
     if isinstance(polygon, np.ndarray):
         polygon = polygon.tolist()
     if not isinstance(polygon, list | tuple):

@@ -62,7 +62,7 @@ class Concept:
     reason: str
 
 
-# "colour" stays in the texts of rows: another word would be another vocabulary, and other results of the quick start.
+# "colour" stays in the texts of rows: another spelling would change the vocabulary and the quick start's results.
 CONCEPTS = (
     Concept(
         ("circle",),
@@ -140,8 +140,8 @@ class Item:
         return [self.name, self.shape, f"{self.color} object"]
 
 
-ABSENT_SHARE = 0.5  # of the shapes that conversations with masks ask for
-ONE_SHAPE_SHARE = 0.7  # of their questions
+ABSENT_SHARE = 0.5  # share of absent shapes among those that conversations with masks ask for
+ONE_SHAPE_SHARE = 0.7  # share of their questions about one shape
 
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 MARGIN = 0.12  # smallest distance, as a fraction of the side, that decides a relation
@@ -277,21 +277,21 @@ def draw_conversation(rng: np.random.Generator, items: list[Item]) -> list[dict[
 
 
 def _draw_conversation_with_masks(rng: np.random.Generator, items: list[Item]) -> dict | None:
-    """Draw four questions about one or two shapes each, half of which are not there. None without two names.
+    """Draw four questions about one or two shapes each, half of which are absent. None without two names.
 
-    A shape that is not there has a color that no shape has. A vision tower as small as the quick start's sees colors
-    after a few hundred steps, and pairs of a shape and a color not within a thousand.
+    An absent shape has a color that no shape in the scene has. A vision tower as small as the quick start's learns
+    colors within a few hundred steps, but pairs of a shape and a color not within a thousand.
     """
     names = list(dict.fromkeys(item.name for item in items))
     absent_colors = [color for color in COLORS if color not in {item.color for item in items}]
-    # One of each color: after the answer about one, that about another would not need the image.
+    # One of each color: otherwise, one answer would give away another without the image.
     absent = [f"{color} {rng.choice(list(OUTLINES))}" for color in absent_colors]
     if len(names) < 2:
         return None
     names, absent = rng.permutation(names).tolist(), rng.permutation(absent).tolist()  # each is asked for once
     messages, targets = [], []
     for _ in range(4):
-        # First of all, a model has to learn to answer about one shape.
+        # A model first has to learn to answer about one shape.
         number = 1 if rng.random() < ONE_SHAPE_SHARE else 2
         asked = []
         for _ in range(number):
@@ -376,10 +376,10 @@ class ShapesConfig(SourceConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.image_size < 32:
-            raise ValueError(f"`image_size` is at least 32 (pixels), to tell shapes apart, got {self.image_size}.")
+            raise ValueError(f"image_size: expected at least 32 pixels, to tell shapes apart, got {self.image_size}.")
         if min(self.num_train_scenes, self.num_validation_scenes) < 1:
             raise ValueError(
-                f"Both splits need at least one scene, got {self.num_train_scenes=} and {self.num_validation_scenes=}."
+                f"expected one scene per split or more, got {self.num_train_scenes=}, {self.num_validation_scenes=}."
             )
 
 

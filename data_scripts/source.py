@@ -27,10 +27,10 @@ from .text import read_text
 logger = logging.getLogger(__name__)
 
 NUM_SHARDS = 16
-# Size of the pieces of a shard. A stream that is resumed reads its piece again.
+# Size of the pieces of a shard. A resumed stream rereads its piece.
 PIECE_BYTES = 2**16
-# Largest number of record batches of prepared rows. Each takes 12 KB of every process that has opened them, and the
-# 100 rows of `datasets` are a gigabyte for ten million.
+# Maximum number of record batches of prepared rows. Each takes 12 KB in every process that opens them, so with batches
+# of 100 rows, the default of `datasets`, ten million rows would take a gigabyte.
 MAX_BATCHES = 1000
 MAX_BAD_SHARE = 0.01
 # A small source may have this many bad records, as long as they are at most a fifth: 20 photos are a dataset too.
@@ -48,9 +48,9 @@ class SourceConfig(datasets.BuilderConfig):
     """Options of every source.
 
     Args:
-        on_bad_row: What to do with a record that gives no valid row, see [`~lisa_hf.data.rows.OnBadRow`]. More than
-            `MAX_BAD_SHARE` of bad records, and more than a few, raise in any case, and so does a file that cannot be
-            read.
+        on_bad_row: What to do with a record that does not give a valid row, see [`~lisa_hf.data.rows.OnBadRow`]. More
+            than `MAX_BAD_SHARE` of bad records, if more than a few, always raise an error, and so does an unreadable
+            file.
     """
 
     on_bad_row: OnBadRow = "raise"
@@ -63,11 +63,11 @@ class SourceConfig(datasets.BuilderConfig):
 class SourceBuilder(datasets.GeneratorBasedBuilder):
     """Base of the builders. A subclass lists its annotation files, reads their records, and makes a row from each.
 
-    A record is what the annotations say about one row, in values that JSON can hold. The first process on a machine
-    reads the records and writes them beside the cache, in shards. Rows are made from the shards record by record, both
-    when they are prepared and in the workers of a stream, so memory does not grow with the annotations.
+    A record is what the annotations say about one row, as JSON values. The first process on a machine reads the
+    records and writes them next to the cache, in shards. Rows are made from the shards record by record, both when
+    they are prepared and in the workers of a stream, so memory does not grow with the annotations.
 
-    The docstring of a subclass holds the expected directory tree and the numbers that the authors publish.
+    The docstring of a subclass has the expected directory tree and the numbers published by the authors.
     """
 
     BUILDER_CONFIG_CLASS = SourceConfig
@@ -84,9 +84,9 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         **options,
     ):
         if data_dir is not None:
-            # Rows hold paths, and the cache is also used from other working directories.
+            # Rows contain paths, and the cache may be used from other working directories.
             data_dir = os.path.abspath(os.path.expanduser(data_dir))
-        # An explicit default must not give another cache directory.
+        # An explicit default must not change the cache directory.
         defaults = {field.name: field.default for field in dataclasses.fields(self.BUILDER_CONFIG_CLASS)}
         options = {name: value for name, value in options.items() if value != defaults.get(name, dataclasses.MISSING)}
         # `_fingerprint` needs the options before `datasets` makes its config from them.
@@ -99,21 +99,21 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
             **options,
         )
         self.records_dir = f"{self.cache_dir}.records"
-        # By split: positions of the bad records that this process has met, and the number of records it has read of
-        # each shard. Positions, because a second epoch of a stream meets the same records again.
+        # By split: positions of the bad records that this process has seen, and the number of records it has read from
+        # each shard. Positions, because a second epoch of a stream sees the same records again.
         self.bad_records = collections.defaultdict(set)
         self.num_read = collections.defaultdict(collections.Counter)
         self.bad_errors: dict[str, list[str]] = collections.defaultdict(list)
         # Remarks of `read_records` for the user.
         self.read_remarks: list[str] = []
-        # What `make_row` has counted in its record; and by split and remark, how many at each position.
+        # What `make_row` has counted in its record; and by split and remark, the count at each position.
         self._counted: collections.Counter[str] = collections.Counter()
         self.counted = collections.defaultdict(dict)
 
     def annotation_files(self, data_dir: str | None) -> list[str]:
         """Return the paths of the files that rows are made from.
 
-        If the size or time of one of them changes, or their list, the rows are prepared again.
+        If their list changes, or the size or modification time of one of them, the rows are prepared again.
 
         Raises:
             FileNotFoundError: If the data does not exist.
@@ -137,15 +137,15 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         raise NotImplementedError
 
     def pass_over(self, what: str):
-        """Count an annotation of the record of `make_row` that is no bad one, but has no mask to ask for.
+        """Count an annotation in the record of `make_row` that is not bad, but has no mask to ask for.
 
         Args:
-            what: What such annotations are, in the plural.
+            what: Noun for such annotations, in the plural.
         """
-        self.count(f"passed over {{}} {what}")
+        self.count(f"skipped {{}} {what}")
 
     def count(self, remark: str):
-        """Count a case of a remark about the records of `make_row`, in which "{}" stands for the number of cases."""
+        """Count an occurrence of a remark about the records of `make_row`; "{}" in it becomes the count."""
         self._counted[remark] += 1
 
     def final_remarks(self) -> list[str]:
@@ -178,7 +178,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
         for (split, remark), found in sorted(self.counted.items()):
             # Braces may also come from the annotations.
             remarks.append(f"{remark.replace('{}', str(sum(found.values())), 1)} in the split {split!r}")
-        remarks += self.final_remarks() if self.num_read else []  # only of rows that this call has prepared
+        remarks += self.final_remarks() if self.num_read else []  # only for rows that this call has prepared
         if remarks:
             write_json(os.path.join(self.cache_dir, REMARKS), remarks)
         if self.bad_errors:
@@ -260,7 +260,7 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                 yield json.loads(line)
 
     def cut_shard(self, shard: Any) -> list[Any]:
-        """Cut a shard into pieces that `read_shard` can read, in sequence the same records."""
+        """Split a shard into pieces that `read_shard` can read, with the same records in the same order."""
         starts = range(0, max(1, os.path.getsize(shard)), PIECE_BYTES)
         return [(shard, start, start + PIECE_BYTES) for start in starts]
 
@@ -294,8 +294,8 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
                 if row is not None:
                     yield f"{shard}, {index}", row
         if len(bad) > num_bad:
-            # A reader of a few shards may never meet 1% of all records, so it judges the records that it has read,
-            # with three standard deviations of allowance for chance.
+            # A reader of a few shards may never see 1% of all records, so it judges the records that it has read, with
+            # a tolerance of three standard deviations.
             total, is_part = num_read.total(), len(shards) < num_shards
             if not is_part or total >= MIN_RECORDS:
                 allowance = 3 * (MAX_BAD_SHARE * total) ** 0.5 if is_part else 0
@@ -370,7 +370,7 @@ def write_json(path: str, content: Any):
 
 @contextlib.contextmanager
 def errors_naming(where: str) -> Iterator[None]:
-    """Turn the errors that wrong content causes into a `ValueError` that says where it is."""
+    """Turn errors caused by wrong content into a `ValueError` that says where it is."""
     try:
         yield
     except KeyError as error:
@@ -381,7 +381,7 @@ def errors_naming(where: str) -> Iterator[None]:
         if isinstance(error, ValueError) and "expected" in str(error):
             raise ValueError(f"{where}: {error}") from error
         raise ValueError(
-            f"{where}: expected what its format says, got other content ({error}). Export it again, or remove it."
+            f"{where}: expected content in its format, got something else ({error}). Export it again, or remove it."
         ) from error
 
 
@@ -390,7 +390,7 @@ def join_inside(directory: str, name: str) -> str:
     parts = name.replace("\\", "/").split("/")
     if os.path.isabs(name) or ".." in parts or not parts[0]:
         raise ValueError(
-            f"expected a relative path without '..', got the file {name!r}, which is outside of {directory!r}. Do not "
+            f"expected a relative path without '..', got the file {name!r}, which is outside {directory!r}. Do not "
             "use annotations from a source that you do not trust."
         )
     return os.path.join(directory, name)
@@ -403,5 +403,5 @@ def is_inside(path: str, directory: str) -> bool:
 
 
 def read_image_size(path: str) -> tuple[int, int]:
-    """Read the height and width in pixels of an upright image, by its EXIF orientation, from the file's header."""
+    """Read the height and width in pixels of an image, upright by its EXIF orientation, from the file's header."""
     return read_orientation(path)[1]["display"]

@@ -23,8 +23,8 @@ from .source import errors_naming, read_json
 class Supervisely(Labeled):
     """Supervisely's format of images. One row per image, one target per polygon and bitmap.
 
-    annotations     directory of a project or of one of its datasets: directories `ann` with a JSON per image, each
-                    beside a directory `img`
+    annotations     directory of a project or one of its datasets: directories `ann` with a JSON file per image, each
+    next to a directory `img`
     """
 
     BUILDER_CONFIG_CLASS = AnnotationFileConfig
@@ -77,7 +77,8 @@ def _encode_supervisely(shape: dict[str, Any], height: int, width: int) -> dict[
         points = shape["points"]
         return encode_with_holes(points["exterior"], points.get("interior") or [], height, width)
     (left, top), content = shape["bitmap"]["origin"], base64.b64decode(shape["bitmap"]["data"], validate=True)
-    # A small file may unpack to terabytes. No mask is larger than its pixels with four channels, and some headers.
+    # A small file may decompress to terabytes. No mask is larger than its pixels with four channels, plus some
+    # headers.
     limit = 4 * height * (width + 1) + 10_000
     try:
         unpacked = zlib.decompressobj().decompress(content, limit)
@@ -86,7 +87,7 @@ def _encode_supervisely(shape: dict[str, Any], height: int, width: int) -> dict[
                 raise ValueError(f"expected a bitmap in an image of {width} x {height} pixels, got {image.size}.")
             image.load()
     except (OSError, SyntaxError, zlib.error) as error:
-        raise ValueError(f"expected a bitmap as a packed PNG, got other data ({error}). Export it again.") from error
+        raise ValueError(f"expected a bitmap as compressed PNG, got other data ({error}). Export it again.") from error
     pixels = np.asarray(image)
     if image.mode in ("RGBA", "LA"):
         pixels = pixels[..., -1]

@@ -1,7 +1,7 @@
 """Text files in any encoding that annotation tools write: UTF-8, UTF-16, or that of an older or localized system.
 
-A wrong guess would silently train on garbage. So an encoding is taken only if the text says clearly which it is;
-else loading asks for the option `encoding`.
+A wrong guess would silently train on garbage, so an encoding is used only if the text clearly indicates it; otherwise,
+loading asks for the option `encoding`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from charset_normalizer import CharsetMatch, from_bytes
 
 logger = logging.getLogger(__name__)
 
-# What localized systems write: Chinese, Japanese, Korean, Cyrillic, Greek, Hebrew, Arabic, Thai, and Latin alphabets.
+# Encodings of localized systems: Chinese, Japanese, Korean, Cyrillic, Greek, Hebrew, Arabic, Thai and Latin alphabets.
 ENCODINGS = (
     *("gb18030", "big5", "cp932", "euc_jp", "cp949"),
     *("cp1251", "koi8_r", "cp1253", "cp1255", "cp1256", "cp874"),
@@ -32,8 +32,8 @@ COMMON = {
     "cp949": ("euc_kr", range(0xB0, 0xC9)),
 }
 THAI_MARK_WITHOUT_LETTER = re.compile("(?<![\u0e01-\u0e2e\u0e34-\u0e39])[\u0e31\u0e34-\u0e3a\u0e47-\u0e4c]")
-MIN_CHARACTERS = 5  # distinct ones that are not ASCII: fewer are words in several encodings
-MIN_COHERENCE = 0.2  # share of letters that are as frequent as a language has them, as charset-normalizer measures it
+MIN_CHARACTERS = 5  # distinct non-ASCII characters: fewer may be words in several encodings
+MIN_COHERENCE = 0.2  # share of letters with frequencies typical of a language, as measured by charset-normalizer
 MARGIN = 0.05
 
 
@@ -45,12 +45,12 @@ def read_text(path: str, encoding: str | None = None) -> str:
         encoding: Encoding of a file that is not in UTF-8, UTF-16 or UTF-32. By default, it is detected.
 
     Raises:
-        ValueError: If the file is damaged, or its encoding is not clear.
+        ValueError: If the file is damaged, or its encoding is ambiguous.
     """
     if os.path.isdir(path):
         raise ValueError(f"expected a file, got the directory {path!r}. Name the file in it.")
     content = pathlib.Path(path).read_bytes()
-    unicode = json.detect_encoding(content)  # by a byte order mark or by zeros, else UTF-8
+    unicode = json.detect_encoding(content)  # by a byte order mark or zero bytes, else UTF-8
     try:
         return content.decode(unicode)
     except UnicodeDecodeError as error:
@@ -75,7 +75,7 @@ def read_text(path: str, encoding: str | None = None) -> str:
 @functools.cache
 def _log_encoding(directory: str, encoding: str):
     """Log once what was detected."""
-    logger.warning("Files in %r are read in the encoding %s. If that is wrong, set `encoding`.", directory, encoding)
+    logger.warning("Files in %r are read as %s. If that is wrong, set `encoding`.", directory, encoding)
 
 
 def _not_ascii(text: str) -> list[str]:
@@ -83,7 +83,7 @@ def _not_ascii(text: str) -> list[str]:
 
 
 def _not_ascii_fragments(content: bytes) -> bytes:
-    """Return the strings that are not ASCII, one per line: the rest of a file would be taken for a language."""
+    """Return the non-ASCII strings, one per line: the rest of a file would be mistaken for a language."""
     fragments = dict.fromkeys(re.findall(rb'[^"\r\n]*[\x80-\xff][^"\r\n]*', content))
     return b"\n".join(list(fragments)[:1000])
 
@@ -93,7 +93,7 @@ def _detect_encoding(sample: bytes) -> str:
     matches = [match for match in from_bytes(sample, cp_isolation=list(ENCODINGS)) if _is_plausible(match)]
     if not matches:
         raise ValueError("its encoding cannot be detected")
-    # Some encodings share the letters of a text.
+    # Some encodings decode a text to the same letters.
     best = matches[0]
     others = [match for match in matches if str(match) != str(best)]
     is_long = len(set(_not_ascii(str(best)))) >= MIN_CHARACTERS
@@ -105,12 +105,12 @@ def _detect_encoding(sample: bytes) -> str:
         readings = " or ".join(
             f"{match.encoding} ({text[differing][:40]!r})" for match, text in list(zip([best, *others], lines))[:4]
         )
-        raise ValueError(f"its encoding is not clear: it may be {readings}")
+        raise ValueError(f"its encoding is ambiguous: it may be {readings}")
     return best.encoding
 
 
 def _is_plausible(match: CharsetMatch) -> bool:
-    """Return whether most letters are common ones, and most words in one alphabet: a wrong decoding fails in these."""
+    """Return whether most letters are common and most words use one alphabet, which is rare with a wrong decoding."""
     text = str(match)
     letters = [letter for letter in _not_ascii(text) if letter.isalpha()]
     if match.encoding in COMMON:

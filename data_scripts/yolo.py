@@ -24,12 +24,12 @@ class Yolo(Labeled):
     """Segmentation in the layout of YOLO (Ultralytics, Roboflow). One row per image, one target per outline.
 
     annotations     data.yaml with `names`, and directories or lists of images under the keys train, val and test; or
-                    the directory of data.yaml or classes.txt. Without these keys, it means all images in there.
-    split           which of these keys; default: train. `validation` means val
-    images          directory of the images, if they are apart from the labels
+    the directory of data.yaml or classes.txt. Without these keys, all images in it are used. split           which of
+    these keys; default: train. `validation` means val images          directory of the images, if they are separate
+    from the labels
 
-    A label file lies where its image does, with `labels` for `images` in its path, or beside it if there is no such
-    directory. Its lines hold a class number and the outline, x and y in shares of the width and height.
+    The path of a label file is that of its image with `labels` instead of `images`, or next to the image if there is
+    no such directory. Each line has a class number and an outline, x and y as fractions of the width and height.
     """
 
     BUILDER_CONFIG_CLASS = ImagesConfig
@@ -42,11 +42,11 @@ class Yolo(Labeled):
         names, pairs = self._names(data_dir), self._pairs(data_dir)
         records = [(image, label, names) for image, label in pairs if os.path.exists(label)]
         if len(records) < len(pairs):
-            self.read_remarks.append(f"passed over {len(pairs) - len(records)} images without a label file")
+            self.read_remarks.append(f"skipped {len(pairs) - len(records)} images without a label file")
         orphans = [] if self.config.images else _labels_without_image(pairs)
         if orphans:
             self.read_remarks.append(
-                f"passed over {len(orphans)} label files without an image of a known format, such as {orphans[0]!r}"
+                f"skipped {len(orphans)} label files without an image in a known format, such as {orphans[0]!r}"
             )
         return {self.config.split: records}
 
@@ -118,13 +118,13 @@ class Yolo(Labeled):
         for name in names.values():
             if isinstance(name, bool) or not isinstance(name, str | int | float):
                 raise ValueError(
-                    f"expected text as `names` of the classes in {path!r}, got {name!r}. Put words that YAML reads "
-                    "otherwise, such as yes, no and null, in quotes."
+                    f"expected strings as `names` of the classes in {path!r}, got {name!r}. Quote words that YAML "
+                    "reads as something else, such as yes, no and null."
                 )
         return {str(number): str(name) for number, name in names.items()}
 
     def _images(self, data_dir: str | None) -> list[str]:
-        """Return the paths of the images of the split, all inside of the directory of the description."""
+        """Return the paths of the images of the split, all inside the directory of the description."""
         path, content = self._find_description(data_dir), self._describe(data_dir)
         directory = os.path.dirname(path)
         split = "val" if self.config.split == "validation" and "validation" not in content else self.config.split
@@ -137,15 +137,16 @@ class Yolo(Labeled):
         entries = [entries] if isinstance(entries, str) else entries
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             raise ValueError(f"expected paths of the split {self.config.split!r} in {path!r}, got {entries!r:.100}.")
-        # Exports say where they were made, and many of their paths are wrong by a "..", which YOLO forgives too.
+        # Exports contain paths of the machine that made them, and many have a superfluous "..", which YOLO tolerates
+        # too.
         roots = [os.path.join(directory, str(content.get("path") or "")), directory]
         images = []
         for entry in entries:
             found = _first_inside(directory, [os.path.join(root, name) for root in roots for name in _variants(entry)])
             if found is None:
                 raise FileNotFoundError(
-                    f"source {self.source!r}: expected {entry!r} of {path!r} in {directory!r}, got none there. Keep "
-                    "the images beside the file that lists them, and write paths relative to it."
+                    f"source {self.source!r}: expected {entry!r} of {path!r} in {directory!r}, got nothing. Keep "
+                    "the images next to the file that lists them, and use paths relative to it."
                 )
             images += list_images(found) if os.path.isdir(found) else self._listed_images(found, roots)
         return images
@@ -161,10 +162,10 @@ class Yolo(Labeled):
 
 
 def _variants(path: str) -> Iterator[str]:
-    """Yield a path, and without its leading "..", "." and "data": CVAT writes data/images/a.jpg for images/a.jpg.
+    """Yield a path, and the path without leading "..", "." and "data": CVAT writes data/images/a.jpg for images/a.jpg.
 
-    Of a path of another machine, also yield its ends, the longest first. The last part alone, such as "images", would
-    be that of other splits too.
+    For a path of another machine, also yield its tails, longest first. The last part alone, such as "images", could
+    also belong to another split.
     """
     parts = path.replace("\\", "/").split("/")
     yield "/".join(parts)
@@ -187,7 +188,7 @@ def _stem(path: str) -> str:
 
 
 def _label_path(image: str) -> str:
-    """Return the path of the label file of an image: with `labels` for `images`, or beside it if that is no place."""
+    """Return the path of an image's label file: with `labels` for `images`, or else next to the image."""
     before, images, after = image.rpartition(f"{os.sep}images{os.sep}")
     path = f"{before}{os.sep}labels{os.sep}{after}"
     path = path if images and os.path.isdir(os.path.dirname(path)) else image
@@ -195,10 +196,10 @@ def _label_path(image: str) -> str:
 
 
 def _labels_without_image(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the paths of the label files that belong to no image beside those of the pairs."""
+    """Return the paths of label files, in the directories of the pairs, that belong to no image."""
     found = []
     for labels, images in {os.path.dirname(label): os.path.dirname(image) for image, label in pairs}.items():
-        if labels != images and os.path.isdir(images):  # text files beside images may be anything
+        if labels != images and os.path.isdir(images):  # text files next to images may be anything
             stems = {_stem(name) for name in os.listdir(images) if is_image(name)} | {"classes"}
             texts = sorted(glob.glob(f"{glob.escape(labels)}/*.txt"))
             found += [path for path in texts if _stem(path) not in stems]
@@ -210,8 +211,8 @@ def _parse_numbers(line: str) -> list[float]:
         return [float(number) for number in line.split()]
     except ValueError as error:
         raise ValueError(
-            f"expected the number of a class and x and y of an outline, separated by spaces, got {line!r:.100} "
-            f"({error}). Export it as a segmentation of YOLO."
+            f"expected a class number and the x and y of an outline, separated by spaces, got {line!r:.100} "
+            f"({error}). Export it as YOLO segmentation."
         ) from error
 
 
@@ -223,14 +224,14 @@ def _class_name(number: float, names: dict[str, str]) -> str:
 
 
 def _encode_shares(numbers: Sequence[float], height: int, width: int) -> dict[str, Any] | None:
-    """Encode an outline of x and y in shares of the image's size."""
+    """Encode an outline with x and y as fractions of the image size."""
     shares = np.array(numbers, dtype=np.float64)
     if len(shares) % 2 or len(shares) < 6:
         raise ValueError(f"expected a class and at least three points (x, y), got {len(shares)} numbers after it.")
     far = shares[~((shares >= -1) & (shares <= 2))]  # NaN too
     if far.size:
         raise ValueError(
-            f"expected x and y in shares of the image's width and height, from 0 to 1, got {far[0]}. Divide pixels by "
-            "the width and the height."
+            f"expected x and y as fractions of the image's width and height, from 0 to 1, got {far[0]}. Divide pixels "
+            "by the width and height."
         )
     return encode_visible([(shares.reshape(-1, 2) * (width, height)).ravel().tolist()], height, width)

@@ -8,18 +8,18 @@ from importlib.util import find_spec
 import torch
 
 
-# transformers imports torchvision wherever it is installed, and fails deep inside if it was built for another torch.
+# transformers imports torchvision if it is installed, and fails deep inside if it was built for another torch.
 if find_spec("torchvision"):
     try:
         import torchvision  # noqa: F401
     except Exception as error:
         sys.tracebacklimit = 0  # one line: there is nothing to debug in the code that imports this package
         raise ImportError(
-            f"expected a torchvision that fits torch {version('torch')}, got torchvision {version('torchvision')} "
+            f"expected a torchvision that matches torch {version('torch')}, got torchvision {version('torchvision')} "
             f"({error}). Install the pair that constraints.txt names, from one index: pip install torch torchvision."
         ) from None
 
-# DeepSpeed, which accelerate imports where it is installed, also to save a model, else warns that it found no GPU.
+# accelerate imports DeepSpeed if it is installed, even to save a model, and DeepSpeed would warn about a missing GPU.
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

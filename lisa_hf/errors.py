@@ -1,6 +1,6 @@
 """Messages about mistakes that a user can correct: one line without a stack trace, and the nearest valid name.
 
-And what no message or record may hold: secrets. And what none that is shared may hold: paths of this machine.
+Also removes secrets from messages and records, and paths of this machine from what is shared.
 """
 
 import difflib
@@ -43,7 +43,7 @@ LOCAL_PATH = re.compile(  # absolute, or below a home directory: between quotes,
 
 @contextmanager
 def report_user_errors():
-    """Turn errors of the user's input or machine into one line on stderr and exit code 2.
+    """Report errors caused by the user's input or machine as one line on stderr, with exit code 2.
 
     These are `ValueError`, `OSError` and `SafetensorError`, a weights file with code in it, and what torch and
     transformers raise as `RuntimeError`: a dead loader worker, a tracker that is not installed, and weights of other
@@ -58,16 +58,16 @@ def report_user_errors():
         yield
     except KeyboardInterrupt:
         tqdm.write(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)  # as shells say it
+        sys.exit(130)  # the shells' code for Ctrl-C
     except (OSError, RuntimeError, SafetensorError, UnpicklingError, ValueError) as error:
         if isinstance(error, UnpicklingError):
             error = ValueError(
-                "expected a file of tensors alone, got one with other objects, which could run code when they are "
+                "expected a file with tensors only, got one with other objects, which could run code when they are "
                 "read and were not read. Get the file as safetensors from someone you trust."
             )
         elif isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             error = ValueError(
-                "expected weights of the sizes in config.json, got others, see the report above. Restore the "
+                "expected weights of the sizes in config.json, got other sizes, see the report above. Restore the "
                 "config.json that belongs to the weights."
             )
         elif isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
@@ -78,7 +78,7 @@ def report_user_errors():
         elif isinstance(error, RuntimeError) and "to be installed" not in str(error):  # a tracker of `report_to`
             raise
         logger.debug("The full trace:", exc_info=True)
-        # A loader worker's error carries its stack trace as text, whose last line is the error.
+        # A loader worker's error contains its stack trace as text, with the error in the last line.
         text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {redact(' '.join(text.split()))}", file=sys.stderr)
         sys.exit(2)

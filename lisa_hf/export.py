@@ -50,11 +50,11 @@ logger = logging.getLogger(__name__)
 def find_newest_model(run: Path) -> Path:
     """Return the directory of a run's newest complete model: its final one, or that of a checkpoint.
 
-    Incomplete checkpoints, left by a process that was killed while it saved, are skipped with a warning.
+    Incomplete checkpoints, left by a process that was killed while saving, are skipped with a warning.
 
     Args:
-        run: Output directory of a run, finished or not, or one checkpoint. A checkpoint is returned as it is; only
-            its weights have to be complete.
+        run: Output directory of a finished or unfinished run, or one checkpoint. A checkpoint is returned unchanged;
+            only its weights have to be complete.
 
     Raises:
         ValueError: There is no complete model.
@@ -78,7 +78,7 @@ def find_newest_model(run: Path) -> Path:
     if newest is None:
         raise ValueError(
             f"{run}: expected a model or a complete checkpoint-N in it, got neither. To export an incomplete "
-            "checkpoint whose weights are whole, name the checkpoint itself."
+            "checkpoint whose weights are complete, name the checkpoint itself."
         )
     return Path(newest)
 
@@ -87,10 +87,10 @@ def find_consolidated(run: Path) -> Path | None:
     """Return the checkpoint that the output of DeepSpeed's zero_to_fp32.py belongs to, or None for anything else.
 
     Args:
-        run: File or directory of weights alone, in the directory of its checkpoint.
+        run: File or directory with only weights, in the directory of its checkpoint.
 
     Raises:
-        ValueError: It is in no checkpoint.
+        ValueError: It is not in a checkpoint.
     """
     is_weights = run.is_file() or (_has_weights(run) and not (run / PROCESSOR_NAME).is_file())
     if not is_weights:
@@ -105,7 +105,7 @@ def find_consolidated(run: Path) -> Path | None:
 
 
 def open_weights(checkpoint: Path) -> dict[str, LazyTensor]:
-    """Return all weights of a checkpoint by the names they were trained under, without reading their values.
+    """Return all weights of a checkpoint by the names used in training, without reading their values.
 
     Raises:
         ValueError: A file is missing or truncated; the message names it.
@@ -135,7 +135,7 @@ def restore_model(
 
     Args:
         checkpoint: The checkpoint.
-        consolidated: Output of DeepSpeed's zero_to_fp32.py to take the weights from: all, or those that trained.
+        consolidated: Output of DeepSpeed's zero_to_fp32.py to load the weights from: all weights, or the trained ones.
 
     Raises:
         ValueError: A file is missing or truncated, or the weights do not match the configuration.
@@ -171,7 +171,7 @@ def _are_all(weights: dict[str, LazyTensor], config: LisaConfig) -> bool:
 
 
 def _load_trained(checkpoint: Path, weights: dict[str, LazyTensor]) -> LisaForConditionalGeneration:
-    """Load the weights that trained, without LoRA, into the model that the run started from."""
+    """Load the trained weights of a run without LoRA into the model that the run started from."""
     base = restore_base(checkpoint)
     adaptation = ModelArguments(**find_run_record(checkpoint)["arguments"]["model"]).adaptation
     model = prepare_for_training(base, **adaptation)
@@ -188,7 +188,7 @@ def restore_adapter(checkpoint: Path, consolidated: Path | None = None) -> PeftM
         consolidated: See [`restore_model`].
 
     Raises:
-        ValueError: No record says what the run started from, or the weights do not match the adapter.
+        ValueError: No record names the model that the run started from, or the weights do not match the adapter.
     """
     weights = open_checkpoint(consolidated) if consolidated else open_weights(checkpoint)
     base = restore_base(checkpoint)
@@ -206,7 +206,7 @@ def restore_adapter(checkpoint: Path, consolidated: Path | None = None) -> PeftM
 
 
 def _load_all_of(trained: set[str], model: torch.nn.Module, weights: dict[str, LazyTensor], checkpoint: Path) -> None:
-    """Load weights, among which must be those that trained."""
+    """Load weights, which must include the trained ones."""
     _raise_if_others(trained, model.load_state_dict(_load_all(weights), strict=False), checkpoint)
 
 
@@ -220,7 +220,7 @@ def _raise_if_others(trained: set[str], result, checkpoint: Path) -> None:
 
 
 def restore_base(checkpoint: Path) -> LisaForConditionalGeneration:
-    """Build the model that a run started from, as its record says; random weights are drawn from the run's seed.
+    """Build the model that a run started from, according to its record; random weights use the run's seed.
 
     Raises:
         ValueError: There is no record.
@@ -228,11 +228,11 @@ def restore_base(checkpoint: Path) -> LisaForConditionalGeneration:
     record = find_run_record(checkpoint)
     if record is None:
         raise ValueError(
-            f"{checkpoint} holds what was trained alone: expected the {RUN_RECORD} of its run beside it or in the "
+            f"{checkpoint} has only trained weights: expected the {RUN_RECORD} of its run next to it or in the "
             "directory above, which names its base model, got none. Copy it there."
         )
     arguments = dict(record["arguments"]["model"])
-    # Paths were relative to the directory that the run was started in.
+    # Paths are relative to the directory in which the run was started.
     for name in ("model", "vlm", "mask_model", "language_model", "tokenizer", "chat_template"):
         relative = Path(record["directory"], arguments[name] or "")
         if arguments[name] and relative.exists():
@@ -243,12 +243,12 @@ def restore_base(checkpoint: Path) -> LisaForConditionalGeneration:
     model_args = ModelArguments(**arguments)
     config, _ = build_config_and_processor(model_args)
     model = build_model(model_args, config, device_map="cpu")
-    # LoRA was trained beside quantized weights. Merging into those would round their sum a second time.
+    # LoRA was trained on quantized weights. Merging into those would round their sum a second time.
     return model.dequantize() if getattr(model, "is_quantized", False) else model
 
 
 def gather_trained_model(trainer: LisaTrainer) -> LisaForConditionalGeneration | None:
-    """Return the model at the end of a training, LoRA merged, on the main process; None on the others.
+    """Return the model at the end of training, with LoRA merged, on the main process; None on the others.
 
     Every process must call it.
     """
@@ -256,13 +256,13 @@ def gather_trained_model(trainer: LisaTrainer) -> LisaForConditionalGeneration |
     is_quantized = getattr(model, "is_quantized", False)
     if not is_quantized and not trainer.args.shards_weights:
         return merge_lora(model) if trainer.is_world_process_zero() else None
-    # Weights are sharded or quantized, and the whole model may not fit in memory beside them: merge through the disk.
+    # Weights are sharded or quantized, and the whole model may not fit in memory as well: merge through the disk.
     directory = Path(trainer.args.output_dir, "checkpoint-final")
     trainer.save_model(str(directory), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return None
-    unset_hf_deepspeed_config()  # With it, loading and generating would wait for the other processes.
+    unset_hf_deepspeed_config()  # With it, loading and generation would wait for the other processes.
     model, _ = restore_model(directory)
     shutil.rmtree(directory)
     return model.to(trainer.args.device)
@@ -278,14 +278,14 @@ def _load_all(weights: dict[str, LazyTensor]) -> dict[str, torch.Tensor]:
 def export_model(
     checkpoint: Path, directory: Path, dtype: torch.dtype | None = None, consolidated: Path | None = None
 ) -> None:
-    """Save the model of a checkpoint, with LoRA merged and shards put together, and its processor.
+    """Save the model of a checkpoint, with LoRA merged and shards consolidated, and its processor.
 
-    Weights without LoRA go from the checkpoint's files to the model's, a few at a time.
+    Without LoRA, weights are copied from the checkpoint's files to the model's, a few at a time.
 
     Args:
         checkpoint: The checkpoint.
         directory: Directory to write to.
-        dtype: Dtype of all weights; by default the run's.
+        dtype: Dtype of all weights; by default that of the run.
         consolidated: See [`restore_model`].
 
     Raises:
@@ -312,7 +312,7 @@ def export_model(
 
 
 def _complete_tied(model: LisaForConditionalGeneration, weights: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Return the weights with those that have a second name in the model under both."""
+    """Return the weights, with those that have two names in the model under both."""
     parameters = model.state_dict(keep_vars=True)
     given = {id(parameters[name]): tensor for name, tensor in weights.items() if name in parameters}
     tied = {name: given[id(value)] for name, value in parameters.items() if id(value) in given}
@@ -328,7 +328,7 @@ def save_model(
         model: Model to save, which is converted to `dtype` in place.
         processor: Processor to save.
         directory: Directory to write to.
-        dtype: Dtype of all weights; by default the one that most values have.
+        dtype: Dtype of all weights; by default the one of most values.
     """
     model.to(dtype or most_common_dtype(model.state_dict()))
     model.save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
@@ -362,7 +362,7 @@ def check_records(checkpoint: Path, evaluation: Path | None = None) -> None:
 def save_records(
     checkpoint: Path, directory: Path, model_id: str, is_adapter: bool = False, evaluation: Path | None = None
 ) -> None:
-    """Copy the run record, metrics and prediction sheets of a run beside its model, and write the model card.
+    """Copy the run record, metrics and prediction sheets of a run next to its model, and write the model card.
 
     What is copied holds no secrets, and no paths of this machine unless an adapter's base is found by them.
 
@@ -371,7 +371,7 @@ def save_records(
         directory: Directory to write to.
         model_id: Repository on the Hub, or name of the directory, for the card's example.
         is_adapter: Whether the directory holds an adapter without its base model.
-        evaluation: Output directory of recipes/eval.py, whose metrics and sheets the card shows too.
+        evaluation: Output directory of recipes/eval.py with metrics and sheets for the card.
 
     Raises:
         ValueError: See [`check_records`].
@@ -428,9 +428,9 @@ def _copy_evaluation(evaluation: Path, checkpoint: Path, directory: Path) -> Non
 
 
 def push_to_hub(directory: Path, repo_id: str, private: bool = True) -> str:
-    """Upload an exported directory to the Hub and return its URL; the repository is created if needed.
+    """Upload an exported directory to the Hub and return its URL. The repository is created if needed.
 
-    After an interruption, a second call sends only the files that did not arrive.
+    After an interruption, a second call uploads only the missing files.
     """
     api = HfApi()
     url = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)

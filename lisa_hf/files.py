@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, also when a process is killed while it writes."""
+"""Files and directories that appear completely or not at all, even if a process is killed while writing."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
             "remove it."
         )
     incomplete = directory.with_name(f"{directory.name}.incomplete")
-    if incomplete.exists():  # left by a process that was killed
+    if incomplete.exists():  # left by a killed process
         shutil.rmtree(incomplete)
     incomplete.mkdir(parents=True)
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

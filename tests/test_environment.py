@@ -20,4 +20,4 @@ def test_a_torchvision_of_another_torch_is_one_line(tmp_path):
     )
     assert result.returncode == 1 and result.stdout == ""
     (line,) = result.stderr.splitlines()
-    assert line.startswith("ImportError: expected a torchvision that fits torch ") and "pip install" in line
+    assert line.startswith("ImportError: expected a torchvision that matches torch ") and "pip install" in line

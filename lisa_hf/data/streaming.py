@@ -1,10 +1,10 @@
-"""Mixture of streamed rows, which are read as they are needed instead of being prepared first.
+"""Mixture of streamed rows, which are read on demand instead of being prepared first.
 
     sources = {name: load_source(name, data_dir, streaming=True) for name in ("ade20k", "refcoco", "reason_seg")}
     items = StreamingMixtureDataset(sources, rank=training_args.process_index, num_ranks=training_args.world_size)
 
-It starts at once and needs no disk space, but draws from a window of each source. Where rows can be prepared,
-[`~mixture.MixtureDataset`] is the better choice.
+It starts immediately and needs no disk space, but draws from a window of each source. If rows can be prepared, prefer
+[`~mixture.MixtureDataset`].
 """
 
 import json
@@ -25,28 +25,28 @@ STREAM_STATE = "stream_state"  # key of a batch
 class StreamingMixtureDataset(Mixture, torch.utils.data.IterableDataset):
     """Endless items: draws a source by weight for each item, takes its next row, and draws questions about it.
 
-    Every loader worker of every process is a *reader* with a stream of its own, which is a function of the seed, the
-    number of readers and its index. A source is read in passes, each in another order. A pass gives every row to
-    exactly one reader: by whole shards if there are enough, else row by row, where each reader reads the entire source
-    to keep its share. When a source ends, its next pass begins, so the smallest source ends nothing.
+    Every loader worker of every process is a *reader* with its own stream, which is a function of the seed, the number
+    of readers and its index. A source is read in passes, each in a different order. A pass gives every row to exactly
+    one reader: by whole shards if there are enough, else row by row, where each reader reads the entire source and
+    keeps its share. When a source ends, its next pass begins, so the stream never ends.
 
     This dataset is the only place that splits the rows. An accelerate dispatcher or `IterableDatasetShard` around it
     would split them a second time and lose most of them; [`LisaTrainer`] prevents that.
 
-    Resuming is exact at any item, with the state of each reader, from which it reads at most its windows again, or
-    without one: then all skipped batches are made again.
+    Resuming is exact at any item: with the state of each reader, which then rereads at most its windows, or without a
+    state by recreating all skipped batches.
 
     Args:
-        sources: Streamed rows by the name of their source. What `take` and `skip` have left out is divided among their
-            shards, as `IterableDataset.shard` does.
+        sources: Streamed rows by source name. Limits of `take` and `skip` are divided among the shards, as in
+            `IterableDataset.shard`.
         rank: Index of this process.
         num_ranks: Number of processes.
-        shuffle_buffer_size: Number of rows of each source that a reader holds to draw the next one from. Rows of
-            Parquet files hold their images in it.
+        shuffle_buffer_size: Number of rows of each source that a reader buffers to draw the next one from. Rows from
+            Parquet files include their images.
         kwargs: Arguments of [`Mixture`].
 
     Raises:
-        ValueError: Where [`Mixture`] does, and if a source has no rows.
+        ValueError: As in [`Mixture`], and if a source has no rows.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class StreamingMixtureDataset(Mixture, torch.utils.data.IterableDataset):
         self.rewind()
 
     def rewind(self):
-        """Make every iteration begin with the first item, whatever state was loaded."""
+        """Start every iteration at the first item, even if a state was loaded."""
         self.load_worker_states([None])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of this reader after its last item, in plain numbers that JSON can hold.
+        """Return the position of this reader after its last item, as numbers that JSON can store.
 
         The state of a loader worker is in the worker, see [`CollateWithState`].
         """
@@ -88,20 +88,20 @@ class StreamingMixtureDataset(Mixture, torch.utils.data.IterableDataset):
         return self._start() | {"num_items": self._num_items, "positions": positions}
 
     def load_state_dict(self, state_dict: dict[str, Any]):
-        """Make every iteration begin after the item at which `state_dict` was taken.
+        """Start every iteration after the item at which `state_dict` was called.
 
         Raises:
-            ValueError: If the state belongs to other sources or to another order of their rows. When iteration begins,
-                if it belongs to another reader or to another number of readers.
+            ValueError: If the state belongs to other sources or another order of their rows. When iteration starts, if
+                it belongs to another reader or another number of readers.
         """
         self.load_worker_states([state_dict])
 
     def load_worker_states(self, states: list[dict | None], next_worker: int = 0):
-        """Make the loader workers of this process begin where others ended.
+        """Start the loader workers of this process where earlier ones stopped.
 
         Args:
-            states: State of each worker, None for one that had made no batch.
-            next_worker: The worker whose batch comes first.
+            states: State of each worker, None for a worker that had not made a batch.
+            next_worker: Index of the worker whose batch comes first.
 
         Raises:
             ValueError: As [`load_state_dict`].
@@ -109,7 +109,7 @@ class StreamingMixtureDataset(Mixture, torch.utils.data.IterableDataset):
         for state in filter(None, states):
             if list(state["num_shards"]) != self.names:
                 raise ValueError(
-                    f"expected a state of the sources {self.names}, got one of {list(state['num_shards'])}. Resume "
+                    f"expected a state for the sources {self.names}, got one for {list(state['num_shards'])}. Resume "
                     "with the same sources in the same order."
                 )
             for what, value in self._order().items():
@@ -122,12 +122,12 @@ class StreamingMixtureDataset(Mixture, torch.utils.data.IterableDataset):
         self._readers: list[_SourceReader] = []
 
     def _order(self) -> dict[str, Any]:
-        """Return what the order of the rows depends on, beside the reader."""
+        """Return what the order of the rows depends on, apart from the reader."""
         num_shards = {name: rows.num_shards for name, rows in zip(self.names, self.sources)}
         return {"seed": self.seed, "shuffle_buffer_size": self.shuffle_buffer_size, "num_shards": num_shards}
 
     def _start(self) -> dict[str, Any]:
-        """Return the state in which an iteration of this reader begins."""
+        """Return the initial state of an iteration of this reader."""
         reader, num_readers = self._reader()
         state = {"reader": [reader, num_readers], **self._order(), "num_items": 0, "positions": {}}
         return self._starts[reader % len(self._starts)] or state
@@ -161,21 +161,21 @@ class StreamingMixtureDataset(Mixture, torch.utils.data.IterableDataset):
         """Return the index of this reader and the number of readers."""
         worker = torch.utils.data.get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        # A loader takes its first batch from its first worker, which therefore is the reader whose turn it is.
+        # A loader takes its first batch from its first worker, so that worker becomes the reader whose turn it is.
         worker_id = (worker_id + self._first_worker) % num_workers
         return self.rank * num_workers + worker_id, self.num_ranks * num_workers
 
 
 class _SourceReader:
-    """The rows of one source that one reader gets, pass after pass, with a state from which it goes on.
+    """The rows of one source that one reader gets, pass after pass, with a state to resume from.
 
-    A pass reads the shards in a random order, one after the other, into a window. Once the window is full it is
-    shuffled, and half of it given away. This is the order of `IterableDataset.shuffle`, whose own state forgets what
-    is in its window. Here a row has a *place*: the position of its shard in the pass, a piece of the shard and its
-    number in this piece. The state has the places of the window, and the pieces that hold them are read again.
+    A pass reads the shards in a random order, one after the other, into a window. Once the window is full, it is
+    shuffled and half of it is yielded. This is the order of `IterableDataset.shuffle`, whose own state loses the
+    content of its window. Here, a row has a *place*: the position of its shard in the pass, a piece of the shard and
+    the index in this piece. The state has the places of the window, and the pieces that contain them are read again.
 
-    Pieces are what `IterableDataset.reshard` makes of a shard: row groups of Parquet files, parts of the records of
-    our builders. A shard that it cannot divide is one piece, whose beginning is read again to find a place.
+    Pieces come from `IterableDataset.reshard`: row groups of Parquet files, parts of the records of our builders. A
+    shard that cannot be divided is one piece, which is reread from the start to find a place.
     """
 
     def __init__(self, name: str, rows: IterableDataset, seed: int, window_size: int, reader: int, num_readers: int):
@@ -185,16 +185,16 @@ class _SourceReader:
 
     def _begin_pass(self, number: int):
         self.number = number
-        # Take another share in each pass: otherwise, a reader of a small share would repeat its rows more often.
+        # Take a different share in each pass: otherwise, a reader with a small share would repeat its rows more often.
         self.rank = (self.reader + number) % self.num_readers
         self.shards = self._draw_order()
         self.has_own_shards = len(self.shards) >= self.num_readers
         if self.has_own_shards:
             self.shards = self.shards[self.rank :: self.num_readers]
-        self.num_given = 0  # of the window, also to other readers
+        self.num_given = 0  # rows of the window yielded so far, including those of other readers
         self.next_place = [0, 0, 0]
-        self.window: list[tuple[list[int], dict]] = []  # places and rows, in the order in which they will be given
-        self.num_due = 0  # of the window, before more rows are read
+        self.window: list[tuple[list[int], dict]] = []  # places and rows, in the order in which they will be yielded
+        self.num_due = 0  # rows of the window to yield before more are read
         seed = self.seed if number == 0 else np.random.default_rng(self.seed).integers(0, 1 << 63) - number
         self.rng = np.random.default_rng(seed)
 
@@ -226,7 +226,7 @@ class _SourceReader:
         self.rng.bit_generator.state = state["rng"]
 
     def __iter__(self) -> Iterator[dict]:
-        num_empty = 0  # passes in succession without a row for this reader
+        num_empty = 0  # consecutive passes without a row for this reader
         while num_empty < self.num_readers:
             num_empty += self.num_given == 0
             for row in self._shuffled():
@@ -253,7 +253,7 @@ class _SourceReader:
             self.num_due = len(order) - (self.window_size // 2 if is_full else 0)
 
     def _read(self, place: list[int]) -> Iterator[tuple[list[int], dict]]:
-        """Yield the rows of this pass in sequence from a place, with their places."""
+        """Yield the rows of this pass in order, starting at a place, with their places."""
         shard, piece, first = place
         for shard in range(shard, len(self.shards)):
             pieces = self._pieces(shard)
@@ -274,14 +274,14 @@ class _SourceReader:
         missing = [place for place in places if tuple(place) not in found]
         if missing:
             raise ValueError(
-                f"Source {self.name!r}: expected the rows that it had when the state was saved, got none at "
+                f"Source {self.name!r}: expected the same rows as when the state was saved, got none at "
                 f"{missing[0]} (shard, piece, row). Resume with the same data, or begin it anew with "
                 "`--ignore_data_skip true`."
             )
         return [(place, found[tuple(place)]) for place in places]
 
     def _pieces(self, shard: int) -> IterableDataset:
-        """Return the shard at this position of the pass, divided into pieces, which are its shards."""
+        """Return the shard at this position of the pass, resharded into its pieces."""
         return self.rows.shard(self.rows.num_shards, self.shards[shard]).reshard()
 
 
@@ -294,10 +294,10 @@ def _rows(pieces: IterableDataset, piece: int, first: int) -> Iterator[dict]:
 
 
 class CollateWithState:
-    """A collator that adds `stream_state` to a batch: the state of the stream after its last item, as JSON.
+    """Collator that adds `stream_state` to a batch: the state of the stream after its last item, as JSON.
 
     Args:
-        dataset: The stream that the items are from. In a loader worker, this is the worker's copy.
+        dataset: Stream that the items come from. In a loader worker, this is the worker's copy.
         collate: Collator of the items to a dict.
     """
 

@@ -1,4 +1,4 @@
-"""Results of benchmarks: predictions are compared with the truth by each protocol, and the numbers become tables."""
+"""Results of benchmarks: compare predictions with the truth by each protocol, and format the numbers as tables."""
 
 import json
 import logging
@@ -24,21 +24,21 @@ from .protocols import PROTOCOLS, Protocol
 logger = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
-# Metrics of false premises, which tables show where they are computed.
+# Metrics of false premises, which tables show if they are computed.
 FALSE_PREMISES = {"see_acc": "See", "miou": "mIoU", "oiou": "oIoU", "mrr": "mRR", "riou": "rIoU"}
-SHEET_RANKS = 4  # questions that a sheet shows of the best, the median and the worst each
+SHEET_RANKS = 4  # questions on a sheet, for each of best, median and worst
 
 
 @dataclass
 class QuestionScore:
-    """Pixels of the masks that a question asks for.
+    """Pixel counts of the masks that a question asks for.
 
     Args:
         question_id: Id of the question, see `predictions`.
         image_id: Id of its image.
-        intersections: Pixels of the prediction and the truth together, an int per mask.
-        unions: Pixels of either, an int per mask.
-        targets: Pixels of the truth, an int per mask.
+        intersections: Pixels in both the prediction and the truth, one int per mask.
+        unions: Pixels in either, one int per mask.
+        targets: Pixels in the truth, one int per mask.
         num_seg_tokens: Number of masks in the answer.
     """
 
@@ -51,7 +51,7 @@ class QuestionScore:
 
     @property
     def row_id(self) -> str:
-        """Id of the question's row, which differs from the image's if several rows are about it."""
+        """Id of the question's row, which differs from the image id if several rows share the image."""
         return self.question_id.rpartition("_")[0]
 
 
@@ -61,19 +61,19 @@ def score_predictions(
     """Compare predictions with the truth.
 
     Args:
-        dataset: The dataset, which asks for the texts of all protocols.
-        predictions: What was predicted for each question, see [`read_predictions`].
-        protocols: Names in `PROTOCOLS`. A protocol is left out if the predictions have no masks of its kind, or if it
-            asks all texts and no target has several.
+        dataset: Dataset with the questions for the texts of all protocols.
+        predictions: Predictions by question id, see [`read_predictions`].
+        protocols: Names in `PROTOCOLS`. A protocol is omitted if the predictions have no masks of its kind, or if it
+            asks all texts but no target has several.
 
     Returns:
-        The results, `{"num_items": int, "protocols": {name: metrics}}`, under the key "". If the dataset has reasoning
-        questions that are phrases and others that are sentences, "_short" and "_long" hold their results. And the
-        scores of all questions by protocol.
+        The results, `{"num_items": int, "protocols": {name: metrics}}`, under the key "". If the dataset has both
+        reasoning questions that are phrases and others that are sentences, their results are under "_short" and
+        "_long". And the scores of all questions by protocol.
     """
     # 1. Count pixels.
     scores = {name: [] for name in protocols}
-    rows = {"": set(), "_short": set(), "_long": set()}  # of which there may be several about an image
+    rows = {"": set(), "_short": set(), "_long": set()}  # there may be several about an image
     later_texts = set()  # questions that are not asked with a first text
     for row, row_id, questions in iterate_questions(dataset):
         rows[""].add(row_id)
@@ -104,7 +104,7 @@ def score_predictions(
 def _count_pixels(
     question: Question, prediction: QuestionPrediction, ignored: Mask | None, protocol: Protocol
 ) -> tuple[list[int], list[int], list[int], int] | None:
-    """Return intersections, unions, targets and number of masks, or None if the protocol does not ask this."""
+    """Return intersections, unions, targets and number of masks, or None if the protocol does not ask it."""
     masks = prediction.teacher_forced_masks if protocol.teacher_forced else prediction.masks
     if masks is None or protocol.texts not in question.texts:
         return None
@@ -122,7 +122,7 @@ def _count_pixels(
 
 
 def _match_masks(due: list[Mask], given: list[Mask]) -> tuple[list[Mask], list[Mask]]:
-    """Return what is due and what is given in pairs whose IoUs are the highest in sum, the rest beside empty masks."""
+    """Pair expected and given masks to maximize the sum of IoUs, and pair the rest with empty masks."""
     overlaps = networkx.Graph()
     for i, target in enumerate(due):
         for j, predicted in enumerate(given):
@@ -132,7 +132,7 @@ def _match_masks(due: list[Mask], given: list[Mask]) -> tuple[list[Mask], list[M
     found = dict(sorted(edge, reverse=True) for edge in networkx.max_weight_matching(overlaps))  # given -> due
     partner = {i: j for (_, j), (_, i) in found.items()}
     rest = [j for j in range(len(given)) if ("given", j) not in found]
-    # Those that overlap nothing are paired too, as by the Hungarian algorithm.
+    # Masks that overlap nothing are paired too, as by the Hungarian algorithm.
     order = [partner[i] if i in partner else rest.pop(0) if rest else None for i in range(len(due))]
     beyond = [given[j] for j in rest if len(given[j].run_ends) > 1]
     matched = [_empty(target) if j is None else given[j] for target, j in zip(due, order)]
@@ -144,18 +144,18 @@ def _empty(mask: Mask) -> Mask:
 
 
 def intersection_and_union_of_runs(predicted: Mask, target: Mask, ignored: Mask | None) -> tuple[int, int, int]:
-    """Count pixels as [`~metrics.intersection_and_union`] does, from the runs of the masks.
+    """Count pixels like [`~metrics.intersection_and_union`], from the runs of the masks.
 
     Returns:
         Pixels of the intersection, of the union, and of the target.
     """
-    # Between two ends of runs, every mask has one value.
+    # Between two run ends, every mask is constant.
     ends = [mask.run_ends for mask in (predicted, target, ignored) if mask is not None]
     starts = np.unique(np.concatenate([[0], *ends]))
     lengths, starts = np.diff(starts), starts[:-1]
     is_predicted, is_target = predicted.at(starts), target.at(starts)
     if ignored is not None:
-        is_predicted &= is_target | ~ignored.at(starts)  # where a pixel is annotated as both, it is a target
+        is_predicted &= is_target | ~ignored.at(starts)  # a pixel annotated as both is a target
     return tuple(
         int(lengths[where].sum()) for where in (is_predicted & is_target, is_predicted | is_target, is_target)
     )
@@ -169,13 +169,13 @@ def _compute(scores: list[QuestionScore], protocol: Protocol) -> dict[str, float
     }
     columns["images"] = [numbers[score.image_id] for score in scores]
     metrics = compute_protocol(columns, not protocol.teacher_forced, empty_target=protocol.empty_target)
-    if protocol.matches_masks:  # masks beyond those that are due are no questions about nothing
+    if protocol.matches_masks:  # surplus masks are not questions about nothing
         metrics = {name: value for name, value in metrics.items() if name not in ("n_acc", "t_acc", "see_acc")}
     return metrics | (row_metrics(scores) if protocol.per_row else {})
 
 
 def row_metrics(scores: list[QuestionScore]) -> dict[str, float]:
-    """Return the metrics of R-RefCOCO (arXiv 2209.09554), whose rows are refs: true expressions beside negative ones.
+    """Return the metrics of R-RefCOCO (arXiv 2209.09554), whose rows are refs with true and negative expressions.
 
     Formula, for refs r with true expressions P_r and negative ones N_r, intersections I and unions U in pixels:
 
@@ -185,7 +185,7 @@ def row_metrics(scores: list[QuestionScore]) -> dict[str, float]:
         riou = mean_r(sum_{p in P_r}(I_p) / sum_{q in P_r and N_r}(U_q))
 
     Returns:
-        These metrics, or none unless there are both true and negative expressions.
+        These metrics, or an empty dict unless there are both true and negative expressions.
     """
     rows = {}
     for score in scores:
@@ -224,15 +224,15 @@ def open_evaluation(
     sources: dict[str, dict],
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Return a new evaluation, or an interrupted one to go on with. Nothing is written, see [`begin_evaluation`].
+    """Return a new evaluation, or an interrupted one to continue. Nothing is written, see [`begin_evaluation`].
 
     Args:
         output_dir: Directory of the evaluation.
-        model: What is evaluated.
-        settings: What its predictions depend on, as JSON can hold it.
-        environment: What else its results are made with: date, software, hardware, `protocol_version`, ...
+        model: Name of the evaluated model.
+        settings: What its predictions depend on, as JSON values.
+        environment: Everything else about how results are made: date, software, hardware, `protocol_version`, ...
         sources: Benchmarks to evaluate on, with the options of their sources.
-        overwrite: Whether another evaluation may be there.
+        overwrite: Whether the directory may hold another evaluation.
 
     Returns:
         The content of `evaluation.json`: `model`, `settings`, `environments`, `train_overlap` (see
@@ -251,7 +251,7 @@ def open_evaluation(
         changed = [name for name in settings if known.get(name) != settings[name]]
         changed += [name for name in sources if name in results and not sources[name].items() <= results[name].items()]
         changed += ["protocol_version"] if last["protocol_version"] != environment["protocol_version"] else []
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):  # of another version, or damaged
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):  # from another version, or damaged
         results, changed = {}, list(settings)
     if changed or results.keys() >= sources.keys():
         what = f"one with other settings ({', '.join(changed)})" if changed else "a complete one"
@@ -260,17 +260,17 @@ def open_evaluation(
             "another, or replace it with --overwrite."
         )
     if {**last, "date": None} != {**environment, "date": None}:
-        logger.warning("The evaluation goes on with other software or hardware than it began with. Both are recorded.")
+        logger.warning("The evaluation continues with other software or hardware than before. Both are recorded.")
         found["environments"].append(environment)
     return found
 
 
 def begin_evaluation(output_dir: Path, evaluation: dict[str, Any], overwrite: bool) -> None:
-    """Write an evaluation of [`open_evaluation`] whose model or predictions can be read, on one process.
+    """Write an evaluation from [`open_evaluation`] once its model or predictions are readable, on one process.
 
     Args:
-        output_dir: Its directory.
-        evaluation: Its content.
+        output_dir: Directory of the evaluation.
+        evaluation: Content of `evaluation.json`.
         overwrite: Whether to remove another evaluation.
     """
     if overwrite and (output_dir / EVALUATION).exists():
@@ -281,7 +281,7 @@ def begin_evaluation(output_dir: Path, evaluation: dict[str, Any], overwrite: bo
 
 
 def write_evaluation(output_dir: Path, evaluation: dict[str, Any]) -> None:
-    """Write an evaluation, see [`open_evaluation`], and its results in percent as the table `evaluation.md`."""
+    """Write an evaluation, see [`open_evaluation`], and its results in percent as a table in `evaluation.md`."""
     output_dir.mkdir(parents=True, exist_ok=True)
     table = markdown_table(evaluation["benchmarks"])
     for name, text in ((EVALUATION, json.dumps(evaluation, indent=2) + "\n"), ("evaluation.md", table)):
@@ -306,7 +306,7 @@ def read_scores(path: Path) -> dict[str, list[QuestionScore]]:
 
 
 def metric_columns(results: Iterable[dict[str, float]]) -> dict[str, str]:
-    """Return the metrics beside gIoU and cIoU that a table about results shows, and their titles."""
+    """Return the metrics that a table of results shows besides gIoU and cIoU, and their titles."""
     columns = {f"p@{threshold}": f"P@{threshold}" for threshold in PRECISION_THRESHOLDS}
     columns |= {"n_acc": "N-acc", "t_acc": "T-acc", "seg_rate": "[SEG]"}
     shown = set().union(*results)

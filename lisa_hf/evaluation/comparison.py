@@ -1,4 +1,4 @@
-"""Compare evaluations: which may stand beside each other, and paired differences between two."""
+"""Compare evaluations: which are comparable, and paired differences between two."""
 
 import json
 import math
@@ -13,19 +13,18 @@ from .metrics import CONFIDENCE, iou_per_mask
 from .protocols import PROTOCOLS, Protocol
 
 
-# Settings of an evaluation that may differ between models that are compared.
+# Settings of an evaluation that may differ between compared models.
 OF_THE_MODEL = {"model", "weights", "predictions", "protocols", "per_device_eval_batch_size"}
 
 
 @dataclass
 class Comparison:
-    """How another model's masks differ from a first one's, on the same questions.
+    """How another model's masks differ from the first model's, on the same questions.
 
     Args:
-        giou, ciou: Differences of gIoU and cIoU, other minus first: value, and the ends of the 95% interval, from a
-            bootstrap over images.
-        num_better, num_worse, num_equal: On how many images the other model's mean IoU is higher, lower, equal.
-        p_value: Of the two-sided sign test over images, without those that are equal.
+        giou, ciou: Differences in gIoU and cIoU, other minus first: value and 95% interval, from a bootstrap over
+        images. num_better, num_worse, num_equal: Numbers of images on which the other model's mean IoU is higher,
+        lower, equal. p_value: P-value of the two-sided sign test over images, without ties.
     """
 
     giou: tuple[float, float, float]
@@ -42,29 +41,27 @@ def compare_scores(
     """Compare the scores of two models, image by image.
 
     Args:
-        first, other: Scores by one protocol, see [`read_scores`].
-        protocol: The protocol.
-        resamples: Number of resamples behind the intervals.
-        seed: Seed of the resampling.
+        first, other: Scores by one protocol, see [`read_scores`]. protocol: The protocol. resamples: Number of
+        bootstrap resamples for the intervals. seed: Seed of the resampling.
 
     Raises:
-        ValueError: If the scores are of other questions, or of another truth.
+        ValueError: If the scores are for different questions or a different truth.
     """
     other_by_id = {score.question_id: score for score in other}
     if other_by_id.keys() != {score.question_id for score in first}:
         raise ValueError(
             f"expected two evaluations of the same questions, got {len(first)} and {len(other)}, of which "
-            f"{len(other_by_id.keys() & {score.question_id for score in first})} are the same. Evaluate both alike."
+            f"{len(other_by_id.keys() & {score.question_id for score in first})} are the same. Use the same settings."
         )
     other = [other_by_id[score.question_id] for score in first]
-    if protocol.matches_masks:  # it also counts masks beyond those that are due, whose targets are empty
+    if protocol.matches_masks:  # it also counts surplus masks, whose targets are empty
         truth = [[list(filter(None, score.targets)) for score in scores] for scores in (first, other)]
     else:
         truth = [[score.targets for score in scores] for scores in (first, other)]
     if changed := [score.question_id for score, known, found in zip(first, *truth) if known != found]:
-        raise ValueError(f"expected two evaluations with the same true masks, got another one in {changed[0]}.")
+        raise ValueError(f"expected two evaluations with the same true masks, got others in {changed[0]}.")
 
-    # Number of masks of each image and sums over them, [num_images] each.
+    # Number of masks per image, and sums over them, [num_images] each.
     names = np.unique([score.image_id for score in first if score.targets])
     sums = []
     for scores in (first, other):
@@ -94,7 +91,7 @@ def compare_scores(
 
 
 def sign_test(num_better: int, num_worse: int) -> float:
-    """Return the two-sided p-value of the exact sign test: both are as likely as the other if nothing differs."""
+    """Return the two-sided p-value of the exact sign test: without a difference, both signs are equally likely."""
     number = num_better + num_worse
     tail = sum(math.comb(number, k) for k in range(min(num_better, num_worse) + 1))
     return min(1.0, 2 * tail / 2**number)
@@ -104,24 +101,24 @@ def compare_evaluations(directories: list[Path], title: str = "") -> dict[str, A
     """Compare the evaluations of several models with that of the first.
 
     Args:
-        directories: What recipes/eval.py wrote, with different models.
-        title: What the comparison shows, in a line. Defaults to the names.
+        directories: Output directories of recipes/eval.py, with different models.
+        title: Title of the comparison. Defaults to the names.
 
     Returns:
-        What JSON can hold, and [`~report.results_page`] shows: `title`, `evaluations`, the content of each
-        `evaluation.json` by the name of its directory, and `differences`, dicts of `benchmark`, `protocol`, `model`
-        and the fields of a [`Comparison`].
+        JSON values that [`~report.results_page`] shows: `title`, `evaluations`, the content of each `evaluation.json`
+        by directory name, and `differences`, dicts of `benchmark`, `protocol`, `model` and the fields of a
+        [`Comparison`].
 
     Raises:
-        ValueError: If a directory has no evaluation, if the evaluations share no benchmark, or if they were made by
-            protocols of other versions.
+        ValueError: If a directory has no evaluation, the evaluations share no benchmark, or they were made with
+            different protocol versions.
     """
     paths = {_name(path, directories): path for path in directories}
     evaluations = {name: _read(path) for name, path in paths.items()}
     versions = {name: environment(evaluation).get("protocol_version") for name, evaluation in evaluations.items()}
     if len(set(versions.values())) > 1:
         raise ValueError(
-            f"expected evaluations by the same version of the protocols, got {versions}. Score the older predictions "
+            f"expected evaluations with the same protocol version, got {versions}. Score the older predictions "
             "again: recipes/eval.py --predictions DIR"
         )
     shared = shared_results(evaluations)
@@ -141,11 +138,11 @@ def read_comparison(path: Path) -> dict[str, Any]:
             return comparison
     except (ValueError, AttributeError):
         pass
-    raise ValueError(f"{path}: expected a file that recipes/compare.py --json wrote, got another one.")
+    raise ValueError(f"{path}: expected a file written by recipes/compare.py --json, got another one.")
 
 
 def shared_results(evaluations: dict[str, dict]) -> list[tuple[str, str]]:
-    """Return the benchmarks and protocols that all evaluations have results of."""
+    """Return the benchmarks and protocols for which all evaluations have results."""
     first, *others = evaluations.values()
     return [
         (benchmark, protocol)
@@ -170,7 +167,7 @@ def _compare_benchmark(benchmark: str, directories: dict[str, Path]) -> list[dic
 
 
 def changed_settings(first: dict, other: dict) -> list[str]:
-    """Return in what two evaluations differ besides the model: settings, environment, options of benchmarks."""
+    """Return how two evaluations differ apart from the model: settings, environment, options of benchmarks."""
     known, settings = first["settings"], other["settings"]
     changed = sorted(key for key in known.keys() & settings.keys() - OF_THE_MODEL if known[key] != settings[key])
     before, after = environment(first), environment(other)
@@ -183,7 +180,7 @@ def changed_settings(first: dict, other: dict) -> list[str]:
 
 
 def environment(evaluation: dict) -> dict:
-    """Return what an evaluation was made with, its packages among the other keys."""
+    """Return what an evaluation was made with, with packages as further keys."""
     found = dict(evaluation.get("environments", [{}])[-1])
     return found | found.pop("versions", {})
 
@@ -205,7 +202,7 @@ def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
 
 
 def _name(path: Path, directories: list[Path]) -> str:
-    """Return the name of a directory, with its parent's if another has the same."""
+    """Return the name of a directory, with its parent's name if another has the same."""
     same = [other for other in directories if other.resolve().name == path.resolve().name]
     return path.resolve().name if len(same) == 1 else str(path)
 

@@ -1,7 +1,7 @@
-"""A batch and the masks that were predicted for it -> pixel counts per image.
+"""Reduce a batch and its predicted masks to pixel counts per image.
 
-All metrics follow from three integers per mask, so processes exchange counts and never masks. Counts come as one line
-per image: a gather that pads and cuts lines keeps the masks of an image together.
+All metrics follow from three integers per mask, so processes exchange counts instead of masks. There is one line of
+counts per image: a gather that pads and truncates lines keeps the masks of an image together.
 """
 
 import numpy as np
@@ -13,8 +13,8 @@ from ..model.pipeline_lisa import Answer
 from .metrics import SegmentationMetric, intersection_and_union
 
 
-PADDING = -100  # fills lines up to the longest one, as in Trainer's own gather
-GENERATED = "generated_"  # prefix of what is counted on the model's own answers
+PADDING = -100  # pads lines to the longest one, as in Trainer's gather
+GENERATED = "generated_"  # prefix of counts on the model's own answers
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -40,11 +40,11 @@ def metric_names(has_generated: bool) -> list[str]:
 
 
 def compute_protocol(columns: dict[str, list], is_generated: bool, **options) -> dict[str, float]:
-    """Compute the metrics of [`SegmentationMetric`] from its columns, leaving out those without a meaning.
+    """Compute the metrics of [`SegmentationMetric`] from its columns, without the meaningless ones.
 
     Args:
         columns: Counts, one entry per question.
-        is_generated: Whether the model answered by itself. `[SEG]` rates of a given answer mean nothing.
+        is_generated: Whether the model answered by itself. `[SEG]` rates of given answers are meaningless.
         options: Arguments of [`SegmentationMetric.compute`].
     """
     metrics = SegmentationMetric(keep_in_memory=True).compute(**columns, **options)
@@ -52,15 +52,15 @@ def compute_protocol(columns: dict[str, list], is_generated: bool, **options) ->
 
 
 def count_masks_due(batch: dict, seg_token_id: int) -> torch.Tensor:
-    """Return how many masks each question asks for, `(N,)` int64: the `[SEG]` tokens of its true answer."""
+    """Return the number of masks that each question asks for, `(N,)` int64: the `[SEG]` tokens of its true answer."""
     return (batch["labels"] == seg_token_id).sum(1)
 
 
 def count_teacher_forced(batch: dict, masks: list[torch.Tensor], seg_token_id: int) -> dict[str, torch.Tensor]:
-    """Count the pixels of masks that were decoded from the `[SEG]` tokens of the true answers.
+    """Count the pixels of masks decoded from the `[SEG]` tokens of the true answers.
 
     Args:
-        batch: Inputs of B images with one question per row (N rows), `mask_labels` among them.
+        batch: Inputs of B images with one question per row (N rows), including `mask_labels`.
         masks: B bool tensors `(M_b, H_b, W_b)`, in the order of `mask_labels`.
         seg_token_id: Id of `[SEG]`.
 
@@ -79,7 +79,7 @@ def count_teacher_forced(batch: dict, masks: list[torch.Tensor], seg_token_id: i
 def count_generated(batch: dict, answers: list[Answer], seg_token_id: int) -> dict[str, torch.Tensor]:
     """Count the pixels of masks in the model's own answers.
 
-    A mask that is due and was not generated counts as empty; masks beyond those that are due count nowhere.
+    An expected mask that was not generated counts as empty; surplus masks are not counted.
 
     Args:
         batch: As in [`count_teacher_forced`].
@@ -91,7 +91,7 @@ def count_generated(batch: dict, answers: list[Answer], seg_token_id: int) -> di
         `generated_unions` per mask, in pixels.
     """
     masks_due = count_masks_due(batch, seg_token_id).tolist()
-    # Answers follow each other row by row; labels are stacked per image.
+    # Answers are in row order; labels are stacked per image.
     masks_by_image = []
     for image in range(len(batch["mask_labels"])):
         rows = (batch["image_indices"] == image).nonzero().flatten().tolist()
@@ -110,13 +110,13 @@ def _count_pixels(prefix: str, masks: list[torch.Tensor], mask_labels: list[torc
 
 
 def _take(masks: torch.Tensor, number: int) -> torch.Tensor:
-    """Return the first `number` masks of `(M, H, W)`, filled up with empty ones."""
+    """Return the first `number` masks of `(M, H, W)`, padded with empty ones."""
     missing = masks.new_zeros((max(number - len(masks), 0), *masks.shape[1:]))
     return torch.cat([masks[:number], missing])
 
 
 def _by_image(values: torch.Tensor, batch: dict) -> torch.Tensor:
-    """Regroup values of rows `(N,)` to one padded line per image `(B, ...)`."""
+    """Regroup row values `(N,)` into one padded line per image `(B, ...)`."""
     return _pad([values[batch["image_indices"] == image] for image in range(len(batch["mask_labels"]))])
 
 
@@ -126,13 +126,14 @@ def _pad(lines: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _columns(lines: dict[str, np.ndarray], prefix: str = "") -> dict[str, list]:
-    """Regroup counts from one padded line per image to the columns of [`SegmentationMetric`], one entry per question.
+    """Regroup counts from one padded line per image into the columns of [`SegmentationMetric`], one entry per
+    question.
 
     Args:
-        lines: Counts `(num_images, ...)` of [`LisaTrainer.prediction_step`], padded with -100.
+        lines: Counts `(num_images, ...)` from [`LisaTrainer.prediction_step`], padded with -100.
         prefix: `GENERATED` for the model's own answers.
     """
-    # Each image has its number of masks due per question; that tells how to cut its line of masks into questions.
+    # The number of masks due per question tells how to split an image's line of masks into questions.
     masks_due = [line[line != PADDING] for line in lines["masks_due"]]  # num_images x [num_questions]
     keys = {"intersections": f"{prefix}intersections", "unions": f"{prefix}unions", "targets": "targets"}
     columns = {

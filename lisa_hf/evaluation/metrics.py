@@ -16,7 +16,7 @@ import torch
 CONFIDENCE = 0.95
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
-# What is right where nothing is due: a mask without pixels or none, an answer without a mask, or nothing at all.
+# What is correct if no mask is due: an empty mask or none, an answer without a mask, or nothing at all.
 EmptyTarget = Literal["empty_mask", "no_mask", "always_wrong"]
 
 
@@ -40,7 +40,7 @@ def intersection_and_union(
     Args:
         prediction: Predicted masks, `(..., H, W)` bool, such as `logits > 0`.
         target: True masks, `(..., H, W)` integer: 1 foreground, 0 background.
-        ignore_index: Value of target pixels that count nowhere.
+        ignore_index: Value of target pixels that are not counted.
 
     Returns:
         Intersections and unions in pixels, two int64 tensors `(...)`.
@@ -65,8 +65,8 @@ def iou_per_mask(
 
     Args:
         intersections, unions: Pixels of each mask, `(num_masks,)` int64.
-        has_prediction: Whether a mask was predicted, `(num_masks,)` bool. Where a union is empty, this is wrong.
-        empty_target: With "always_wrong", an empty union counts as 0 in any case.
+        has_prediction: Whether a mask was predicted, `(num_masks,)` bool. This is wrong if the union is empty.
+        empty_target: With "always_wrong", an empty union always counts as 0.
     """
     empty_iou = 0.0 if empty_target == "always_wrong" else ~has_prediction
     return np.where(unions > 0, intersections / np.maximum(unions, 1), empty_iou)
@@ -89,7 +89,7 @@ class SegmentationMetric(evaluate.Metric):
     gIoU and cIoU are those of LISA (arXiv 2308.00692, section 4.1), N-acc and T-acc those of the gRefCOCO paper (arXiv
     2306.00968), see_acc is the "See" accuracy of SESAME (arXiv 2312.08366).
 
-    These are the formulas of `empty_target="empty_mask"`. With "no_mask", nothing is predicted if the answer has no
+    These are the formulas for `empty_target="empty_mask"`. With "no_mask", nothing is predicted if the answer has no
     `[SEG]`, as in the code of the gRefCOCO paper. With "always_wrong", an empty union counts as 0, as in Seg-Zero's
     code, and there is no accuracy.
 
@@ -146,7 +146,7 @@ Returns a dict, floats unless stated. Metrics without any mask or question are 0
         )
 
     def _finalize(self):
-        # `evaluate` fails, or waits forever for the other processes, if a process has added nothing.
+        # `evaluate` fails, or waits forever for the other processes, if a process has not added anything.
         if self.writer is None:
             self.add_batch(intersections=[], unions=[], targets=[], num_seg_tokens=[], images=[])
         super()._finalize()
@@ -192,7 +192,7 @@ Returns a dict, floats unless stated. Metrics without any mask or question are 0
             metrics[name] = _ratio(numerator.sum(), denominator.sum())
             metrics |= {f"{name}_low": low, f"{name}_high": high}
 
-        # 3. Precision, and accuracy where some questions are about nothing.
+        # 3. Precision, and accuracy if some questions are about nothing.
         for threshold in PRECISION_THRESHOLDS:
             metrics[f"p@{threshold}"] = _ratio((iou[has_target] >= threshold).sum(), has_target.sum())
         if not has_target.all() and empty_target != "always_wrong":

@@ -30,7 +30,7 @@ def answer_questions(
         model: A LISA.
         processor: The model's processor.
         image: The image that all conversations are about.
-        conversations: Lists of messages that end with the user's turn, see [`user_message`].
+        conversations: Lists of messages that end with a user turn, see [`user_message`].
         max_new_tokens: Longest answer, in tokens.
     """
     prompts = [
@@ -52,7 +52,7 @@ def generate_answers(
         processor: The model's processor.
         batch: Inputs of N rows with their answers, as `forward` takes them.
         max_new_tokens: Longest answer, in tokens.
-        image_embeddings: What the mask model's encoder made of the images, see [`LisaOutput`].
+        image_embeddings: Outputs of the mask model's encoder, see [`LisaOutput`].
 
     Returns:
         N answers, with masks at the sizes of their images.
@@ -67,7 +67,7 @@ def generate_answers(
 
 
 def cut_prompts(batch: dict, processor: LisaProcessor) -> dict[str, torch.Tensor]:
-    """Cut the rows of a training batch before their first answer: text inputs `(N, L)`, padded on the left."""
+    """Truncate the rows of a training batch before their first answer: text inputs `(N, L)`, padded on the left."""
     is_answer = batch["labels"] != IGNORE_INDEX  # [N, L]
     lengths = torch.where(is_answer.any(1), is_answer.long().argmax(1), batch["attention_mask"].sum(1)).tolist()
     padding_values = {"input_ids": processor.tokenizer.pad_token_id}  # others: 0
@@ -107,12 +107,12 @@ def draw_answers(
 def draw_predictions(
     dataset: EvaluationDataset, predictions: dict[str, QuestionPrediction], titles: dict[str, str]
 ) -> PIL.Image.Image:
-    """Draw a model's own answers that were predicted before on a contact sheet.
+    """Draw previously predicted answers of a model on a contact sheet.
 
     Args:
         dataset: Evaluation items.
-        predictions: Answers by the ids of their questions, see [`read_predictions`].
-        titles: Titles of the questions to draw, by their ids.
+        predictions: Answers by question id, see [`read_predictions`].
+        titles: Titles of the questions to draw, by question id.
     """
     drawn = {}
     for index, (_, _, questions) in enumerate(iterate_questions(dataset)):

@@ -6,10 +6,10 @@
     text                    the model's own answer
     masks                   masks in this answer, as the compressed RLE of pycocotools: dicts of `size` and `counts`
     scores                  the model's own estimate of each mask's IoU, if it has one
-    teacher_forced_masks    masks that were decoded from the true answer
+    teacher_forced_masks    masks decoded from the true answer
 
-All metrics are computed from such a file, so an evaluation can be interrupted, and masks that another program made are
-scored alike.
+All metrics are computed from such a file, so an evaluation can be interrupted, and masks from other programs are
+scored in the same way.
 """
 
 import json
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class QuestionPrediction:
-    """What was predicted for a question.
+    """The prediction for a question.
 
     Args:
         text: The model's own answer.
@@ -54,7 +54,7 @@ class QuestionPrediction:
 
 
 def question_ids(image_id: str, number: int) -> list[str]:
-    """Return the ids of a number of questions about an image."""
+    """Return the ids of this many questions about an image."""
     return [f"{image_id}_{index}" for index in range(number)]
 
 
@@ -72,7 +72,7 @@ class PredictionWriter:
     """Appends predictions to a file, batch by batch.
 
     Args:
-        path: The file. If a process was killed while it wrote, half a line at its end is left behind.
+        path: The file. If a process was killed while writing, it may end with an incomplete line.
     """
 
     def __init__(self, path: Path):
@@ -95,8 +95,8 @@ class PredictionWriter:
             image_ids: Ids of the B images.
             image_indices: Index of each question's image, `(N,)`.
             masks_due: Number of masks that each question asks for, `(N,)`.
-            teacher_forced: Masks that were decoded from the true answers, B bool tensors `(M_b, H_b, W_b)`.
-            answers: The model's own answers, N in all, if it gave any.
+            teacher_forced: Masks decoded from the true answers, B bool tensors `(M_b, H_b, W_b)`.
+            answers: The model's own N answers, if it gave any.
         """
         for image, image_id in enumerate(image_ids):
             rows = (image_indices == image).nonzero().flatten().tolist()
@@ -112,14 +112,15 @@ class PredictionWriter:
 
 
 def predict_benchmark(trainer: Trainer, dataset: EvaluationDataset, path: Path) -> None:
-    """Answer all questions of a dataset into a file, going on where an earlier call was interrupted.
+    """Write answers to all questions of a dataset to a file, resuming an interrupted call.
 
     Every process must call it, and all must see the same directory.
 
     Args:
         trainer: A [`LisaTrainer`]; with `args.eval_generate` the model also answers by itself.
         dataset: The dataset.
-        path: The file. Until all questions are answered, each process appends to its own in a directory beside it.
+        path: The file. Until all questions are answered, each process appends to its own file in a directory next to
+            it.
     """
     if path.exists():
         return
@@ -131,7 +132,7 @@ def predict_benchmark(trainer: Trainer, dataset: EvaluationDataset, path: Path) 
         if not questions.keys() <= answered.keys()
     ]
     if answered and trainer.is_world_process_zero():
-        logger.info("%d of %d images were answered before.", len(dataset) - len(todo), len(dataset))
+        logger.info("%d of %d images are answered already.", len(dataset) - len(todo), len(dataset))
     trainer.accelerator.wait_for_everyone()  # before anything is written: all processes must find the same images
     if todo:
         trainer.prediction_writer = PredictionWriter(parts / f"{trainer.args.process_index}.jsonl")
@@ -144,7 +145,7 @@ def predict_benchmark(trainer: Trainer, dataset: EvaluationDataset, path: Path) 
 
 
 def _read_parts(parts: Path) -> dict[str, dict]:
-    """Read what processes have answered, without lines that a killed one left half-written."""
+    """Read the answers of all processes, without the incomplete lines of killed ones."""
     found = {}
     for file in sorted(parts.glob("*.jsonl")):
         for line in file.read_text("utf-8").split("\n"):
@@ -152,13 +153,13 @@ def _read_parts(parts: Path) -> dict[str, dict]:
                 prediction = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            # A loader that fills its last batch answers some questions twice.
+            # A loader that pads its last batch answers some questions twice.
             found.setdefault(prediction["question_id"], prediction)
     return found
 
 
 def _merge_parts(parts: Path, dataset: EvaluationDataset, path: Path) -> None:
-    """Write the answers of all processes into one file, in the order of the dataset, and remove theirs."""
+    """Merge the files of all processes into one, in the order of the dataset, and remove them."""
     answered = _read_parts(parts)
     with atomic_file(path) as incomplete, open(incomplete, "w", encoding="utf-8") as file:
         for _, _, questions in iterate_questions(dataset):
@@ -176,7 +177,7 @@ def _merge_parts(parts: Path, dataset: EvaluationDataset, path: Path) -> None:
 
 
 def _encode(masks: torch.Tensor) -> list[dict[str, Any]]:
-    """Encode masks `(M, H, W)` bool as JSON can hold them."""
+    """Encode masks `(M, H, W)` bool as JSON values."""
     found = [encode_mask(mask) for mask in masks.cpu().numpy()]
     return [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in found]
 
@@ -191,7 +192,7 @@ def export_questions(path: Path, datasets: dict[str, EvaluationDataset], overwri
         path: JSON Lines file. A line has `benchmark`, `question_id`, `image_id`, `image` (path of the file),
             `question` (what LISA is asked), `phrase` (the text in it; empty in conversations), `texts` (what the
             phrase is among, see [`~lisa_hf.data.prompts.TEXTS`]) and `messages` (the whole conversation). Images that
-            are not files of their own are written to a directory beside the file.
+            are not separate files are written to a directory next to the file.
         datasets: Datasets by the name of the benchmark.
         overwrite: Whether to replace the file.
 
@@ -233,7 +234,7 @@ def _write_image(content: bytes, path: Path) -> Path:
 
 
 def find_predictions(path: Path, benchmark: str) -> Path:
-    """Return where the predictions for one benchmark are: `path` itself, or what is named after it in there."""
+    """Return the path of the predictions for one benchmark: `path` itself, or what is named after it in `path`."""
     for name in (f"predictions_{benchmark}.jsonl", f"{benchmark}.jsonl", benchmark):
         if (path / name).exists():
             return path / name
@@ -274,7 +275,7 @@ def read_predictions(
     missing = [name for name in sizes if name not in found]
     if unknown:
         logger.warning(
-            "%s: %d of %d predictions are for no question of this benchmark, such as %s. They are passed over.",
+            "%s: %d of %d predictions match no question of this benchmark, such as %s. They are skipped.",
             *(path, len(unknown), len(unknown) + len(found), unknown[0]),
         )
     if missing and not missing_as_empty:
@@ -283,12 +284,12 @@ def read_predictions(
             f"{missing[0]}. See --export_questions for all ids, or count them as empty with --missing_as_empty."
         )
     if missing:
-        message = "%s: %d of %d questions have no prediction, which counts as no mask."
+        message = "%s: %d of %d questions have no prediction, and count as answered without a mask."
         logger.warning(message, path, len(missing), len(sizes))
     for kind in ("masks", "teacher_forced_masks"):
         lacking = [name for name, prediction in found.items() if getattr(prediction, kind) is None]
         if 0 < len(lacking) < len(found):
-            raise ValueError(f"{path}: expected `{kind}` of all questions or of none, got none of {lacking[0]}.")
+            raise ValueError(f"{path}: expected `{kind}` for all questions or none, got none for {lacking[0]}.")
         if not lacking:
             for name in missing:
                 found.setdefault(name, QuestionPrediction())
@@ -306,7 +307,7 @@ class _QuestionNames:
             self.by_image[image_id] = next(iter(questions)) if len(questions) == 1 else None
             for name, question in questions.items():
                 for text in {question.prompt, question.phrase} - {""}:
-                    # Two objects may have one name: such a text names neither.
+                    # Two objects may have the same name: such a text identifies neither.
                     key = image_id, text
                     self.by_text[key] = None if key in self.by_text else name
 
@@ -331,7 +332,7 @@ def _parse(prediction: dict, directory: Path, size: tuple[int, int] | None, wher
 
 
 def _iterate_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Iterate over the objects of a JSON Lines file, each with where it is."""
+    """Iterate over the objects of a JSON Lines file, each with its location."""
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -359,7 +360,7 @@ def _iterate_directory(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _size(row: dict, questions: dict[str, Question]) -> tuple[int, int] | None:
-    """Return the size [H, W] of a row's masks, as far as they tell it."""
+    """Return the size [H, W] of a row's masks, if it has any."""
     for question in questions.values():
         for mask in question.masks:
             return mask.size
@@ -404,7 +405,5 @@ def _read_png(path: Path) -> Mask:
     with PIL.Image.open(path) as image:
         pixels = np.asarray(image)
     if pixels.ndim != 2:
-        raise ValueError(
-            f"{path}: expected a mask with one channel, got the mode {image.mode}. Save it as gray values."
-        )
+        raise ValueError(f"{path}: expected a mask with one channel, got the mode {image.mode}. Save it in grayscale.")
     return Mask.from_rle(encode_mask(pixels != 0))

@@ -1,7 +1,7 @@
-"""Protocols: who answers, which texts are asked, and what counts as right where nothing is due.
+"""Protocols: who answers, which texts are asked, and what is correct if no mask is due.
 
-Published numbers mix protocols that differ by several points, so each has its name here, and a table names it beside
-its numbers.
+Published numbers mix protocols that differ by several points, so each has a name here, and tables show it with the
+numbers.
 """
 
 from dataclasses import dataclass
@@ -9,26 +9,26 @@ from dataclasses import dataclass
 from .metrics import EmptyTarget
 
 
-# To be increased whenever the same predictions give other numbers than before.
+# Increase whenever the same predictions give different numbers.
 PROTOCOL_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How answers become numbers.
+    """Rules that turn answers into numbers.
 
     Args:
         source: Paper and code that the rules come from.
         texts: Which texts are asked, one of [`~lisa_hf.data.prompts.TEXTS`].
         teacher_forced: Whether masks are decoded from the `[SEG]` tokens of the true answer. Otherwise, the model
-            answers by itself, and a mask that is due and not given counts as empty.
-        ignores_pixels: Whether pixels that are annotated as ambiguous count nowhere. Otherwise they are background.
-        merges_masks: Whether all masks of an answer are one, compared with the union of what is due. Otherwise they
-            are compared one by one, in order.
-        matches_masks: Whether the masks of an answer are matched with those that are due so that their IoUs are the
-            highest in sum, instead of in order. Both what is due and what is given beyond that counts as wrong.
-        per_row: Whether to report the means over rows that R-RefCOCO is evaluated with, see [`row_metrics`].
-        empty_target: What is right where nothing is due, see [`SegmentationMetric`].
+            answers by itself, and a missing mask counts as empty.
+        ignores_pixels: Whether pixels annotated as ambiguous are not counted. Otherwise they are background.
+        merges_masks: Whether all masks of an answer are merged and compared with the union of the expected ones.
+            Otherwise they are compared one by one, in order.
+        matches_masks: Whether the masks of an answer are matched to the expected ones to maximize the sum of IoUs,
+            instead of in order. Missing and surplus masks count as wrong.
+        per_row: Whether to report R-RefCOCO's means over rows, see [`row_metrics`].
+        empty_target: What is correct if no mask is due, see [`SegmentationMetric`].
     """
 
     source: str

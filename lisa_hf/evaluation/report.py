@@ -1,4 +1,4 @@
-"""Pages about evaluations in Markdown, made from what [`~comparison.compare_evaluations`] returns."""
+"""Markdown pages about evaluations, made from the results of [`~comparison.compare_evaluations`]."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ points, on the same images; the sign test counts images on which the mean IoU is
 
 
 def results_page(comparisons: list[dict[str, Any]]) -> str:
-    """Return a page about comparisons: a table for each benchmark and protocol, and how its numbers were made."""
+    """Return a page about comparisons: a table for each benchmark and protocol, and how the numbers were made."""
     return "\n".join([INTRODUCTION, *map(_section, comparisons)])
 
 
@@ -47,7 +47,7 @@ def _section(comparison: dict[str, Any]) -> str:
 
 
 def _table(results: dict[str, dict], differences: dict[str, dict], titles: dict[str, str]) -> list[str]:
-    """Return the rows of a table: one model each, its metrics, and its differences to the first."""
+    """Return the rows of a table, one per model: its metrics, and its differences from the first."""
     shown = set().union(*results.values())
     columns = {name: title for name, title in metric_columns(results.values()).items() if name in shown}
     names = ["model", "questions", "gIoU", "cIoU", *columns.values()]
@@ -68,7 +68,7 @@ def _table(results: dict[str, dict], differences: dict[str, dict], titles: dict[
 
 
 def _provenance(evaluations: dict[str, dict]) -> list[str]:
-    """Say with what evaluations were made, and what their models have seen."""
+    """Describe what evaluations were made with, and which images their models have seen."""
     rows = {}
     for name, evaluation in evaluations.items():
         for key, value in ({"model": evaluation["model"]} | environment(evaluation)).items():

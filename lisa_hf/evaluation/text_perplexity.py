@@ -1,8 +1,8 @@
-"""What training cost the texts of a VLM: how surprised it is by the answers that it gave before.
+"""How much training changed the language of a VLM: the perplexity of its earlier answers.
 
 The VLM that a model was made from answers a few questions about images, greedily. The perplexity of these answers,
 under this VLM and under the trained one, is the exponential of the mean negative log-likelihood of their tokens. Equal
-numbers say that the trained VLM would speak as before; they say nothing about masks.
+numbers mean that the trained VLM would speak as before; they say nothing about masks.
 """
 
 import logging
@@ -37,16 +37,16 @@ def compare_with_base(
     base_name: str,
     images: Sequence[PIL.Image.Image],
 ) -> dict[str, Any]:
-    """Measure the perplexity of a VLM's answers under it and under the model that was trained from it.
+    """Measure the perplexity of a VLM's answers under the VLM and under the model trained from it.
 
     Args:
-        load: Returns VLM and processor by name. One VLM is in memory at a time.
+        load: Function that returns the VLM and processor for a name. One VLM is in memory at a time.
         name: Name of the trained model.
         base_name: Name of the VLM, or of a LISA, that it was trained from.
         images: Images to ask about.
 
     Returns:
-        What `evaluation.json` holds under `text`: `base_model`, `num_answers`, `perplexity_of_base` and `perplexity`.
+        Content of `evaluation.json` under `text`: `base_model`, `num_answers`, `perplexity_of_base` and `perplexity`.
 
     Raises:
         ValueError: If the model cannot have been trained from this VLM.
@@ -63,10 +63,10 @@ def compare_with_base(
 def compare_without_adapter(
     model: PeftModel, processor: ProcessorMixin, name: str, images: Sequence[PIL.Image.Image]
 ) -> dict[str, Any]:
-    """Measure the same of a LoRA run by its one model, whose adapter is switched off for the VLM's own answers.
+    """Measure the same for a LoRA run with its single model, whose adapter is disabled for the VLM's own answers.
 
     Args:
-        model: A LISA with its adapter. Parts that were trained in full are switched off too.
+        model: A LISA with its adapter. Parts that were trained in full are disabled too.
         processor: Processor of its VLM.
         name: Name of the model.
         images: Images to ask about.
@@ -92,7 +92,7 @@ def answer_questions_as_text(
 
     Args:
         vlm: A VLM that can generate.
-        processor: Its processor, which has a chat template.
+        processor: Processor of the VLM, with a chat template.
         images: The images.
         max_new_tokens: Longest answer, in tokens.
 
@@ -101,7 +101,7 @@ def answer_questions_as_text(
         -100 elsewhere.
     """
     rows = []
-    # An image token in an answer would stand for a second image.
+    # An image token in an answer would mean a second image.
     suppressed = [*(vlm.generation_config.suppress_tokens or []), vlm.config.image_token_id]
     for image in images:
         for question in QUESTIONS:
@@ -111,11 +111,11 @@ def answer_questions_as_text(
                 **prompt, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, suppress_tokens=suppressed
             )
             length = prompt["input_ids"].shape[1]
-            if sequence.shape[1] == length:  # it ended at once
+            if sequence.shape[1] == length:  # it ended immediately
                 continue
             labels = sequence.clone()
             labels[:, :length] = -100
-            # Other inputs per token, such as token types, are those of text.
+            # Other inputs per token, such as token types, have the values for text.
             row = {name: _extend(value, length, sequence.shape[1]) for name, value in prompt.items()}
             mask = torch.ones_like(sequence)
             rows.append(row | {"input_ids": sequence, "attention_mask": mask, "labels": labels})
@@ -148,7 +148,7 @@ def perplexity(vlm: nn.Module, rows: list[dict[str, torch.Tensor]]) -> float:
 def raise_if_another_vlm(
     config: PreTrainedConfig, processor: ProcessorMixin, base_config: PreTrainedConfig, base_processor: ProcessorMixin
 ) -> None:
-    """Raise a `ValueError` unless a VLM can have been trained from a base: it has its architecture and its tokens."""
+    """Raise a `ValueError` unless a VLM may have been trained from a base: same architecture, same tokens."""
     known, found = base_processor.tokenizer.get_vocab(), processor.tokenizer.get_vocab()
     differing = [token for token, number in known.items() if found.get(token) != number]
     if type(config) is not type(base_config) or differing:

@@ -20,7 +20,7 @@ from ..model.losses import MASK_IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
-# Legible on white, and different to color-blind people as well: tests/evaluation/test_visualization.py simulates it.
+# Legible on white, and distinguishable by color-blind people: tests/evaluation/test_visualization.py simulates it.
 COLORS = np.array(
     [(230, 25, 75), (0, 120, 210), (225, 120, 0), (0, 90, 30), (120, 0, 255), (90, 30, 90)]
     + [(210, 120, 165), (0, 30, 150), (180, 60, 150), (195, 45, 105), (255, 0, 240), (120, 15, 60)]
@@ -29,8 +29,8 @@ IGNORE_COLOR = np.array((128, 128, 128))
 GAP = 12  # pixels between the cells of a sheet
 HEADER = 24  # pixels above the cells of a contact sheet
 FONT_SIZE = 14
-# Fonts of Linux, Windows and macOS, for what Pillow's own lacks: accents, Cyrillic, Greek; Chinese, Japanese, Korean;
-# Arabic, Hebrew, Thai. Pillow looks for these names where the system keeps its fonts.
+# Fonts of Linux, Windows and macOS for scripts that Pillow's own font lacks: accents, Cyrillic, Greek; Chinese,
+# Japanese, Korean; Arabic, Hebrew, Thai. Pillow searches the system's font directories for these names.
 FONTS = (
     *("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "arial.ttf", "Arial Unicode.ttf"),
     *("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-zenhei.ttc", "wqy-microhei.ttc"),
@@ -66,7 +66,7 @@ def overlay_masks(image: PIL.Image.Image, masks: np.ndarray, opacity: float = 0.
     Args:
         image: The image, of W x H pixels.
         masks: Masks, bool or uint8.
-        opacity: Of the tint, 0 to 1; the border's is twice that.
+        opacity: Opacity of the tint, 0 to 1; the border's is twice that.
     """
     picture = np.asarray(image.convert("RGB")).astype(np.float32)  # [H, W, 3]
     for index, mask in enumerate(masks):
@@ -100,7 +100,7 @@ def _draw_prediction(prediction: Prediction, side: int) -> PIL.Image.Image:
     """Draw one cell of a contact sheet."""
     lines = [prediction.title] if prediction.title else []
     for text in (f"Q: {prediction.question}", f"A: {prediction.answer}"):
-        lines += _wrap(text, 92)[:2]  # as many characters and lines as there is room for
+        lines += _wrap(text, 92)[:2]  # as many characters and lines as fit
     cell = PIL.Image.new("RGB", (3 * side + 20, side + 20 * len(lines) + 12), "white")
     pictures = (
         prediction.image,
@@ -122,7 +122,7 @@ def preview_sheet(rows: Sequence[dict], columns: int = 2, side: int = 320) -> PI
     """Draw a grid of data rows: the image, the masks over it, and the phrases in the colors of their masks.
 
     Args:
-        rows: Rows of `lisa_hf.data.rows.FEATURES` with undecoded images. A row that cannot be drawn says why.
+        rows: Rows of `lisa_hf.data.rows.FEATURES` with undecoded images. A row that cannot be drawn shows the reason.
         columns: Number of cells side by side.
         side: Longer side of each picture, in pixels.
     """
@@ -140,7 +140,7 @@ def _draw_row(row: dict, side: int) -> PIL.Image.Image:
         lines += [(tuple(color), phrase) for color, phrase in zip(COLORS, phrases)]
         if len(phrases) > len(COLORS):
             lines.append(("black", f"and {len(phrases) - len(COLORS)} more"))
-    except Exception as error:  # Pillow has no exception of its own for broken files
+    except Exception as error:  # Pillow has no specific exception for broken files
         lines.append(("red", f"Cannot be shown: {error}"))
     # 2. The other texts of the row.
     if row["ignore"] is not None:
@@ -163,10 +163,10 @@ def _draw_row(row: dict, side: int) -> PIL.Image.Image:
 
 
 def _masks_by_phrases(row: dict, image: PIL.Image.Image) -> tuple[list[str], np.ndarray]:
-    """Return the phrases of a row, the largest first, and the masks of the first ones, then what is ignored.
+    """Return the phrases of a row, largest first, and the masks of the first ones, followed by the ignored pixels.
 
     Raises:
-        ValueError: If a mask has another size than the image.
+        ValueError: If a mask does not have the size of the image.
     """
     found = {}
     for target in row["targets"]:
@@ -188,7 +188,7 @@ def _masks_by_phrases(row: dict, image: PIL.Image.Image) -> tuple[list[str], np.
 
 @functools.lru_cache(maxsize=1000)
 def find_font(text: str) -> PIL.ImageFont.FreeTypeFont:
-    """Find a font that has all characters of a text, or most of them: Pillow's own, or one of the system's."""
+    """Find a font with all or most characters of a text: Pillow's own, or one of the system."""
     best, least = None, None
     for font in _fonts():
         missing = {character for character in text if not _has_glyph(font, character)}
@@ -224,12 +224,12 @@ def _fonts() -> list[PIL.ImageFont.FreeTypeFont]:
 def _has_glyph(font: PIL.ImageFont.FreeTypeFont, character: str) -> bool:
     if character.isspace():
         return True
-    # A font draws what it lacks as it draws what no font has.
+    # A font draws missing characters like a character that no font has.
     return bytes(font.getmask(character)) != bytes(font.getmask("\U0010ffff"))
 
 
 def _wrap(text: str, width: int, **options) -> list[str]:
-    """Wrap a text to lines of a width in Latin characters. Chinese, Japanese and Korean ones are twice as wide."""
+    """Wrap a text to lines of a width in Latin characters. Chinese, Japanese and Korean ones count twice."""
     is_wide = any(unicodedata.east_asian_width(character) in "WF" for character in text)
     return textwrap.wrap(text, width // 2 if is_wide else width, **options)
 

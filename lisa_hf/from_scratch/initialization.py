@@ -2,7 +2,7 @@
 
 transformers draws all weights with one small standard deviation, which suits wide models and long runs. In a narrow
 model the signal fades from layer to layer, and two things are learned late: what a question asks for, because prompts
-hardly differ at first, and shapes, because a vision transformer must first find out that neighboring patches matter.
+hardly differ at first, and shapes, because a vision transformer must first learn that neighboring patches matter.
 """
 
 import math
@@ -63,7 +63,7 @@ def attend_to_neighbors(attention: SamVisionAttention, sharpness: float = 1.5) -
         side = (len(relative_position) + 1) // 2  # relative_position: [2 * side - 1, head_dim]
         distances = torch.arange(len(relative_position)) - (side - 1.0)
         relative_position.zero_()
-        # Divided by the side here and multiplied there, so that all of these weights have an ordinary size.
+        # Divided by the side here and multiplied there, so that all of these weights have an ordinary scale.
         relative_position[:, 2 * axis] = distances**2 / side
         relative_position[:, 2 * axis + 1] = distances / math.sqrt(side)
         query_bias[:, 2 * axis] = -sharpness * side

@@ -48,8 +48,8 @@ class MuonAdamW(Optimizer):
 def use_muon(optimizer: AdamW, model: nn.Module, learning_rate: float) -> MuonAdamW:
     """Return the same optimizer with Muon for the weight matrices that are trained in full.
 
-    These are the weights of linear layers, without the vocabulary projection, which Muon's authors leave to AdamW as
-    they do the embeddings, and without LoRA's.
+    These are the weights of linear layers, except the vocabulary projection, which Muon's authors leave to AdamW like
+    the embeddings, and except LoRA's.
     """
     head = model.get_output_embeddings()
     matrices = {

@@ -1,4 +1,4 @@
-"""A small tokenizer trained on the texts of a run, in which a question about a phrase is only a few tokens."""
+"""A small tokenizer trained on the texts of a run, so that a question about a phrase is only a few tokens."""
 
 from collections.abc import Iterable
 
@@ -43,7 +43,7 @@ def add_template_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def row_texts(rows) -> Iterable[str]:
     """Yield all texts of a source's rows, for [`train_tokenizer`]."""
-    # Roughly as often as training uses these words; a word that is seen once is not worth a token.
+    # Roughly as often as training uses these words; a word seen only once is not worth a token.
     yield from ["USER: ASSISTANT:"] * 100
     for row in rows.remove_columns("image"):
         yield from (phrase for target in row["targets"] for phrase in target["phrases"])

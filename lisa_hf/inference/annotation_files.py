@@ -26,13 +26,13 @@ Format = Literal["masks", "coco", "labelme", "jsonl"]
 
 
 def answer_record(image: str, question: str, answer: Answer, label: str | None = None) -> dict[str, Any]:
-    """Return an answer as JSON can hold it, with its masks as the compressed RLE of pycocotools.
+    """Return an answer as JSON values, with its masks as pycocotools' compressed RLE.
 
     Args:
         image: Name or path of the image.
         question: What was asked.
         answer: The answer.
-        label: What labeling tools call its masks. Default: the question.
+        label: Label of its masks in labeling tools. Default: the question.
     """
     height, width = answer.masks.shape[1:]
     masks = [encode_mask(mask) for mask in answer.masks.numpy()]
@@ -55,7 +55,7 @@ def record_masks(record: dict[str, Any]) -> np.ndarray:
 
 
 def to_labelme(records: list[dict[str, Any]], image_path: str) -> dict[str, Any]:
-    """Return a LabelMe file with the masks of all answers about one image, each a shape of the kind `mask`.
+    """Return a LabelMe file with the masks of all answers about one image, each as a shape of type `mask`.
 
     Args:
         records: Answers about the image, see [`answer_record`].
@@ -93,7 +93,7 @@ def to_labelme(records: list[dict[str, Any]], image_path: str) -> dict[str, Any]
 
 
 def to_coco(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return answers as COCO instances: a category per label, an annotation with RLE per mask."""
+    """Return answers as COCO instances: one category per label, one annotation with RLE per mask."""
     labels = list(dict.fromkeys(record["label"] for record in records))
     images = {record["image"]: record for record in records}
     image_ids = {name: number for number, name in enumerate(images, start=1)}
@@ -126,7 +126,7 @@ def to_coco(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def annotation_paths(format: Format, images: dict[str, str], num_questions: int, output_dir: Path) -> list[Path]:
-    """Return the files that [`write_annotations`] writes, or the directories of those that it writes several of.
+    """Return the files that [`write_annotations`] writes, or the directories if it writes several files each.
 
     Raises:
         ValueError: If two images would share a LabelMe file.
@@ -156,20 +156,20 @@ def write_annotations(
     output_dir: Path,
     keep_edited: bool = False,
 ) -> list[Path]:
-    """Write answers about many images in a format of their own.
+    """Write answers about many images in an annotation format.
 
-    - masks: `mask_0.png`, `mask_1.png`, ... and `overlay.png`, which is smaller than a large image. If there is more
-      than one answer, those of each are in a directory of their own, such as `photo.jpg/question_0`.
+    - masks: `mask_0.png`, `mask_1.png`, ... and `overlay.png`, which is reduced for large images. If there are several
+      answers, each has its own directory, such as `photo.jpg/question_0`.
     - coco: `instances.json`.
-    - labelme: a JSON file per image with the image's name.
-    - jsonl: nothing beside `predictions.jsonl`.
+    - labelme: one JSON file per image, named like the image.
+    - jsonl: nothing in addition to `predictions.jsonl`.
 
     Args:
         format: The format.
         records: Answers, see [`answer_record`], and images that could not be read.
         images: Paths and URLs of the images by name.
         output_dir: Directory to write to.
-        keep_edited: Whether to keep LabelMe files that hold something else, such as corrections of an earlier run's.
+        keep_edited: Whether to keep LabelMe files with other content, such as corrections of an earlier run.
 
     Returns:
         Files that were kept.
@@ -213,7 +213,7 @@ def _write_pictures(directory: Path, image: PIL.Image.Image, masks: np.ndarray) 
     pictures = [PIL.Image.fromarray(mask) for mask in masks]
     for index, picture in enumerate(pictures):
         picture.save(directory / f"mask_{index}.png")
-    # Of a photo of 12 megapixels, a full overlay would take longer than the answer.
+    # For a 12-megapixel photo, a full-size overlay would take longer than the answer.
     image = image.copy()
     image.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
     masks = [np.asarray(picture.resize(image.size, PIL.Image.Resampling.NEAREST)) for picture in pictures]

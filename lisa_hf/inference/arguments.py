@@ -1,4 +1,4 @@
-"""Command-line arguments that recipes/chat.py, demo.py and predict.py share."""
+"""Command-line arguments shared by recipes/chat.py, demo.py and predict.py."""
 
 import argparse
 
@@ -9,10 +9,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")  # as in training, export an
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say how a model runs."""
+    """Add the arguments for running a model."""
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, type, default, help in (
-        ("--max_new_tokens", positive_int, 256, "longest answer, in tokens"),
+        ("--max_new_tokens", positive_int, 256, "maximum tokens of an answer"),
         ("--device", _available_device, default_device, "cpu, cuda, cuda:1, mps, ..."),
         ("--dtype", _dtype_name, "auto", f"dtype of the weights: {', '.join(DTYPES[1:])}; auto: as saved"),
     ):
@@ -31,7 +31,7 @@ def _available_device(text: str) -> torch.device:
         device = torch.device(text)
         module = torch.get_device_module(device)
         is_available = module.is_available() and (device.index or 0) < module.device_count()
-    except RuntimeError:  # there is no such kind
+    except RuntimeError:  # no such kind of device
         is_available = False
     if not is_available:
         raise argparse.ArgumentTypeError(f"expected a device of this machine, such as cpu, got {text!r}")

@@ -1,4 +1,4 @@
-"""A conversation about one image, in several turns, with text that streams and masks that stay."""
+"""A conversation about one image, in several turns, with streamed text and masks that stay."""
 
 import threading
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from ..model.processing_lisa import LisaProcessor
 
 @dataclass
 class Turn:
-    """A question, and the model's answer: text, and a mask per `[SEG]` in it."""
+    """A question and the model's answer: text, with a mask per `[SEG]`."""
 
     question: str
     answer: Answer
@@ -29,19 +29,19 @@ def _message(role: str, text: str) -> dict:
 
 
 class Conversation:
-    """Questions about one image in turn, each of which the model answers knowing the earlier ones.
+    """Successive questions about one image, each answered with knowledge of the earlier turns.
 
         conversation = Conversation(model, processor, "photo.jpg")
         for text in conversation.ask("What is red?"):
             print(text, end="")
         conversation.turns[-1].answer.masks
 
-    The image is encoded once, and what the language model has read of earlier turns stays in its KV cache.
+    The image is encoded once, and earlier turns stay in the language model's KV cache.
 
     Args:
         model: A LISA in evaluation mode.
         processor: The model's processor.
-        image: The image, of any kind that [`load_image`] takes.
+        image: The image, in any form that [`load_image`] takes.
         max_new_tokens: Longest answer, in tokens.
 
     Attributes:
@@ -58,26 +58,26 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self.turns: list[Turn] = []
         self._image_inputs = processor.preprocess_images([self.image])
-        self._is_stopped = threading.Event()  # of the last answer
+        self._is_stopped = threading.Event()  # for the last answer
         self._answering = threading.Lock()
         self._cache: Cache | None = None
-        self._cached_ids = torch.empty(0, dtype=torch.int64)  # [L], tokens that the cache holds
+        self._cached_ids = torch.empty(0, dtype=torch.int64)  # [L], tokens in the cache
 
     def ask(self, question: str, **generate_kwargs) -> Iterator[str]:
         """Ask a question, and yield the answer's text piece by piece while it is generated.
 
-        With the last piece, `turns` has one more turn. Closing the iterator stops the answer; what there is of it
-        becomes the turn's answer.
+        After the last piece, `turns` has one more turn. Closing the iterator stops the answer; the part generated so
+        far becomes the turn's answer.
 
         Args:
-            question: The question, without image token.
+            question: The question, without an image token.
             generate_kwargs: Further arguments of [`LisaForConditionalGeneration.generate`].
         """
         prompt = self.processor.apply_chat_template(
             self.messages(question), add_generation_prompt=True, tokenize=False
         )
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stop()  # an answer whose iterator was left and not closed
+        self.stop()  # an answer whose iterator was abandoned without closing it
         is_stopped = self._is_stopped = threading.Event()
         with ThreadPoolExecutor(max_workers=1) as executor:
             answer = executor.submit(self._answer, prompt, streamer, is_stopped, generate_kwargs)
@@ -85,12 +85,12 @@ class Conversation:
             try:
                 yield next(streamer, "").lstrip()
                 yield from streamer
-            finally:  # also if the caller closes the iterator
+            finally:  # even if the caller closes the iterator
                 is_stopped.set()
                 self.turns.append(Turn(question, answer.result()))
 
     def stop(self) -> None:
-        """Stop the answer that is being generated at its next token; it may be called from anywhere."""
+        """Stop the current answer at its next token. May be called from any thread."""
         self._is_stopped.set()
 
     def messages(self, question: str) -> list[dict]:
@@ -105,7 +105,7 @@ class Conversation:
     def _answer(
         self, prompt: str, streamer: TextIteratorStreamer, is_stopped: threading.Event, generate_kwargs: dict
     ) -> Answer:
-        """Generate the answer to a prompt once the one before has ended, from the cache where both begin alike."""
+        """Generate the answer to a prompt after the previous one has ended, reusing the cache of their prefix."""
         with self._answering:
             return self._generate(prompt, streamer, is_stopped, generate_kwargs)
 
@@ -131,16 +131,16 @@ class Conversation:
             stopping_criteria=StoppingCriteriaList([should_stop]),
             **{"max_new_tokens": self.max_new_tokens, "do_sample": False, **generate_kwargs},
         )
-        # 3. What the next answer can begin with. The last token was chosen, but not read.
+        # 3. What the next answer can start from. The last token was sampled, but not read.
         self._cache, self._cached_ids = output.past_key_values, output.sequences[0, :-1].cpu()
         return read_answers(self.processor, inputs, output)[0]
 
     def _reusable_cache(self, input_ids: torch.Tensor) -> Cache | None:
-        """Cut the cache to the tokens that a prompt `(L,)` begins with; return None if the image is not among them."""
+        """Crop the cache to the prefix of a prompt `(L,)`; return None if the image is not part of it."""
         cache, self._cache = self._cache, None
         if cache is None:
             return None
-        # At least one token is left to read.
+        # Leave at least one token to read.
         length = min(len(self._cached_ids), len(input_ids) - 1)
         is_equal = self._cached_ids[:length] == input_ids[:length]
         num_equal = int(is_equal.long().cumprod(0).sum())
@@ -149,6 +149,6 @@ class Conversation:
             return None
         try:
             cache.crop(num_equal - len(self._cached_ids))
-        except RuntimeError:  # layers with a full window or a running state cannot go back
+        except RuntimeError:  # layers with a full window or a recurrent state cannot be rolled back
             return None
         return cache

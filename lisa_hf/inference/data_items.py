@@ -1,4 +1,4 @@
-"""The data of a recipe to look at: numbered items, found by source, by image, or by having no mask."""
+"""The data of a recipe for display: numbered items, found by source, image, or lack of a mask."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from ..data.prompts import Question, sample_questions
 from ..model.processing_lisa import SEG_TOKEN
 
 
-MAX_EMPTY_COUNTS = 8  # bytes of the RLE of a mask without a pixel: a run of at most 2**30 zeros, and empty runs
+MAX_EMPTY_COUNTS = 8  # bytes in the RLE of an empty mask: a run of at most 2**30 zeros, and empty runs
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Message:
     Args:
         role: "user" or "assistant".
         text: The text.
-        mask_numbers: The number of each `[SEG]`'s mask among those of the picture.
-        reasoning: What is thought before the answer.
-        title: Whose answer it is, if there are several.
+        mask_numbers: Index of each `[SEG]`'s mask among those of the picture.
+        reasoning: Thoughts before the answer.
+        title: Author of the answer, if there are several.
     """
 
     role: str
@@ -41,15 +41,15 @@ class Message:
 
 @dataclass
 class Item:
-    """What there is to see of one image.
+    """Everything to show about one image.
 
     Args:
-        title: Which image it is, in lines.
+        title: Lines that identify the image.
         image: The image, upright; None if it cannot be shown.
-        pictures: Masks over the image by the title of the picture.
-        ignore: Pixels that count in no mask, or None.
+        pictures: Masks over the image, by title of the picture.
+        ignore: Pixels that are ignored in all masks, or None.
         messages: Questions and answers.
-        error: Why the image cannot be shown.
+        error: Reason why the image cannot be shown.
     """
 
     title: list[str]
@@ -61,14 +61,14 @@ class Item:
 
 
 class DataItems:
-    """The rows of all sources of a recipe, numbered from 0, each with all that is asked about it.
+    """The rows of all sources of a recipe, numbered from 0, each with all of its questions.
 
-    Nothing is read of a row before it is shown or searched for, so any number of rows are there at once.
+    Rows are only read when they are shown or searched, so any number of rows is available immediately.
 
     Args:
-        train_rows: Rows of `lisa_hf.data.rows.FEATURES` by the name of their source. They show training's questions:
-            all that it may draw, each with one of the templates and phrases, the same ones every time.
-        eval_datasets: Evaluation items by the name of their source, with the questions that evaluation asks.
+        train_rows: Rows of `lisa_hf.data.rows.FEATURES` by source name. They show all questions that training may
+            draw, each with one of the templates and phrases, the same ones every time.
+        eval_datasets: Evaluation items by source name, with the questions that evaluation asks.
     """
 
     pictures = ("Masks",)
@@ -90,8 +90,8 @@ class DataItems:
 
         Args:
             group: Name of a source. By default, all.
-            image_id: Part of the image's name, in upper or lower case.
-            without_mask: Whether to leave out items with a mask that has a pixel.
+            image_id: Part of the image's name; case does not matter.
+            without_mask: Whether to omit items with a non-empty mask.
         """
         found = []
         for name, start in zip(self.groups, self._starts):
@@ -106,7 +106,7 @@ class DataItems:
         return np.concatenate(found)
 
     def __getitem__(self, number: int) -> Item:
-        """Read an item; one with a bad image or mask says why it cannot be shown."""
+        """Read an item. If its image or mask is bad, it has the reason why it cannot be shown."""
         source = int(np.searchsorted(self._starts, number, side="right")) - 1
         name, index = self.groups[source], int(number - self._starts[source])
         row = self.rows[name][index]
@@ -133,7 +133,7 @@ class DataItems:
         return sample_questions(row, np.random.default_rng(index), num_phrases, explanatory_probability=0)
 
     def _find_without_mask(self, source: str) -> np.ndarray:
-        """Return which rows of a source have no mask with a pixel, `(N,)` bool."""
+        """Return which rows of a source have no non-empty mask, `(N,)` bool."""
         targets = _column(self.rows[source], "targets")
         return np.concatenate([_without_mask(chunk) for chunk in targets.chunks])
 
@@ -143,10 +143,10 @@ def _column(rows: Dataset, name: str) -> pa.ChunkedArray:
 
 
 def _without_mask(targets: pa.ListArray) -> np.ndarray:
-    """Return which lists of targets have no mask with a pixel, `(N,)` bool."""
+    """Return which lists of targets have no non-empty mask, `(N,)` bool."""
     row_of_target = pc.list_parent_indices(targets).to_numpy()
     rles = targets.flatten().field("rle")
-    # Long counts need not be read to know that there is a pixel; of the short ones, many are equal.
+    # Long counts always have a pixel and need not be read; many short ones are equal.
     is_short = pc.less_equal(pc.binary_length(rles.field("counts")), MAX_EMPTY_COUNTS)
     short = rles.filter(is_short)
     has_pixel = ~is_short.to_numpy(zero_copy_only=False)
@@ -166,12 +166,12 @@ def _has_pixel(size: tuple[int, int], counts: bytes) -> bool:
 
 
 def _distinct(masks: list[Mask]) -> list[Mask]:
-    """Return each mask once: several questions may be about it."""
+    """Return each mask once, even if several questions are about it."""
     return [mask for number, mask in enumerate(masks) if mask not in masks[:number]]
 
 
 def _messages(question: Question, masks: list[Mask]) -> Iterator[Message]:
-    """Yield the messages of a question that are not given as its context."""
+    """Yield the messages of a question that are not its context."""
     numbers = iter([masks.index(mask) for mask in question.masks])
     for message in question.messages:
         if not message.get("is_context"):

@@ -1,4 +1,4 @@
-"""The page that browses data: an image with its masks, what is asked about it, and what a model answered.
+"""The page that browses data: an image with its masks, the questions about it, and a model's answers.
 
 build_data_page(DataItems(train_rows, eval_datasets)).launch()
 """
@@ -16,7 +16,7 @@ from .predicted_items import EvaluatedItems, LabeledItems
 
 
 ALL = "all"
-# Clicks the button of the page that is shown.
+# Clicks the button of the visible page.
 ON_ARROW_KEYS = """() => {
     document.onkeydown = event => {
         if (event.target.closest("input, textarea")) return;
@@ -76,7 +76,7 @@ def build_data_page(items: DataItems | EvaluatedItems | LabeledItems) -> gr.Bloc
 
 
 class _Page:
-    """The events of the page. Each returns what is shown then."""
+    """Events of the page. Each returns what to show."""
 
     def __init__(self, items: DataItems | EvaluatedItems | LabeledItems):
         self.items = items
@@ -91,7 +91,7 @@ class _Page:
         return self.show(position + 1, *filters_and_opacity)
 
     def jump(self, number: int, group: str, image_id: str, without_mask: bool, opacity: float):
-        """Show the item of a number among those that the filters let through."""
+        """Show the item with this number among those that pass the filters."""
         with errors_on_page():
             num_found = len(self._find(group, image_id, without_mask))
             if not 1 <= (number or 0) <= num_found:
@@ -99,10 +99,10 @@ class _Page:
         return self.show(number - 1, group, image_id, without_mask, opacity)
 
     def show(self, position: int, group: str, image_id: str, without_mask: bool, opacity: float):
-        """Show the item at a position among those that the filters let through."""
+        """Show the item at a position among those that pass the filters."""
         found = self._find(group, image_id, without_mask)
         if len(found) == 0:
-            return 0, gr.skip(), "No item is like this.", *[None] * len(self.items.pictures), ""
+            return 0, gr.skip(), "No items match.", *[None] * len(self.items.pictures), ""
         position = min(position, len(found) - 1)
         item = self.items[int(found[position])]
         lines = [f"<b>{position + 1} of {len(found)}</b>", *map(html.escape, item.title)]
@@ -128,7 +128,7 @@ class _Page:
 
 
 def _texts(item: Item) -> str:
-    """Return the messages as HTML, word for word."""
+    """Return the messages as HTML, verbatim."""
     parts = []
     for message in item.messages:
         if message.role == "user":

@@ -1,4 +1,4 @@
-"""The web demo: a conversation about an image in the browser, with masks over it, and the same as an API.
+"""The web demo: a conversation about an image in the browser, with masks over it, and an API.
 
 demo = build_demo({"my-lisa": (model, processor)})
 demo.launch()
@@ -62,9 +62,9 @@ def build_demo(
     """Build the demo of one model, or of several that answer side by side.
 
     Args:
-        models: Models in evaluation mode with their processors, by the name on the page.
+        models: Models in evaluation mode with their processors, by name on the page.
         examples: Paths of images, each with a question.
-        max_megapixels: Size of the largest image that is accepted.
+        max_megapixels: Maximum size of an image.
         max_new_tokens: Longest answer, in tokens.
 
     Returns:
@@ -86,7 +86,7 @@ def build_demo(
         if examples:
             gr.Examples([list(example) for example in examples], [image, question])
 
-        # Questions wait in a queue, because a model answers one at a time. Several models do it side by side, but not
+        # Questions wait in a queue, because a model answers one at a time. Several models answer side by side, but not
         # as events of one button, which wait for each other.
         queues = [{"concurrency_limit": 1, "concurrency_id": name} for name in models]
         num_asked = gr.State(0)
@@ -99,7 +99,7 @@ def build_demo(
             for event in (opacity.change, panel.shown.input):
                 event(panel.draw, page, panel.pictures, **private)
             panel.overlay.select(panel.toggle, page, [panel.hidden, *panel.pictures], **private)
-            # With ZeroGPU, a model answers in another process, where its answer can only be cut off.
+            # With ZeroGPU, a model answers in another process, where its answer can only be aborted.
             cancels = answer if IS_ZERO_GPU else None
             stop.click(panel.stop, panel.num_canceled, panel.num_canceled, cancels=cancels, **at_once)
             panel.num_canceled.change(None, cancels=answer)
@@ -108,7 +108,7 @@ def build_demo(
             for event in (clear.click, panel.chat.clear):
                 event(panel.restart, image, panel.outputs, queue=False, **private)
 
-        # The API. Its components are not on the page; through them Gradio checks and documents what goes in and out.
+        # The API. Its components are not on the page; Gradio uses them to check and document inputs and outputs.
         file, text = gr.File(label="image", visible=False), gr.Textbox(label="question", visible=False)
         answer = gr.JSON(label="answer", visible=False)
         gr.Button(visible=False).click(panels[0].segment, [file, text], answer, api_name="segment", **queues[0])
@@ -117,28 +117,28 @@ def build_demo(
 
 @dataclass
 class _Running:
-    """An answer that grows, the image that it is about, and whether the user has stopped it."""
+    """An answer in progress, its image, and whether the user has stopped it."""
 
     path: str | None
     is_stopped: bool = False
 
 
 class _Panel:
-    """What one model says: its conversation, the masks of all its answers over the image, and files of them.
+    """Panel of one model: its conversation, the masks of all its answers over the image, and files of them.
 
-    The page keeps the turns as records, see [`answer_record`], the numbers of the answers whose masks are shown, the
-    newest one unless the user chooses others, and the numbers of the masks that the user hid. An answer that is still
-    growing has no masks yet.
+    The page keeps the turns as records, see [`answer_record`], the indices of the answers whose masks are shown (the
+    newest one unless the user chooses others), and the indices of the masks that the user hid. An answer in progress
+    has no masks yet.
     """
 
     def __init__(self, name: str, model, processor, max_megapixels: float, max_new_tokens: int):
         self.max_megapixels = max_megapixels
-        # Conversations of recent users, with their caches. Each begins anew from the page's turns if it is not there.
+        # Conversations of recent users, with their caches. A missing one is recreated from the page's turns.
         self.conversation = lru_cache(maxsize=8)(
             lambda session, path: Conversation(model, processor, path, max_new_tokens)
         )
         self.respond = needs_gpu(self._respond)
-        self.running: dict[str, _Running] = {}  # answers that grow, by session
+        self.running: dict[str, _Running] = {}  # answers in progress, by session
         with gr.Column(min_width=320):
             self.turns, self.hidden = gr.State([]), gr.State([])
             self.num_canceled = gr.State(0)
@@ -205,10 +205,10 @@ class _Panel:
         return {name: record[name] for name in ("text", "masks", "scores", "height", "width")}
 
     def stop(self, num_canceled: int, request: gr.Request) -> int:
-        """Stop the user's answer, which keeps what there is of it, with the masks.
+        """Stop the user's answer, which keeps the text and masks generated so far.
 
         Returns:
-            The number of questions that were canceled while they waited in the queue, whose change cancels one.
+            The number of questions canceled while waiting in the queue; a change of it cancels one.
         """
         running = self.running.get(request.session_hash)
         if running is None:
@@ -217,7 +217,7 @@ class _Panel:
         return num_canceled
 
     def change_image(self, path: str | None, request: gr.Request):
-        """Return the outputs of a new conversation, and end an answer about another image."""
+        """Return the outputs of a new conversation, and stop an answer about another image."""
         running = self.running.get(request.session_hash)
         if running is not None and running.path != path:
             del self.running[request.session_hash]
@@ -228,12 +228,12 @@ class _Panel:
         return [], [], [], _choose_answers([], []), path and _display_image(path), *files
 
     def restart(self, path: str | None, request: gr.Request):
-        """Return the outputs of a new conversation, and end the user's answer."""
+        """Return the outputs of a new conversation, and stop the user's answer."""
         self.running.pop(request.session_hash, None)
         return self.change_image(path, request)
 
     def draw(self, path: str | None, turns: Turns, shown: list[int], hidden: list[int], opacity: float) -> tuple:
-        """Return the picture with the masks of the answers shown that are not hidden, and the button of its file."""
+        """Return the picture with the visible masks of the chosen answers, and its download button."""
         if not path:
             return None, gr.DownloadButton(interactive=False)
         image = _display_image(path)
@@ -246,7 +246,7 @@ class _Panel:
     def toggle(
         self, path: str, turns: Turns, shown: list[int], hidden: list[int], opacity: float, click: gr.SelectData
     ):
-        """Hide the uppermost mask at the clicked pixel, or show those that are hidden there."""
+        """Hide the topmost mask at the clicked pixel, or show those hidden there."""
         column, row = click.index
         (clicked,) = _display_masks(turns, shown, _display_image(path))[:, row, column].nonzero()
         visible = [number for number in clicked.tolist() if number not in hidden]
@@ -256,7 +256,7 @@ class _Panel:
     # ---- the model --------------------------------------------------------------------------------------------------
 
     def check(self, path: str | None, question: str = "?"):
-        """Raise what is wrong with an image or a question as a `ValueError` of a sentence."""
+        """Raise a `ValueError` with a full sentence if an image or a question is unusable."""
         if not path:
             raise ValueError("Choose an image first.")
         if not question.strip():
@@ -306,7 +306,7 @@ def _display_masks(turns: Turns, shown: list[int], image: PIL.Image.Image) -> np
 
 
 def _choose_answers(turns: Turns, shown: list[int]) -> gr.CheckboxGroup:
-    """Return the choice of the answers whose masks are shown. The only answer with masks needs none."""
+    """Return the choice of answers whose masks are shown. It is hidden if only one answer has masks."""
     choices = [
         (f"{number + 1}. {textwrap.shorten(turn['question'], 32, placeholder='...')}", number)
         for number, turn in enumerate(turns)
@@ -317,10 +317,10 @@ def _choose_answers(turns: Turns, shown: list[int]) -> gr.CheckboxGroup:
 
 
 def _write_annotations(path: str, turns: Turns) -> list[str]:
-    """Write the files of `ANNOTATIONS` beside the uploaded image, and return their paths."""
+    """Write the files of `ANNOTATIONS` next to the uploaded image, and return their paths."""
     directory = Path(tempfile.mkdtemp(dir=Path(path).parent))
     rle, labelme = (directory / f"{Path(path).stem}{suffix}" for suffix in ("_rle.json", ".json"))
-    answers = [turn for turn in turns if "masks" in turn]  # one that was cut off has none
+    answers = [turn for turn in turns if "masks" in turn]  # an aborted one has none
     rle.write_text(json.dumps(answers, ensure_ascii=False), "utf-8")
     labelme.write_text(json.dumps(to_labelme(answers, Path(path).name), ensure_ascii=False), "utf-8")
     return [str(rle), str(labelme)]

@@ -21,7 +21,7 @@ from ..model.processing_lisa import LisaProcessor
 from .annotation_files import answer_record
 
 
-# Of the images in a directory. Those that cannot be read, such as .heic without a plugin of Pillow, are to be named.
+# Suffixes of images in a directory. Unreadable ones, such as .heic without a Pillow plugin, are reported.
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
 
 
@@ -29,10 +29,11 @@ def find_images(sources: list[str]) -> dict[str, str]:
     """Find the images of files, directories, patterns and URLs, in a fixed order.
 
     Args:
-        sources: Paths, glob patterns and URLs. Directories are searched with those inside them.
+        sources: Paths, glob patterns and URLs. Directories are searched recursively.
 
     Returns:
-        Paths and URLs by name. The name of a file is its path in the closest directory that holds all of them.
+        Paths and URLs by name. The name of a file is its path relative to the deepest directory that contains all of
+        them.
 
     Raises:
         ValueError: If a source has no image.
@@ -57,14 +58,14 @@ def find_images(sources: list[str]) -> dict[str, str]:
 
 
 def read_questions(path: Path) -> list[dict[str, str]]:
-    """Read questions from a JSON Lines file: `question`, and if need be `label` and `image`.
+    """Read questions from a JSON Lines file: `question`, and optionally `label` and `image`.
 
     Args:
-        path: The file. A `label` is what labeling tools call the masks, by default the question. A question with the
-            name of an `image` is asked about that image only, otherwise about all.
+        path: The file. A `label` is the name of the masks in labeling tools, by default the question. A question with
+            the name of an `image` is asked about that image only, otherwise about all.
 
     Raises:
-        ValueError: If a line is something else.
+        ValueError: If a line has another form.
     """
     questions = []
     for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
@@ -85,7 +86,7 @@ def read_questions(path: Path) -> list[dict[str, str]]:
 
 
 def questions_by_image(images: dict[str, str], questions: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    """Return what is asked about each image, leaving out images that nothing is asked about.
+    """Return the questions about each image, without images that have none.
 
     Raises:
         ValueError: If a question is empty or names an unknown image.
@@ -105,28 +106,28 @@ def questions_by_image(images: dict[str, str], questions: list[dict[str, str]]) 
 def open_output_dir(
     output_dir: Path, settings: dict[str, Any], images: dict[str, str], overwrite: bool, planned: Iterable[Path] = ()
 ) -> bool:
-    """Make the directory of the answers, or check that those in it were made with the same settings.
+    """Create the directory of the answers, or check that existing answers were made with the same settings.
 
     Args:
         output_dir: The directory.
-        settings: What answers depend on, as JSON can hold it.
-        images: Paths and URLs by name, to look at the answers later. They may move between two runs.
-        overwrite: Whether to replace answers with other settings, and files that are not answers. A single answer, of
-            a first try, always makes room.
-        planned: Files that will be written beside the answers.
+        settings: What answers depend on, as JSON values.
+        images: Paths and URLs by name, to view the answers later. They may move between two runs.
+        overwrite: Whether to replace answers with other settings, and files that are not answers. A single answer,
+            from a first try, is always replaced.
+        planned: Files that will be written next to the answers.
 
     Returns:
         Whether there are answers with the same settings, which are kept.
 
     Raises:
-        ValueError: If there are answers with other settings, or files in the place of answers.
+        ValueError: If there are answers with other settings, or files where answers will be written.
     """
     path, is_same = output_dir / "settings.json", False
     if not path.exists() and not overwrite:
         for file in (*planned, output_dir / "predictions.jsonl"):
             if file.exists():
                 raise ValueError(
-                    f"expected no file in the place of an answer, got {file}. Name another --output_dir, or replace "
+                    f"expected no file at the path of an answer, got {file}. Name another --output_dir, or replace "
                     "it with --overwrite."
                 )
     if path.exists():
@@ -160,17 +161,17 @@ def label_images(
     batch_size: int = 1,
     max_new_tokens: int = 256,
 ) -> list[dict[str, Any]]:
-    """Answer questions about images into `predictions.jsonl`, going on where an earlier run was interrupted.
+    """Write answers to questions about images to `predictions.jsonl`, resuming an interrupted run.
 
-    A batch holds the same images in every run and on any number of processes, and is answered whole, so the result is
-    that of an undisturbed run. An image that cannot be read is named and passed over; the next run tries it again.
+    A batch has the same images in every run and on any number of processes, and is answered as a whole, so the result
+    equals that of an uninterrupted run. Unreadable images are reported and skipped; the next run retries them.
 
     Args:
         model: A LISA in evaluation mode.
         processor: The model's processor.
         images: Paths and URLs by name, see [`find_images`].
-        questions: What is asked about each image, see [`questions_by_image`].
-        output_dir: Directory of `predictions.jsonl`. Until all processes are done, each has a file of its own there.
+        questions: Questions about each image, see [`questions_by_image`].
+        output_dir: Directory of `predictions.jsonl`. Until all processes are done, each has its own file there.
         batch_size: Number of images in a batch, each with all its questions.
         max_new_tokens: Longest answer, in tokens.
 
@@ -190,7 +191,7 @@ def label_images(
         open(output_dir / f"predictions.{state.process_index}.jsonl", "a", encoding="utf-8") as file,
         ThreadPoolExecutor(max_workers=1) as executor,
     ):
-        file.write("\n" * (file.tell() > 0))  # a killed process may have left half a line
+        file.write("\n" * (file.tell() > 0))  # a killed process may have left an incomplete line
         # The next batch's images are read while the model answers.
         loading = [executor.submit(_read_images, [images[name] for name in batch]) for batch in mine[:1]]
         for number, batch in enumerate(mine):
@@ -208,7 +209,7 @@ def label_images(
 
 
 def read_records(output_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Read the answers in a directory by image and question, without lines that a killed process left half-written."""
+    """Read the answers in a directory by image and question, without the incomplete lines of killed processes."""
     records = {}
     for path in sorted(output_dir.glob("predictions*.jsonl")):
         for line in path.read_text("utf-8").split("\n"):
@@ -217,7 +218,7 @@ def read_records(output_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
             except json.JSONDecodeError:
                 continue
             key = record["image"], record["question"]
-            if "text" in record or key not in records:  # an image that could not be read may have been answered later
+            if "text" in record or key not in records:  # an unreadable image may have been answered later
                 records[key] = record
     return records
 
@@ -227,7 +228,7 @@ def _is_answered(records: dict, image: str, questions: list[dict[str, str]]) -> 
 
 
 def _read_images(sources: list[str]) -> list[PIL.Image.Image | ValueError]:
-    """Read images; one that cannot be read is represented by its error."""
+    """Read images. Unreadable ones are represented by their errors."""
 
     def read(source: str) -> PIL.Image.Image | ValueError:
         try:
@@ -245,7 +246,7 @@ def _answer_batch(
     asked, records = [], []  # (index of the image, question)
     for name, image in zip(names, opened):
         if isinstance(image, ValueError):
-            tqdm.write(f"{name}: passed over: {image}")
+            tqdm.write(f"{name}: skipped: {image}")
             records += [
                 {"image": name, "question": question["question"], "error": str(image)} for question in questions[name]
             ]
@@ -273,7 +274,7 @@ def _answer_batch(
 
 
 def _merge_records(output_dir: Path, questions: dict[str, list[dict]]) -> list[dict[str, Any]]:
-    """Write the answers of all processes into one file, in order, and remove theirs."""
+    """Merge the files of all processes into one, in order, and remove them."""
     known = read_records(output_dir)
     records = [known[name, question["question"]] for name in questions for question in questions[name]]
     with atomic_file(output_dir / "predictions.jsonl") as incomplete:

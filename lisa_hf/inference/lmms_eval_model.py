@@ -1,10 +1,10 @@
-"""A LISA as a model of lmms-eval, which measures how well it still chats on the tasks of VLMs.
+"""LISA as a model of lmms-eval, which measures how well it still chats on VLM tasks.
 
     pip install "lisa-hf[lmms-eval]"
     lmms-eval --model lisa --model_args pretrained=exports/mine,dtype=bfloat16 --tasks mme --batch_size 1
 
-lmms-eval finds it by the entry point in setup.cfg. It answers in text, one question at a time and greedily; masks that
-it gives on the way are left out. Written for lmms-eval 0.7.
+lmms-eval finds it through the entry point in setup.cfg. It answers in text, one question at a time and greedily; masks
+are ignored. Written for lmms-eval 0.7.
 """
 
 import torch
@@ -26,8 +26,8 @@ class LmmsEvalLisa(lmms):
     """A LISA for lmms-eval.
 
     Args:
-        pretrained: Directory or Hub id of a LISA, such as recipes/export.py writes.
-        device: Device. Default: the GPU, if there is one.
+        pretrained: Directory or Hub id of a LISA, such as an export of recipes/export.py.
+        device: Device of the model. Default: the GPU, if there is one.
         dtype: Dtype of its weights.
         batch_size: 1.
     """
@@ -64,7 +64,7 @@ class LmmsEvalLisa(lmms):
             )
         if options.get("do_sample") or options.get("temperature"):
             raise ValueError(f"{where}: expected greedy decoding, got {options}. Set do_sample=false, temperature=0.")
-        # One message has the image, before its text, as in training.
+        # One message has the image before its text, as in training.
         conversation = [
             {
                 "role": message.role,

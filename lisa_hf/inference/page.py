@@ -1,4 +1,4 @@
-"""What all pages show: pictures in a size for the screen, words in the colors of their masks, errors as sentences."""
+"""Shared parts of the pages: pictures at screen size, words in the colors of their masks, errors as sentences."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ DISPLAY_SIDES = (640, 1280)  # pixels of the longer side of a picture on the pag
 
 @contextmanager
 def errors_on_page():
-    """Show errors of the user as a sentence on the page."""
+    """Show user errors as a sentence on the page."""
     try:
         yield
     except ValueError as error:
@@ -39,17 +39,17 @@ def fit_masks(masks: Iterable[np.ndarray], picture: PIL.Image.Image) -> np.ndarr
 
 
 def escape_text(text: str) -> str:
-    """Return a text as HTML that shows it word for word, also where Markdown is rendered, as Gradio's chatbot does."""
+    """Return a text as HTML that shows it verbatim, even where Markdown is rendered, as in Gradio's chatbot."""
     escaped = re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", text)  # ASCII punctuation
     return escaped.replace("\n", "<br>")
 
 
 def color_words(text: str, mask_numbers: Iterator[int]) -> str:
-    """Return a text as HTML, word for word, with the words before each `[SEG]` in the color of its mask.
+    """Return a text as HTML, verbatim, with the words before each `[SEG]` in the color of its mask.
 
     Args:
         text: The text.
-        mask_numbers: The number of each `[SEG]`'s mask among those of the picture. Those beyond have no color.
+        mask_numbers: Index of each `[SEG]`'s mask among those of the picture. Further ones have no color.
     """
     *segmented, rest = text.split(SEG_TOKEN)
     content = ""

@@ -1,4 +1,4 @@
-"""Predictions to look at: what recipes/eval.py wrote, beside the truth, and what recipes/predict.py wrote."""
+"""Predictions for display: those of recipes/eval.py next to the truth, and those of recipes/predict.py."""
 
 import json
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ class Evaluation:
 
     Args:
         dataset: The benchmark.
-        predictions: What was predicted, by the id of the question.
+        predictions: Predictions by question id.
         scores: Scores of all questions by one protocol.
-        protocol: Its name in `PROTOCOLS`.
+        protocol: Name of the protocol in `PROTOCOLS`.
     """
 
     dataset: EvaluationDataset
@@ -40,10 +40,10 @@ class Evaluation:
 
 
 class EvaluatedItems:
-    """The questions of benchmarks, with the truth beside what was predicted; found worst first.
+    """The questions of benchmarks, with truth and predictions side by side, worst first.
 
     Args:
-        evaluations: Evaluations by the name of the benchmark.
+        evaluations: Evaluations by benchmark name.
     """
 
     pictures = ("Truth", "Prediction")
@@ -98,20 +98,20 @@ class EvaluatedItems:
 
 
 def _mean_iou(score: QuestionScore) -> float:
-    """Return the mean IoU of the masks that a question asks for; without any, 1 if none was given and 0 otherwise."""
+    """Return the mean IoU of the masks that a question asks for; if none, 1 if none was given and 0 otherwise."""
     if not score.unions:
         return float(score.num_seg_tokens == 0)
     return float(np.mean([i / u if u else 1.0 for i, u in zip(score.intersections, score.unions)]))
 
 
 class LabeledItems:
-    """The answers of recipes/predict.py, in their order.
+    """The answers of recipes/predict.py, in order.
 
     Args:
-        output_dir: What it wrote: `predictions.jsonl` and `settings.json`.
+        output_dir: Its output directory, with `predictions.jsonl` and `settings.json`.
 
     Raises:
-        ValueError: If an earlier version wrote it, which did not keep the paths of images.
+        ValueError: If it is from an earlier version, which did not save image paths.
     """
 
     pictures = ("Prediction",)
@@ -122,8 +122,8 @@ class LabeledItems:
         self.paths = json.loads((output_dir / "settings.json").read_text("utf-8")).get("images")
         if self.paths is None:
             raise ValueError(
-                f"{output_dir}: expected the paths of images in settings.json, got none. Start predict.py again "
-                "as before: it keeps the answers."
+                f"{output_dir}: expected image paths in settings.json, got none. Run predict.py again "
+                "with the same arguments: it keeps the answers."
             )
         self.groups = list(dict.fromkeys(record["question"] for record in self.records))
 
@@ -135,7 +135,7 @@ class LabeledItems:
         return [any(mask.run_ends[0] < mask.run_ends[-1] for mask in _masks(record)) for record in self.records]
 
     def find(self, group: str | None = None, image_id: str = "", without_mask: bool = False) -> np.ndarray:
-        """Return the numbers of items, see [`DataItems.find`]. One that could not be read has no mask."""
+        """Return the numbers of items, see [`DataItems.find`]. Unreadable images have no mask."""
         return np.array(
             [
                 number

@@ -89,7 +89,7 @@ def test_one_id_of_different_things_is_an_error_that_names_it(root, images, cate
 
 
 def test_annotations_of_an_image_that_is_not_listed_are_errors(root):
-    with pytest.raises(ValueError, match="image 7: expected an entry of `images`"):
+    with pytest.raises(ValueError, match="image 7: expected an entry in `images`"):
         open_coco(root, [image(1)], [annotation(1, 1, 0), annotation(2, 7, 0)])
 
 
@@ -160,8 +160,8 @@ def test_annotations_without_a_mask_are_passed_over_and_counted(root):
     found, remarks = open_coco(root, [image(1), image(2, "b.png")], annotations)
     assert found == [("a.png", [("handle", 0)])]
     assert remarks == [
-        "passed over 2 annotations without a pixel in the split 'train'",
-        "passed over 3 annotations without an outline in the split 'train'",
+        "skipped 2 annotations without a pixel in the split 'train'",
+        "skipped 3 annotations without an outline in the split 'train'",
     ]
 
 
@@ -226,14 +226,14 @@ def test_settings_of_predictions_beside_labelme_files_are_passed_over(root):
     (root / "settings.json").write_text('{"model": "mine", "images": {}}')
     masks, builder = open_labelme(root)
     assert len(masks) == 1
-    assert builder.remarks() == ["passed over 1 JSON files that are not LabelMe's in the split 'train'"]
+    assert builder.remarks() == ["skipped 1 JSON files that are not LabelMe's in the split 'train'"]
 
 
 @pytest.mark.parametrize("kind", ["point", "line", "linestrip", "points", "polygon"])
 def test_shapes_without_an_area_are_passed_over_and_the_photo_is_kept(root, kind):
     masks, builder = open_labelme(root, {"label": "dot", "shape_type": kind, "points": [[1, 1], [20, 20]]})
     assert len(masks) == 1
-    assert builder.remarks() == [f"passed over 1 shapes of the kind {kind!r} without an area in the split 'train'"]
+    assert builder.remarks() == [f"skipped 1 shapes of the kind {kind!r} without an area in the split 'train'"]
 
 
 @pytest.mark.parametrize(

@@ -239,15 +239,15 @@ BAD_FILES = [
     (
         PASCAL_JSON,
         lambda path: edit_json(path, categories=lambda old: old[1:]),
-        "image 1: expected a name of the category 1",
+        "image 1: expected a name for the category 1",
     ),
     (PASCAL_JSON, lambda path: edit_mask(path, {"size": [66, 50], "counts": [0, 3300]}), r"\[50, 66\].*\[66, 50\]"),
     (PASCAL_JSON, lambda path: edit_mask(path, {"size": [50, 66], "counts": [0, 33]}), "3300 pixels.*got 33"),
     (PASCAL_JSON, lambda path: edit_mask(path, {"size": [50, 66], "counts": "0d0"}), "3300 pixels.*got 20"),
-    (PASCAL_JSON, lambda path: edit_file_name(path, "/etc/hostname"), "is outside of"),
-    (PASCAL_JSON, lambda path: edit_file_name(path, "../../secret.jpg"), "is outside of"),
-    (PASCAL_JSON, lambda path: edit_file_name(path, "a\\..\\..\\b.jpg"), "is outside of"),
-    (PASCAL_JSON, lambda path: edit_file_name(path, ""), "is outside of"),
+    (PASCAL_JSON, lambda path: edit_file_name(path, "/etc/hostname"), "is outside"),
+    (PASCAL_JSON, lambda path: edit_file_name(path, "../../secret.jpg"), "is outside"),
+    (PASCAL_JSON, lambda path: edit_file_name(path, "a\\..\\..\\b.jpg"), "is outside"),
+    (PASCAL_JSON, lambda path: edit_file_name(path, ""), "is outside"),
 ]
 
 

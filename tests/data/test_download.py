@@ -207,7 +207,7 @@ def test_a_wrong_size_is_an_error_and_nothing_is_kept(photos, monkeypatch, tmp_p
         return downloads.RemoteState(claim, answer(file).validator)
 
     monkeypatch.setattr(downloads, "_ask_server", outdated)
-    with pytest.raises(OSError, match=f"expected {claim} bytes, but the server sent another number"):
+    with pytest.raises(OSError, match=f"expected {claim} bytes, but the server sent a different number"):
         download(["photos"], tmp_path)
     assert kept(tmp_path) == [] and not (tmp_path / "coco").exists()
 
@@ -239,7 +239,7 @@ def test_a_web_page_is_not_taken_for_a_file(photos, monkeypatch, tmp_path):
     photos.contents["refs.json"] = b"<html>Please sign in</html>"
     photos.content_type = "text/html; charset=utf-8"
     monkeypatch.setitem(WEB_FILES, "photos", [WebFile(photos.url("refs.json"), "refer_seg/refs.json")])
-    with pytest.raises(OSError, match="refs.json: the server answers with a web page"):
+    with pytest.raises(OSError, match="refs.json: the server sent a web page"):
         download(["photos"], tmp_path)
     assert not (tmp_path / "refer_seg").exists()
 
@@ -261,7 +261,7 @@ def test_a_disk_that_fills_up_keeps_what_was_fetched(photos, monkeypatch, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(downloads, "http_get", fill_up)
-        with pytest.raises(OSError, match="photos.zip: the disk is full. Make room and start again"):
+        with pytest.raises(OSError, match="photos.zip: the disk is full. Free some space and start again"):
             download(["photos"], tmp_path)
     assert kept(tmp_path) == ["photos.zip.part"]
     download(["photos"], tmp_path)
@@ -337,7 +337,7 @@ def test_what_is_in_its_place_stays(tmp_path):
 def test_two_downloads_at_once_are_refused(photos, tmp_path):
     (tmp_path / ".downloads").mkdir()
     with FileLock(tmp_path / ".downloads/.lock"):
-        with pytest.raises(OSError, match="Another download into .* is at work"):
+        with pytest.raises(OSError, match="Another download into .* is running"):
             download(["photos"], tmp_path)
 
 

@@ -134,8 +134,8 @@ def test_boxes_and_photos_without_labels_are_passed_over_and_said(root, load):
         file.write("1 0.5 0.5 0.1 0.1\n")
     assert_drawn(load("yolo", annotations="yolo/data.yaml")[0])
     assert load.remarks == [
-        "passed over 1 images without a label file",
-        "passed over 1 boxes in the split 'train'",
+        "skipped 1 images without a label file",
+        "skipped 1 boxes in the split 'train'",
     ]
 
 
@@ -150,7 +150,7 @@ def test_boxes_and_photos_without_labels_are_passed_over_and_said(root, load):
         ("0 nan 0.1 0.5 0.1 0.5 0.5", "from 0 to 1, got nan"),
         ("0 0.1 0.1 x 0.1 0.5 0.5", "could not convert .* Export it"),
         ("0,0.1,0.1,0.5,0.1,0.5,0.5", "separated by spaces"),
-        ("crack 0.1 0.1 0.5 0.1 0.5 0.5", "expected the number of a class"),
+        ("crack 0.1 0.1 0.5 0.1 0.5 0.5", "expected a class number"),
     ],
 )
 def test_bad_lines_of_yolo_name_their_file(root, load, line, message):
@@ -167,7 +167,7 @@ def test_label_files_of_no_image_are_said(root, load):
     (root / "yolo/images/train/b.heic").write_bytes(b"of no known format")
     assert_drawn(load("yolo", annotations="yolo/data.yaml")[0])
     label = str(root / "yolo/labels/train/b.txt")
-    assert load.remarks == [f"passed over 1 label files without an image of a known format, such as {label!r}"]
+    assert load.remarks == [f"skipped 1 label files without an image in a known format, such as {label!r}"]
 
 
 def test_a_list_of_images_leaves_out_the_labels_of_others_without_a_word(root, load):
@@ -189,7 +189,7 @@ def test_validation_is_val_of_yolo(root, load):
 @pytest.mark.parametrize("name", ["yes", "null", "2020-01-01"])
 def test_names_that_yaml_reads_otherwise_are_errors(root, load, name):
     write_yolo(root, f"train: images/train\nnames: [{name}, crack]")
-    with pytest.raises(ValueError, match="expected text as `names` of the classes .* in quotes"):
+    with pytest.raises(ValueError, match="expected strings as `names` of the classes .* Quote words"):
         load("yolo", annotations="yolo/data.yaml")
     write_yolo(root, f"train: images/train\nnames: ['{name}', crack]")
     assert_drawn(load("yolo", annotations="yolo/data.yaml")[0], (name, "crack"))
@@ -197,7 +197,7 @@ def test_names_that_yaml_reads_otherwise_are_errors(root, load, name):
 
 def test_yolo_lists_no_photos_outside(root, load):
     write_yolo(root, "train: ../../photos\nnames: [a]")
-    with pytest.raises(FileNotFoundError, match="got none there"):
+    with pytest.raises(FileNotFoundError, match="got nothing"):
         load("yolo", annotations="yolo/data.yaml")
 
 
@@ -228,7 +228,7 @@ def test_cvat(root, load):
     shapes = cvat_mask("Rust_Patch", 5, 5, patch) + cvat_polygon("crack")
     (root / "a.xml").write_text(cvat(shapes + '<box label="x" xtl="1" ytl="1" xbr="9" ybr="9"/><tag label="y"/>'))
     assert_drawn(load("cvat", annotations="a.xml", images="photos")[0])
-    assert load.remarks == ["passed over 1 shapes of the kind 'box' in the split 'train'"]
+    assert load.remarks == ["skipped 1 shapes of the kind 'box' in the split 'train'"]
 
 
 def test_masks_of_cvat_run_along_rows(root, load):
@@ -341,8 +341,8 @@ def test_label_studio(root, load, image):
     choice = {"id": "c", "type": "choices", "value": {"choices": ["good"]}}
     write_tasks(root, [polygon_region("Rust_Patch"), region("brushlabels", brush), box, choice], image)
     assert_drawn(load("label_studio", annotations="tasks.json", images="photos")[0])
-    found = "found 1 images by the last part of their path or address in the split 'train'"
-    boxes = "passed over 1 regions of the type 'rectanglelabels' in the split 'train'"
+    found = "found 1 images by the last part of their path or URL in the split 'train'"
+    boxes = "skipped 1 regions of the type 'rectanglelabels' in the split 'train'"
     assert load.remarks == ([boxes] if image == "a.jpg" else [found, boxes])
 
 
@@ -367,7 +367,7 @@ def test_label_studio_renames_what_it_uploads(root, load, photo, uploaded):
     assert_drawn(row)
     assert row["image"]["path"].endswith(photo)
     assert load.remarks == [
-        "found 1 images by the last part of their path or address in the split 'train'",
+        "found 1 images by the last part of their path or URL in the split 'train'",
     ]
 
 
@@ -391,7 +391,7 @@ def test_predictions_that_nobody_accepted_are_said(root, load):
     predicted = task | {"id": 8, "annotations": [], "predictions": [{"result": [polygon_region("crack")]}]}
     (root / "tasks.json").write_text(json.dumps([task, predicted, task | {"id": 9, "annotations": []}]))
     assert_drawn(load("label_studio", annotations="tasks.json", images="photos")[0])
-    assert load.remarks == ["passed over 1 tasks with predictions alone: nobody accepted them"]
+    assert load.remarks == ["skipped 1 tasks with predictions only, which nobody accepted"]
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_the_image_of_a_task_is_found_among_its_data(root, load, data, fits):
     if fits:
         load("label_studio", annotations="tasks.json", images="photos")
     else:
-        with pytest.raises(ValueError, match="expected the address of one image"):
+        with pytest.raises(ValueError, match="expected the URL of one image"):
             load("label_studio", annotations="tasks.json", images="photos")
 
 
@@ -486,7 +486,7 @@ def test_supervisely(root, load, directory):
     box = {"classTitle": "x", "geometryType": "rectangle", "points": {"exterior": [[1, 1], [5, 5]]}}
     write_supervisely(root, [bitmap(np.ones((10, 20), bool), [5, 5]), polygon_object("crack"), box])
     assert_drawn(load("supervisely", annotations=directory)[0])
-    assert load.remarks == ["passed over 1 objects of the kind 'rectangle' in the split 'train'"]
+    assert load.remarks == ["skipped 1 objects of the kind 'rectangle' in the split 'train'"]
 
 
 def test_holes_are_cut_out(root, load):
@@ -499,7 +499,7 @@ def test_holes_are_cut_out(root, load):
 def test_a_packed_bomb_is_an_error(root, load):
     bomb = base64.b64encode(zlib.compress(bytes(50_000_000))).decode()
     write_supervisely(root, [bitmap(np.ones((2, 2), bool), [0, 0]) | {"bitmap": {"data": bomb, "origin": [0, 0]}}])
-    with pytest.raises(ValueError, match="a.jpg.json: expected a bitmap as a packed PNG"):
+    with pytest.raises(ValueError, match="a.jpg.json: expected a bitmap as compressed PNG"):
         load("supervisely", annotations="project")
     write_supervisely(root, [bitmap(np.ones((2000, 2000), bool), [0, 0])])
     with pytest.raises(ValueError, match="expected a bitmap in an image of 60 x 40 pixels"):
@@ -685,7 +685,7 @@ def test_names_and_templates_make_phrases(root, load):
     assert [target["phrases"] for target in row["targets"]] == [["Rust Patch"], ["What leaks?"]] and row["is_sentence"]
     row = load("cvat", names={"Rust_Patch": []}, **options)[0]
     assert [target["phrases"] for target in row["targets"]] == [["crack"]]
-    assert load.remarks == ["passed over 1 annotations of the label 'Rust_Patch' in the split 'train'"]
+    assert load.remarks == ["skipped 1 annotations of the label 'Rust_Patch' in the split 'train'"]
     row = load("cvat", templates=["Where is {name}?", "Find {name}."], **options)[0]
     assert row["targets"][1]["phrases"] == ["Where is crack?", "Find crack."]
 
@@ -695,8 +695,8 @@ def test_names_and_templates_make_phrases(root, load):
     [
         ({"names": {"crack": "the crack"}}, "expected a list of phrases for 'crack'"),
         ({"names": ["crack"]}, "expected lists of phrases by label"),
-        ({"templates": ["Where?"]}, "questions that hold '{name}'"),
-        ({"templates": "{name}"}, "questions that hold '{name}'"),
+        ({"templates": ["Where?"]}, "questions that contain '{name}'"),
+        ({"templates": "{name}"}, "questions that contain '{name}'"),
     ],
 )
 def test_wrong_names_and_templates_are_errors(load, options, message):
@@ -744,7 +744,7 @@ def test_no_image_of_another_folder_takes_the_place_of_a_missing_one(root, load,
 def test_names_that_lead_out_are_refused(root, load, name):
     (root / "secret.png").write_bytes(png(index_mask()))
     (root / "a.xml").write_text(cvat(cvat_polygon("crack"), f'name="{name}" width="60" height="40"'))
-    with pytest.raises(ValueError, match="is outside of"):
+    with pytest.raises(ValueError, match="is outside"):
         load("cvat", annotations="a.xml", images="photos")
 
 

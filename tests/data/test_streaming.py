@@ -155,7 +155,7 @@ def test_the_state_of_another_reader_or_other_sources_is_refused(streamed):
     with pytest.raises(ValueError, match=r"expected the state of reader 1 of 2, got that of \[0, 2\]. Resume"):
         next(iter(other))
     fewer = SkippingMixture({"talk": streamed["talk"]})
-    with pytest.raises(ValueError, match=r"expected a state of the sources \['talk'\], got one of"):
+    with pytest.raises(ValueError, match=r"expected a state for the sources \['talk'\], got one of"):
         fewer.load_state_dict(one.state_dict())
 
 
@@ -290,7 +290,7 @@ def test_data_that_has_lost_rows_is_refused(counted, tmp_path):
     state = stream.state_dict()
     state["positions"]["classes"]["window"][0][2] += 1000
     stream.load_state_dict(state)
-    with pytest.raises(ValueError, match="'classes': expected the rows that it had when the state was saved"):
+    with pytest.raises(ValueError, match="'classes': expected the same rows as when the state was saved"):
         next(iter(stream))
     with pytest.raises(ValueError, match="seed: expected 0, as when the state was saved, got 1. Resume with the same"):
         SkippingMixture({"classes": counted}, seed=1).load_state_dict(state)

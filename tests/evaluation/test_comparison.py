@@ -95,7 +95,7 @@ def test_other_questions_and_other_truth_are_refused():
     with pytest.raises(ValueError, match="the same questions"):
         compare_scores(scores, scores[1:], GENERATED)
     changed = [dataclasses.replace(scores[0], targets=[7]), *scores[1:]]
-    with pytest.raises(ValueError, match="the same true masks, got another one in 0_0"):
+    with pytest.raises(ValueError, match="the same true masks, got others in 0_0"):
         compare_scores(scores, changed, GENERATED)
 
 
@@ -117,5 +117,5 @@ def test_the_page_of_results_is_made_of_its_files(tmp_path):
     comparisons = [read_comparison(path) for path in sorted((ROOT / "docs" / "results").glob("*.json"))]
     assert comparisons and (ROOT / "docs" / "results.md").read_text() == results_page(comparisons)
     (tmp_path / "other.json").write_text('{"title": "a"}')
-    with pytest.raises(ValueError, match="other.json: expected a file that recipes/compare.py --json wrote"):
+    with pytest.raises(ValueError, match="other.json: expected a file written by recipes/compare.py --json"):
         read_comparison(tmp_path / "other.json")

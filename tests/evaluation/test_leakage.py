@@ -149,6 +149,6 @@ def test_an_evaluation_goes_on_with_other_software_but_not_with_other_protocols(
     assert open_evaluation(*arguments, known | {"date": "2"}, **options)["environments"] == [known]
     other = known | {"device": "H100"}
     assert open_evaluation(*arguments, other, **options)["environments"] == [known, other]
-    assert "goes on with other software or hardware" in caplog.text
+    assert "continues with other software or hardware" in caplog.text
     with pytest.raises(ValueError, match=r"with other settings \(protocol_version\)"):
         open_evaluation(*arguments, known | {"protocol_version": 2}, **options)

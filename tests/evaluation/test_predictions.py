@@ -92,7 +92,7 @@ BOTH = [{"question_id": "0_0", "masks": []}, {"question_id": "1_0", "masks": []}
         ([BOTH[0], BOTH[1] | {"masks": ["none.png"]}], "line 2: .*none.png"),
         ([BOTH[0], BOTH[1] | {"masks": "x"}], "line 2: expected an object with a list of `masks`"),
         ([BOTH[0], 3], "line 2: expected an object"),
-        ([BOTH[0] | {"teacher_forced_masks": []}, BOTH[1]], "`teacher_forced_masks` of all questions or of none"),
+        ([BOTH[0] | {"teacher_forced_masks": []}, BOTH[1]], "`teacher_forced_masks` for all questions or none"),
     ],
 )
 def test_what_is_refused(lines, match, tmp_path):
@@ -112,8 +112,8 @@ def test_other_files_are_refused(tmp_path):
 def test_missing_and_extra_predictions_are_said(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", BOTH[0], {"question_id": "9_0", "masks": []})
     assert areas(read_predictions(path, evaluation_dataset(TARGETS), missing_as_empty=True)) == {"0_0": [], "1_0": []}
-    assert "1 of 2 predictions are for no question of this benchmark" in caplog.text
-    assert "1 of 2 questions have no prediction, which counts as no mask" in caplog.text
+    assert "1 of 2 predictions match no question of this benchmark" in caplog.text
+    assert "1 of 2 questions have no prediction, and count as answered without a mask" in caplog.text
 
 
 def test_a_name_that_two_objects_share_names_neither(tmp_path):

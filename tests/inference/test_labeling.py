@@ -110,7 +110,7 @@ def test_questions_are_read_and_assigned(tmp_path):
 
 def test_an_interrupted_run_ends_as_an_undisturbed_one(answer_with_masks, photos, tmp_path, capsys):
     _, expected = label(answer_with_masks, photos, tmp_path / "whole")
-    assert "broken.png: passed over: expected an image that can be read" in capsys.readouterr().out
+    assert "broken.png: skipped: expected an image that can be read" in capsys.readouterr().out
     assert [record["image"] for record in expected[:4]] == ["a.png", "a.png", "b.png", "b.png"]
     assert "error" in expected[4] and len(expected) == 12
     # Two batches were written, the second one not to its end.

@@ -136,7 +136,7 @@ def test_items_are_browsed(browser, url):
     names = visitor.page.get_by_label("Image", exact=True).last
     names.fill("NO SUCH")
     names.press("Enter")
-    visitor.page.get_by_text("No item is like this.").wait_for()
+    visitor.page.get_by_text("No items match.").wait_for()
     assert visitor.page.locator(".item:visible img").count() == 0
 
 

@@ -239,7 +239,7 @@ def test_two_processes_label_as_one_does(talkative, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Saved 16 answers") == 1 and result.stdout.count("4.png: passed over") == 1
+    assert result.stdout.count("Saved 16 answers") == 1 and result.stdout.count("4.png: skipped") == 1
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
         "instances.json",
         "predictions.jsonl",

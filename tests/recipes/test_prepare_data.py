@@ -285,7 +285,7 @@ def test_shards_of_other_rows_or_sizes_are_replaced_if_asked(load, open_parquet,
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
 def test_a_missing_image_is_said_before_anything_is_written(load, tmp_path, tree, damage):
     damage(tree / "coco/train2017/000000000001.jpg")
-    with pytest.raises(ValueError, match="000000000001.jpg' is empty or not there. Restore it"):
+    with pytest.raises(ValueError, match="000000000001.jpg' is empty or missing. Restore it"):
         write_parquet(load("llava_instruct", tree), tmp_path / "parquet", "train")
     assert not (tmp_path / "parquet").exists()
 

@@ -164,7 +164,7 @@ def test_a_file_of_predictions_scores_as_its_model_and_an_evaluation_goes_on(
     written = json.loads((tmp_path / "whole" / "evaluation.json").read_text())
     (tmp_path / "whole" / "evaluation.json").write_text(json.dumps(written | {"benchmarks": {}}))
     run_here("eval.py", *model, "--protocols", *PROTOCOLS, "--output_dir", "whole")
-    assert "1 of 3 images were answered before" in caplog.text
+    assert "1 of 3 images are answered already" in caplog.text
     assert evaluation(tmp_path / "whole") == (results, predictions) and not parts.exists()
     # 3. With other settings, or when nothing is left to do.
     assert "got whole with a complete one" in fail(capsys, *model, "--protocols", *PROTOCOLS, "--output_dir", "whole")
