@@ -135,7 +135,7 @@ def test_a_comparison_marks_other_software_and_refuses_other_protocols(evaluate)
     page = results_page([compare_evaluations([first, same, other])])
     assert "**other was evaluated differently from first**: device, torch." in page
     assert page.count("| other (evaluated differently) | 3 |") == 1 and "| same | 3 |" in page
-    with pytest.raises(ValueError, match=r"same version of the protocols, got .*'first': 1, 'newer': 2"):
+    with pytest.raises(ValueError, match=r"same protocol version, got .*'first': 1, 'newer': 2"):
         compare_evaluations([first, evaluate("newer", protocol_version=2)])
 
 
