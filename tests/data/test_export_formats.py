@@ -441,7 +441,7 @@ def test_one_annotation_of_several_is_taken_and_said(root, load):
     options = {"annotations": "tasks.json", "images": "photos"}
     (root / "tasks.json").write_text(json.dumps([task | {"annotations": [later, first, withdrawn]}]))
     assert list(masks_of(load("label_studio", **options)[0])) == ["crack"]
-    assert "left out 1 annotations" in load.remarks[0]
+    assert "dropped 1 annotations" in load.remarks[0]
     (root / "tasks.json").write_text(json.dumps([task | {"annotations": [later, first | {"ground_truth": True}]}]))
     assert list(masks_of(load("label_studio", **options)[0])) == ["Rust Patch"]
 
