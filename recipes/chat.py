@@ -43,23 +43,23 @@ from lisa_hf.training.build import load_lisa
 
 
 COMMANDS = __doc__[__doc__.index("    /image") : __doc__.index("\n\nCtrl-C")]
-# Tokens of single bytes can spell sequences that control a terminal.
+# Byte tokens can spell escape sequences that control a terminal.
 CONTROL_CHARACTERS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="LISA model: directory or Hub id")
-    parser.add_argument("--image", help="image file or URL to begin with")
+    parser.add_argument("--image", help="image file or URL to start with")
     add_model_arguments(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
-    with suppress(ImportError):  # with it, the arrow keys edit the line and bring back earlier ones; not on Windows
+    with suppress(ImportError):  # lets the arrow keys edit the line and recall earlier ones; not on Windows
         import readline  # noqa: F401
-    sys.stdout.reconfigure(errors="replace")  # an answer may have characters that the terminal's encoding lacks
+    sys.stdout.reconfigure(errors="replace")  # answers may have characters that the terminal's encoding lacks
     with report_user_errors():
         image = load_image(args.image) if args.image else None  # before weights are loaded
         model, processor = load_lisa(args.model, dtype=args.dtype)
@@ -124,7 +124,7 @@ def read_path(text: str) -> str:
         return text
     if sys.platform == "win32":  # where a backslash separates directories
         return os.path.expanduser(text.strip('"'))
-    with suppress(ValueError):  # an apostrophe is no quote
+    with suppress(ValueError):  # an apostrophe is not a quote
         words = shlex.split(text)
         text = words[0] if len(words) == 1 else text
     return os.path.expanduser(text)
@@ -141,7 +141,7 @@ def is_image(line: str) -> bool:
 
 
 def print_answer(conversation: Conversation, question: str):
-    """Print the answer to a question while it is generated, each `[SEG]` on the color of its mask."""
+    """Print the answer to a question while it is generated, with each `[SEG]` in the color of its mask."""
     number, is_colored = 0, sys.stdout.isatty() and "NO_COLOR" not in os.environ
     is_stopped = False
 
@@ -166,7 +166,7 @@ def print_answer(conversation: Conversation, question: str):
 
 
 def show_masks(conversation: Conversation):
-    """Show the masks of the last answer in the terminal if it can, else in a file."""
+    """Show the masks of the last answer in the terminal if possible, else in a file."""
     if not conversation.turns or len(conversation.turns[-1].answer.masks) == 0:
         print(f"The last answer has no {SEG_TOKEN}. Ask as in training: '... Please output segmentation mask.'")
         return
@@ -183,7 +183,7 @@ def show_masks(conversation: Conversation):
 
 
 def picture_in_terminal(picture: PIL.Image.Image) -> str | None:
-    """Return what makes the terminal show a picture, in half of its height; None if it cannot."""
+    """Return the escape sequence that shows a picture at half the terminal's height; None if unsupported."""
     picture = PIL.ImageOps.contain(picture, (min(picture.width, 1280), min(picture.height, 1280)))
     file = io.BytesIO()
     picture.save(file, "PNG")
@@ -191,11 +191,11 @@ def picture_in_terminal(picture: PIL.Image.Image) -> str | None:
     # iTerm2 and WezTerm: https://iterm2.com/documentation-images.html
     if os.environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
         return f"\033]1337;File=inline=1;height=50%:{data}\a"
-    # kitty and Ghostty: https://sw.kovidgoyal.net/kitty/graphics-protocol. In tmux, which cannot pass them on, TERM is
-    # another.
+    # kitty and Ghostty: https://sw.kovidgoyal.net/kitty/graphics-protocol. In tmux, which cannot forward them,
+    # TERM differs.
     if os.environ.get("TERM") in ("xterm-kitty", "xterm-ghostty"):
         columns, lines = shutil.get_terminal_size()
-        is_wide = lines * picture.width > columns * picture.height  # a character is twice as high as it is wide
+        is_wide = lines * picture.width > columns * picture.height  # a character is twice as tall as it is wide
         size = f"c={columns}" if is_wide else f"r={lines // 2}"
         *chunks, last = [data[start : start + 4096] for start in range(0, len(data), 4096)]
         parts = [(chunk, 1) for chunk in chunks] + [(last, 0)]

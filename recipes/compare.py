@@ -4,9 +4,9 @@
     python recipes/compare.py outputs/evaluate/mine outputs/evaluate/other --title "Two seeds" --json two_seeds.json
     python recipes/compare.py two_seeds.json other_comparison.json --output results.md
 
-Prints a page in Markdown: for each benchmark and protocol the results of the models, and the differences to the first
-one with 95% intervals and a sign test over images. Says where evaluations were not made alike. `--json` keeps all that
-the page needs in one small file.
+Prints a Markdown page: for each benchmark and protocol, the results of the models and their differences from the first
+one, with 95% intervals and a sign test over images. It points out where evaluations were made differently. `--json`
+stores everything that the page needs in one small file.
 """
 
 import argparse
@@ -26,9 +26,9 @@ def main():
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="output directories of recipes/eval.py, or files of --json",
+        help="output directories of recipes/eval.py, or files written by --json",
     )
-    parser.add_argument("--title", default="", help="what is compared, in a line (default: the names)")
+    parser.add_argument("--title", default="", help="title of the comparison (default: the names)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the page to this file too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison to this file")
     parser.add_argument("--overwrite", action="store_true", help="replace the files")
@@ -41,7 +41,7 @@ def main():
         if files and (files != args.paths or args.json or args.title):
             raise ValueError(
                 f"expected either directories to compare or files of comparisons, got {files[0]} among others or "
-                "beside --json or --title. Name one kind."
+                "with --json or --title. Name one kind."
             )
         comparisons = list(map(read_comparison, files)) or [compare_evaluations(args.paths, args.title)]
         page = results_page(comparisons)

@@ -9,7 +9,7 @@
     python recipes/convert_weights.py lisa-train --checkpoint runs/lisa-7b/ckpt_model --base LLaVA-Lightning-7B-v1-1 \\
         --output weights/my-lisa-7b
 
-Print the old and new name of every tensor, fail if one is missing or left over, and verify what was written.
+Prints the old and new name of every tensor, fails if one is missing or left over, and verifies the written files.
 """
 
 import argparse
@@ -31,19 +31,19 @@ from lisa_hf.training.run_record import write_conversion_record
 
 
 SOURCES = {
-    "auto": "any of these, told by its tensors",
+    "auto": "any of these, detected from the tensors",
     "llava-delta": "LLaVA v1, published as a difference to LLaMA (--base)",
     "llava": "LLaVA v1, v1.1, on Llama 2, v1.5",
     "sam": "sam_vit_{b,l,h}*.pth, sam_hq_vit_{b,l,h}.pth",
     "lisa": "LISA v1, explanatory, LISA++, SESAME, READ",
-    "lisa-v0": "LISA v0, which has its SAM in a file of its own",
-    "glamm": "GLaMM-RefSeg and the other GLaMMs with masks; without their questions about boxes",
+    "lisa-v0": "LISA v0, which has its SAM in a separate file",
+    "glamm": "GLaMM-RefSeg and other GLaMMs with masks, without their questions about boxes",
     "sa2va": "Sa2VA on Qwen2.5-VL, Qwen3-VL, or InternVL 2.5 and 3",
     "lisa-train": "a run of LISA's train_ds.py: its ZeRO checkpoint, or the pytorch_model.bin made from it",
 }
 
 
-# What the authors say of the training data of published weights, by architecture or format.
+# The authors' statements about the training data of published weights, by architecture or format.
 TRAINING_DATA = {
     "SESAMEForCausalLM": "SESAME's published weights were trained on RefCOCO, R-RefCOCO and FP-RefCOCO (with + and g) "
     "and LLaVA's questions.",
@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
         "in its code; for others: the one that it was trained with)",
     )
     parser.add_argument(
-        "--lora_alpha", "--lora-alpha", type=float, default=16, help="lisa-train: of the run (default: %(default)s)"
+        "--lora_alpha", "--lora-alpha", type=float, default=16, help="lisa-train: lora_alpha of the run (%(default)s)"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of the weights (auto: the original's most common)"
@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def convert(args: argparse.Namespace) -> ConvertedModel:
-    """Open the checkpoint and everything that belongs to it, without reading the weights."""
+    """Open the checkpoint and the files that belong to it, without reading the weights."""
     options = {"vision_tower": args.vision_tower, "chat_template": args.chat_template}
     if not args.checkpoint.exists():
         raise ValueError(
@@ -120,7 +120,7 @@ def choose_source(given: str, recognized: str | None, tensors: dict[str, LazyTen
     """Return the source to convert from.
 
     Raises:
-        ValueError: The tensors are of another source than the one given, or `auto` does not recognize them.
+        ValueError: The tensors belong to another source than the given one, or `auto` does not recognize them.
     """
     if given == "auto":
         if recognized is None:
@@ -130,7 +130,7 @@ def choose_source(given: str, recognized: str | None, tensors: dict[str, LazyTen
             )
         print(f"Source: {recognized}, {SOURCES[recognized]}")
         return recognized
-    # Tensors of no original are listed by the key tables; a run may have been trained without LoRA, or be merged.
+    # Unknown tensors are listed by the key tables; a run may have been trained without LoRA, or be merged.
     if recognized in (None, given) or (given, recognized) == ("lisa-train", "lisa"):
         return given
     raise ValueError(

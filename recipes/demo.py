@@ -1,11 +1,11 @@
-"""Show a LISA model in the browser: ask about an image, see the masks, download them. Look at data and predictions.
+"""Show a LISA model in the browser: ask about an image, see and download the masks. Also browse data and predictions.
 
     pip install -e '.[demo]'
     python recipes/demo.py outputs/quickstart
     python recipes/demo.py --data recipes/configs/quickstart.yaml
     python recipes/demo.py --predictions outputs/evaluate/quickstart
 
-A model's page is an API as well:
+The page of a model also has an API:
 
     from gradio_client import Client, handle_file
 
@@ -14,7 +14,7 @@ A model's page is an API as well:
     )
     answer["text"], answer["masks"], answer["scores"]  # masks as pycocotools' compressed RLE
 
-Gradio's variables GRADIO_SERVER_NAME, GRADIO_SERVER_PORT and GRADIO_SHARE say where it is served.
+Gradio's variables GRADIO_SERVER_NAME, GRADIO_SERVER_PORT and GRADIO_SHARE set where it is served.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from lisa_hf.training.arguments import parse_data_arguments
 from lisa_hf.training.build import load_lisa
 
 
-# One question of each kind, by the seed of its scene. What the quick start's model is good at: it confuses shapes of
+# One question of each kind, by the seed of its scene, that the quick start's model is good at: it confuses shapes of
 # one color more often than colors.
 EXAMPLES = {
     0: "What is red? Please output segmentation mask.",
@@ -53,7 +53,7 @@ EXAMPLES = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="LISA model: directory or Hub id")
-    parser.add_argument("--compare", metavar="MODEL", help="another model that answers beside it")
+    parser.add_argument("--compare", metavar="MODEL", help="another model that answers side by side")
     parser.add_argument(
         "--data", metavar="CONFIG", help="browse the training and evaluation sources of a recipe (YAML)"
     )
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         "--predictions",
         metavar="DIRECTORY",
         type=Path,
-        help="browse what recipes/eval.py wrote, worst first beside the truth, or what recipes/predict.py wrote",
+        help="browse the output of recipes/eval.py, worst first, with the truth, or that of recipes/predict.py",
     )
     parser.add_argument("--data_dir", help="directory of all datasets in LISA's layout (default: the recipe's)")
     parser.add_argument("--max_megapixels", type=float, default=40, help="largest image (%(default)s)")
@@ -84,7 +84,7 @@ def draw_examples(directory: Path) -> list[tuple[str, str]]:
 
 
 def load_data(config: str, data_dir: str | None) -> DataItems:
-    """Load the rows of a recipe's sources, as training and evaluation load them."""
+    """Load the rows of a recipe's sources as in training and evaluation."""
     data_args = parse_data_arguments(config)
     data_dir = data_dir or data_args.data_dir
     options = {"on_bad_row": data_args.on_bad_row, "exclude_refer_val": data_args.exclude_refer_val}
@@ -96,7 +96,7 @@ def load_data(config: str, data_dir: str | None) -> DataItems:
 
 
 def load_predictions(directory: Path, data_dir: str | None) -> EvaluatedItems | LabeledItems:
-    """Load what recipes/eval.py or recipes/predict.py wrote."""
+    """Load the output of recipes/eval.py or recipes/predict.py."""
     if (directory / "predictions.jsonl").exists():
         return LabeledItems(directory)
     if not (directory / EVALUATION).exists():
@@ -128,7 +128,7 @@ def load_predictions(directory: Path, data_dir: str | None) -> EvaluatedItems | 
 
 
 def load_models(paths: list[str], device: torch.device, dtype: str) -> dict:
-    """Load models and their processors, by the name on the page."""
+    """Load models and their processors, by name on the page."""
     models = {}
     for path in paths:
         model, processor = load_lisa(path, dtype=dtype)
@@ -146,7 +146,7 @@ def main():
             from lisa_hf.inference.data_page import build_data_page
             from lisa_hf.inference.demo import build_demo
         except ImportError as error:
-            raise ValueError(f"expected Gradio, got {error}. Do `pip install -e '.[demo]'`.") from error
+            raise ValueError(f"expected Gradio, got {error}. Run `pip install -e '.[demo]'`.") from error
         pages = {}
         if args.model:
             models = load_models(list(filter(None, (args.model, args.compare))), args.device, args.dtype)

@@ -1,16 +1,16 @@
-"""Evaluate a LISA model, or masks that any program made, on benchmarks by every protocol of lisa_hf.
+"""Evaluate a LISA model, or masks from any program, on benchmarks by every protocol of lisa_hf.
 
     python recipes/eval.py outputs/mine --data_dir dataset --benchmarks reason_seg_val reason_seg_test refcoco_val
     accelerate launch recipes/eval.py MODEL --data_dir dataset --benchmarks grefcoco_val --protocols generated gres
     python recipes/eval.py outputs/quickstart --eval_sources "{shapes: {num_validation_scenes: 200}}"
 
-Other models, without loading one: write the questions, answer them, score the answers.
+For other models, without loading one: export the questions, answer them, score the answers.
 
     python recipes/eval.py --export_questions questions.jsonl --data_dir dataset --benchmarks reason_seg_val
     python recipes/eval.py --predictions answers.jsonl --data_dir dataset --benchmarks reason_seg_val
 
-MODEL may be a checkpoint of a LoRA run. `--base_model VLM`, the one that a model was trained from, says how likely the
-VLM's own answers to questions without masks still are; `--base_model` alone takes the LoRA run without its adapter.
+MODEL may be a checkpoint of a LoRA run. `--base_model VLM`, the one that a model was trained from, reports how likely
+the VLM's own answers to questions without masks still are; `--base_model` alone uses the LoRA run without its adapter.
 
 `--eval_sources` evaluates on your own data. A table is printed, and `--output_dir` (outputs/evaluate/MODEL) gets:
 
@@ -24,7 +24,7 @@ VLM's own answers to questions without masks still are; `--base_model` alone tak
     predictions_NAME.png       the best, the median and the worst answers
     scores_NAME.jsonl          the pixels of every mask by protocol, which recipes/compare.py reads
 
-An interrupted evaluation goes on when it is started again. A finished one is replaced only with `--overwrite`.
+To continue an interrupted evaluation, run the command again. A finished one is replaced only with `--overwrite`.
 
 All other arguments are those of recipes/train.py: `--dtype bfloat16`, `--eval_generate false` for the teacher-forced
 protocols only, `--generation_max_new_tokens`, `--max_eval_items`, ...
@@ -79,10 +79,10 @@ from lisa_hf.training.run_record import describe_hardware, describe_software, fi
 logger = logging.getLogger("eval")
 
 NUM_TEXT_IMAGES = 4  # with `--base_model`
-WITHOUT_ADAPTER = ""  # `--base_model` without a name
+WITHOUT_ADAPTER = ""  # `--base_model` without a value
 DEFAULTS = {
     "eval_generate": "true",
-    "per_device_eval_batch_size": "1",  # makes metrics equal to the last bit on any number of processes
+    "per_device_eval_batch_size": "1",  # makes metrics bit-identical on any number of processes
     "report_to": "none",
 }
 
@@ -102,12 +102,12 @@ def main():
             print(f"Done. {num_questions} questions: {Path(args.export_questions).resolve()}")
             return
 
-        # 3. An output directory, which may hold the beginning of this evaluation
+        # 3. An output directory, which may hold a part of this evaluation
         output_dir, model = Path(training_args.output_dir), args.model or args.predictions
         settings, environment = settings_of(args, model_args, training_args), environment_of(training_args)
         evaluation = open_evaluation(output_dir, model, settings, environment, sources, args.overwrite)
 
-        # 4. Model and trainer, or predictions. What cannot be evaluated leaves no evaluation behind.
+        # 4. Model and trainer, or predictions. If they are unusable, no evaluation is left behind.
         is_main, trainer = PartialState().is_main_process, None
         if args.model:
             train_images, note = find_training_images(args.model)
@@ -121,7 +121,7 @@ def main():
             if is_main:
                 begin_evaluation(output_dir, evaluation, args.overwrite)
 
-        # 5. Answer, score, and write results after each benchmark, since the next one may take hours
+        # 5. Answer, score, and write results after each benchmark, because the next one may take hours
         for name, dataset in datasets.items():
             logger.info("%s: %d images", name, len(dataset))
             if trainer is not None:
@@ -159,7 +159,7 @@ def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrai
     )
     parser.add_argument("--predictions", metavar="PATH", help="JSON Lines file or directory of masks to score")
     parser.add_argument(
-        "--missing_as_empty", action="store_true", help="count a question without a prediction as one without a mask"
+        "--missing_as_empty", action="store_true", help="count questions without a prediction as having no mask"
     )
     parser.add_argument("--export_questions", metavar="FILE", help="JSON Lines file to write the questions to")
     parser.add_argument(
@@ -178,11 +178,11 @@ def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrai
     if args.base_model is not None and not args.model:
         parser.error("--base_model: expected a model to compare it with, got none")
     if sum(value is not None for value in given) != 1:
-        parser.error("expected a model, --predictions or --export_questions, one of the three")
+        parser.error("expected exactly one of a model, --predictions and --export_questions")
     name = Path(args.model).name if args.model else f"scored_{Path(args.predictions or '').stem}"
     defaults = DEFAULTS | {"output_dir": f"outputs/evaluate/{name}"}
     defaults = [text for name, value in defaults.items() for text in (f"--{name}", value)]
-    # The arguments of a model need one, which is loaded only if it is `args.model`.
+    # The model arguments require one, which is loaded only if it is `args.model`.
     name = next(value for value in given if value is not None)
     return args, *parse_arguments([*defaults, "--model", name, *others])
 
@@ -190,7 +190,7 @@ def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrai
 def make_trainer(
     name: str, model_args: ModelArguments, data_args: DataArguments, training_args: LisaTrainingArguments
 ) -> LisaTrainer:
-    """Load a model, or a checkpoint of a run with LoRA or FSDP, and make the trainer that evaluates it."""
+    """Load a model, or a checkpoint of a run with LoRA or FSDP, and create the trainer that evaluates it."""
     if (Path(name) / ADAPTER_CONFIG).is_file() or is_fsdp_checkpoint(Path(name)):
         model, processor = restore_model(Path(name))
         model = model.to(DTYPES[model_args.dtype or "auto"])
@@ -208,7 +208,7 @@ def make_trainer(
 def read_all_predictions(
     args: argparse.Namespace, datasets: dict[str, EvaluationDataset]
 ) -> dict[str, dict[str, QuestionPrediction]]:
-    """Return the predictions that the arguments name, by benchmark."""
+    """Return the predictions named by the arguments, by benchmark."""
     return {
         name: read_predictions(find_predictions(Path(args.predictions), name), dataset, args.missing_as_empty)
         for name, dataset in datasets.items()
@@ -239,7 +239,7 @@ def settings_of(args: argparse.Namespace, model_args: ModelArguments, training_a
     weights = sorted(Path(args.model).glob("*.safetensors"))
     return settings | {
         "model": args.model,
-        # A model that was trained again has other files.
+        # A retrained model has different files.
         "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
         "dtype": str(model_args.dtype),
         "eval_generate": training_args.eval_generate,
@@ -254,7 +254,7 @@ def compare_texts(
     training_args: LisaTrainingArguments,
     datasets: dict[str, EvaluationDataset],
 ) -> dict:
-    """Measure what training cost the texts of the VLM, on the first images of the first benchmark."""
+    """Measure how much training changed the language of the VLM, on the first images of the first benchmark."""
     dataset = next(iter(datasets.values()))
     images = [dataset[index]["image"] for index in range(min(NUM_TEXT_IMAGES, len(dataset)))]
     if args.base_model == WITHOUT_ADAPTER:
@@ -276,7 +276,7 @@ def compare_texts(
 
 
 def environment_of(training_args: LisaTrainingArguments) -> dict:
-    """Return what else results were made with; none of it should change them beyond rounding, but the last."""
+    """Return what else results were made with; only the last item should change them beyond rounding."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         **describe_software(),
@@ -298,7 +298,7 @@ def load_datasets(
                 f"`{nearest_name(name, BENCHMARKS)}`?"
             )
         builder, options = BENCHMARKS[name]
-        sources[name.replace("/", "--")] = {"builder": builder, **options}  # it becomes a part of file names
+        sources[name.replace("/", "--")] = {"builder": builder, **options}  # it becomes part of file names
     published = set(sources)
     sources |= data_args.eval_sources
     if not sources:
@@ -306,7 +306,7 @@ def load_datasets(
     rows = load_sources(sources, data_args.data_dir, data_args.max_eval_items)
     texts = {PROTOCOLS[name].texts for name in protocols}
     datasets = {
-        # Published benchmarks ask about each of several objects of one name on its own.
+        # Published benchmarks ask about each object separately, even if several have the same name.
         name: EvaluationDataset(rows[name], merge_instances=name not in published, texts=texts)
         for name in sources
     }

@@ -4,9 +4,9 @@
     python recipes/export.py outputs/mine/checkpoint-500 --output exports/mine --dtype bfloat16 --push_to_hub NAME
 
 LoRA is merged and ZeRO shards are consolidated; the output of DeepSpeed's zero_to_fp32.py in a checkpoint's directory
-is read too. A run without a final model is exported from its newest complete
-checkpoint. The directory appears once everything is written. A new repository on the Hub is private unless `--public`
-is given. If the upload is interrupted, the printed command resumes it.
+works too. A run without a final model is exported from its newest complete checkpoint. The directory appears once
+everything is written. A new repository on the Hub is private unless `--public` is given. If the upload is interrupted,
+the printed command resumes it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         "run", type=Path, metavar="RUN", help="output directory of a training run, a checkpoint, or weights in it"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new directory to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (auto: the training's)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (auto: as in training)")
     parser.add_argument(
         *("--adapter_only", "--adapter-only"),
         action="store_true",
@@ -56,7 +56,7 @@ def main():
         consolidated = args.run if checkpoint else None
         checkpoint = checkpoint or find_newest_model(args.run)
         check_records(checkpoint, args.evaluation)
-        # 2. Write the model, its processor, and where it comes from: all of it or nothing.
+        # 2. Write the model, its processor, and its records: all or nothing.
         dtype = DTYPES[args.dtype]
         model_id = args.push_to_hub or args.output.name
         with atomic_directory(args.output) as directory:

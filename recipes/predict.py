@@ -4,8 +4,8 @@
     python recipes/predict.py outputs/mine --image photos --question "Where is rust?" "Where are cracks?" \\
         --label rust crack --batch_size 8 --format labelme --output_dir outputs/rust
 
-Writes `predictions.jsonl`, with a line per image and question, and the files of `--format` to `--output_dir`. Start an
-interrupted run again to resume it. For several GPUs: `accelerate launch recipes/predict.py ...`.
+Writes `predictions.jsonl`, with one line per image and question, and the files of `--format` to `--output_dir`. To
+resume an interrupted run, run the command again. For several GPUs: `accelerate launch recipes/predict.py ...`.
 """
 
 import argparse
@@ -31,10 +31,10 @@ def parse_arguments() -> argparse.Namespace:
     question.add_argument(
         "--questions",
         type=Path,
-        help='JSON Lines with "question" and, if need be, "label" and "image"',
+        help='JSON Lines with "question" and, optionally, "label" and "image"',
     )
     parser.add_argument(
-        "--label", nargs="+", help="what labeling tools call the masks of each --question (default: the question)"
+        "--label", nargs="+", help="label of the masks of each --question in labeling tools (default: the question)"
     )
     parser.add_argument("--output_dir", type=Path, default="outputs/predict", help="default: %(default)s")
     parser.add_argument("--format", choices=get_args(Format), default="masks", help="default: %(default)s")
@@ -47,14 +47,14 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     args = parse_arguments()
     with report_user_errors():
-        # 1. Find out what there is to do, before weights are loaded.
+        # 1. Find out what to do, before weights are loaded.
         images = find_images(args.image)
-        if len(images) == 1:  # among several, one that cannot be read is passed over
+        if len(images) == 1:  # among several, an unreadable one is skipped
             check_image(*images.values())
         questions = questions_by_image(images, ask(args))
         settings = {name: str(getattr(args, name)) for name in ("model", "dtype", "batch_size", "max_new_tokens")}
         state, is_same = PartialState(cpu=args.device.type == "cpu"), False
-        if state.is_main_process:  # others would remove what it has begun to write
+        if state.is_main_process:  # others would remove what it has started to write
             planned = annotation_paths(args.format, images, sum(map(len, questions.values())), args.output_dir)
             settings["questions"] = questions
             is_same = open_output_dir(args.output_dir, settings, images, args.overwrite, planned)
@@ -65,19 +65,19 @@ def main():
         records = label_images(
             model, processor, images, questions, args.output_dir, args.batch_size, args.max_new_tokens
         )
-        # 3. Write what labeling tools read.
+        # 3. Write files for labeling tools.
         if state.is_main_process:
             kept = write_annotations(args.format, records, images, args.output_dir, keep_edited=is_same)
             report(records, args.output_dir)
             if kept:
-                print(f"Kept {len(kept)} files that were edited since, such as {kept[0]}; --overwrite replaces them.")
+                print(f"Kept {len(kept)} files that were edited since, such as {kept[0]}. --overwrite replaces them.")
 
 
 def ask(args: argparse.Namespace) -> list[dict[str, str]]:
     """Return the questions and their labels."""
     if args.questions:
         if args.label:
-            raise ValueError("--label: expected none with --questions. Write a `label` beside each question.")
+            raise ValueError("--label: expected none with --questions, got one. Write a `label` with each question.")
         return read_questions(args.questions)
     if not args.label:
         return [{"question": question} for question in args.question]
@@ -94,7 +94,7 @@ def check_image(source: str):
 
 
 def report(records: list[dict], output_dir: Path):
-    """Print the answer if there is one only, and how many masks and unreadable images there are."""
+    """Print the answer if there is only one, and the numbers of masks and unreadable images."""
     answered = [record for record in records if "text" in record]
     if len(records) == len(answered) == 1:
         print(answered[0]["text"])
@@ -103,7 +103,7 @@ def report(records: list[dict], output_dir: Path):
     num_unreadable = len({record["image"] for record in records if "text" not in record})
     print(f"Saved {_count(len(answered), 'answer')} with {_count(num_masks, 'mask')}: {output_dir.resolve()}")
     if num_unreadable:
-        print(f"{_count(num_unreadable, 'image')} could not be read. Mend and start again to add what is missing.")
+        print(f"{_count(num_unreadable, 'image')} could not be read. Repair and run again to add what is missing.")
     if num_masks == 0:
         print("No answer has a [SEG]. Ask as in training: '... Please output segmentation mask.'")
     elif num_without:

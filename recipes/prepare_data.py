@@ -6,8 +6,8 @@
     python recipes/prepare_data.py convert refcoco reason_seg --data_dir dataset --output_dir parquet
     python recipes/prepare_data.py clean
 
-Each command takes the names of sources, or a recipe with `--config` for its training and evaluation sources. `clean`
-removes the prepared rows of the named sources, or of all; they are made again when they are needed.
+Each command takes source names, or a recipe with `--config` for its training and evaluation sources. `clean` removes
+the prepared rows of the named sources, or of all; they are prepared again when needed.
 """
 
 import argparse
@@ -33,17 +33,17 @@ from lisa_hf.evaluation.visualization import preview_sheet
 from lisa_hf.training.arguments import parse_data_arguments
 
 
-EVALUATION_SPLITS = ("val", "test")  # beginnings of their names
+EVALUATION_SPLITS = ("val", "test")  # prefixes of their names
 
 
 def find_sources(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Return the names and options of the given sources, or of those in the recipe, which may also set `data_dir`."""
     if bool(args.sources) == bool(args.config):
-        raise ValueError("expected the names of sources, or --config with a recipe that has sources")
+        raise ValueError("expected source names, or --config with a recipe that has sources")
     if args.config:
         data_args = parse_data_arguments(args.config)
         args.data_dir = args.data_dir or data_args.data_dir
-        # As training loads them: it may skip bad records, evaluation must not.
+        # As in training, which may skip bad records; evaluation must not.
         training = complete_options(data_args.sources, data_args.on_bad_row, data_args.exclude_refer_val)
         found = [*training.items(), *data_args.eval_sources.items()]
     else:
@@ -63,7 +63,7 @@ def run_download(args: argparse.Namespace):
     # Print manual steps first: they can be done during the download.
     for name in (name for name in names if name in MANUAL_STEPS):
         step = MANUAL_STEPS[name].format(data_dir=Path(args.data_dir).absolute())
-        print(f"{name}: a step is left to you. See {SOURCES[name].DOWNLOAD_PAGE}\n  {step}")
+        print(f"{name}: needs a manual step. See {SOURCES[name].DOWNLOAD_PAGE}\n  {step}")
     download([name for name in names if name in WEB_FILES], args.data_dir, args.num_threads)
 
 
@@ -96,7 +96,7 @@ def run_preview(args: argparse.Namespace):
         )
     for (name, options), path in zip(sources, paths):
         rows = load_source(name, args.data_dir, **options).cast_column("image", datasets.Image(decode=False))
-        # Choose rows at equal distances, because neighbors are often alike.
+        # Choose evenly spaced rows, because neighbors are often similar.
         chosen = rows.select(np.linspace(0, len(rows) - 1, min(args.num_rows, len(rows)), dtype=int))
         preview_sheet(chosen).save(path)
         print(f"{name}: {len(chosen)} of {len(rows)} rows in {path.resolve()}")
@@ -142,7 +142,7 @@ def run_convert(args: argparse.Namespace):
             )
             print(f"{name} {split}: {written.num_rows} rows in {len(written.paths)} files")
             for other, number in sorted(written.num_excluded.items()):
-                print(f"{name} {split}: left out {number} rows with images of {other}")
+                print(f"{name} {split}: excluded {number} rows with images of {other}")
         if args.deduplicate:
             for split, rows in splits.items():
                 if not split.startswith(EVALUATION_SPLITS):
@@ -175,7 +175,7 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("download", parents=[common], help="download what has direct links (resumable)")
+    command = commands.add_parser("download", parents=[common], help="download files with direct links (resumable)")
     command.add_argument("--num_threads", type=int, default=4, help="number of files to download at once")
     command.set_defaults(run=run_download)
     command = commands.add_parser(
@@ -187,31 +187,31 @@ def main():
     command.add_argument("--num_rows", type=int, default=8, help="number of rows per sheet")
     command.add_argument("--overwrite", action="store_true", help="replace earlier sheets")
     command.set_defaults(run=run_preview)
-    command = commands.add_parser("convert", parents=[common], help="write Parquet with the images inside (resumable)")
+    command = commands.add_parser("convert", parents=[common], help="write Parquet with embedded images (resumable)")
     command.add_argument(
-        "--output_dir", required=True, help="output directory, with one subdirectory per source; also an fsspec URL"
+        "--output_dir", required=True, help="output directory or fsspec URL, with one subdirectory per source"
     )
-    command.add_argument("--engine", choices=get_args(Engine), default="datasets", help="what runs the workers")
+    command.add_argument("--engine", choices=get_args(Engine), default="datasets", help="engine that runs the workers")
     command.add_argument("--num_workers", type=int, default=4, help="number of files to write at once")
     command.add_argument(
         "--exclude_images_of",
         nargs="+",
         default=[],
         metavar="BENCHMARK",
-        help="leave out training rows whose image is in these benchmarks, or evaluation sources of the recipe",
+        help="exclude training rows whose image is in these benchmarks, or evaluation sources of the recipe",
     )
     command.add_argument(
         "--deduplicate",
         action="store_true",
-        help="leave out training rows whose image is in a source named before",
+        help="exclude training rows whose image is in an earlier source",
     )
-    command.add_argument("--max_shard_size", default="500MB", help="approximate largest size of a file")
+    command.add_argument("--max_shard_size", default="500MB", help="approximate maximum file size")
     command.add_argument("--overwrite", action="store_true", help="replace shards of other rows and the README.md")
     command.add_argument("--push_to_hub", metavar="NAME", help="also upload to this private dataset on the Hub")
     command.set_defaults(run=run_convert)
 
     command = commands.add_parser(
-        "clean", parents=[common], help="remove prepared rows from the cache: of these sources, or of all"
+        "clean", parents=[common], help="remove prepared rows of these sources, or of all, from the cache"
     )
     command.set_defaults(run=run_clean)
 

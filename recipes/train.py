@@ -3,7 +3,7 @@
     accelerate launch recipes/train.py --config recipes/configs/quickstart.yaml --max_steps 20 --output_dir outputs/try
     accelerate launch --config_file recipes/accelerate/zero2.yaml --num_processes 2 recipes/train.py --config ...
 
-The keys of the YAML file are the arguments that `--help` lists; the command line overrides the file. With
+The keys of the YAML file are the arguments listed by `--help`; the command line overrides the file. With
 `--resume_from_checkpoint auto`, the same command starts a run and resumes it.
 """
 

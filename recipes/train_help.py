@@ -1,4 +1,4 @@
-"""Print the arguments of train.py that are its own, from their source: importing it takes seconds."""
+"""Print train.py's own arguments from their source code, because importing it takes seconds."""
 
 import argparse
 import ast
@@ -9,8 +9,8 @@ from pathlib import Path
 ARGUMENTS = Path(__file__).parents[1] / "lisa_hf" / "training" / "arguments.py"
 GROUPS = {"ModelArguments": "model", "DataArguments": "data", "LisaTrainingArguments": "training"}
 EPILOG = (
-    "All arguments of transformers' TrainingArguments are known too: --output_dir, --max_steps, --learning_rate, "
-    "--per_device_train_batch_size, --save_steps, --resume_from_checkpoint, --report_to, ... List them by --help-all."
+    "All arguments of transformers' TrainingArguments work too: --output_dir, --max_steps, --learning_rate, "
+    "--per_device_train_batch_size, --save_steps, --resume_from_checkpoint, --report_to, ... --help-all lists them."
 )
 
 
@@ -22,7 +22,7 @@ def print_help(description: str) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--help-all", action="store_true", help="list the arguments of transformers too, and exit")
+    parser.add_argument("--help-all", action="store_true", help="also list the arguments of transformers, and exit")
     parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are the names of the arguments")
     parser.add_argument("--device", metavar="DEVICE", help="kind of device: cpu, cuda, mps, ...")
     constants = {}
@@ -42,7 +42,7 @@ def print_help(description: str) -> None:
 
 
 def _value(node: ast.expr, constants: dict):
-    """Evaluate a literal, what a factory makes, or a text with constants in it."""
+    """Evaluate a literal, the result of a factory, or a string with constants in it."""
     return eval(compile(ast.Expression(node.body if isinstance(node, ast.Lambda) else node), "", "eval"), constants)
 
 

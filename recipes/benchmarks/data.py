@@ -4,7 +4,7 @@
         --dataloader_num_workers 4
 
 The arguments are those of train.py, but nothing is trained: `--num_train_items` items of each source are loaded (64 by
-default). The last line says how many workers keep a GPU busy, by the images that it trains on per second.
+default). The last line shows how many workers keep a GPU busy, by the images that it trains on per second.
 """
 
 import math
@@ -25,12 +25,12 @@ from lisa_hf.training.arguments import parse_arguments
 from lisa_hf.training.build import build_config_and_processor
 
 
-IMAGES_PER_SECOND = (2, 4, 8, 16, 32, 64)  # of a GPU; recipes/benchmarks/step.py measures a model's
+IMAGES_PER_SECOND = (2, 4, 8, 16, 32, 64)  # of a GPU; recipes/benchmarks/step.py measures it for a model
 
 
 def measure(function: Callable, arguments: list) -> tuple[float, list[Any]]:
     """Call a function with each argument; return the mean CPU seconds of a call, and the results."""
-    # CPU time, because other programs on the machine do not change it.
+    # CPU time, because other programs on the machine do not affect it.
     start = time.process_time()
     results = [function(argument) for argument in arguments]
     return (time.process_time() - start) / len(arguments), results
@@ -56,7 +56,7 @@ def measure_stages(rows: datasets.Dataset, mixture: MixtureDataset, collator: Li
 
 
 def measure_loader(mixture: MixtureDataset, collator: LisaDataCollator, num_workers: int) -> float:
-    """Return the rows per second of a loader with workers, counted from its first batch, when all have started."""
+    """Return the rows per second of a loader with workers, from its first batch on, when all have started."""
     loader = torch.utils.data.DataLoader(mixture, batch_size=1, num_workers=num_workers, collate_fn=collator)
     batches = iter(loader)
     next(batches)

@@ -14,9 +14,9 @@ METRICS = {"gflop_per_step": "GFLOP per step", "cpu_s": "CPU time, s", "peak_mem
 
 
 def axes(size: Size) -> dict[str, dict[str, Size]]:
-    """Return sizes by axis and by their place on it."""
+    """Return sizes by axis and position on it."""
     patch = size.vision["patch_size"]
-    sides = {16: 256, 24: 576, 54: 2916}  # 2916: near the 2880 of LLaVA-NeXT, whose image is five crops
+    sides = {16: 256, 24: 576, 54: 2916}  # 2916: close to LLaVA-NeXT's 2880, from five crops
     photos = [(480, 640), (1440, 1920), (3000, 4000), (4000, 4000)]
     return {
         "questions per image": {str(count): replace(size, num_questions=count) for count in (1, 2, 4, 8, 16)},
@@ -35,7 +35,7 @@ def axes(size: Size) -> dict[str, dict[str, Size]]:
 
 
 def measure_growth(size: Size, device: str, dtype, repeats: int) -> dict[str, dict[str, dict[str, dict]]]:
-    """Return metrics by axis, place on it and variant."""
+    """Return metrics by axis, position on it and variant."""
     report = {}
     for axis, sizes in axes(size).items():
         variants = [*CURVES, *(POINTS_CURVE if axis.startswith("image size") else {})]
@@ -56,7 +56,7 @@ def measure_growth(size: Size, device: str, dtype, repeats: int) -> dict[str, di
 
 
 def growth_table(report: dict) -> str:
-    """Return a Markdown table; a cell is original's arithmetic / this code / with a warm cache (/ sampled losses)."""
+    """Return a Markdown table with cells original's arithmetic / this code / with a warm cache (/ sampled losses)."""
     lines = [f"| | {' | '.join(METRICS.values())} |", "|---|" + "---:|" * len(METRICS)]
     for axis, places in report.items():
         for place, variants in places.items():

@@ -4,10 +4,11 @@
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 4 \\
         recipes/benchmarks/load_memory.py --vlm big/vlm --mask_model big/mask_model --output_dir out
 
-`make` saves a random LISA of 2 GB in bfloat16: the whole in `big`, its halves in `big/vlm` and `big/mask_model`. All
-else are the arguments of train.py, without data. `peak` is the most memory that a process held, minus what it held
-with all packages imported; `anonymous` is the part of it that is not a mapped file, whose pages the processes of a
-machine share and the system may drop. `share` is the weights' bytes divided by the processes.
+`make` saves a random 2 GB LISA in bfloat16: the whole model in `big`, its halves in `big/vlm` and `big/mask_model`.
+All other arguments are those of train.py, without data. `peak` is the most memory that a process held, minus what it
+held after importing all packages; `anonymous` is the part that is not mapped files, whose pages are shared by the
+processes of a machine and can be dropped by the system. `share` is the size of the weights divided by the number of
+processes.
 """
 
 import json
@@ -72,7 +73,7 @@ def make_model(directory: Path) -> None:
 
 
 def measure(model_args: ModelArguments, training_args) -> dict[str, int | float]:
-    """Load the model as train.py does, and return the bytes that this process held in the meantime."""
+    """Load the model as in train.py, and return the bytes that this process held meanwhile."""
     imported = _memory("VmHWM")
     start = time.perf_counter()
     with _sampled_anonymous_memory() as anonymous:
@@ -101,7 +102,7 @@ def measure(model_args: ModelArguments, training_args) -> dict[str, int | float]
 
 
 def compare_with_share(model_args: ModelArguments, processes: list[dict]) -> dict:
-    """Return the measurements beside the share of a process and the largest file, in GB of 1e9 bytes."""
+    """Return the measurements with the share of a process and the largest file, in GB of 1e9 bytes."""
     paths = [model_args.model] if model_args.model else [model_args.vlm, model_args.mask_model]
     sizes = [file.stat().st_size for path in paths for file in Path(path).glob("*.safetensors")]
     share, largest = sum(sizes) / len(processes), max(sizes)
@@ -116,7 +117,7 @@ def compare_with_share(model_args: ModelArguments, processes: list[dict]) -> dic
 
 
 class _LoadedError(Exception):
-    """The model is where its first step would find it."""
+    """The model is where its first step would need it."""
 
 
 class _StopWhenLoaded(TrainerCallback):

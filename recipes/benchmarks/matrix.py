@@ -1,11 +1,11 @@
-"""Check LISA with every VLM type of the installed transformers, as tiny random models; nothing is downloaded.
+"""Check LISA with every VLM type in the installed transformers, as tiny random models; nothing is downloaded.
 
     python recipes/benchmarks/matrix.py --json outputs/matrix.json
     python recipes/benchmarks/matrix.py --json outputs/matrix.json --model_types qwen3_vl,gemma3
 
-The types are those of AutoModelForImageTextToText. Each is checked in a process of its own, with limits of time and
-memory. The file is written after each type; those that it has are not checked again, unless they are named. Prints a
-table: a check passes, is refused with a sentence (`-`), fails, or gives a wrong result.
+The types are those of AutoModelForImageTextToText. Each is checked in its own process, with limits on time and memory.
+The file is written after each type; types in the file are not checked again unless they are named. Prints a table: a
+check passes, is rejected with a reason (`-`), fails, or gives a wrong result.
 """
 
 import importlib.metadata
@@ -28,7 +28,7 @@ from lisa_hf.files import atomic_file
 
 
 COLUMNS = ("construct", *CHECKS)
-MEMORY_LIMIT = 24 * 2**30  # of addresses, in bytes
+MEMORY_LIMIT = 24 * 2**30  # address space, in bytes
 SYMBOLS = {"ok": "ok", "refused": "-", "fail": "fail", "wrong": "WRONG"}
 
 
@@ -53,7 +53,7 @@ def main():
 
 
 def check_in_a_process(model_type: str, seconds: int) -> dict[str, str]:
-    """Return the verdict of each column; what a crash or the time limit leaves unchecked failed."""
+    """Return the verdict of each column; checks not reached because of a crash or the time limit count as failed."""
     context = multiprocessing.get_context("fork")  # transformers is imported once
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_verdicts, args=(model_type, sender))
@@ -90,7 +90,7 @@ def kind(verdict: str) -> str:
 
 
 def table(results: dict[str, dict[str, str]]) -> str:
-    """Return a Markdown table of all types, one of the counts of each column, and the versions."""
+    """Return a Markdown table of all types, a table with the counts of each column, and the versions."""
     header = f"| type | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}"
     rows = [
         f"| {model_type} | {' | '.join(SYMBOLS[kind(verdicts[column])] for column in COLUMNS)} |"

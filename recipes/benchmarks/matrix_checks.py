@@ -1,4 +1,4 @@
-"""What LISA must do with a VLM, each as a check of a tiny random model of any type: the columns of the matrix."""
+"""The columns of the matrix: checks of what LISA must do with a VLM, on a tiny random model of any type."""
 
 import copy
 import tempfile
@@ -48,16 +48,16 @@ QUESTIONS = ["What is it?", "What is the red circle?", "The circle of a circle a
 SPOKEN_ANSWERS = ["It is [SEG].", "Sure, it is [SEG].", "[SEG] and [SEG]."]
 DEFAULT_PARTS = ("seg_projector", "mask_decoder", "embeddings")
 VISION_PARTS = ("vision_tower", "multi_modal_projector")
-# How the errors begin that tell a user in a sentence what does not work.
+# Prefixes of the errors that tell users in one sentence what does not work.
 REFUSALS = ("expected a VLM", "expected a vision-language model", "expected a chat template", "lora_target_modules:")
 
 
 class Refused(Exception):
-    """LISA says that it does not do this, and why."""
+    """LISA reports that it does not support this, and why."""
 
 
 class Wrong(Exception):
-    """LISA computes something else than the VLM."""
+    """LISA computes something different from the VLM."""
 
 
 def run_checks(model_type: str) -> Iterator[tuple[str, str]]:
@@ -109,7 +109,7 @@ def check_forward(model: Model) -> None:
 
 
 def check_backward(model: Model) -> None:
-    """Gradients reach the language model and all of the projector of `[SEG]`."""
+    """Gradients reach the language model and all of the `[SEG]` projector."""
     lisa = copy.deepcopy(model.lisa).train()
     lisa(**model.batch([0, 2], [0, 0]), mask_labels=mask_labels(2)).loss.backward()
     language_model = lisa.get_submodule(find_parts(lisa)["language_model"][0])
@@ -148,7 +148,7 @@ def _own_outputs(model: Model) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 @torch.no_grad()
 def check_generate(model: Model) -> None:
-    """Answers to left-padded prompts are those that the VLM gives to each alone."""
+    """Answers to left-padded prompts are those of the VLM to each prompt alone."""
     singles, both, rows = model.inputs
     prompts = [
         {name: value[: -len(answer)] for name, value in row.items() if name != "labels"}
@@ -178,7 +178,7 @@ def check_save(model: Model) -> None:
 
 @torch.no_grad()
 def check_packing(model: Model) -> None:
-    """Packed questions have the loss of separate rows."""
+    """Packed questions have the same loss as separate rows."""
     if reason := packing_unsupported_reason(model.lisa.config):
         raise Refused(reason)
     batch = {**model.batch([1, 0, 2], [0, 1, 1]), "mask_labels": mask_labels(1, 2)}
@@ -188,10 +188,10 @@ def check_packing(model: Model) -> None:
 
 @torch.no_grad()
 def check_cached_features(model: Model) -> None:
-    """Features of each image, as a feature cache keeps them, replace its pixels."""
+    """Features of each image, as stored in a feature cache, replace its pixels."""
     expected = model.lisa(**model.batch()).last_hidden_state
     _, both, rows = model.inputs
-    ids = pad([rows[1], rows[0]])["input_ids"]  # a row about each image
+    ids = pad([rows[1], rows[0]])["input_ids"]  # one row per image
     features = encode_images_apart(model.vlm, ids, vision_inputs_of(model.vlm, both))
     sizes = sizes_per_image(model.vlm, both, ids, torch.arange(2), num_images=2)
     batch = {name: value for name, value in model.batch().items() if name not in both}
@@ -202,8 +202,8 @@ def check_cached_features(model: Model) -> None:
 def check_train(model: Model) -> None:
     """With LISA's defaults, and with the image side trained too, each trained weight gets a gradient.
 
-    LoRA is in the language model alone. Weights of the image side that the features of an image do not depend on need
-    none: training tells DDP to look for them.
+    LoRA is only in the language model. Weights of the image side that do not affect an image's features need no
+    gradient: training tells DDP to look for them.
     """
     parts = find_parts(model.lisa)
     vision = [part for part in VISION_PARTS if parts[part]]
@@ -222,7 +222,7 @@ def check_train(model: Model) -> None:
 
 
 def _unused_in_features(vlm, vision: dict, weights: dict) -> set[str]:
-    """Return the names of those weights on which the features of an image do not depend."""
+    """Return the names of the weights that do not affect the features of an image."""
     output = image_encoder(vlm).get_image_features(**vision_inputs_of(vlm, vision), return_dict=True)
     features = []
     map_token_fields(output, lambda value: features.extend(value if isinstance(value, (list, tuple)) else [value]))
@@ -235,10 +235,10 @@ def _unused_in_features(vlm, vision: dict, weights: dict) -> set[str]:
 
 
 def check_processor(model_type: str) -> None:
-    """What training and generation see of two images of different sizes is what the VLM's own processor makes.
+    """For two images of different sizes, training and generation see what the VLM's own processor makes.
 
-    Token ids, type ids and pixels of the prompt, the labels, states through the path of training (pixels normalized on
-    the device), and answers.
+    Compares token ids, type ids and pixels of the prompt, labels, states through the training path (pixels normalized
+    on the device), and answers.
     """
     processor, lisa = make_processor_and_lisa(model_type, "sam")
     sizes = family_options(model_type).get("image_sizes", PROCESSOR_IMAGE_SIZES)
@@ -271,7 +271,7 @@ def check_processor(model_type: str) -> None:
 
 
 def _require_own_tokens(processor: LisaProcessor, batch: dict, row: int, own: dict) -> None:
-    """Compare a row's prompt with what the VLM's own processor made of it, and its labels with the answer."""
+    """Compare a row's prompt with that of the VLM's own processor, and its labels with the answer."""
     length = own["input_ids"].shape[1]
     for name in [name for name in own if name == "input_ids" or name.endswith("token_type_ids")]:
         if name not in batch or not torch.equal(batch[name][row, :length], torch.as_tensor(own[name])[0]):
@@ -315,7 +315,7 @@ def conversation(question: str, answer: str) -> list[dict]:
 
 
 def own_inputs(processor: LisaProcessor, prompt: str, image: PIL.Image.Image) -> dict:
-    """Return what the VLM's own processor makes of one prompt."""
+    """Return the output of the VLM's own processor for one prompt."""
     kwargs = {"text": [prompt], "return_tensors": "pt", "add_special_tokens": False}
     try:
         own = processor.vlm_processor(images=[[image]], **kwargs)
@@ -334,7 +334,7 @@ def check_mask_models(model_type: str) -> None:
         output.loss.backward()
         if not any(p.grad is not None and p.grad.any() for p in model.lisa.mask_model.mask_decoder.parameters()):
             raise Wrong(f"no gradient in the mask decoder of {mask_model}")
-        if mask_model != "sam_hq":  # its decoder is mended, see upstream_fixes.py
+        if mask_model != "sam_hq":  # its decoder is fixed, see upstream_fixes.py
             _require_own_masks(model.lisa.mask_model, output, batch, mask_model)
 
 

@@ -30,7 +30,7 @@ MASK_SIDE = 64
 
 @torch.no_grad()
 def make_lisa(config: LisaConfig) -> LisaForConditionalGeneration:
-    """Initialize a model, the same at every call and without zeros, which would hide what goes through them."""
+    """Initialize a model, the same at every call and without zeros, which would hide what passes through them."""
     torch.manual_seed(0)
     model = LisaForConditionalGeneration(config)
     for parameter in model.parameters():
@@ -45,7 +45,7 @@ def random_image(height: int, width: int, seed: int) -> PIL.Image.Image:
 
 
 class Model:
-    """A LISA of a VLM type, two images of different sizes as the type's image processor makes them, three rows.
+    """A LISA of a VLM type, with two images of different sizes from the type's image processor and three rows.
 
     The rows are about images 1, 0 and 1, with token ids as any processor would write them: no processor is needed.
     """
@@ -64,7 +64,7 @@ class Model:
 
     @property
     def inputs(self) -> tuple[list[dict], dict, list[dict]]:
-        """Vision inputs of each image alone and of both, and the rows; made once."""
+        """Vision inputs of each image alone and of both, and the rows; created once."""
         if self._inputs is None:
             sizes = family_options(self.model_type).get("image_sizes", IMAGE_SIZES)
             images = [random_image(*size, seed) for seed, size in enumerate(sizes, start=1)]

@@ -16,7 +16,7 @@ from lisa_hf.model.mask_backbone import encode_images
 from lisa_hf.model.packing import pack_rows
 
 
-# The attention kernel of CPUs, which torch's counter does not know.
+# The CPU attention kernel, which torch's counter does not know.
 CPU_ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *args, **kwargs: sdpa_flop_count(query, key, value)
@@ -32,10 +32,10 @@ EVERYTHING = list(LADDER.values())[-1]
 class Benchmark:
     """One model and one batch, trained by several variants of a step.
 
-    `reference` is the original's arithmetic, see [`step_loss`], and `reference_sdpa` the same in today's attention
-    kernels. `candidate` is this project's forward on packed rows, `cached` the same with given features of the frozen
-    encoders, and `points` the candidate with mask losses on 12544 pixels per mask. The names in [`Features.ladder`]
-    lead from the reference to the candidate.
+    `reference` is the original's arithmetic, see [`step_loss`], and `reference_sdpa` the same with today's attention
+    kernels. `candidate` is this project's forward on packed rows, `cached` the same with precomputed features of the
+    frozen encoders, and `points` the candidate with mask losses on 12544 pixels per mask. The names in
+    [`Features.ladder`] lead from the reference to the candidate.
     """
 
     def __init__(self, size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -53,7 +53,7 @@ class Benchmark:
             }
 
     def step(self, variant: str) -> float:
-        """Run forward and backward and return the loss. The optimizer's step is the same for all and left out."""
+        """Run forward and backward and return the loss. The optimizer's step is omitted: it is the same for all."""
         return self._prepare(variant)()
 
     def _prepare(self, variant: str) -> Callable[[], float]:
@@ -83,7 +83,7 @@ class Benchmark:
         return {"gflop_per_step": sum(gflop.values()), "gflop_by_part": gflop, "loss": loss}, gradients
 
     def seconds_by_part(self, variant: str) -> dict[str, float]:
-        """Return the wall time of each part of a step, which is slower than others: a GPU is waited for after each."""
+        """Return the wall time of each part of a step, which is slow because it synchronizes after each part."""
 
         def clock() -> float:
             if self.device == "cuda":
@@ -123,7 +123,7 @@ class Benchmark:
                 handle.remove()
 
     def peak_memory_mb(self, variant: str) -> float:
-        """Return the size of the weights and the most that a step allocates beside them, in MB."""
+        """Return the size of the weights and the peak allocation of a step in addition, in MB."""
         run = self._prepare(variant)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -141,7 +141,7 @@ class Benchmark:
         return (sum(p.numel() * p.element_size() for p in self.model.parameters()) + peak) / 1e6
 
     def time_steps(self, variants: list[str], repeats: int) -> dict[str, list[tuple[float, float]]]:
-        """Return (wall, CPU) seconds of each step. Variants take turns, so that other programs slow all of them."""
+        """Return (wall, CPU) seconds of each step. Variants take turns, so that other programs affect all of them."""
         seconds = {variant: [] for variant in variants}
         for _ in range(repeats):
             for variant in variants:
@@ -152,7 +152,7 @@ class Benchmark:
         return seconds
 
     def measure(self, variants: list[str], repeats: int) -> dict[str, dict]:
-        """Return the metrics of each variant. Speedups are medians of pairs of steps that followed each other."""
+        """Return the metrics of each variant. Speedups are medians over pairs of consecutive steps."""
         seconds = self.time_steps(variants, repeats)
         num_tokens = self.batch["attention_mask"].sum().item()
         report, reference = {}, None
@@ -189,7 +189,7 @@ class Benchmark:
     def run_generation(self, num_questions: int = 16) -> dict:
         """Time one call of `generate` per question about an image, and one call for all, which shares their prefix."""
         rows, length = [0] * num_questions, self.batch["input_ids"].shape[1] - self.size.answer_length
-        # The first row's prompt with other questions: the prefix is shared, the last tokens differ.
+        # The first row's prompt with different questions: the prefix is shared, the last tokens differ.
         prompts = self.batch["input_ids"][rows, :length].clone()
         generator = torch.Generator().manual_seed(0)
         questions = (num_questions, self.size.question_length)

@@ -1,9 +1,9 @@
-"""Estimate the size and the memory of a recipe from the configurations of its models: no weights, no GPU.
+"""Estimate the size and memory of a recipe from the configurations of its models, without weights or a GPU.
 
     python recipes/benchmarks/memory.py --config recipes/configs/qwen3_vl_sam2.yaml --vlm Qwen/Qwen3-VL-8B-Instruct
 
-The arguments are those of train.py. The VLM and the mask model are built at full size without memory, and nothing but
-their configurations and processors is downloaded. Prints what trains, and a row of the table in docs/backbones.md.
+The arguments are those of train.py. The VLM and the mask model are built at full size without memory; only their
+configurations and processors are downloaded. Prints what trains, and a row of the table in docs/backbones.md.
 """
 
 import json
@@ -41,8 +41,8 @@ def main():
 
 
 def report(argv: list[str]) -> str:
-    """Return what trains and a table of one row: parameters in millions, GiB per GPU with each engine."""
-    # The options of a recipe are checked against this machine, which may have no GPU.
+    """Return what trains, and a one-row table: parameters in millions, GiB per GPU with each engine."""
+    # Options of a recipe are checked against this machine, which may not have a GPU.
     device = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     model_args, data_args, training_args = parse_arguments([*argv, *device])
     config, processor = build_config_and_processor(model_args)
@@ -97,7 +97,7 @@ def _num_trained(model) -> int:
 
 
 def _largest_of_ranks(engines: list[Engine], estimates: list[MemoryEstimate]) -> list[str]:
-    """Return a cell for each kind of engine: GiB of the process with the most, on each number of GPUs."""
+    """Return one cell per kind of engine: the largest GiB of any process, on each number of GPUs."""
     largest = {}
     for engine, estimate in zip(engines, estimates):
         stage = engine.zero["stage"] if engine.zero else 0
@@ -108,7 +108,7 @@ def _largest_of_ranks(engines: list[Engine], estimates: list[MemoryEstimate]) ->
 
 
 def make_empty_model(model_args: ModelArguments, config: LisaConfig):
-    """Make the model that a recipe trains, without weights."""
+    """Create the model that a recipe trains, without weights."""
     return prepare_for_training(build_model(model_args, config, empty=True), **model_args.adaptation)
 
 

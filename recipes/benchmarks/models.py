@@ -88,7 +88,7 @@ SIZES = {
 
 
 def build_model(size: Size, device: str, dtype: torch.dtype) -> PeftModel:
-    """Build a model with random weights that trains what LISA trains: LoRA, embeddings, projector and decoder."""
+    """Build a model with random weights that trains what LISA trains: LoRA, embeddings, projector, decoder."""
     vision = {"output_channels": 256, **size.mask_encoder}
     sizes = {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
     config = LisaConfig(
@@ -113,7 +113,7 @@ def build_model(size: Size, device: str, dtype: torch.dtype) -> PeftModel:
         torch.set_default_dtype(dtype)
         model = LisaForConditionalGeneration(config)
         torch.set_default_dtype(torch.float32)
-    # Without dropout, so that baseline and candidate can be compared to the last digits.
+    # Without dropout, so that baseline and candidate can be compared exactly.
     return prepare_for_training(model, ["seg_projector", "mask_decoder", "embeddings"], lora_dropout=0.0).train()
 
 

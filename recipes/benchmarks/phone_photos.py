@@ -1,10 +1,10 @@
-"""Fine-tune on photos as phones store them, and on the same photos stored upright: their gIoU should not differ.
+"""Fine-tune on photos as phones store them, and on the same photos stored upright: the gIoU should not differ.
 
     python recipes/benchmarks/phone_photos.py --model outputs/quickstart --output_dir outputs/phone_photos
 
 Twenty drawn photos have all eight EXIF orientations; three of them have 16 bits per color, and one has 100 megapixels.
-Half are annotated as by LabelMe, on the photo as viewers turn it, and half in COCO, on the pixels as stored. Both
-models answer questions about 24 other photos of the same kind, but for their number of pixels.
+Half are annotated as in LabelMe, on the photo as viewers rotate it, and half in COCO, on the stored pixels. Both
+models answer questions about 24 other photos of the same kind, except for their number of pixels.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from lisa_hf.evaluation.protocols import PROTOCOLS
 RECIPES = Path(__file__).resolve().parents[1]
 ARMS = ("upright", "turned")
 ORIENTATIONS = range(1, 9)
-INVERSE = {6: 8, 8: 6}  # the other turns undo themselves
+INVERSE = {6: 8, 8: 6}  # the other orientations are their own inverses
 SIDE, CROP = 160, 20
 LARGE = 72  # 99.5 megapixels
 PROTOCOL = "lisa"
@@ -48,7 +48,7 @@ class Photo:
 
 
 def draw_photo(seed: int, index: int, **facts) -> Photo:
-    """Draw a photo of 4 : 3, or 3 : 4, by its index."""
+    """Draw a 4:3 or 3:4 photo, by index."""
     pixels, items = draw_scene(np.random.default_rng((seed, index)), SIDE)
     inner = slice(CROP, SIDE - CROP)
     crop = (inner, slice(None)) if index % 2 else (slice(None), inner)
@@ -57,7 +57,7 @@ def draw_photo(seed: int, index: int, **facts) -> Photo:
 
 
 def turn_back(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Return the stored pixels that viewers turn to these."""
+    """Return the stored pixels that viewers rotate to these."""
     return TURNS[INVERSE.get(orientation, orientation)](pixels) if orientation in TURNS else pixels
 
 
@@ -72,12 +72,12 @@ def write_image(path: Path, photo: Photo) -> None:
         PIL.Image.fromarray(stored).save(path, quality=95, subsampling=0, exif=exif)
         return
     deep = cv2.cvtColor(stored, cv2.COLOR_RGB2BGR).astype(np.uint16) * 257
-    content = np.frombuffer(exif.tobytes()[6:], np.uint8)  # without the mark of JPEG files
+    content = np.frombuffer(exif.tobytes()[6:], np.uint8)  # without the JPEG marker
     cv2.imwriteWithMetadata(str(path), deep, [cv2.IMAGE_METADATA_EXIF], [content])
 
 
 def write_labelme(directory: Path, name: str, photo: Photo) -> None:
-    """Write what LabelMe writes: outlines on the photo as viewers turn it."""
+    """Write a LabelMe file: outlines on the photo as viewers rotate it."""
     scale = LARGE if photo.is_large else 1
     shapes = []
     for label, mask in photo.masks:
@@ -92,7 +92,7 @@ def write_labelme(directory: Path, name: str, photo: Photo) -> None:
 
 
 def write_coco(path: Path, photos: dict[str, Photo]) -> None:
-    """Write annotations in the COCO format of the pixels as stored, as programs do that ignore the orientation."""
+    """Write COCO annotations of the stored pixels, like programs that ignore the orientation."""
     images, annotations, labels = [], [], sorted({label for photo in photos.values() for label, _ in photo.masks})
     for number, (name, photo) in enumerate(photos.items(), start=1):
         for label, mask in photo.masks:
@@ -156,7 +156,7 @@ def train_and_evaluate(model: str, root: Path, arm: str, seed: int, max_steps: i
     for command in (train, evaluate):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     found = [read_scores(evaluation / f"scores_{tool}.jsonl")[PROTOCOL] for tool in ("labelme", "coco")]
-    # The ids of images and questions are those of all seeds and tools together.
+    # Ids of images and questions are unique over all seeds and tools.
     return [
         dataclasses.replace(
             score, question_id=f"{seed}/{tool}/{score.question_id}", image_id=f"{seed}/{tool}/{score.image_id}"
@@ -172,7 +172,7 @@ def giou(scores: list) -> float:
 
 
 def compare(arms: dict[str, list]) -> Comparison:
-    """Return how the scores of photos as phones store them differ from those of upright ones."""
+    """Return how the scores on photos as phones store them differ from those on upright ones."""
     return compare_scores(arms["upright"], arms["turned"], PROTOCOLS[PROTOCOL])
 
 
@@ -188,7 +188,7 @@ def main():
     for arm in ARMS:
         write_arm(args.output_dir, arm, args.num_train, args.num_held_out)
     arms = {arm: [] for arm in ARMS}
-    print("| seed | gIoU upright | gIoU turned | difference (95% interval) |\n|---|---:|---:|---|")
+    print("| seed | gIoU upright | gIoU rotated | difference (95% interval) |\n|---|---:|---:|---|")
     for seed in args.seeds:
         scored = {arm: train_and_evaluate(args.model, args.output_dir, arm, seed, args.max_steps) for arm in ARMS}
         print(_line(str(seed), scored), flush=True)

@@ -1,24 +1,25 @@
-"""Plan a run on GPUs that are not here: memory, step time and cost of a recipe with DDP, ZeRO-2, ZeRO-3 and FSDP2.
+"""Plan a run on GPUs you do not have: memory, step time and cost of a recipe with DDP, ZeRO-2, ZeRO-3 and FSDP2.
 
     python recipes/benchmarks/plan.py --config recipes/configs/lisa_7b.yaml --nodes 2 --gpus_per_node 8 \
         --gpu_memory 80 --peak_tflops 989 --mfu 0.35 --node_bandwidth 450 --network_bandwidth 50
 
-The numbers of the cluster default to eight H100 (SXM). All other arguments are those of train.py. The models are built
-at full size without memory, as in memory.py; nothing but their configurations and processors is downloaded.
+The cluster arguments default to eight H100s (SXM). All other arguments are those of train.py. The models are built at
+full size without memory, as in memory.py; only their configurations and processors are downloaded.
 
-A step takes, in the model that this command uses:
+The time of a step is modeled as:
 
     computing      operations of a step on one GPU / (peak_tflops * mfu)
     communicating  bytes that one GPU sends in a step / bandwidth of the slowest link
 
-Operations are counted in a forward and a backward pass, with what activation checkpointing repeats. In a ring of N
-GPUs, each sends 2 (N-1)/N times the gradients of the trained weights with DDP and ZeRO-2, once per step; with ZeRO-3
-and FSDP2, it sends (N-1)/N times the gradients and twice all weights in each accumulation step. Nothing is assumed to
-overlap. Data and evaluation take no time. `mfu` is what a GPU reaches of its peak: measure it with step.py.
+Operations are counted in a forward and a backward pass, including what activation checkpointing recomputes. In a ring
+of N GPUs, each sends 2 (N-1)/N times the gradients of the trained weights with DDP and ZeRO-2, once per step; with
+ZeRO-3 and FSDP2, it sends (N-1)/N times the gradients and twice all weights in each accumulation step. Nothing is
+assumed to overlap. Data and evaluation take no time. `mfu` is the share of its peak that a GPU reaches: measure it
+with step.py.
 
     python recipes/benchmarks/plan.py --check
 
-compares the seconds of computing with every step that is measured in docs/cost.md.
+compares the computing time with every step measured in docs/cost.md.
 """
 
 import argparse
@@ -65,7 +66,7 @@ class Cluster:
         gpu_memory: GiB of each GPU.
         peak_tflops: 10^12 operations per second of a GPU, in the dtype of the training, without sparsity.
         mfu: Share of the peak that a training step reaches.
-        node_bandwidth: 10^9 bytes per second that a GPU can send to the others of its machine.
+        node_bandwidth: 10^9 bytes per second that a GPU can send to the others in its machine.
         network_bandwidth: 10^9 bytes per second that a GPU can send to other machines.
     """
 
@@ -88,13 +89,13 @@ class Cluster:
 
 @dataclass
 class Model:
-    """What a micro-step of a recipe costs on one GPU.
+    """Cost of a micro-step of a recipe on one GPU.
 
     Args:
         flops: Operations.
         weight_bytes: Bytes of all weights.
         gradient_bytes: Bytes of the trained weights' gradients.
-        memory: Bytes by the name of the engine; None if activations could not be measured.
+        memory: Bytes by engine name; None if activations could not be measured.
     """
 
     flops: int
@@ -107,7 +108,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in vars(Cluster()).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
-    parser.add_argument("--check", action="store_true", help="compare the plan with what was measured")
+    parser.add_argument("--check", action="store_true", help="compare the plan with measurements")
     args, others = parser.parse_known_args()
     if args.check:
         print(check(MEASUREMENTS.read_text(encoding="utf-8")))
@@ -118,7 +119,7 @@ def main():
 
 
 def report(cluster: Cluster, argv: list[str]) -> str:
-    """Return a table with a row per engine, and which is the best.
+    """Return a table with one row per engine, and the best engine.
 
     Args:
         cluster: The GPUs.
@@ -180,7 +181,7 @@ def step_seconds(model: Model, engine: str, cluster: Cluster, accumulation_steps
 
 
 def measured_steps(page: str) -> list[tuple[str, float, float]]:
-    """Return what is measured, 10^9 operations and CPU seconds of each step in the tables of docs/cost.md."""
+    """Return the description, 10^9 operations and CPU seconds of each step in the tables of docs/cost.md."""
     rows = [
         [cell.strip() for cell in line.strip("|\n").split("|")] for line in page.splitlines() if line.startswith("|")
     ]
@@ -194,7 +195,7 @@ def measured_steps(page: str) -> list[tuple[str, float, float]]:
 
 
 def check(page: str) -> str:
-    """Return a table of measured and planned seconds, from one rate of computing: that of "this code" at mid.
+    """Return a table of measured and planned seconds, from one compute rate: that of "this code" at mid.
 
     Args:
         page: Text of docs/cost.md.

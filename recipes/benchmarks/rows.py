@@ -2,14 +2,14 @@
 
     python recipes/benchmarks/rows.py --num_rows 100000 1000000 10000000 --directory DIRECTORY
 
-Rows are synthetic: an image and a target with a small mask. Ten million take 3 GB in DIRECTORY, and some minutes to
-write; they are not written again. Every line of the table is measured in a new process, with two loader workers:
+Rows are synthetic: an image and a target with a small mask. Ten million take 3 GB in DIRECTORY and some minutes to
+write, but only once. Every line of the table is measured in a new process, with two loader workers:
 
     open          seconds from the command to a mixture; of a stream, once its records are written
     first batch   seconds from there to the first batch of the workers
     image keys    CPU seconds for the keys of all training images, which train.py keeps with a run
-    main, MB      largest memory of the main process beyond its imports, without mapped files
-    worker, MB    memory of a worker that it does not share, after 1000 items
+    main, MB      peak memory of the main process beyond its imports, without mapped files worker, MB    private memory
+    of a worker, after 1000 items
 """
 
 import argparse
@@ -89,7 +89,7 @@ def anonymous_megabytes() -> float:
 
 
 def private_megabytes(items: list) -> float:
-    """Return the memory of a loader worker that is its own and no copy of a file, as a batch of any items."""
+    """Return the private memory of a loader worker, without copies of files, as a batch of any items."""
     return int(re.search(r"Private_Dirty:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 1e3
 
 
@@ -112,7 +112,7 @@ def watch_memory() -> Iterator[list[float]]:
 
 
 def load_one_photo(row: dict, *args) -> dict:
-    """Stand in for the photos of the rows, which do not exist."""
+    """Replace the photos of the rows, which do not exist."""
     return {"image": PIL.Image.new("RGB", (9, 6)), "original_size": [6, 9], "cached_features": None}
 
 
@@ -160,7 +160,7 @@ def main():
     for num_rows in args.num_rows:
         write_rows(args.directory, num_rows)
         for kind in ("prepared", "streamed"):
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:  # whose memory holds nothing else
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:  # holds nothing else in memory
                 numbers = process.submit(measure, kind, num_rows, args.directory).result()
             print(f"| {kind} | {num_rows} | " + " | ".join(f"{number:.3g}" for number in numbers) + " |", flush=True)
 

@@ -1,14 +1,14 @@
-"""Measure a training step and generation against the original's arithmetic, alternating in one process.
+"""Compare a training step and generation with the original's arithmetic, alternating in one process.
 
     python recipes/benchmarks/step.py --size mid --baseline reference --json outputs/benchmark.json
     python recipes/benchmarks/step.py --size mid --features
     python recipes/benchmarks/step.py --size small --growth outputs/growth
     python recipes/benchmarks/step.py --size 7b --device cuda --dtype bfloat16
 
-Weights are random; nothing is downloaded. As the original, `reference` runs the vision tower per question, projects
+Weights are random; nothing is downloaded. Like the original, `reference` runs the vision tower per question, projects
 all positions to the vocabulary, repeats system prompt and image per question, handles masks image by image, recomputes
-activations and materializes attention scores. `reference_sdpa` is the same in today's attention kernels, `candidate`
-is this project, and `cached` is this project with given features of the frozen encoders.
+activations and materializes attention scores. `reference_sdpa` is the same with today's attention kernels, `candidate`
+is this project, and `cached` is this project with precomputed features of the frozen encoders.
 """
 
 import json
@@ -93,13 +93,13 @@ def write_growth(directory: Path, report: dict):
 def main():
     arguments = parse_arguments()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("step.py: error: --device: expected cpu where torch sees no GPU, got cuda")
+        sys.exit("step.py: error: --device: expected cpu, because torch sees no GPU, got cuda")
     for path in (arguments.json, arguments.growth and arguments.growth / "growth.json"):
         if path and path.exists() and not arguments.overwrite:
             sys.exit(f"step.py: error: expected a new file, got {path}. Name another, or add --overwrite.")
     if arguments.repeats < 1:
         sys.exit(f"step.py: error: --repeats: expected 1 or more, got {arguments.repeats}")
-    if arguments.growth and find_spec("matplotlib") is None:  # before minutes of measuring
+    if arguments.growth and find_spec("matplotlib") is None:  # before measuring for minutes
         sys.exit("step.py: error: --growth: its plot needs matplotlib: pip install matplotlib")
     size, dtype = SIZES[arguments.size], getattr(torch, arguments.dtype)
     if arguments.growth:

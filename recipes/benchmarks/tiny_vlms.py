@@ -1,7 +1,7 @@
-"""Tiny VLMs of any type that transformers knows, and mask models, with their own processors; nothing is downloaded.
+"""Tiny VLMs of any type in transformers, and mask models, with their own processors; nothing is downloaded.
 
-A configuration is the default one of its class with small sizes, by the names of its fields. `tiny_vlms.yaml` has
-these sizes, and what a family needs beside them.
+A configuration is the default of its class with small sizes, set by field name. `tiny_vlms.yaml` has these sizes, and
+what a family needs in addition.
 """
 
 import copy
@@ -22,7 +22,7 @@ from lisa_hf.from_scratch.tokenizer import train_tokenizer
 from lisa_hf.model.processing_lisa import add_tokens
 
 
-# The vocabulary of `tiny_vlms.yaml`, whose last 16 tokens may be for other things than text (Gemma 3n's encoders).
+# The vocabulary of `tiny_vlms.yaml`, whose last 16 tokens may be for something other than text (Gemma 3n's encoders).
 VOCAB_SIZE, NUM_TEXT_TOKENS = 128, 112
 IMAGE_TOKEN_ID, IMAGE_START_ID, IMAGE_END_ID, SEG_TOKEN_ID = 120, 122, 123, 50
 TEXTS = ["What is the red circle? Sure, it is . The and of a USER: ASSISTANT: user assistant model", "It is red."] * 9
@@ -55,7 +55,7 @@ SAME_PROCESSOR = {
     "qwen3_omni_moe_thinker": "qwen3_omni_moe",
 }
 MASK_MODELS = ("sam", "sam_hq", "sam2", "sam3_tracker", "edgetam")
-MAX_STAGES = 4  # of a hierarchical encoder, whose lists have an entry for each
+MAX_STAGES = 4  # of a hierarchical encoder, whose lists have one entry per stage
 _NOT_SIZES = {"id2label", "label2id", "transformers_version", "architectures", "dtype", "per_layer_config"}
 _VOCABULARY_FIELDS = {"vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "vocab_offset"}
 
@@ -66,7 +66,7 @@ def _table() -> dict:
 
 
 def family_options(model_type: str) -> dict:
-    """Return what `tiny_vlms.yaml` says of a family, a copy."""
+    """Return a copy of a family's entry in `tiny_vlms.yaml`."""
     return copy.deepcopy(_table()["families"].get(model_type, {}))
 
 
@@ -79,7 +79,7 @@ def tiny_vlm_config(model_type: str, processor: ProcessorMixin | None = None) ->
     Args:
         model_type: Type of transformers' image-text-to-text mapping.
         processor: Processor whose vocabulary and special tokens the VLM gets, see [`tiny_vlm_processor`]. Default: a
-            vocabulary of `VOCAB_SIZE` tokens, of which `IMAGE_TOKEN_ID` is the image's.
+            vocabulary of `VOCAB_SIZE` tokens with the image token `IMAGE_TOKEN_ID`.
     """
     options = family_options(model_type)
     fields = _merge(shrink(AutoConfig.for_model(model_type).to_dict()), options.get("config", {}))
@@ -113,7 +113,7 @@ def shrink(fields: dict) -> dict:
 
 
 def _merge(fields: dict, others: dict) -> dict:
-    """Write other fields into those of a configuration, at any depth, and return it."""
+    """Update the fields of a configuration, at any depth, and return it."""
     for name, value in others.items():
         if isinstance(value, dict) and isinstance(fields.get(name), dict) and not name.startswith("rope_"):
             _merge(fields[name], value)

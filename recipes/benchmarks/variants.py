@@ -1,4 +1,4 @@
-"""The original's training step, and the features that make it cheaper, one after the other."""
+"""The original's training step, and the features that make it cheaper, one by one."""
 
 from dataclasses import dataclass, fields
 from functools import partial
@@ -25,14 +25,14 @@ from lisa_hf.model.packing import packed_inputs
 
 @dataclass(frozen=True)
 class Features:
-    """Differences from the original's step. In this order, one after the other, they lead to this project's.
+    """Differences from the original's step. Added one by one in this order, they lead to this project's step.
 
     Args:
         sdpa: Attention in fused kernels; the original materialized all scores.
         images_once: The vision tower runs once per image, not once per question.
         labels_only: The vocabulary projection and the `[SEG]` projector run on labeled positions, not on all.
         packing: The questions about an image share its prefix.
-        mask_batch: All images are encoded, and all masks decoded, in one call, not image by image.
+        mask_batch: All images are encoded, and all masks decoded, in one call instead of image by image.
         chunked_attention: SAM's relative positions are computed chunk by chunk, see [`use_chunked_attention`].
         no_recomputation: No activation checkpointing.
     """
@@ -47,7 +47,7 @@ class Features:
 
     @classmethod
     def ladder(cls) -> dict[str, "Features"]:
-        """Return the steps from the original to this project, each named after the feature that it adds."""
+        """Return the variants from the original to this project, each named after the feature that it adds."""
         names = [field.name for field in fields(cls)]
         steps = {f"+ {name}": cls(**dict.fromkeys(names[: count + 1], True)) for count, name in enumerate(names)}
         return {"reference": cls(), **steps}
@@ -118,7 +118,7 @@ def _mask_loss(
     counts = [len(labels) for labels in batch["mask_labels"]]
     images = list(range(len(counts)))
     bce = dice = 0.0
-    # Groups of images that go through encoder and decoder together.
+    # Groups of images that pass through encoder and decoder together.
     for group in [images] if features.mask_batch else [[image] for image in images]:
         embeddings = encode_images(lisa.mask_model, batch["mask_pixel_values"][group])
         group_counts = [counts[image] for image in group]

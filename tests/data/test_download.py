@@ -359,7 +359,7 @@ def test_download_from_the_command_line(photos, monkeypatch, capsys, tmp_path):
     status, out, _ = prepare_data(capsys, "download", "--config", recipe, "--data_dir", tmp_path / "data")
     assert status == 0
     assert_photos(tmp_path / "data")
-    assert "mapillary: a step is left to you. See https://www.mapillary.com/dataset/vistas" in out
+    assert "mapillary: needs a manual step. See https://www.mapillary.com/dataset/vistas" in out
     assert str(tmp_path / "data" / "mapillary") in out
 
 

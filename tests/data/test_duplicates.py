@@ -128,7 +128,7 @@ def test_convert_leaves_out_images_of_benchmarks_from_training_rows(cli, tmp_pat
     fewer = {"refcoco train": 1, "cocostuff train": 1, "llava_instruct train": 2}
     assert count_rows(out) == whole | fewer and {name: whole[name] - 1 for name in fewer} == fewer
     for name in fewer:
-        assert f"{name}: left out 1 rows with images of refcoco_testB" in out
+        assert f"{name}: excluded 1 rows with images of refcoco_testB" in out
     status, _, err = cli("convert", *sources, *arguments, "--exclude_images_of", "refcoco_testsA")
     assert status == 2 and len(err.splitlines()) == 1 and "Did you mean refcoco_testA?" in err
 
@@ -149,4 +149,4 @@ def test_deduplicate_leaves_out_what_an_earlier_source_has(cli, tmp_path):
     status, out, err = cli("convert", "cocostuff", "llava_instruct", *arguments)
     assert status == 0, err
     assert count_rows(out) == {"cocostuff train": 2, "llava_instruct train": 1}
-    assert "llava_instruct train: left out 2 rows with images of cocostuff train" in out
+    assert "llava_instruct train: excluded 2 rows with images of cocostuff train" in out

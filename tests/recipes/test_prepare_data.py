@@ -35,8 +35,8 @@ def cli(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["check"], "expected the names of sources, or --config"),
-        (["check", "refcoco", "--config", "x.yaml"], "expected the names of sources, or --config"),
+        (["check"], "expected source names, or --config"),
+        (["check", "refcoco", "--config", "x.yaml"], "expected source names, or --config"),
         (["check", "refcocoo"], "got 'refcocoo'. Did you mean 'refcoco'?"),
         (["check", "coco"], "got 'coco'"),
         (["check", "--config", "nowhere.yaml"], "nowhere.yaml"),
