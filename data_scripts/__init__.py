@@ -1,6 +1,8 @@
 """One `datasets` builder per data source. All of them make the rows of `lisa_hf.data.rows`."""
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -116,14 +118,13 @@ def load_source(
         ValueError: If the source or an option does not exist, or for bad data.
         FileNotFoundError: If the data does not exist.
     """
-    builder = make_builder(name, data_dir, split, builder, cache_dir, **options)
+    with _naming_the_cache(name, str(cache_dir or datasets.config.HF_DATASETS_CACHE)):
+        builder = make_builder(name, data_dir, split, builder, cache_dir, **options)
+        if not streaming:
+            builder.download_and_prepare()
     if streaming:
         rows = builder.as_streaming_dataset(split=split)
     else:
-        try:
-            builder.download_and_prepare()
-        except DatasetGenerationError as error:
-            raise ValueError(f"source {name!r}: cannot be prepared: {error.__cause__}") from error
         if not any(found.num_examples for found in builder.info.splits.values()):
             remarks = "; ".join(["expected at least one row, got none", *builder.remarks()])
             raise ValueError(f"source {name!r}: {remarks}.")
@@ -132,6 +133,25 @@ def load_source(
     for remark in builder.remarks():
         logger.info("%s: %s.", name, remark)
     return rows
+
+
+@contextlib.contextmanager
+def _naming_the_cache(name: str, cache_dir: str):
+    """Say what a source was being prepared for, and what to do if its rows cannot be written there."""
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        is_full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        is_inside = str(getattr(cause, "filename", None)).startswith(cache_dir)
+        if is_full or (is_inside and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS)):
+            raise OSError(
+                f"source {name!r}: expected to write its prepared rows to {cache_dir}, got {cause}. Make room or get "
+                "the permission, or set HF_DATASETS_CACHE to another directory."
+            ) from error
+        if cause is error:
+            raise
+        raise ValueError(f"source {name!r}: cannot be prepared: {cause}") from error
 
 
 def make_builder(
@@ -143,13 +163,15 @@ def make_builder(
     **options,
 ) -> SourceBuilder:
     """Make the builder of a source. Arguments and errors are those of [`load_source`]."""
+    if not isinstance(split, str | None):
+        raise ValueError(f"source {name!r}: expected split as a name, got {split!r}.")
     builder_class = find_builder(name, builder)
     known = _option_types(builder_class)
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"source {name!r}: expected options among {sorted(known)}, got {option!r}.")
         kind = known[option]
-        if kind in (bool, int) and not isinstance(value, kind):
+        if kind in (bool, int, str) and not isinstance(value, kind):
             raise ValueError(f"source {name!r}: expected {option} as {kind.__name__}, got {value!r}.")
     if not builder_class.SOURCE:
         options |= {"config_name": name, "split": split or "train"}
@@ -211,6 +233,8 @@ def complete_options(
 
 def find_builder(name: str, builder: str | None = None) -> type[SourceBuilder]:
     """Find the class that reads a source. Arguments and errors are those of [`load_source`]."""
+    if not isinstance(builder, str | None):
+        raise ValueError(f"source {name!r}: expected builder as a name, got {builder!r}.")
     path, _, class_name = (builder or "").rpartition(":")
     if path.endswith(".py"):
         return _import_builder(os.path.abspath(os.path.expanduser(path)), class_name)

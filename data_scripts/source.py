@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from lisa_hf.data import masks, rows
 from lisa_hf.data.rows import FEATURES, OnBadRow, check_on_bad_row
+from lisa_hf.files import atomic_file
 
 from .orientation import read_orientation
 from .segmentation import check_size
@@ -183,7 +184,8 @@ class SourceBuilder(datasets.GeneratorBasedBuilder):
             write_json(os.path.join(self.cache_dir, REMARKS), remarks)
         if self.bad_errors:
             write_json(os.path.join(self.cache_dir, BAD_RECORDS), self.bad_errors)
-        write_json(os.path.join(self.cache_dir, OWNER), {"source": self.source})
+        if not os.path.exists(owner := os.path.join(self.cache_dir, OWNER)):
+            write_json(owner, {"source": self.source})
 
     def find(self, data_dir: str | None, path: str) -> str:
         """Return the path of a file or directory below `data_dir`, which must exist."""
@@ -364,7 +366,7 @@ def read_json(path: str, encoding: str | None = "cp1252") -> Any:
 
 
 def write_json(path: str, content: Any):
-    with open(path, "w", encoding="utf-8") as file:
+    with atomic_file(pathlib.Path(path)) as incomplete, open(incomplete, "w", encoding="utf-8") as file:
         json.dump(content, file)
 
 

@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
+# Of fsspec's file systems for S3, Google Cloud and Azure: their errors, of credentials for instance, have own classes.
+STORAGE_LIBRARIES = ("botocore", "gcsfs", "google", "azure")
 REDACTED = "<REDACTED>"
 LOCAL = "<local>"  # in the place of the directory of a path; no Hub id begins so
 SECRET_NAME = r"(?:token|api_?key|access_?key|secret|password|passwd|signature|credentials?)"
@@ -80,8 +82,17 @@ def report_user_errors():
         logger.debug("The full trace:", exc_info=True)
         # A loader worker's error contains its stack trace as text, with the error in the last line.
         text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
-        tqdm.write(f"{Path(sys.argv[0]).name}: error: {redact(' '.join(text.split()))}", file=sys.stderr)
-        sys.exit(2)
+        _exit_with(text)
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in STORAGE_LIBRARIES:
+            raise
+        logger.debug("The full trace:", exc_info=True)
+        _exit_with(f"the storage of a URL: {error}")
+
+
+def _exit_with(text: str):
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {redact(' '.join(text.split()))}", file=sys.stderr)
+    sys.exit(2)
 
 
 def redact(value: Any) -> Any:

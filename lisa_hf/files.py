@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to, which is renamed to `path` on success and removed on failure."""
-    incomplete = path.with_name(f"{path.name}.{os.getpid()}.incomplete")  # other processes may write the same file
+    # Other processes may write the same file, also some of other machines with the same id.
+    incomplete = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.incomplete")
     try:
         yield incomplete
         os.replace(incomplete, path)

@@ -8,6 +8,7 @@ The keys of the YAML file are the arguments listed by `--help`; the command line
 """
 
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -127,19 +128,23 @@ def choose_rows_to_cache(
 
 
 def evaluate_and_save(trainer: LisaTrainer) -> None:
-    """Evaluate the final model and save it with its processor and metrics."""
+    """Evaluate the final model and save it with its processor and metrics, also if the evaluation fails."""
     trainer.save_state()
     if trainer.num_skipped_rows:
         logger.warning("%d rows could not be used and were skipped.", trainer.num_skipped_rows)
-    if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
     output_dir = Path(trainer.args.output_dir)
-    model = gather_trained_model(trainer)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # without this it would end at once
+    try:
+        if trainer.eval_dataset is not None:
+            metrics = trainer.evaluate()
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
+    finally:
+        model = gather_trained_model(trainer)
+        if trainer.is_world_process_zero():
+            model.save_pretrained(output_dir)
+            trainer.processing_class.save_pretrained(output_dir)
     if trainer.is_world_process_zero():
-        model.save_pretrained(output_dir)
-        trainer.processing_class.save_pretrained(output_dir)
         print(f"Done. Model, processor, metrics and predictions: {output_dir.resolve()}")
 
 

@@ -1,5 +1,6 @@
 """Prepared rows follow their files, and can be removed."""
 
+import errno
 import json
 import os
 
@@ -11,6 +12,7 @@ from fixtures.recipes import prepare_data
 
 from data_scripts import load_source
 from data_scripts.cache import clean_cache
+from data_scripts.source import SourceBuilder
 from lisa_hf.data.masks import decode_mask
 
 
@@ -119,3 +121,14 @@ def test_clean_from_the_command_line(root, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
     status, out, _ = prepare_data(capsys, "clean")
     assert status == 0 and "one: removed 0." in out and not list((root / "cache").iterdir())
+
+
+@pytest.mark.parametrize(("number", "is_told"), [(errno.ENOSPC, True), (errno.EACCES, True), (errno.EIO, False)])
+def test_a_cache_that_cannot_be_written_is_named(root, tmp_path, monkeypatch, number, is_told):
+    def fail(*args):
+        raise OSError(number, os.strerror(number), str(tmp_path / "cache" / "rows"))
+
+    monkeypatch.setattr(SourceBuilder, "write_records", fail)
+    with pytest.raises(OSError, match=os.strerror(number)) as error:
+        load(root, "labelme")
+    assert ("or set HF_DATASETS_CACHE to another directory" in str(error.value)) == is_told

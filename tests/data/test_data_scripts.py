@@ -213,6 +213,13 @@ def test_an_unknown_source_or_split_lists_the_known_ones(load):
         load("reason_seg", TREE, split="testing")
 
 
+@pytest.mark.parametrize("options", [{"split": ["train"]}, {"builder": 3}, {"builder": "labelme", "images": 3}])
+def test_an_option_that_is_no_text_is_named(load, options):
+    ((option, value),) = ((option, value) for option, value in options.items() if not isinstance(value, str))
+    with pytest.raises(ValueError, match=rf"source 'mine': expected {option} as .*, got {re.escape(repr(value))}\."):
+        load("mine", TREE, **options)
+
+
 def edit_mask(path, segmentation):
     edit_json(path, annotations=lambda old: [old[0] | {"segmentation": segmentation}, *old[1:]])
 

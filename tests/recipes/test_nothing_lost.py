@@ -18,6 +18,7 @@ from lisa_hf.errors import report_user_errors
 from lisa_hf.training.arguments import LisaTrainingArguments
 from lisa_hf.training.callbacks import StopOnSignal
 from lisa_hf.training.checkpointing import claim_output_dir, write_manifest
+from lisa_hf.training.trainer import LisaTrainer
 
 
 @pytest.fixture
@@ -123,6 +124,20 @@ def test_an_output_dir_with_a_run_is_not_claimed_unless_it_goes_on_or_is_to_be_r
         with pytest.raises(ValueError, match=f"with {name}"), claim():
             pass
         (tmp_path / name).unlink()
+
+
+def test_the_model_is_saved_if_its_last_evaluation_does_not_end(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", "datasets_cache")
+    monkeypatch.setattr(LisaTrainer, "evaluate", lambda trainer: signal.raise_signal(signal.SIGTERM))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_here("train.py", "--config", write_config(config), "--output_dir", "run", "--save_strategy", "no")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert stop.value.code == 143
+    assert len(list(Path("run").glob("*.safetensors"))) == 1
 
 
 def test_a_second_ctrl_c_quits_at_once(capfd):

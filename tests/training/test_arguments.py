@@ -307,6 +307,13 @@ def test_a_tracker_that_is_not_installed_is_one_line(capsys):
         raise RuntimeError("a bug")
 
 
+def test_an_error_of_an_object_store_is_one_line(capsys):
+    error = type("NoCredentialsError", (Exception,), {"__module__": "botocore.exceptions"})
+    with pytest.raises(SystemExit), report_user_errors():
+        raise error("Unable to locate credentials")
+    assert capsys.readouterr().err.endswith("error: the storage of a URL: Unable to locate credentials\n")
+
+
 def test_parallelism_that_divides_one_image_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected every process to have images of its own, got cp_size 2"):
         LisaTrainingArguments(tmp_path, parallelism_config=ParallelismConfig(cp_size=2))
