@@ -18,10 +18,11 @@ import logging
 import sys
 from pathlib import Path
 
-from lisa_hf.conversion.checkpoints import open_checkpoint, recognize_source
+from lisa_hf.conversion.checkpoints import open_checkpoint
 from lisa_hf.conversion.lazy_tensors import LazyTensor, add_delta, merge_lora_tensors
 from lisa_hf.conversion.lisa import LISA_LAYOUTS, convert_lisa
 from lisa_hf.conversion.llava import convert_llava, find_config, read_original_config
+from lisa_hf.conversion.original_formats import recognize_source
 from lisa_hf.conversion.sa2va import convert_sa2va
 from lisa_hf.conversion.sam import convert_sam
 from lisa_hf.conversion.saving import DTYPES, ConvertedModel, save_converted

@@ -1,4 +1,4 @@
-"""Read checkpoints as mappings from names to tensors, and tell which original they are of."""
+"""Read checkpoints as mappings from names to tensors."""
 
 import functools
 import json
@@ -10,10 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .fsdp_checkpoints import is_fsdp_checkpoint, open_fsdp_checkpoint
-from .lazy_tensors import LORA_FACTOR, LazyTensor
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
+from .lazy_tensors import LazyTensor
 
 
 def open_checkpoint(path: Path) -> dict[str, LazyTensor]:
@@ -122,40 +119,3 @@ def _read_pickle(file: Path, device: str) -> dict[str, torch.Tensor]:
         found = f"a dict with {list(content)[:8]}" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{file}: expected a dict of named tensors, got {found}. Save the state dict alone.")
     return content
-
-
-# ---- which original it is -------------------------------------------------------------------------------------------
-
-# RMSNorm scales are around 1 in a model, and their differences to the base's around 0 in a delta.
-MAX_NORM_OF_DELTA = 0.2
-
-
-def recognize_source(tensors: dict[str, LazyTensor]) -> str | None:
-    """Return the source, as `recipes/convert_weights.py` names it, that tensors are of; None for no original's.
-
-    Raises:
-        ValueError: They are of a model that makes masks in another way.
-    """
-    if any(name.startswith("image_encoder.") for name in tensors):
-        return "sam"
-    if any(name.startswith("grounding_encoder.sam2_model.") for name in tensors):
-        return "sa2va"
-    if any(name.startswith("base_model.model.") or LORA_FACTOR.fullmatch(name) for name in tensors):
-        return "lisa-train"
-    if any(name.startswith("model.visual_model.") for name in tensors):
-        return "lisa"
-    if any(name.startswith("visual_model.") for name in tensors):
-        return "lisa-v0"
-    if any(name.startswith("model.grounding_encoder.") for name in tensors):
-        return "glamm"
-    if any(name.startswith("seg_head.") for name in tensors):
-        raise ValueError(
-            "--checkpoint: expected a model that prompts its mask decoder with one token per [SEG], got UniPixel, "
-            "which makes two by a head of another kind, beside modules for objects that are pointed at. Use its code."
-        )
-    if not any(name.startswith("model.mm_projector.") for name in tensors):
-        return None
-    norm = tensors.get("model.norm.weight")
-    is_delta = norm is not None and norm.load().float().abs().mean() < MAX_NORM_OF_DELTA
-    close_files()
-    return "llava-delta" if is_delta else "llava"

@@ -31,8 +31,8 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from ..chat_templates import load_chat_template
-from ..conversion.checkpoints import LISA_V0_FILES
 from ..conversion.fsdp_checkpoints import is_fsdp_checkpoint
+from ..conversion.original_formats import raise_if_original_format
 from ..data.feature_cache import FeatureCache
 from ..data.mixture import EvaluationDataset, MixtureDataset
 from ..data.streaming import StreamingMixtureDataset
@@ -211,47 +211,6 @@ def build_datasets(
         length = data_args.num_train_items or sum(len(rows) for rows in train_rows.values())
         train_dataset = MixtureDataset(train_rows, length, **options)
     return train_dataset, {name: EvaluationDataset(rows) for name, rows in eval_rows.items()}
-
-
-def raise_if_original_format(path: str) -> None:
-    """Raise a `ValueError` with the conversion command if a directory, file or Hub id has an original format."""
-    local = Path(path)
-    if local.is_file():
-        source = "sam" if local.suffix == ".pth" else "lisa-train"
-    elif (local / "latest").is_file() and not (local / "trainer_state.json").is_file():
-        source = "lisa-train"  # a ZeRO checkpoint that is not Trainer's
-    else:
-        try:
-            config, _ = PreTrainedConfig.get_config_dict(path)
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise OSError(f"There is no model in {path}, neither as a directory nor on the Hub: {reason}") from error
-        source = _original_source(config, local)
-        if source is None:
-            return
-    download, checkpoint = "", path
-    if not local.exists():
-        download, checkpoint = f"hf download {path} --local-dir DIRECTORY && ", "DIRECTORY"
-    base = {"llava-delta": " --base LLAMA", "lisa-train": " --base LLAVA"}.get(source, "")
-    raise ValueError(
-        f"{path}: expected a model in transformers' format, got an original one. Convert it with `{download}python "
-        f"recipes/convert_weights.py {source} --checkpoint {checkpoint}{base} --output OUTPUT` and pass OUTPUT."
-    )
-
-
-def _original_source(config: dict, local: Path) -> str | None:
-    """Return the source, as `recipes/convert_weights.py` names it, of an original's `config.json`; None for others."""
-    if config.get("model_type") == "sa2va_chat":
-        return "sa2va"
-    if "mm_vision_select_layer" not in config:
-        return None
-    if "GLaMMForCausalLM" in (config.get("architectures") or []):
-        return "glamm"
-    if "train_mask_decoder" in config:
-        return "lisa"
-    if (local / LISA_V0_FILES[0]).is_file():
-        return "lisa-v0"
-    return "llava-delta" if "delta" in local.name.lower() else "llava"
 
 
 def _load_vlm_config(path: str) -> PreTrainedConfig:
