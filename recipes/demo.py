@@ -120,7 +120,7 @@ def load_predictions(directory: Path, data_dir: str | None) -> EvaluatedItems | 
         scores = read_scores(path)
         protocol = "generated" if "generated" in scores else next(iter(scores))
         source = find_predictions(Path(content["settings"].get("predictions", directory)), name)
-        predictions = read_predictions(source, dataset, content["settings"].get("missing_as_empty", False))
+        predictions = read_predictions(source, dataset, content["settings"].get("missing_as_empty", False), name)
         evaluations[name] = Evaluation(dataset, predictions, scores[protocol], protocol)
     if not evaluations:
         raise ValueError(f"--predictions: expected scores of at least one benchmark, got none in {directory}.")

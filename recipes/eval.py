@@ -9,8 +9,9 @@ For other models, without loading one: export the questions, answer them, score 
     python recipes/eval.py --export_questions questions.jsonl --data_dir dataset --benchmarks reason_seg_val
     python recipes/eval.py --predictions answers.jsonl --data_dir dataset --benchmarks reason_seg_val
 
-MODEL may be a checkpoint of a LoRA run. `--base_model VLM`, the one that a model was trained from, reports how likely
-the VLM's own answers to questions without masks still are; `--base_model` alone uses the LoRA run without its adapter.
+MODEL may be a checkpoint of a run with LoRA, FSDP or ZeRO. `--base_model VLM`, the one that a model was trained from,
+reports how likely the VLM's own answers to questions without masks still are; `--base_model` alone uses the LoRA run
+without its adapter.
 
 `--eval_sources` evaluates on your own data. A table is printed, and `--output_dir` (outputs/evaluate/MODEL) gets:
 
@@ -26,19 +27,22 @@ the VLM's own answers to questions without masks still are; `--base_model` alone
 
 To continue an interrupted evaluation, run the command again. A finished one is replaced only with `--overwrite`.
 
-All other arguments are those of recipes/train.py: `--dtype bfloat16`, `--eval_generate false` for the teacher-forced
-protocols only, `--generation_max_new_tokens`, `--max_eval_items`, ...
+Of a model's arguments, `--dtype` and `--attn_implementation` can be given. All others are those of recipes/train.py:
+`--eval_generate false` for the teacher-forced protocols only, `--generation_max_new_tokens`, `--max_eval_items`, ...
 """
 
 import argparse
 import logging
 import sys
 from collections.abc import Collection
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 
 from accelerate import PartialState
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from data_scripts import load_sources
 from data_scripts.benchmarks import BENCHMARKS
@@ -46,6 +50,7 @@ from data_scripts.check import describe_other_counts
 from lisa_hf import LisaDataCollator, LisaTrainer
 from lisa_hf.conversion.fsdp_checkpoints import is_fsdp_checkpoint
 from lisa_hf.conversion.saving import DTYPES
+from lisa_hf.conversion.zero_checkpoints import is_zero_checkpoint
 from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.errors import nearest_name, report_user_errors
 from lisa_hf.evaluation.benchmarks import (
@@ -80,6 +85,9 @@ logger = logging.getLogger("eval")
 
 NUM_TEXT_IMAGES = 4  # with `--base_model`
 WITHOUT_ADAPTER = ""  # `--base_model` without a value
+# What of a model's arguments and of the trainer's changes predictions. A model itself says the rest.
+MODEL_ARGUMENTS = ("dtype", "attn_implementation")
+PRECISIONS = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32")
 DEFAULTS = {
     "eval_generate": "true",
     "per_device_eval_batch_size": "1",  # makes metrics bit-identical on any number of processes
@@ -104,7 +112,7 @@ def main():
 
         # 3. An output directory, which may hold a part of this evaluation
         output_dir, model = Path(training_args.output_dir), args.model or args.predictions
-        settings, environment = settings_of(args, model_args, training_args), environment_of(training_args)
+        settings, environment = settings_of(args, model_args, data_args, training_args), environment_of(training_args)
         evaluation = open_evaluation(output_dir, model, settings, environment, sources, args.overwrite)
 
         # 4. Model and trainer, or predictions. If they are unusable, no evaluation is left behind.
@@ -179,6 +187,13 @@ def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrai
         parser.error("--base_model: expected a model to compare it with, got none")
     if sum(value is not None for value in given) != 1:
         parser.error("expected exactly one of a model, --predictions and --export_questions")
+    named = {other.removeprefix("--").partition("=")[0].replace("-", "_") for other in others if other[:2] == "--"}
+    unused = {field.name for field in fields(ModelArguments)} - set(MODEL_ARGUMENTS)
+    for name in sorted(named & unused):
+        parser.error(
+            f"--{name}: expected of a model's arguments only {' and '.join(f'--{name}' for name in MODEL_ARGUMENTS)}: "
+            "the model itself says the rest. Leave it out."
+        )
     name = Path(args.model).name if args.model else f"scored_{Path(args.predictions or '').stem}"
     defaults = DEFAULTS | {"output_dir": f"outputs/evaluate/{name}"}
     defaults = [text for name, value in defaults.items() for text in (f"--{name}", value)]
@@ -190,12 +205,16 @@ def parse() -> tuple[argparse.Namespace, ModelArguments, DataArguments, LisaTrai
 def make_trainer(
     name: str, model_args: ModelArguments, data_args: DataArguments, training_args: LisaTrainingArguments
 ) -> LisaTrainer:
-    """Load a model, or a checkpoint of a run with LoRA or FSDP, and create the trainer that evaluates it."""
-    if (Path(name) / ADAPTER_CONFIG).is_file() or is_fsdp_checkpoint(Path(name)):
-        model, processor = restore_model(Path(name))
+    """Load a model, or a checkpoint of a run with LoRA, FSDP or ZeRO, and create the trainer that evaluates it."""
+    path = Path(name)
+    if (path / ADAPTER_CONFIG).is_file() or is_fsdp_checkpoint(path) or is_zero_checkpoint(path):
+        model, processor = restore_model(path)
         model = model.to(DTYPES[model_args.dtype or "auto"])
+        if model_args.attn_implementation:
+            model.set_attn_implementation(model_args.attn_implementation)
     else:
-        model, processor = load_lisa(name, **({"dtype": model_args.dtype} if model_args.dtype else {}))
+        options = {argument: getattr(model_args, argument) for argument in MODEL_ARGUMENTS}
+        model, processor = load_lisa(name, **{argument: value for argument, value in options.items() if value})
     packing = resolve_packing(model.config, data_args.packing)
     return LisaTrainer(
         model=model,
@@ -210,7 +229,7 @@ def read_all_predictions(
 ) -> dict[str, dict[str, QuestionPrediction]]:
     """Return the predictions named by the arguments, by benchmark."""
     return {
-        name: read_predictions(find_predictions(Path(args.predictions), name), dataset, args.missing_as_empty)
+        name: read_predictions(find_predictions(Path(args.predictions), name), dataset, args.missing_as_empty, name)
         for name, dataset in datasets.items()
     }
 
@@ -231,21 +250,38 @@ def score(
     return {name + subset: result for subset, result in subsets.items()}
 
 
-def settings_of(args: argparse.Namespace, model_args: ModelArguments, training_args: LisaTrainingArguments) -> dict:
+def settings_of(
+    args: argparse.Namespace,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: LisaTrainingArguments,
+) -> dict:
     """Return what predictions depend on besides their benchmark."""
-    settings = {"protocols": list(args.protocols)}
+    settings = {"protocols": list(args.protocols), "max_eval_items": data_args.max_eval_items}
     if args.predictions:
         return settings | {"predictions": args.predictions, "missing_as_empty": args.missing_as_empty}
-    weights = sorted(Path(args.model).glob("*.safetensors"))
     return settings | {
         "model": args.model,
-        # A retrained model has different files.
-        "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
+        "weights": describe_weights(args.model),
         "dtype": str(model_args.dtype),
+        "attn_implementation": model_args.attn_implementation,
+        "precision": [name for name in PRECISIONS if getattr(training_args, name)],
         "eval_generate": training_args.eval_generate,
         "generation_max_new_tokens": training_args.generation_max_new_tokens,
         "per_device_eval_batch_size": training_args.per_device_eval_batch_size,
     }
+
+
+def describe_weights(model: str) -> list | str | None:
+    """Return what changes when a model of this name is trained again: sizes and times of its files, or its commit."""
+    directory = Path(model)
+    if not directory.is_dir():
+        missing = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        return extract_commit_hash(cached_file(model, CONFIG_NAME, **missing), None)
+    # The files of a run are beside its checkpoints, whose shards are in directories.
+    files = directory.rglob("*") if directory.name.startswith("checkpoint-") else directory.glob("*")
+    files = sorted(file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".distcp"))
+    return [[str(file.relative_to(directory)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def compare_texts(

@@ -15,6 +15,8 @@ scored in the same way.
 import json
 import logging
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,7 +244,7 @@ def find_predictions(path: Path, benchmark: str) -> Path:
 
 
 def read_predictions(
-    path: Path, dataset: EvaluationDataset, missing_as_empty: bool = False
+    path: Path, dataset: EvaluationDataset, missing_as_empty: bool = False, benchmark: str | None = None
 ) -> dict[str, QuestionPrediction]:
     """Read and check predictions for the questions of a dataset.
 
@@ -253,6 +255,7 @@ def read_predictions(
             files, relative to the JSON Lines file.
         dataset: The dataset.
         missing_as_empty: Whether a question without a prediction counts as answered without a mask.
+        benchmark: Name of the dataset. Lines whose `benchmark` is another one are passed over.
 
     Returns:
         Predictions by the id of the question. All of them have masks of the same kinds.
@@ -263,14 +266,19 @@ def read_predictions(
     rows = list(iterate_questions(dataset))
     names = _QuestionNames(rows)
     sizes = {name: _size(row, questions) for row, _, questions in rows for name in questions}
-    found, unknown = {}, []
+    found, unknown, others, reworded = {}, [], Counter(), []
     for where, prediction in _iterate_directory(path) if path.is_dir() else _iterate_lines(path):
+        if benchmark is not None and (other := prediction.get("benchmark", benchmark)) != benchmark:
+            others[str(other)] += 1
+            continue
         name = names.find(prediction)
         if name is None:
             unknown.append(where)
             continue
         if name in found:
             raise ValueError(f"{where}: expected one prediction per question, got a second one for {name}.")
+        if not names.is_asked(name, prediction):
+            reworded.append(f"{name} with {prediction['question']!r}")
         found[name] = _parse(prediction, path.parent, sizes[name], where)
     missing = [name for name in sizes if name not in found]
     if unknown:
@@ -278,10 +286,18 @@ def read_predictions(
             "%s: %d of %d predictions match no question of this benchmark, such as %s. They are skipped.",
             *(path, len(unknown), len(unknown) + len(found), unknown[0]),
         )
+    if reworded:
+        logger.warning(
+            "%s: %d of %d predictions name another question than this benchmark asks, such as %s. Check that they "
+            "are for it.",
+            *(path, len(reworded), len(found), reworded[0]),
+        )
     if missing and not missing_as_empty:
+        elsewhere = f" {others.total()} are for other benchmarks ({', '.join(others)})." if others else ""
         raise ValueError(
             f"{path}: expected a prediction for each of {len(sizes)} questions, got none for {len(missing)}, such as "
-            f"{missing[0]}. See --export_questions for all ids, or count them as empty with --missing_as_empty."
+            f"{missing[0]}.{elsewhere} See --export_questions for all ids, or count them as empty with "
+            "--missing_as_empty."
         )
     if missing:
         message = "%s: %d of %d questions have no prediction, and count as answered without a mask."
@@ -298,26 +314,38 @@ def read_predictions(
 
 
 class _QuestionNames:
-    """Finds the question that a prediction is about."""
+    """Finds the question that a prediction is about. Texts and ids are compared in one Unicode form."""
 
     def __init__(self, rows: list[tuple[dict, str, dict[str, Question]]]):
-        self.ids = {name for _, _, questions in rows for name in questions}
-        self.by_text, self.by_image = {}, {}
+        self.ids, self.by_text, self.by_image, self.texts = {}, {}, {}, {}
         for _, image_id, questions in rows:
+            image_id = _one_form(image_id)
             self.by_image[image_id] = next(iter(questions)) if len(questions) == 1 else None
             for name, question in questions.items():
-                for text in {question.prompt, question.phrase} - {""}:
+                self.ids[_one_form(name)] = name
+                self.texts[name] = {_one_form(text) for text in (question.prompt, question.phrase)} - {""}
+                for text in self.texts[name]:
                     # Two objects may have the same name: such a text identifies neither.
                     key = image_id, text
                     self.by_text[key] = None if key in self.by_text else name
 
     def find(self, prediction: dict) -> str | None:
         if (name := prediction.get("question_id")) is not None:
-            return name if name in self.ids else self.by_image.get(name)
-        image_id, question = str(prediction.get("image_id")), prediction.get("question")
+            name = _one_form(name)
+            return self.ids.get(name) or self.by_image.get(name)
+        image_id, question = _one_form(prediction.get("image_id")), prediction.get("question")
         if question is None:
             return self.by_image.get(image_id)
-        return self.by_text.get((image_id, str(question).strip()))
+        return self.by_text.get((image_id, _one_form(question)))
+
+    def is_asked(self, name: str, prediction: dict) -> bool:
+        """Return whether a prediction names no other text than its question's."""
+        return not prediction.get("question") or _one_form(prediction["question"]) in self.texts[name]
+
+
+def _one_form(text: Any) -> str:
+    # File systems and editors write letters with accents as one character or as two.
+    return unicodedata.normalize("NFC", str(text)).strip()
 
 
 def _parse(prediction: dict, directory: Path, size: tuple[int, int] | None, where: str) -> QuestionPrediction:
@@ -333,13 +361,7 @@ def _parse(prediction: dict, directory: Path, size: tuple[int, int] | None, wher
 
 def _iterate_lines(path: Path) -> Iterator[tuple[str, dict]]:
     """Iterate over the objects of a JSON Lines file, each with its location."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--predictions: expected a JSON Lines file or a directory of PNG masks, got {error}."
-        ) from error
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_read_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -351,6 +373,16 @@ def _iterate_lines(path: Path) -> Iterator[tuple[str, dict]]:
         if not isinstance(masks, list) or not isinstance(prediction.get("teacher_forced_masks", []), list):
             raise ValueError(f"{where}: expected an object with a list of `masks`, got {line.strip()[:80]}.")
         yield where, prediction
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            yield from file
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--predictions: expected a JSON Lines file or a directory of PNG masks, got {error}."
+        ) from error
 
 
 def _iterate_directory(path: Path) -> Iterator[tuple[str, dict]]:
@@ -376,7 +408,8 @@ def _read_mask(mask: Any, directory: Path, size: tuple[int, int] | None, where: 
             found = _read_rle(mask)
         else:
             raise ValueError(f"expected a mask as RLE or as path of a PNG file, got {str(mask)[:80]}.")
-    except (ValueError, TypeError, OverflowError, OSError) as error:
+    # Pillow raises a SyntaxError where the content of a PNG file is none.
+    except (ValueError, TypeError, OverflowError, OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: {error}") from error
     if size is not None and found.size != tuple(size):
         raise ValueError(

@@ -9,6 +9,7 @@ from fixtures.scored import evaluation_dataset
 from pycocotools import mask as coco_mask
 
 from lisa_hf.data.masks import encode_mask
+from lisa_hf.data.mixture import EvaluationDataset
 from lisa_hf.evaluation.predictions import export_questions, find_predictions, read_predictions
 
 
@@ -92,6 +93,7 @@ BOTH = [{"question_id": "0_0", "masks": []}, {"question_id": "1_0", "masks": []}
         ([BOTH[0], BOTH[1] | {"masks": ["none.png"]}], "line 2: .*none.png"),
         ([BOTH[0], BOTH[1] | {"masks": "x"}], "line 2: expected an object with a list of `masks`"),
         ([BOTH[0], 3], "line 2: expected an object"),
+        ([BOTH[0], {"question_id": ["1_0"], "masks": []}], "got none for 1, such as 1_0"),
         ([BOTH[0] | {"teacher_forced_masks": []}, BOTH[1]], "`teacher_forced_masks` for all questions or none"),
     ],
 )
@@ -109,11 +111,53 @@ def test_other_files_are_refused(tmp_path):
         read_predictions(tmp_path / "b.jsonl", evaluation_dataset(TARGETS))
 
 
+def test_a_png_file_without_content_is_refused(tmp_path):
+    PIL.Image.new("L", (6, 4)).save(tmp_path / "0_0.png")
+    content = (tmp_path / "0_0.png").read_bytes()
+    for broken in (b"", content[:-20], content.replace(b"IDAT", b"IDAX")):
+        (tmp_path / "0_0.png").write_bytes(broken)
+        with pytest.raises(ValueError, match="0_0.png: "):
+            read_predictions(tmp_path, evaluation_dataset(TARGETS[:1]))
+
+
 def test_missing_and_extra_predictions_are_said(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", BOTH[0], {"question_id": "9_0", "masks": []})
     assert areas(read_predictions(path, evaluation_dataset(TARGETS), missing_as_empty=True)) == {"0_0": [], "1_0": []}
     assert "1 of 2 predictions match no question of this benchmark" in caplog.text
     assert "1 of 2 questions have no prediction, and count as answered without a mask" in caplog.text
+
+
+def test_one_file_for_several_benchmarks(tmp_path):
+    """Photos of COCO are in several benchmarks, whose questions then have the same ids."""
+    full, empty = [rle(np.ones((4, 6), dtype=bool))], []
+    lines = [
+        {"benchmark": benchmark, "question_id": f"{number}_0", "masks": masks}
+        for benchmark, masks in (("one", full), ("two", empty))
+        for number in range(2)
+    ]
+    path = write(tmp_path / "a.jsonl", *lines)
+    dataset = evaluation_dataset(TARGETS)
+    assert areas(read_predictions(path, dataset, benchmark="one")) == {"0_0": [24], "1_0": [24]}
+    assert areas(read_predictions(path, dataset, benchmark="two")) == {"0_0": [], "1_0": []}
+    with pytest.raises(ValueError, match=r"got none for 2, such as 0_0. 4 are for other benchmarks \(one, two\)"):
+        read_predictions(path, dataset, benchmark="three")
+
+
+def test_answers_to_another_question_are_said(tmp_path, caplog):
+    questions = [" the red one ", "the blue one"]
+    path = write(tmp_path / "a.jsonl", *[line | {"question": text} for line, text in zip(BOTH, questions)])
+    read_predictions(path, evaluation_dataset(TARGETS))
+    assert "1 of 2 predictions name another question" in caplog.text and "1_0 with 'the blue one'" in caplog.text
+
+
+def test_letters_with_accents_in_either_form(tmp_path):
+    dataset = evaluation_dataset(TARGETS[:1], phrases=["caf\u00e9"])
+    path = write(tmp_path / "a.jsonl", {"image_id": "0", "question": "cafe\u0301", "masks": []})
+    assert areas(read_predictions(path, dataset)) == {"0_0": []}
+    rows = dataset.rows.map(lambda row: {"image_id": "caf\u00e9"})
+    dataset = EvaluationDataset(rows, merge_instances=False)
+    PIL.Image.new("L", (6, 4), 1).save(tmp_path / "cafe\u0301.png")
+    assert areas(read_predictions(tmp_path, dataset)) == {"caf\u00e9_0": [24]}
 
 
 def test_a_name_that_two_objects_share_names_neither(tmp_path):

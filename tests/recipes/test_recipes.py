@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -169,6 +170,11 @@ def test_a_file_of_predictions_scores_as_its_model_and_an_evaluation_goes_on(
     # 3. With other settings, or when nothing is left to do.
     assert "got whole with a complete one" in fail(capsys, *model, "--protocols", *PROTOCOLS, "--output_dir", "whole")
     assert "(protocols, eval_generate)" in fail(capsys, *model, "--eval_generate", "false", "--output_dir", "whole")
+    changed = ("--max_eval_items", "2", "--bf16", "true", "--attn_implementation", "eager", "--dtype", "bfloat16")
+    found = fail(capsys, *model, *changed, "--output_dir", "whole")
+    assert "(protocols, max_eval_items, dtype, attn_implementation, precision)" in found
+    os.utime(trained / "model.safetensors")  # trained again
+    assert "(weights)" in fail(capsys, *model, "--protocols", *PROTOCOLS, "--output_dir", "whole")
 
 
 def fail(capsys, *arguments, script: str = "eval.py") -> str:
@@ -205,6 +211,12 @@ def test_compare_tells_which_model_is_better(trained, tmp_path, monkeypatch, cap
 def test_unknown_benchmark_names_the_nearest(tmp_path):
     result = run("eval.py", "model", "--benchmarks", "reasonseg_val", cwd=tmp_path, check=False)
     assert_one_line(result, "reasonseg_val", "Did you mean `reason_seg_val`?", "refcoco_testA")
+
+
+def test_arguments_that_would_change_nothing_are_refused(capsys):
+    for argument in ("--load_in_4bit", "--lora-r=4"):
+        name = argument.replace("-", "_").strip("_").partition("=")[0]
+        assert f"--{name}: expected of a model's arguments only --dtype and" in fail(capsys, "model", argument)
 
 
 def test_an_earlier_evaluation_is_kept(tmp_path):
