@@ -1,6 +1,6 @@
 """Measure the memory of a forward and a backward pass on fake tensors, which have shapes but no data.
 
-torch's `MemTracker` does not fit: it fails on frozen weights.
+torch's `MemTracker` is not an option: it fails on frozen weights.
 """
 
 import weakref
@@ -22,14 +22,14 @@ def activation_bytes(
 
     Args:
         model: Model whose parameters are replaced by fake ones.
-        batch: Batch, which stays real: some VLMs look into it to see which images are padding.
-        autocast: Dtype of mixed precision, which DeepSpeed does without.
+        batch: Batch of real tensors: some VLMs look into them to see which images are padding.
+        autocast: Dtype of mixed precision, which DeepSpeed does not use.
     """
     make_fake(model)
     model.train()
     if args.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=args.activation_checkpointing_kwargs)
-    # Gradients exist beforehand, as in all accumulation steps but the first.
+    # Gradients exist beforehand, as in all accumulation steps except the first.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -44,10 +44,10 @@ def activation_bytes(
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Count the bytes of all storages that live at the same time, from the operation that makes one to its release.
+    """Count the bytes of all storages alive at the same time, from the operation that creates one to its release.
 
     Args:
-        held: Tensors that exist before and do not count.
+        held: Tensors that exist beforehand and are not counted.
     """
 
     def __init__(self, held: list[torch.Tensor]):
@@ -57,7 +57,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.index.Tensor:
-            # A fake tensor does not look into a mask to see how many elements it selects, positions have a length.
+            # Fake tensors do not know how many elements a mask selects; positions have a length.
             args = (args[0], [part for index in args[1] for part in _as_positions(index)])
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
@@ -87,7 +87,7 @@ _FAKE_MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a fake tensor on the CPU of a tensor's shape and dtype."""
+    """Return a fake CPU tensor with the shape and dtype of a tensor."""
     with _FAKE_MODE:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
 

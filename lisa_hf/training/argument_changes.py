@@ -1,4 +1,4 @@
-"""What a run that is resumed does differently from the one that saved the checkpoint, in a sentence each."""
+"""Describe in sentences what a resumed run does differently from the one that saved the checkpoint."""
 
 import json
 from pathlib import Path
@@ -9,23 +9,23 @@ from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
 from .run_record import describe_arguments, describe_mixture, find_run_record
 
 
-# Arguments without which the weights and the optimizer's states of a checkpoint do not fit.
+# Arguments that must not change for the weights and the optimizer's states of a checkpoint to fit.
 FIXED = (
     *("vlm_config", "mask_config", "trainable", "lora_r", "lora_alpha", "lora_target_modules", "use_dora"),
     *("optim", "parts with a learning rate"),
 )
-# Other arguments, by what a new value means to a run that is resumed.
+# Other arguments, by the effect of a new value on a resumed run.
 MEANINGS = {
-    "has no effect, because the optimizer goes on with the values in the checkpoint": (
+    "has no effect, because the optimizer keeps the values in the checkpoint": (
         *("learning_rate", "part_learning_rates", "muon_learning_rate", "weight_decay"),
         *("adam_beta1", "adam_beta2", "adam_epsilon"),
     ),
-    "gives the coming steps the learning rates of another schedule": (
+    "changes the learning-rate schedule of the coming steps": (
         *("max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     ),
-    "draws other items, so those that were seen may come again": ("seed", "data_seed", "num_train_items", "streaming"),
-    "is where weights come from that the checkpoint does not hold": ("model", "vlm", "mask_model", "language_model"),
-    "holds from here on": (
+    "draws different items, so earlier ones may repeat": ("seed", "data_seed", "num_train_items", "streaming"),
+    "provides the weights that are not in the checkpoint": ("model", "vlm", "mask_model", "language_model"),
+    "applies from now on": (
         *("tokenizer", "chat_template", "thinking", "image_processor_kwargs", "lora_dropout", "load_in_8bit"),
         *("load_in_4bit", "dtype", "ce_loss_weight", "mask_bce_loss_weight", "mask_dice_loss_weight"),
         *("mask_loss_points", "num_questions", "explanatory_probability", "max_length", "on_bad_row"),
@@ -41,7 +41,7 @@ def compare_with_checkpoint(
     training_args: LisaTrainingArguments,
     train_dataset: Mixture,
 ) -> list[str]:
-    """Compare a run that is about to be resumed with the record of its checkpoint; without one, tell nothing.
+    """Compare a run that is about to be resumed with the record of its checkpoint, if there is one.
 
     Args:
         checkpoint: Directory of the checkpoint.
@@ -51,10 +51,10 @@ def compare_with_checkpoint(
         train_dataset: The mixture.
 
     Returns:
-        Sentences that say what is different, and what that means.
+        Sentences that describe each difference and its effect.
 
     Raises:
-        ValueError: If the weights or the optimizer's states of the checkpoint do not fit any more.
+        ValueError: If the weights or the optimizer's states of the checkpoint no longer fit.
     """
     record = find_run_record(Path(checkpoint))
     if record is None or "arguments" not in record:
@@ -64,28 +64,28 @@ def compare_with_checkpoint(
     if changes := _changes(before, now, FIXED):
         raise ValueError(
             f"resume_from_checkpoint: expected the arguments that fit the weights and the optimizer in {checkpoint}, "
-            f"got others: {', '.join(changes)}. Resume with the earlier ones, or export the checkpoint and begin a "
+            f"got others: {', '.join(changes)}. Resume with the earlier ones, or export the checkpoint and start a "
             "new run with it as `model`."
         )
     sentences = []
     if changes := _changes(before, now, ["images per step"]):
-        what = "are left out" if now["images per step"] > before["images per step"] else "come again"
+        what = "are skipped" if now["images per step"] > before["images per step"] else "repeat"
         sentences.append(
-            f"{changes[0]} (per_device_train_batch_size x gradient_accumulation_steps x processes): the place in the "
-            f"data is counted in steps of the new size, so some items {what}."
+            f"{changes[0]} (per_device_train_batch_size x gradient_accumulation_steps x processes): the position in "
+            f"the data is counted in steps of the new size, so some items {what}."
         )
     for meaning, names in MEANINGS.items():
         if changes := _changes(before, now, names):
             sentences.append(f"{', '.join(changes)}: {meaning}.")
     changes = _data_changes(record["data"]["train"], describe_mixture(data_args, train_dataset))
     if changes:
-        sentences.append(f"{', '.join(changes)}: the coming items are drawn from these rows.")
+        sentences.append(f"{', '.join(changes)}: the next items are drawn from the new rows.")
     return sentences
 
 
 def _comparable(arguments: dict[str, dict], num_processes: int) -> dict[str, Any]:
-    """Return the arguments of a record by name, and facts that several of them make up."""
-    # Those of now have values that JSON writes in another way.
+    """Return the arguments of a record by name, and facts derived from several of them."""
+    # Current arguments have values that JSON writes differently.
     arguments = json.loads(json.dumps(arguments["model"] | arguments["data"] | arguments["training"]))
     if arguments["max_steps"] > 0:
         del arguments["num_train_epochs"]
@@ -97,7 +97,7 @@ def _comparable(arguments: dict[str, dict], num_processes: int) -> dict[str, Any
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], names) -> list[str]:
-    """Describe what differs among values of these names; a name that an older record does not have is left out."""
+    """Describe which values with these names differ; names that an older record lacks are skipped."""
     return [
         f"{name} {_shorten(before[name])} -> {_shorten(now[name])}"
         for name in names
@@ -121,5 +121,5 @@ def _data_changes(before: list[dict], now: list[dict]) -> list[str]:
         names = [key for key in ("split", "weight", "num_rows") if source[key] != before[name][key]]
         changes += [f"{key} of {name} {before[name][key]} -> {source[key]}" for key in names]
         if not names and source["fingerprint"] != before[name]["fingerprint"]:
-            changes.append(f"other rows of {name} than before, by its files or options")
+            changes.append(f"changed rows of {name} (other files or options)")
     return changes

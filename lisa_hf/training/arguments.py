@@ -43,7 +43,7 @@ QUANTIZED_PARTS = ("vision_tower", "multi_modal_projector", "language_model")  #
 
 @dataclass
 class ModelArguments:
-    """Which model is built or loaded, and which of its parts train.
+    """Arguments for the model: what to build or load, and which parts to train.
 
     Expects either `model`, or one of `vlm` and `vlm_config` together with one of `mask_model` and `mask_config`.
     """
@@ -62,20 +62,20 @@ class ModelArguments:
     )
     thinking: Literal["off", "on"] | None = HfArg(
         default=None,
-        help="Whether the model may think before it answers, if the chat template lets one choose; rows may then have "
-        "a reasoning_content to learn. Default: the model's (off).",
+        help="Whether the model may think before it answers, if the chat template has this choice; rows may then have "
+        "a reasoning_content to train on. Default: the model's (off).",
     )
     image_processor_kwargs: dict = HfArg(
         default_factory=dict,
         help="Options of the VLM's image processor that replace its checkpoint's and are saved with the model, e.g. "
-        "{max_pixels: 1048576} for the VLMs of Qwen.",
+        "{max_pixels: 1048576} for Qwen's VLMs.",
     )
     lora_r: int = HfArg(default=8, help="Rank of LoRA in the language model; 0 disables LoRA.")
     lora_alpha: int = HfArg(default=16, help="LoRA is scaled by lora_alpha / lora_r.")
-    lora_dropout: float = HfArg(default=0.05, help="Dropout probability of the input of LoRA.")
+    lora_dropout: float = HfArg(default=0.05, help="Dropout probability of LoRA's input.")
     lora_target_modules: list[str] = HfArg(
         default_factory=lambda: ["q_proj", "v_proj"],
-        help="Linear layers of the language model that get LoRA, by the last part of their name.",
+        help="Linear layers of the language model to add LoRA to, by the last part of their name.",
     )
     use_dora: bool = HfArg(default=False, help="Use DoRA instead of LoRA.")
     load_in_8bit: bool = HfArg(default=False, help="Quantize the frozen weights of the VLM to 8 bits.")
@@ -90,18 +90,18 @@ class ModelArguments:
         help=f"Parts that are trained in full, among {', '.join(TRAINABLE_PARTS)}.",
     )
     ce_loss_weight: float | None = HfArg(
-        default=None, help="Weight of the text's cross entropy. Default: the model's (1.0, as in LISA)."
+        default=None, help="Weight of the text's cross-entropy. Default: the model's (1.0, as in LISA)."
     )
     mask_bce_loss_weight: float | None = HfArg(
-        default=None, help="Weight of the masks' cross entropy. Default: the model's (2.0, as in LISA)."
+        default=None, help="Weight of the masks' cross-entropy. Default: the model's (2.0, as in LISA)."
     )
     mask_dice_loss_weight: float | None = HfArg(
         default=None, help="Weight of the masks' dice loss. Default: the model's (0.5, as in LISA)."
     )
     mask_loss_points: int | None = HfArg(
         default=None,
-        help="Pixels of each mask that its losses sample, mostly uncertain ones (Mask2Former: 12544). Default: the "
-        "model's (0: all pixels, as in LISA).",
+        help="Number of pixels sampled per mask for the losses, mostly uncertain ones (Mask2Former: 12544). "
+        "Default: the model's (0: all pixels, as in LISA).",
     )
     attn_implementation: str | None = HfArg(
         default=None, help="Attention of the VLM: sdpa, eager, flash_attention_2 (no packing), flex_attention, ..."
@@ -161,7 +161,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which data the model is trained and evaluated on.
+    """Arguments for the data to train and evaluate on.
 
     After initialization, each value of `sources` is a mapping with `weight`, `split` and the options of the source's
     builder, and each value of `eval_sources` one with `split` and the options of the builder.
@@ -177,19 +177,19 @@ class DataArguments:
         default_factory=dict,
         help="Evaluation sources, e.g. {reason_seg: {split: val}}. Default split: validation.",
     )
-    num_questions: int = HfArg(default=3, help="Number of questions sampled about each image.")
+    num_questions: int = HfArg(default=3, help="Number of questions to sample about each image.")
     explanatory_probability: float = HfArg(
-        default=0.1, help="Share of reasoning questions that ask for an explanation, if there is one."
+        default=0.1, help="Probability that a reasoning question asks for an explanation, if there is one."
     )
     max_length: int | None = HfArg(
-        default=None, help="Maximum tokens of a row, image tokens included. Default: the model's limit."
+        default=None, help="Maximum tokens of a row, including image tokens. Default: the model's limit."
     )
     on_bad_row: OnBadRow = HfArg(
         default="skip", help="Whether to raise at a bad record, image, mask or question, or to skip and count it."
     )
     min_decoded_edge: int | None = HfArg(
         default=None,
-        help="Pixels that the longer edge keeps when large training JPEGs are decoded at 1/2, 1/4 or 1/8.",
+        help="Minimum pixels of the longer edge when large training JPEGs are decoded at 1/2, 1/4 or 1/8.",
     )
     exclude_refer_val: bool = HfArg(
         default=False, help="Exclude COCO photos of the refer sources' val and test splits from all training sources."
@@ -198,15 +198,15 @@ class DataArguments:
         default=True, help="Pack questions about an image into one row if the VLM and its attention allow it."
     )
     feature_cache: str | None = HfArg(
-        default=None, help="Directory for features of frozen encoders, computed once per training image."
+        default=None, help="Directory for cached features of frozen encoders, computed once per training image."
     )
     feature_cache_limit_gb: float | None = HfArg(default=None, help="Maximum size of the feature cache in GB.")
-    streaming: bool = HfArg(default=False, help="Read training rows while training; needs max_steps.")
+    streaming: bool = HfArg(default=False, help="Stream training rows; needs max_steps.")
     num_train_items: int | None = HfArg(
-        default=None, help="Items (images with questions) per epoch. Default: the rows of all sources."
+        default=None, help="Number of items (images with questions) per epoch. Default: the rows of all sources."
     )
     max_eval_items: int | None = HfArg(
-        default=None, help="Number of first rows of each source that are evaluated. Default: all."
+        default=None, help="Number of rows of each source to evaluate, from the start. Default: all."
     )
 
     def __post_init__(self):
@@ -216,7 +216,7 @@ class DataArguments:
             raise ValueError(f"sources: expected a weight for each of them or for none, got none for {unweighted}.")
         if self.streaming and self.num_train_items is not None:
             raise ValueError(
-                f"num_train_items: expected none with streaming, got {self.num_train_items}. A stream has no end, set "
+                f"num_train_items: expected none with streaming, got {self.num_train_items}. A stream is endless, set "
                 "max_steps."
             )
         self.eval_sources = _complete_options(self, "eval_sources", {"split": "validation"})
@@ -242,16 +242,16 @@ class DataArguments:
 class LisaTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments` and a few more; the recipes set LISA's values."""
 
-    # The collator needs columns that the model's forward does not take.
+    # The collator needs columns that the model's forward does not accept.
     remove_unused_columns: bool = HfArg(default=False, help="Keep False: the collator needs all columns.")
     metric_for_best_model: str | None = HfArg(default="giou", help="Metric that selects the best model.")
     # The items of a mixture are random draws already.
     train_sampling_strategy: str = HfArg(default="sequential", help="Order in which items are drawn.")
-    # Every process uses all weights that train in every step, even without a mask, but for those of some VLMs.
+    # Every process uses all trained weights in every step, even without a mask, except with some VLMs.
     ddp_find_unused_parameters: bool | None = HfArg(
-        default=False, help="Keep False: train.py sets it where some images leave weights unused."
+        default=False, help="Keep False: train.py sets it if some images leave weights unused."
     )
-    hub_private_repo: bool | None = HfArg(default=True, help="Whether a new repository of push_to_hub is private.")
+    hub_private_repo: bool | None = HfArg(default=True, help="Whether push_to_hub creates a private repository.")
     part_learning_rates: dict = HfArg(
         default_factory=dict,
         help="Learning rates of `lora` and parts in `trainable`, e.g. {lora: 3e-4, mask_decoder: 1e-4}.",
@@ -259,7 +259,7 @@ class LisaTrainingArguments(TrainingArguments):
     muon_learning_rate: float | None = HfArg(
         default=None,
         help="Learning rate of Muon, about 0.02 for randomly initialized models, for the matrices of parts trained in "
-        "full; AdamW takes the rest. Default: no Muon.",
+        "full; AdamW trains the rest. Default: no Muon.",
     )
     compile_mask_encoder: bool = HfArg(
         default=False, help="Compile the mask model's image encoder, whose input shapes never change."
@@ -271,9 +271,9 @@ class LisaTrainingArguments(TrainingArguments):
     generation_max_new_tokens: int = HfArg(default=64, help="Maximum tokens of a generated answer.")
     overwrite_output_dir: bool = HfArg(
         default=False,
-        help="Begin anew in an output_dir with an earlier run: remove its checkpoints, replace its model.",
+        help="Start over in an output_dir with an earlier run: remove its checkpoints, replace its model.",
     )
-    dry_run: bool = HfArg(default=False, help="Check some of the data, make one step and one checkpoint, and report.")
+    dry_run: bool = HfArg(default=False, help="Check some of the data, run one step, save one checkpoint, and report.")
 
     def __post_init__(self):
         if self.dry_run:
@@ -281,15 +281,15 @@ class LisaTrainingArguments(TrainingArguments):
             self.save_strategy, self.eval_strategy, self.load_best_model_at_end = "steps", "no", False
             self.report_to, self.resume_from_checkpoint, self.max_nonfinite_steps = "none", None, 0
             self.overwrite_output_dir = True
-            # Leaves output_dir as it is; the name is that of a directory which is not kept.
+            # Leaves output_dir unchanged; this names a temporary directory.
             self.output_dir = str(Path(self.output_dir or ".", "dry_run.incomplete"))
         self._initialize_devices()
         self._check_engine()
-        # Rows and images of a batch differ in number, so accelerate must not slice it.
+        # A batch has different numbers of rows and images, so accelerate must not slice it.
         self.accelerator_config.dispatch_batches = False
         if self.deepspeed_plugin is not None:
-            # With ZeRO-3, transformers would shard every model that is built, also those that one process needs whole.
-            # `zero3_init` sets this where a model is built for training, and Trainer sets it again.
+            # With ZeRO-3, transformers would shard every model, even those that one process needs in full.
+            # `zero3_init` sets this when a model is built for training, and Trainer sets it again.
             unset_hf_deepspeed_config()
         _check_parts("part_learning_rates", self.part_learning_rates, ("lora", *TRAINABLE_PARTS))
         for part, rate in self.part_learning_rates.items():
@@ -304,7 +304,7 @@ class LisaTrainingArguments(TrainingArguments):
             _check_range(self, name, 1)
 
     def __getstate__(self) -> dict:
-        """Leave out the token: Trainer pickles its arguments into every checkpoint, which may be shared."""
+        """Omit the token: Trainer pickles its arguments into every checkpoint, which may be shared."""
         return self.__dict__ | {"hub_token": None}
 
     def _initialize_devices(self):
@@ -317,12 +317,13 @@ class LisaTrainingArguments(TrainingArguments):
             super().__post_init__()
         self.use_cpu = use_cpu
         if has_fsdp:
-            # Each process loads its own rows. With this option, from_pretrained would give some the first one's.
+            # Each process loads its own rows. With this option, from_pretrained would give some those of the first
+            # process.
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
             (self.fsdp_plugin_args or {})["cpu_ram_efficient_loading"] = False
 
     def _check_engine(self):
-        if self.device.type == "cpu":  # otherwise DeepSpeed, which accelerate imports, warns that it found no GPU
+        if self.device.type == "cpu":  # otherwise DeepSpeed, which accelerate imports, warns about a missing GPU
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
             raise ValueError(
@@ -339,11 +340,11 @@ class LisaTrainingArguments(TrainingArguments):
             if self.optim not in ("adamw_torch", "adamw_torch_fused"):
                 raise ValueError(f"optim: expected adamw_torch(_fused) with muon_learning_rate, got {self.optim}.")
         if self.fp16 and self.device.type == "cpu":
-            raise ValueError("fp16: expected a GPU, got a CPU, where it has no effect. Use bf16, or neither.")
+            raise ValueError("fp16: expected a GPU, got a CPU, on which it has no effect. Use bf16, or neither.")
         if self.enable_jit_checkpoint:
             raise ValueError(
-                "enable_jit_checkpoint: expected false, got true. recipes/train.py saves and stops on SIGTERM and "
-                "SIGUSR1 anyway, at a step that all processes agree on."
+                "enable_jit_checkpoint: expected false, got true. recipes/train.py already saves and stops on SIGTERM "
+                "and SIGUSR1, at a step that all processes agree on."
             )
 
     def _check_parallelism(self):
@@ -352,14 +353,14 @@ class LisaTrainingArguments(TrainingArguments):
         sizes = {name: getattr(config, name, 1) for name in ("tp_size", "cp_size", "sp_size")}
         if found := [f"{name} {size}" for name, size in sizes.items() if size > 1]:
             raise ValueError(
-                f"parallelism_config: expected every process to have images of its own, got {', '.join(found)}. The "
+                f"parallelism_config: expected every process to have its own images, got {', '.join(found)}. The "
                 "losses are divided by the labels and masks of all processes, which tensor, context and sequence "
                 "parallelism would count several times. Shard the weights instead, with ZeRO-3 or FSDP."
             )
 
     @property
     def shards_weights(self) -> bool:
-        """Whether each process holds only a shard of the weights: ZeRO-3 and FSDP, also if the launcher sets it."""
+        """Whether each process holds only a shard of the weights: ZeRO-3 or FSDP, even if set by the launcher."""
         stage = self.deepspeed_plugin.zero_stage if self.deepspeed_plugin else 0
         return stage == 3 or is_fsdp_requested(self.fsdp)
 
@@ -391,11 +392,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
 
 
 def parse_data_arguments(path: str) -> DataArguments:
-    """Parse the data arguments of a YAML file, also on a machine that cannot train what the file says.
+    """Parse the data arguments of a YAML file, even on a machine that cannot run its training.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: The file has an unknown key or a value of a wrong type, also of another argument.
+        ValueError: The file has an unknown key or a value of a wrong type, even for other arguments.
     """
     parser = ArgumentParser((ModelArguments, DataArguments, LisaTrainingArguments), allow_abbrev=False)
     try:
@@ -409,10 +410,10 @@ def _check_together(
     model_args: ModelArguments, data_args: DataArguments, training_args: LisaTrainingArguments, device: str | None
 ):
     if data_args.streaming and training_args.max_steps < 0:
-        raise ValueError("max_steps: expected the number of steps with streaming, got none. A stream has no end.")
+        raise ValueError("max_steps: expected the number of steps with streaming, got none. A stream is endless.")
     if device and training_args.device.type != device:
         raise ValueError(
-            f"--device: expected a kind of device of this machine, such as {training_args.device.type}, got {device}. "
+            f"--device: expected a kind of device on this machine, such as {training_args.device.type}, got {device}. "
             "To choose among several of a kind, set CUDA_VISIBLE_DEVICES."
         )
     if training_args.shards_weights and (model_args.load_in_8bit or model_args.load_in_4bit):
@@ -443,7 +444,7 @@ def _check_range(arguments, name: str, low: float, high: float = float("inf")):
 
 
 def _complete_options(arguments: DataArguments, field_name: str, defaults: dict) -> dict[str, dict]:
-    """Return the options of each source as a mapping; a number is short for its weight."""
+    """Return the options of each source as a mapping; a number is shorthand for the weight."""
     completed = {}
     for name, options in getattr(arguments, field_name).items():
         if isinstance(options, (int, float)):

@@ -53,15 +53,16 @@ from .zero import disable_zero3_init, shard_new_weights, zero3_init
 def build_config_and_processor(
     model_args: ModelArguments, train_rows: dict[str, Dataset] | dict[str, IterableDataset] | None = None
 ) -> tuple[LisaConfig, LisaProcessor]:
-    """Build the config of the model that the arguments name, and its processor: everything but the weights.
+    """Build the config and the processor of the model that the arguments name: everything except the weights.
 
     Args:
-        model_args: Name a LISA model, a VLM and a mask model, or the configs of randomly initialized ones.
-        train_rows: Rows by source, whose texts train a tokenizer if a randomly initialized model names none.
+        model_args: Arguments that name a LISA model, a VLM and a mask model, or the configs of randomly initialized
+            ones.
+        train_rows: Rows by source. Their texts train a tokenizer if a randomly initialized model names none.
 
     Raises:
-        ValueError: A checkpoint has another architecture or an original format, or is an adapter without its base, or
-            its image processor lacks one of `image_processor_kwargs`.
+        ValueError: A checkpoint has another architecture or an original format, is an adapter without its base, or its
+            image processor lacks one of `image_processor_kwargs`.
     """
     chat_template = load_chat_template(model_args.chat_template)
     if model_args.model is not None:
@@ -71,7 +72,7 @@ def build_config_and_processor(
         raise_if_original_format(model_args.vlm)
         raise_if_original_format(model_args.mask_model)
         vlm_config = _load_vlm_config(model_args.vlm)
-        raise_if_not_vlm(vlm_config)  # otherwise transformers lists all models, or misses files of a processor
+        raise_if_not_vlm(vlm_config)  # otherwise transformers lists all models, or misses processor files
         processor = LisaProcessor.from_vlm_mask_model_pretrained(model_args.vlm, model_args.mask_model, chat_template)
         config = LisaConfig(
             vlm_config=vlm_config,
@@ -101,11 +102,11 @@ def build_config_and_processor(
 def build_model(
     model_args: ModelArguments, config: LisaConfig, device_map: str | None = None, empty: bool = False
 ) -> LisaForConditionalGeneration:
-    """Build the model that the arguments name: load its weights or initialize them.
+    """Build the model that the arguments name, and load or initialize its weights.
 
     Args:
-        model_args: Name the weights, their dtype and quantization, the attention and the loss weights.
-        config: From [`build_config_and_processor`].
+        model_args: Arguments for the weights, their dtype and quantization, the attention and the loss weights.
+        config: Config from [`build_config_and_processor`].
         device_map: Device of pretrained weights. Default: the GPU if they are quantized, else the CPU.
         empty: Whether to build the model on the meta device, where weights take no memory.
     """
@@ -117,7 +118,7 @@ def build_model(
         with disable_zero3_init():
             model = _initialize_model(model_args, config)
     attention = model_args.attn_implementation
-    # The other kernels keep as much memory as the default, and may need a GPU that is not there.
+    # The other kernels need as much memory as the default, and may need a GPU that is missing.
     if attention and (attention == "eager" or not empty):
         try:
             # The mask model keeps SDPA, the fastest attention that SAM has.
@@ -138,8 +139,8 @@ def build_for_training(
 
     Args:
         model_args: See [`build_model`].
-        config: From [`build_config_and_processor`].
-        training_args: Name the engine.
+        config: Config from [`build_config_and_processor`].
+        training_args: Arguments that name the engine.
     """
     with zero3_init(training_args):
         model = build_model(model_args, config)
@@ -164,7 +165,7 @@ def load_lisa(path: str, **kwargs) -> tuple[LisaForConditionalGeneration, LisaPr
 
 
 def load_vlm(path: str, **kwargs) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a VLM and its processor, also out of a LISA.
+    """Load a VLM and its processor, possibly out of a LISA.
 
     Args:
         path: Directory or Hub id.
@@ -214,7 +215,7 @@ def build_datasets(
 
 
 def _load_vlm_config(path: str) -> PreTrainedConfig:
-    """Load a VLM's config. Unless it says so itself, it ties the embeddings if its language model does."""
+    """Load a VLM's config. Unless it says otherwise, it ties the embeddings if its language model does."""
     config, (values, _) = AutoConfig.from_pretrained(path), PreTrainedConfig.get_config_dict(path)
     tied = getattr(config.get_text_config(), "tie_word_embeddings", None)
     if tied is not None and "tie_word_embeddings" not in values:
@@ -238,8 +239,8 @@ def _load_lisa_config(path: str) -> LisaConfig:
             )
     if is_fsdp_checkpoint(directory):
         raise ValueError(
-            f"{path}: expected a whole model, got shards of FSDP. Resume their training with "
-            f"`resume_from_checkpoint`, or put them together: `python recipes/export.py {path} --output DIRECTORY`."
+            f"{path}: expected a whole model, got FSDP shards. Resume their training with "
+            f"`resume_from_checkpoint`, or merge them: `python recipes/export.py {path} --output DIRECTORY`."
         )
     raise_if_original_format(path)
     config = AutoConfig.from_pretrained(path)
@@ -276,7 +277,7 @@ def _initialize_model(model_args: ModelArguments, config: LisaConfig) -> LisaFor
     if model_args.language_model is None:
         initialize_weights(model)
     else:
-        # The language model alone is pretrained; transformers initializes the rest.
+        # Only the language model is pretrained; transformers initializes the rest.
         language_model = AutoModelForCausalLM.from_pretrained(model_args.language_model)
         language_model.resize_token_embeddings(config.get_text_config().vocab_size)
         model.vlm.base_model.language_model.load_state_dict(language_model.base_model.state_dict())
@@ -286,11 +287,11 @@ def _initialize_model(model_args: ModelArguments, config: LisaConfig) -> LisaFor
 
 
 def _build_empty_model(model_args: ModelArguments, config: LisaConfig) -> LisaForConditionalGeneration:
-    # Qwen3-VL's configuration has a dtype for its language model alone.
+    # Qwen3-VL's configuration has a dtype for its language model only.
     saved = (config.vlm_config.dtype, config.get_text_config().dtype, config.dtype)
     dtype = next((dtype for dtype in (model_args.dtype, *saved) if dtype), torch.float32)
     with init_empty_weights():
-        model = LisaForConditionalGeneration(copy.deepcopy(config))  # a model writes into its config
+        model = LisaForConditionalGeneration(copy.deepcopy(config))  # models modify their config
     model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     model.tie_weights()
     return model
@@ -312,7 +313,7 @@ def _quantization_config(model_args: ModelArguments) -> BitsAndBytesConfig:
 
 
 def _replace_image_options(processor: LisaProcessor, options: dict) -> None:
-    """Replace the VLM's image processor by one with other options."""
+    """Replace the VLM's image processor with one that has other options."""
     image_processor = processor.vlm_processor.image_processor
     known = image_processor.valid_kwargs.__annotations__
     for name in options:
@@ -321,7 +322,7 @@ def _replace_image_options(processor: LisaProcessor, options: dict) -> None:
                 f"image_processor_kwargs: expected options of {type(image_processor).__name__}, got `{name}`. Did you "
                 f"mean `{nearest_name(name, known)}`?"
             )
-    # As JSON, like a checkpoint's: the old options have types of their own.
+    # As JSON, like a checkpoint's: the old options have special types.
     values = json.loads(image_processor.to_json_string()) | options
     processor.vlm_processor.image_processor = type(image_processor)(**values)
 

@@ -1,4 +1,4 @@
-"""Around training steps: check the model first, skip steps that are not finite, measure throughput, draw predictions,
+"""Callbacks around training steps: check the model first, skip non-finite steps, measure throughput, draw predictions,
 stop on a signal.
 """
 
@@ -35,14 +35,14 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class SkipNonFiniteSteps:
-    """Skips steps whose loss or gradients are not finite, and logs the images and parts of the model they came from.
+    """Skip steps with a non-finite loss or gradient, and log the images and parts of the model they came from.
 
-    Nothing of such a step reaches the weights. The exception is ZeRO-3 in float32 and bfloat16, which has applied a
-    step before it can be checked: the run stops at once and saves nothing. Overflowing gradients in float16 with a
+    Such a step does not change the weights. The exception is ZeRO-3 in float32 and bfloat16, which applies a step
+    before it can be checked: the run stops immediately and saves nothing. Overflowing gradients in float16 with a
     finite loss are left to the loss scaler and do not count.
 
     Args:
-        limit: Number of steps that a run may skip. One more sets `error`, on which [`LisaTrainer`] stops.
+        limit: Number of steps that a run may skip. One more sets `error`, which stops [`LisaTrainer`].
     """
 
     def __init__(self, limit: int):
@@ -64,7 +64,7 @@ class SkipNonFiniteSteps:
         Args:
             trainer: The trainer that is about to step.
             model: The model without the wrappers of data parallelism.
-            step: Number of the step, beginning with 1.
+            step: Number of the step, starting at 1.
         """
         # 1. Is anything not finite, on any process?
         is_bad_loss = not torch.stack([value for losses in self._losses for value in losses.values()]).isfinite().all()
@@ -78,9 +78,9 @@ class SkipNonFiniteSteps:
         causes = [cause for causes in gather_object([self._bad_losses()]) for cause in causes]
         if not causes:
             causes = ["gradients" if is_deepspeed else f"gradients of {', '.join(_bad_parts(model))}"]
-        # 3. Skip the step. DeepSpeed and float16's loss scaler have done so by themselves.
+        # 3. Skip the step. DeepSpeed and float16's loss scaler have already done so.
         if not is_deepspeed and not trainer.args.fp16:
-            model.zero_grad()  # optimizers pass over weights without a gradient
+            model.zero_grad()  # optimizers skip weights without a gradient
         self.num_skipped += 1
         self.spoils_weights = is_deepspeed and trainer.args.shards_weights and not trainer.args.fp16
         # 4. Report it.
@@ -104,7 +104,7 @@ class SkipNonFiniteSteps:
         return not torch.stack(torch._foreach_norm([_local(gradient) for gradient in gradients])).isfinite().all()
 
     def _bad_losses(self) -> list[str]:
-        """Describe the loss parts that are not finite on this process, with the images of their micro-batches."""
+        """Describe the non-finite loss parts on this process, with the images of their micro-batches."""
         causes = []
         for images, losses in zip(self._images, self._losses):
             parts = [name for name, value in losses.items() if not value.isfinite()]
@@ -114,7 +114,7 @@ class SkipNonFiniteSteps:
 
 
 def _bad_parts(model: nn.Module) -> list[str]:
-    """Name the parts of the model with gradients that are not finite."""
+    """Name the parts of the model with non-finite gradients."""
     parts = parameter_parts(model)
     weights = [(name, weight) for name, weight in model.named_parameters() if weight.grad is not None]
     bad = [name for name, weight in weights if not _local(weight.grad).isfinite().all()]
@@ -122,16 +122,16 @@ def _bad_parts(model: nn.Module) -> list[str]:
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:
-    """Return the piece of a gradient on this process, which is all of it unless FSDP shards it."""
+    """Return the part of a gradient on this process: all of it unless FSDP shards it."""
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
 
 class Throughput(TrainerCallback):
-    """Counts what this process trains on between two logs, and times its steps.
+    """Count what this process trains on between two logs, and time its steps.
 
     A step lasts from the request for its batches to its `on_step_end`, without logging, evaluation and saving. The
-    clock needs no synchronization of its own: the host waits for the device in every step, because Trainer looks at
-    each loss (`logging_nan_inf_filter`) and [`StopOnSignal`] at a flag on the device.
+    clock needs no extra synchronization: the host waits for the device in every step, because Trainer looks at each
+    loss (`logging_nan_inf_filter`) and [`StopOnSignal`] at a flag on the device.
     """
 
     def __init__(self):
@@ -163,7 +163,7 @@ class Throughput(TrainerCallback):
             self.tokens = self.tokens + batch["attention_mask"].sum()  # stays on the device until a log
 
     def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
-        # The rates of this step, before the schedule moves on. Trainer's own `learning_rate` is taken here too.
+        # The rates of this step, before the schedule advances, including Trainer's own `learning_rate`.
         self.learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups if "name" in group}
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -180,12 +180,12 @@ class Throughput(TrainerCallback):
             "peak_memory_gb": peak_memory() / 1e9,
         }
         processes = gather_object([mine])
-        # Amounts add up over processes.
+        # Counts add up over processes.
         counts, amounts = Counter(), Counter()
         for process in processes:
             counts.update(process["counts"])
             amounts.update(process["amounts"])
-        # Times do not: the others wait for the gradients of the slowest process.
+        # Times do not: all others wait for the gradients of the slowest process.
         step_time, data_wait_time, peak_memory_gb = (
             max(process[name] for process in processes) for name in ("step_time", "data_wait_time", "peak_memory_gb")
         )
@@ -202,16 +202,16 @@ class Throughput(TrainerCallback):
 
 
 def peak_memory() -> int:
-    """Return the most memory that this process ever held, in bytes: tensors on its GPU; on CPU, everything."""
+    """Return the peak memory of this process in bytes: tensors on its GPU, or everything on CPU."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class SelfCheck(TrainerCallback):
-    """Compares LISA with its VLM alone before the first step, see [`check_against_vlm`].
+    """Compare LISA with its VLM alone before the first step, see [`check_against_vlm`].
 
-    The weights are then where and as training has them: on the device, quantized, sharded, resumed.
+    The weights are then in the same state as in training: on the device, quantized, sharded, resumed.
 
     Args:
         trainer: A [`LisaTrainer`]; `trainer.add_callback(SelfCheck(trainer))`.
@@ -226,16 +226,16 @@ class SelfCheck(TrainerCallback):
         with self.trainer.accelerator.autocast():
             check_against_vlm(model, self.trainer.processing_class)
         logger.info(
-            "Self-check: the VLM computes within LISA what it does alone (%.1f s).", time.perf_counter() - start
+            "Self-check: the VLM computes the same within LISA as alone (%.1f s).", time.perf_counter() - start
         )
 
 
 class PredictionSheet(TrainerCallback):
-    """Draws the model's answers about the same few images at each evaluation, so that progress can be seen.
+    """Draw the model's answers about the same few images at each evaluation, to show progress.
 
-    The sheet is `predictions/step-N.png` in the output directory, by the step that the weights come from; the newest
-    one, at the end that of the best model if it is loaded, is `predictions.png` too. With several evaluation sets it
-    is drawn after the first one. TensorBoard, trackio and wandb show it as an image, if `report_to` names them.
+    The sheet is `predictions/step-N.png` in the output directory, where N is the step of the weights; the newest one
+    (at the end that of the best model, if it is loaded) is also `predictions.png`. With several evaluation sets, it is
+    drawn after the first one. TensorBoard, trackio and wandb show it as an image, if `report_to` names them.
 
     Args:
         trainer: A [`LisaTrainer`]; `trainer.add_callback(PredictionSheet(trainer, dataset))`.
@@ -274,19 +274,19 @@ class PredictionSheet(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Stops the training on Ctrl-C, and on SIGTERM or SIGUSR1, with which schedulers announce the end, and saves.
+    """Save and stop training on Ctrl-C, and on SIGTERM or SIGUSR1, with which schedulers announce the end.
 
-    The running step is finished first; a second Ctrl-C ends the process at once. transformers' `enable_jit_checkpoint`
-    does not do this: its processes do not agree on the step to save at, which hangs; it knows SIGTERM alone; and it
-    saves within a step, after dropout has been drawn.
+    The current step is finished first; a second Ctrl-C ends the process immediately. transformers'
+    `enable_jit_checkpoint` is no alternative: its processes do not agree on the step to save at, which hangs; it only
+    handles SIGTERM; and it saves within a step, after dropout has been drawn.
 
-    An evaluation that is due when the training stops would take longer than schedulers wait. The resumed run makes it
-    before its first step.
+    An evaluation due when training stops would take longer than schedulers wait. The resumed run does it before its
+    first step.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.received: signal.Signals | None = None  # by any process
+        self.received: signal.Signals | None = None  # received by any process
         self._is_first_step = True
         self._handlers = {}
         self._process = os.getpid()
@@ -300,7 +300,7 @@ class StopOnSignal(TrainerCallback):
             return
         if number == signal.SIGINT:
             is_second = self.received == signal.SIGINT
-            line = "quitting at once." if is_second else "saving after this step. Press it again to quit at once."
+            line = "quitting now." if is_second else "saving after this step. Press it again to quit now."
             os.write(sys.stderr.fileno(), f"\nCtrl-C: {line}\n".encode())  # printing is not safe in a handler
             if is_second:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -308,7 +308,7 @@ class StopOnSignal(TrainerCallback):
         self.received = signal.Signals(number)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        # Here the random states are those of the checkpoint, as after the evaluation of a run that was not stopped.
+        # Here the random states are those of the checkpoint, as after the evaluation of an uninterrupted run.
         if self._is_first_step and _lacks_evaluation(args, state):
             self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
         self._is_first_step = False
@@ -324,7 +324,7 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.received:  # Trainer takes a stop for the end of the epoch
+        if self.received:  # Trainer treats a stop as the end of the epoch
             control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -1,9 +1,9 @@
-"""Fault tolerance: checkpoints that are complete or do not count.
+"""Fault tolerance: only complete checkpoints count.
 
-A directory `checkpoint-N` counts as a checkpoint if it holds `manifest.json`, which is written last: every process
-flushes its files to the disk, then one process lists all of them with their sizes. A run that is killed while it saves
-leaves a directory without a manifest, and a disk that lost the end of a file leaves one that does not match. Resuming
-skips both and takes the checkpoint before them.
+A directory `checkpoint-N` counts as a checkpoint if it has a `manifest.json`, which is written last: every process
+flushes its files to disk, then one process lists all of them with their sizes. A run killed while saving leaves a
+directory without a manifest, and a disk that lost the end of a file leaves one that does not match. Resuming skips
+both and uses the checkpoint before them.
 """
 
 import json
@@ -33,15 +33,15 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 MODEL_FILES = ("*.safetensors", "*.bin", "config.json")
 LOCK = "_training.lock"  # Trainer uploads no file whose name begins with an underscore
-# Text of torch.save's errors: it reports a full disk as a RuntimeError, whose text depends on where it was noticed.
+# Texts of torch.save's errors: it reports a full disk as a RuntimeError, whose text depends on where it was noticed.
 TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 @contextmanager
 def claim_output_dir(args: LisaTrainingArguments) -> Iterator[None]:
-    """Keep other runs out of the output directory, and this run from what an earlier one has left there.
+    """Keep other runs out of the output directory, and this run from overwriting an earlier one.
 
-    The lock is the kernel's, so it ends with the process, however that ends.
+    The lock belongs to the kernel, so it is released with the process, however that ends.
 
     Raises:
         ValueError: If another run uses the directory, or a new run would train over an earlier one.
@@ -56,7 +56,7 @@ def claim_output_dir(args: LisaTrainingArguments) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise ValueError(
-            f"output_dir: expected a directory that no other run uses, got {output_dir}, in which one is training. "
+            f"output_dir: expected a directory that no other run uses, got {output_dir}, where one is training. "
             "Wait for it, or name another directory."
         ) from error
     with lock:
@@ -68,8 +68,8 @@ def claim_output_dir(args: LisaTrainingArguments) -> Iterator[None]:
                 remove_checkpoint(Path(path))
         elif found and not args.resume_from_checkpoint:
             raise ValueError(
-                f"output_dir: expected a directory without an earlier run, got {output_dir} with {found[0]}. Go on "
-                "with `--resume_from_checkpoint auto`, name another directory, or begin anew with "
+                f"output_dir: expected a directory without an earlier run, got {output_dir} with {found[0]}. Continue "
+                "with `--resume_from_checkpoint auto`, name another directory, or start over with "
                 "`--overwrite_output_dir`, which removes its checkpoints."
             )
         elif args.resume_from_checkpoint:
@@ -82,15 +82,15 @@ def _warn_of_later_checkpoints(resumed: Path, checkpoints: list[str]) -> None:
     later = checkpoints[places.index(resumed.resolve()) + 1 :] if resumed.resolve() in places else []
     if later := [path for path in later if not find_fault(Path(path))]:
         logger.warning(
-            "%s is not the newest checkpoint: until this run has passed it, `resume_from_checkpoint: auto` would go "
-            "on from %s. Move later ones away if they are not wanted.",
+            "%s is not the newest checkpoint: until this run has passed it, `resume_from_checkpoint: auto` would "
+            "resume from %s. Move later ones away if you do not want them.",
             *(resumed, later[-1]),
         )
 
 
 @contextmanager
 def complete_save(trainer: Trainer, directory: Path) -> Iterator[None]:
-    """Make what all processes save in this context a complete checkpoint, and only then remove older ones.
+    """Turn what all processes save in this context into a complete checkpoint, and only then remove older ones.
 
     Args:
         trainer: The trainer that saves.
@@ -100,7 +100,7 @@ def complete_save(trainer: Trainer, directory: Path) -> Iterator[None]:
         OSError: On the process that could not write, with what is left to resume from.
     """
     args = trainer.args
-    # 1. Remove what a killed run left.
+    # 1. Remove leftovers of a killed run.
     if args.should_save:
         remove_checkpoint(directory)
     trainer.accelerator.wait_for_everyone()
@@ -122,18 +122,18 @@ def complete_save(trainer: Trainer, directory: Path) -> Iterator[None]:
             raise
         raise OSError(
             f"{directory}: expected to save a checkpoint, got {' '.join(str(error).split())} "
-            f"({shutil.disk_usage(args.output_dir).free / 2**30:.1f} GiB are free). Make room, or lower "
+            f"({shutil.disk_usage(args.output_dir).free / 2**30:.1f} GiB are free). Free some space, or lower "
             "`save_total_limit`, and resume with `resume_from_checkpoint: auto`; earlier checkpoints are intact."
         ) from error
     finally:
         args.save_total_limit = limit
-    # 4. Now older checkpoints may go.
+    # 4. Now remove older checkpoints.
     if args.should_save:
         remove_old_checkpoints(args.output_dir, limit, trainer.state.best_model_checkpoint)
 
 
 def flush(directory: Path) -> None:
-    """Wait until all files of a directory, and their names, are on the disk."""
+    """Wait until all files of a directory, and their names, are on disk."""
     for path in (directory, *directory.rglob("*")):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -143,13 +143,13 @@ def flush(directory: Path) -> None:
 
 
 def write_manifest(directory: Path) -> None:
-    """Declare a directory complete by a manifest, which appears with all of its content or not at all."""
+    """Declare a directory complete with a manifest, which is written atomically."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(directory)): path.stat().st_size for path in files}
     with atomic_file(directory / MANIFEST) as path:
         path.write_text(json.dumps({"files": sizes}, indent=2) + "\n", encoding="utf-8")
         flush(directory)
-    flush(directory)  # the new name, too
+    flush(directory)  # including the new name
 
 
 def find_fault(directory: Path) -> str | None:
@@ -169,7 +169,7 @@ def find_fault(directory: Path) -> str | None:
 
 
 def find_checkpoint(output_dir: str) -> str | None:
-    """Return the newest complete checkpoint of an output directory, or None; log those that are skipped."""
+    """Return the newest complete checkpoint of an output directory, or None; log the skipped ones."""
     for directory in reversed(sort_checkpoints(output_dir)):
         fault = find_fault(Path(directory))
         if fault is None:
@@ -182,21 +182,21 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     """Return the directory to resume from, the same on every process.
 
     Args:
-        resume_from_checkpoint: A directory; "auto" for the newest complete checkpoint, or a new start if there is
-            none; True for the same, but there must be one; None or False for a new start.
-        output_dir: Where the run saves its checkpoints.
+        resume_from_checkpoint: A directory; "auto" for the newest complete checkpoint, or a fresh start if there is
+            none; True for the newest, which must exist; None or False for a fresh start.
+        output_dir: Directory in which the run saves its checkpoints.
 
     Raises:
-        ValueError: If the place named has no complete checkpoint.
+        ValueError: If there is no complete checkpoint.
     """
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint in ("auto", True):
-        # One process looks: another one might see a directory that is being removed.
+        # Only one process looks: another one might see a directory that is being removed.
         (found,) = broadcast_object_list([find_checkpoint(output_dir)])
         if found is None and resume_from_checkpoint is True:
             raise ValueError(
-                f"expected a complete checkpoint in {output_dir}, got none. Start anew without resume_from_checkpoint."
+                f"expected a complete checkpoint in {output_dir}, got none. Start without resume_from_checkpoint."
             )
         logger.info("Resuming from %s." if found else "No complete checkpoint in %s, starting.", found or output_dir)
         return found
@@ -215,9 +215,9 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
 
 @contextmanager
 def find_best_checkpoint_here(output_dir: str) -> Iterator[None]:
-    """Let a trainer that resumes in this context know the best checkpoint by its place in `output_dir`.
+    """Let a trainer that resumes in this context find the best checkpoint in `output_dir`.
 
-    Its state has the path that it had when it was saved, from where the directory may have been moved or copied.
+    Its state has the path from when it was saved, but the directory may have been moved or copied.
     """
     load = TrainerState.load_from_json
 
@@ -244,6 +244,6 @@ def remove_old_checkpoints(output_dir: str, save_total_limit: int | None, best_m
 
 
 def remove_checkpoint(directory: Path) -> None:
-    """Remove a directory, its manifest first, so that what is left of it never counts as complete."""
+    """Remove a directory, manifest first, so that a partly removed one never counts as complete."""
     (directory / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""What `recipes/train.py --dry_run` reports before a run costs anything: its data, one step and one checkpoint.
+"""Report of `recipes/train.py --dry_run`, before a run costs anything: its data, one step and one checkpoint.
 
     python recipes/train.py --config recipes/configs/quickstart.yaml --dry_run
 
-Nothing of it is kept, and the content of `output_dir` stays as it is.
+Nothing is kept, and the content of `output_dir` does not change.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from .trainer import LOSS_PARTS, LisaTrainer
 
 
 def dry_run(trainer: LisaTrainer) -> str:
-    """Describe the data, take one step and save one checkpoint; every process must call it."""
+    """Describe the data, run one step and save one checkpoint; every process must call it."""
     data = describe_items(trainer.train_dataset, trainer.data_collator)
     trainer.train()
     return f"{data}\n\n{finish_dry_run(trainer)}"
@@ -39,8 +39,8 @@ def describe_items(dataset: Mixture, collator: LisaDataCollator, num_items: int 
         num_items: Number of items to draw.
 
     Returns:
-        A line per source with its numbers of items, rows and masks and the tokens of its rows. Then the first row as
-        the tokenizer decodes it, with what the model learns to answer in double brackets.
+        A line per source with its numbers of items, rows and masks, and the tokens of its rows. Then the first row as
+        decoded by the tokenizer, with the answers that the model learns in double brackets.
 
     Raises:
         ValueError: If something is wrong with a row, the chat template or `max_length`.
@@ -61,7 +61,8 @@ def describe_items(dataset: Mixture, collator: LisaDataCollator, num_items: int 
 
 
 def show_row(batch: BatchFeature, processor: LisaProcessor) -> str:
-    """Decode the first row of a batch, with learned answers in [[ ]] and a run of image tokens as one with its length.
+    """Decode the first row of a batch, with learned answers in [[ ]] and each run of image tokens as one with its
+    length.
 
     Args:
         batch: A batch of the collator.
@@ -84,7 +85,7 @@ def finish_dry_run(trainer: LisaTrainer) -> str:
     """Check the step and the checkpoint of a dry run, and remove the checkpoint; every process must call it.
 
     Raises:
-        ValueError: If a part of the loss is not finite.
+        ValueError: If a part of the loss is non-finite.
     """
     (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
     metrics = {name: log[name] for name in ("loss", *LOSS_PARTS, "grad_norm")}

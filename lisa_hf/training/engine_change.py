@@ -1,7 +1,7 @@
-"""Resume from a checkpoint that another engine, or another number of processes, saved: with all of it that fits.
+"""Resume from a checkpoint saved by another engine or number of processes, with everything that fits.
 
-Engines keep the optimizer's states in layouts of their own, ZeRO in one per number of processes. Trainer stops at some
-of them, and silently ignores others. Here they are read weight by weight and cut as the running engine does.
+Each engine saves the optimizer's states in its own layout, ZeRO in one per number of processes. Trainer fails on some
+of them, and silently ignores others. Here they are read weight by weight and sharded like the running engine does.
 """
 
 import copy
@@ -33,7 +33,7 @@ States = dict[str, dict[str, LazyTensor]]  # of an optimizer, by weight and name
 
 
 class Engine(NamedTuple):
-    """What trains, as far as the layout of its checkpoints goes; `num_processes` is 0 where that does not matter."""
+    """What determines the layout of checkpoints; `num_processes` is 0 if it does not matter."""
 
     name: str
     num_processes: int = 0
@@ -46,7 +46,7 @@ PLAIN, FSDP = Engine("DDP or one process"), Engine("FSDP")
 
 
 def saved_engine(checkpoint: Path) -> Engine:
-    """Return the engine that saved a checkpoint, by its files."""
+    """Return the engine that saved a checkpoint, judging by its files."""
     for step in checkpoint.glob("global_step*"):
         stage = "ZeRO-3" if any(step.glob("zero_pp_rank_*_model_states.pt")) else "ZeRO-1 or 2"
         return Engine(stage, len(list(step.glob("*_optim_states.pt"))))
@@ -63,10 +63,10 @@ def running_engine(trainer: Trainer) -> Engine:
 
 @contextmanager
 def allow_other_engine(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
-    """Let a trainer resume in this context from a checkpoint, whatever engine saved it.
+    """Let a trainer resume in this context from a checkpoint of any engine.
 
-    If it was another engine, the weights are loaded here, before the engine takes the model, and the optimizer's
-    states and the schedule in place of the engine's own.
+    For a checkpoint of another engine, the weights are loaded here, before the engine wraps the model, and then the
+    optimizer's states and the schedule instead of the engine's own loading.
 
     Raises:
         ValueError: If the checkpoint does not hold all weights that train.
@@ -76,7 +76,7 @@ def allow_other_engine(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
         yield
         return
     load_weights(trainer.model, checkpoint)
-    names = []  # of the weights as a plain optimizer numbers them
+    names = []  # of the weights, in the order of a plain optimizer
     create_optimizer = trainer.create_optimizer
 
     def create_and_name(*args, **kwargs):
@@ -91,7 +91,7 @@ def allow_other_engine(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
             logger.warning(
                 "%s was saved with %s and is resumed with %s: weights, learning rates and place in the data go on. %s",
                 *(checkpoint, saved, running),
-                f"The optimizer's states begin anew, so the next losses may be a little higher: {problem}"
+                f"The optimizer's states start from scratch, so the next losses may be a little higher: {problem}"
                 if problem
                 else "So do the optimizer's states, and losses may differ by rounding.",
             )
@@ -108,12 +108,12 @@ def allow_other_engine(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
 
 
 def load_best_weights(trainer: Trainer, checkpoint: Path) -> bool:
-    """Load the weights of the best checkpoint, which another engine may have saved; return whether that was possible.
+    """Load the weights of the best checkpoint, possibly of another engine; return whether that was possible.
 
-    Trainer passes over some checkpoints of other engines, and [`allow_other_engine`] over those of DeepSpeed.
+    Trainer ignores some checkpoints of other engines, and [`allow_other_engine`] those of DeepSpeed.
     """
     if not checkpoint.is_dir():
-        logger.warning("The best model, %s, is not there any more: the last one is evaluated and saved.", checkpoint)
+        logger.warning("The best model, %s, no longer exists: the last one is evaluated and saved.", checkpoint)
         return False
     saved, running = saved_engine(checkpoint), running_engine(trainer)
     if saved == running:
@@ -126,7 +126,7 @@ def load_best_weights(trainer: Trainer, checkpoint: Path) -> bool:
     if trainer.is_world_process_zero():
         logger.warning(
             "The best model, %s, was saved with %s and cannot be loaded with %s: the last one is evaluated and saved. "
-            "Export the best one by `python recipes/export.py %s --output DIRECTORY`.",
+            "Export the best one with `python recipes/export.py %s --output DIRECTORY`.",
             *(checkpoint, saved, running, checkpoint),
         )
     return False
@@ -136,17 +136,17 @@ def load_best_weights(trainer: Trainer, checkpoint: Path) -> bool:
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Load the trained weights of a checkpoint into a model, which may be in shards of ZeRO-3, one by one.
+    """Load the trained weights of a checkpoint into a model, which may be sharded by ZeRO-3, one by one.
 
     Raises:
-        ValueError: If some that train are missing, or have another shape.
+        ValueError: If trained weights are missing or have another shape.
     """
     saved = _open_weights(model, checkpoint)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     if missing := sorted(trained.difference(saved)):
         raise ValueError(
-            f"{checkpoint}: expected all weights that train, got none of {', '.join(missing[:3])} and others "
-            f"({len(missing)} in all). Resume with the options and the engine that the run was started with."
+            f"{checkpoint}: expected all trained weights, got none of {', '.join(missing[:3])} and others "
+            f"({len(missing)} in total). Resume with the options and the engine that the run was started with."
         )
     for name, weight in model.state_dict(keep_vars=True).items():
         if name not in saved:
@@ -178,10 +178,10 @@ def _open_weights(model: torch.nn.Module, checkpoint: Path) -> dict[str, LazyTen
 
 
 def _load_optimizer(trainer: Trainer, checkpoint: Path, names: list[str]) -> str | None:
-    """Set the optimizer's states to those of a checkpoint; return why that is impossible, or None.
+    """Set the optimizer's states to those of a checkpoint; return the reason if that is impossible, else None.
 
     Args:
-        names: Of the weights as a plain optimizer numbers them.
+        names: Names of the weights, in the order of a plain optimizer.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -190,7 +190,7 @@ def _load_optimizer(trainer: Trainer, checkpoint: Path, names: list[str]) -> str
     except (FileNotFoundError, KeyError, ValueError) as error:
         return f"they cannot be read ({error})."
     if not states or not states.keys() <= weights.keys():
-        return "they are of other weights than those that train now."
+        return "they belong to other weights than those trained now."
     for name, of_weight in states.items():
         shape = getattr(weights[name], "ds_shape", weights[name].shape)
         if any(state.shape not in (shape, torch.Size()) for state in of_weight.values()):
@@ -226,7 +226,7 @@ def _open_sharded_optimizer(checkpoint: Path) -> States:
     states = {}
     for name, tensor in open_fsdp_checkpoint(checkpoint, FSDP_OPTIMIZER_DIRECTORY).items():
         weight, _, key = name.removeprefix("optimizer.state.").rpartition(".")
-        if name.startswith("optimizer.state."):  # and not one of its settings
+        if name.startswith("optimizer.state."):  # not a setting
             states.setdefault(weight, {})[key] = tensor
     return states
 
@@ -245,8 +245,8 @@ def _set_states(optimizer: torch.optim.Optimizer, weights: dict[str, torch.nn.Pa
 
 def _cut_like(state: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
     if not isinstance(weight, DTensor) or state.dim() == 0:
-        return state.clone()  # the optimizer changes it in place: neither the file nor the steps of other weights
-    # Without a source, each process cuts its own part.
+        return state.clone()  # the optimizer changes it in place, which must affect neither the file nor other weights
+    # Without a source rank, each process slices its own part.
     return distribute_tensor(state.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
@@ -256,7 +256,7 @@ def _set_zero_states(
     states: States,
     precise_weights: dict[str, LazyTensor],
 ) -> None:
-    """Set the states of DeepSpeed's optimizer, and the float32 copies that it has of weights, one weight at a time.
+    """Set the states of DeepSpeed's optimizer and its float32 copies of weights, one weight at a time.
 
     Args:
         precise_weights: The copies, if the checkpoint has any.
@@ -265,7 +265,7 @@ def _set_zero_states(
 
     zero = trainer.model_wrapped.optimizer
     is_stage_3 = trainer.args.deepspeed_plugin.zero_stage == 3
-    # What DeepSpeed's optimizer itself makes in its first step: zeros for each row of weights.
+    # As in the first step of DeepSpeed's optimizer: zeros for each row of weights.
     example = next(iter(states.values()))
     steps = {key: state.load() for key, state in example.items() if not state.shape}
     if isinstance(zero.optimizer, (DeepSpeedCPUAdam, FusedAdam)):
@@ -294,7 +294,7 @@ def _set_zero_state(weight: torch.nn.Parameter, value: torch.Tensor, key: str | 
         set_fragment = utils.safe_set_full_fp32_param if key is None else utils.safe_set_full_optimizer_state
         set_fragment(weight, value, *([] if key is None else [key]))
         return
-    # DeepSpeed's function for whole values stops at weights that the processes do not share evenly.
+    # DeepSpeed's function for whole values fails on weights that are not divided evenly among the processes.
     size, rank = weight.ds_tensor.numel(), comm.get_rank(group=weight.ds_process_group)
     own = value.flatten()[rank * size : (rank + 1) * size]
     own = torch.nn.functional.pad(own, (0, size - len(own)))
@@ -306,10 +306,10 @@ def _set_zero_state(weight: torch.nn.Parameter, value: torch.Tensor, key: str | 
 
 
 def _load_schedule(trainer: Trainer, checkpoint: Path) -> None:
-    """Set the learning rates to where they were."""
+    """Restore the learning rates."""
     path = checkpoint / SCHEDULER_NAME
     if not path.exists():
-        logger.warning("%s has no schedule: the learning rate begins anew.", checkpoint)
+        logger.warning("%s has no schedule: the learning rate schedule starts over.", checkpoint)
         return
     trainer.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
     for group, learning_rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr()):

@@ -1,4 +1,4 @@
-"""FSDP2 where accelerate needs help: each process loads and saves its own rows; CPU processes shard as well."""
+"""FSDP2 fixes for accelerate: each process loads and saves its own rows, and CPU processes shard too."""
 
 import os
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ SHARDED = "SHARDED_STATE_DICT"
 
 
 def is_fsdp_requested(fsdp: bool | str | None) -> bool:
-    """Return whether FSDP is named by an argument of Trainer's or by the launcher."""
+    """Return whether FSDP is enabled by Trainer's arguments or by the launcher."""
     return bool(fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
@@ -33,9 +33,8 @@ def allow_fsdp_on_cpu() -> Iterator[None]:
     """Let FSDP take CPU processes that are initialized in this context.
 
     Version: accelerate 1.15.
-    Symptom: accelerate silently trains with DDP, because it takes FSDP to need GPUs. torch's `fully_shard` works over
-        gloo as well.
-    Remove when: accelerate shards among CPU processes; tests/training/test_distributed.py.
+    Symptom: accelerate silently trains with DDP, because it assumes that FSDP needs GPUs. torch's `fully_shard` works
+    over gloo too. Remove when: accelerate shards among CPU processes; tests/training/test_distributed.py.
     """
     backend = ("gloo", DistributedType.MULTI_GPU)
     supports_bf16 = mock.patch("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # asked of GPUs
@@ -48,7 +47,7 @@ def allow_fsdp_on_cpu() -> Iterator[None]:
 def shard_before_loading() -> Iterator[None]:
     """Let each process read nothing but its own rows of a model that accelerate prepares in this context.
 
-    `from_pretrained` maps safetensors files and reads nothing of them, so it is enough to shard before copying.
+    `from_pretrained` memory-maps safetensors files without reading them, so it is enough to shard before copying.
 
     Version: accelerate 1.15.
     Symptom: every process copies whole layers to its device, or, with `cpu_ram_efficient_loading`, the first process
@@ -68,9 +67,10 @@ def _shard_then_load(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     whole = dict(model.named_parameters(remove_duplicate=False))
     _move_parameters_to_meta(model)
     model = fsdp2_prepare_model(accelerator, model)
-    loaded = {}  # by the sharded parameter, because a tied one has two names
+    loaded = {}  # by sharded parameter, because a tied one has two names
     state_dict = model.state_dict(keep_vars=True)
-    # What trains first, since PEFT's copies are in memory, then file by file: the last weight of a file unmaps it.
+    # Trained weights first, because PEFT's copies are in memory, then file by file: the last weight of a file unmaps
+    # it.
     for name in sorted(whole, key=lambda name: not whole[name].requires_grad):
         weight, sharded = whole.pop(name), state_dict[name]
         if sharded not in loaded:
@@ -81,7 +81,7 @@ def _shard_then_load(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def _move_parameters_to_meta(model: nn.Module) -> None:
-    """Replace parameters by empty ones, tied ones by the same."""
+    """Replace parameters with empty ones; tied parameters stay tied."""
     empty = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
@@ -92,7 +92,7 @@ def _move_parameters_to_meta(model: nn.Module) -> None:
 
 
 def _load_rows(weight: torch.Tensor, sharded: torch.Tensor, device: torch.device) -> nn.Parameter:
-    """Return the parameter that takes the place of an empty one, with this process's part of a weight."""
+    """Return the parameter that replaces an empty one, with this process's part of a weight."""
     if isinstance(sharded, DTensor):
         layout = sharded.device_mesh, sharded.placements
         sizes, offsets = compute_local_shape_and_global_offset(sharded.shape, *layout)
@@ -113,7 +113,7 @@ def saves_shards(trainer: Trainer) -> bool:
 
 
 def save_shards(trainer: Trainer, directory: Path) -> None:
-    """Save the weights (of a LoRA run, those that train) by all processes together, and their configuration."""
+    """Save the weights (in a LoRA run, the trained ones) from all processes, and their configuration."""
     accelerator = trainer.accelerator
     save_fsdp_model(accelerator.state.fsdp_plugin, accelerator, trainer.model, directory, adapter_only=True)
     if trainer.args.should_save:
@@ -128,12 +128,12 @@ def save_shards(trainer: Trainer, directory: Path) -> None:
 
 @contextmanager
 def match_saved_state_dict_type(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
-    """Load checkpoints in this context by the type that they were saved with, and without running code in them.
+    """Load checkpoints in this context by the type that they were saved with, without running code in them.
 
     Version: accelerate 1.15 with torch 2.14.
-    Symptom: accelerate looks for shards or for whole weights as the run's settings say, whatever the checkpoint has;
-        torch unpickles the description of shards and what is no tensor in them, which may run code.
-    Remove when: accelerate tells the type by the checkpoint, and torch restricts what it unpickles;
+    Symptom: accelerate looks for shards or whole weights according to the run's settings, whatever the checkpoint has;
+    torch unpickles the description of shards and everything in them except tensors, which may run code. Remove when:
+    accelerate detects the type from the checkpoint, and torch restricts what it unpickles;
         tests/training/test_fsdp.py::test_shards_resume_on_another_number_of_processes_and_export_in_one.
     """
     if not trainer.is_fsdp_enabled:

@@ -1,8 +1,8 @@
 """Estimate the memory that a training step needs on each GPU, before any weight is loaded.
 
 The model is built without weights and prepared for training. Weights, gradients and optimizer states follow to the
-byte from the sizes of its parameters and from how DDP, ZeRO and FSDP2 shard them, where DeepSpeed's
-`estimate_zero*_model_states_mem_needs` assume that every weight trains, in 16 bits and with Adam. Activations are
+byte from the parameter sizes and from how DDP, ZeRO and FSDP2 shard them, whereas DeepSpeed's
+`estimate_zero*_model_states_mem_needs` assume that every weight is trained, in 16 bits and with Adam. Activations are
 measured, see activation_memory.py.
 """
 
@@ -42,13 +42,13 @@ IMAGE_SIZE = (480, 640)  # of the example photo, (H, W) in pixels, as in COCO
 
 @dataclasses.dataclass
 class Engine:
-    """How a training step is distributed among processes with a GPU each.
+    """Distribution of a training step among processes with one GPU each.
 
     Args:
         num_processes: Number of processes.
         process_index: Rank of the process whose memory is estimated.
-        zero: The section `zero_optimization` of a DeepSpeed file, in which "auto" is Trainer's choice. None: one
-            process alone, DDP or FSDP2.
+        zero: Section `zero_optimization` of a DeepSpeed file, in which "auto" is Trainer's choice. None: a single
+            process, DDP or FSDP2.
         fsdp: Whether FSDP2 shards the model.
     """
 
@@ -64,12 +64,12 @@ class Engine:
         return cls(args.world_size, args.process_index, zero, fsdp=zero is None and args.shards_weights)
 
     def zero_option(self, key: str, auto: int) -> int:
-        """Return a number of the DeepSpeed file, or `auto`, which Trainer fills in for "auto"."""
+        """Return a number from the DeepSpeed file, or `auto`, Trainer's value for "auto"."""
         value = self.zero.get(key, "auto")
         return auto if value == "auto" else int(value)
 
     def offloads(self, what: str) -> bool:
-        """Return whether "optimizer" states or "param" weights are in the host's memory."""
+        """Return whether "optimizer" states or "param" weights are in host memory."""
         return self.zero.get(f"offload_{what}", {}).get("device", "none") != "none"
 
 
@@ -82,9 +82,9 @@ class MemoryEstimate:
         gradients: Gradients of the trained weights, kept between accumulation steps.
         optimizer: Optimizer states and, with DeepSpeed, the float32 copies of the trained weights.
         activations: Peak of everything else during a forward and a backward pass; None if it could not be measured.
-        communication: Buckets for gradients; with ZeRO-3 and FSDP2, gathered weights of two layers and, with FSDP2, of
-            what is outside of layers. A rule of thumb.
-        host: Bytes in the host's memory instead: offloaded optimizer states, gradients and weights.
+        communication: Gradient buckets; with ZeRO-3 and FSDP2, gathered weights of two layers and, with FSDP2, of
+            everything outside the layers. A rule of thumb.
+        host: Bytes in host memory instead: offloaded optimizer states, gradients and weights.
     """
 
     weights: int
@@ -125,7 +125,7 @@ def report_memory(
     host = f" (plus {_format(estimate.host)} of host memory)" if estimate.host else ""
     rows, length = batch["input_ids"].shape
     if estimate.activations is None:
-        host += " without activations, which this VLM does not let measure"
+        host += " without activations, which cannot be measured with this VLM"
     return (
         f"Estimated memory per process: {_format(estimate.total)}{host}: {', '.join(parts)}; for "
         f"{args.per_device_train_batch_size} images of {IMAGE_SIZE[1]} x {IMAGE_SIZE[0]} at a time, with {rows} rows "
@@ -138,7 +138,7 @@ def _format(num_bytes: int) -> str:
 
 
 def _remedies(model_args: ModelArguments, args: LisaTrainingArguments) -> list[str]:
-    """Return the options that are not used yet, the cheapest first."""
+    """Return the options that are not used yet, cheapest first."""
     stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else 0
     can_shard = args.world_size > 1 and not args.shards_weights
     remedies = {
@@ -161,12 +161,13 @@ def estimate_memory(
     batch: dict,
     engines: list[Engine],
 ) -> list[MemoryEstimate]:
-    """Estimate the memory of a training step in a process of each engine.
+    """Estimate the memory of a training step in one process of each engine.
 
     Args:
-        model: Empty model of [`build_model`] after `prepare_for_training`. It cannot be used afterwards.
+        model: Empty model from [`build_model`] after `prepare_for_training`. It is unusable afterwards.
         batch: Batch of one micro-step on the CPU, see [`example_batch`].
-        engines: All of them with DeepSpeed, or none. This decides about activations, which all processes have alike.
+        engines: Engines, either all or none with DeepSpeed, which determines the activations; these are the same in
+            all processes.
     """
     (has_deepspeed,) = {engine.zero is not None for engine in engines}
     half = _half_precision(args)
@@ -178,13 +179,13 @@ def estimate_memory(
     make_fake(model)
     estimates = [_model_states(model, engine, _create_optimizer(model, args), half) for engine in engines]
     fake_log = logging.getLogger(FakeTensorMode.__module__)
-    was_disabled, fake_log.disabled = fake_log.disabled, True  # it logs errors with their trace
+    was_disabled, fake_log.disabled = fake_log.disabled, True  # it logs errors with tracebacks
     try:
         activations = activation_bytes(model, args, batch, autocast=None if has_deepspeed else half)
         # A quantized layer is multiplied in full precision.
         activations += max((weight.nbytes for weight in quantized), default=0)
     except Exception:
-        # Fake tensors lack some operations that training has, such as experts in float32.
+        # Fake tensors lack some operations used in training, such as experts in float32.
         logger.debug("The activations could not be measured.", exc_info=True)
         activations = None
     finally:
@@ -203,12 +204,12 @@ def _half_precision(args: LisaTrainingArguments) -> torch.dtype | None:
 
 
 def _model_states(model: nn.Module, engine: Engine, optimizer: Optimizer, half: torch.dtype | None) -> MemoryEstimate:
-    """Compute weights, gradients and optimizer states as DDP, ZeRO-2, ZeRO-3 or FSDP2 distribute them.
+    """Compute weights, gradients and optimizer states as distributed by DDP, ZeRO-2, ZeRO-3 or FSDP2.
 
     Args:
         model: Model of fake parameters.
         engine: The engine.
-        optimizer: Optimizer of the parameters that train.
+        optimizer: Optimizer of the trained parameters.
         half: Dtype of mixed precision, if any.
     """
     world_size = engine.num_processes
@@ -232,7 +233,7 @@ def _model_states(model: nn.Module, engine: Engine, optimizer: Optimizer, half: 
         gradients = sum(_zero2_gradients(group, shard, engine.process_index) for group, shard in zip(groups, shards))
         communication = 2 * itemsize * min(bucket, length)
     else:
-        # Each weight is sharded on its own; small ones are kept whole as well after their first use.
+        # Each weight is sharded separately; small ones are also kept whole after their first use.
         sizes = {parameter: math.ceil(parameter.numel() / world_size) for parameter in model.parameters()}
         sharded = sum(parameter.element_size() * size for parameter, size in sizes.items())
         threshold = engine.zero_option("stage3_param_persistence_threshold", 10 * model.config.hidden_size)
@@ -241,7 +242,7 @@ def _model_states(model: nn.Module, engine: Engine, optimizer: Optimizer, half: 
         shards = [sum(sizes[parameter] for parameter in group) for group in groups]
         weights = sharded + whole + sum(buffer.nbytes for buffer in model.buffers())
         gradients = itemsize * sum(shards)
-        # The layer that is computed and the next one are gathered.
+        # The current layer and the next one are gathered.
         communication = itemsize * bucket + 2 * max(_layer_bytes(model))
     states = _state_bytes(optimizer, [[torch.Size([shard])] for shard in shards], torch.float32)
     optimizer_bytes = 4 * sum(shards) + states  # with float32 copies of the weights
@@ -257,16 +258,16 @@ def _model_states(model: nn.Module, engine: Engine, optimizer: Optimizer, half: 
 
 
 def _fsdp_states(model: nn.Module, engine: Engine, optimizer: Optimizer, half: torch.dtype | None) -> MemoryEstimate:
-    """Compute what FSDP2 leaves on a process: of each weight, some of the slices along its first dimension."""
+    """Compute what FSDP2 keeps on a process: some slices of each weight along its first dimension."""
 
     def shard_shape(parameter: nn.Parameter) -> torch.Size:
-        count = math.ceil(len(parameter) / engine.num_processes)  # of every process but the last ones
+        count = math.ceil(len(parameter) / engine.num_processes)  # on every process except the last ones
         start = engine.process_index * count
         return torch.Size([min(count, max(len(parameter) - start, 0)), *parameter.shape[1:]])
 
     groups = [group["params"] for group in optimizer.param_groups]
     trained = {parameter for group in groups for parameter in group}
-    # With mixed precision, accelerate keeps the weights that train in float32.
+    # With mixed precision, accelerate keeps trained weights in float32.
     dtype = torch.float32 if half else next(iter(trained)).dtype
     sizes = {
         parameter: dtype.itemsize if parameter in trained else parameter.itemsize for parameter in model.parameters()
@@ -288,7 +289,7 @@ def _fsdp_states(model: nn.Module, engine: Engine, optimizer: Optimizer, half: t
 
 
 def _layer_bytes(model: nn.Module) -> list[int]:
-    """Return the bytes of the weights of each layer that is gathered as a whole."""
+    """Return the bytes of the weights of each layer that is gathered as a unit."""
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     return [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
 
@@ -338,7 +339,7 @@ def _quantized_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _quantized_bytes(weight: nn.Parameter, model_args: ModelArguments) -> int:
-    """Return the bytes that bitsandbytes holds: the quantized numbers, their scales and lookup tables."""
+    """Return the bytes that bitsandbytes needs: the quantized numbers, their scales and lookup tables."""
     if model_args.load_in_8bit:
         return weight.numel() + 4 * weight.shape[0]  # a float32 scale per row
     num_scales = math.ceil(weight.numel() / 64)
@@ -356,7 +357,7 @@ def example_batch(collator: LisaDataCollator, num_images: int, num_questions: in
     """Build a training batch of blank photos of `IMAGE_SIZE` whose rows are as long as `max_length` allows."""
     mask = Mask.from_rle(encode_mask(np.ones(IMAGE_SIZE, dtype=bool)))
     questions = []
-    for number in range(num_questions):  # packing would share what equal questions have in common
+    for number in range(num_questions):  # packing would share the common prefix of equal questions
         answer = {"role": "assistant", "content": [{"type": "text", "text": "It is [SEG]."}]}
         messages = [user_message(f"What is {number}?"), answer]
         questions.append(Question(messages, [mask]))

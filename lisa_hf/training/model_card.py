@@ -1,4 +1,4 @@
-"""The model card of a run: the models and data it was made from, its training and its metrics, from its records."""
+"""Model card of a run, generated from its records: base models, data, training and metrics."""
 
 import html
 import json
@@ -20,7 +20,7 @@ from .run_record import find_run_record, list_stages
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-LOGGED_PROTOCOLS = {"": "lisa", "generated_": "generated"}  # by the prefix of their metrics in the log
+LOGGED_PROTOCOLS = {"": "lisa", "generated_": "generated"}  # by prefix of their metrics in the log
 BASES = ("vlm", "mask_model", "language_model", "model")  # arguments that name the models a run starts from
 TRAINING_ARGUMENTS = (
     "learning_rate",
@@ -58,11 +58,11 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
     """Write the README.md of a model.
 
     Args:
-        directory: Directory of the model. Sheets of predictions and benchmark results in it (`predictions*.png`,
+        directory: Directory of the model. Prediction sheets and benchmark results in it (`predictions*.png`,
             `evaluation.json`) are shown.
-        checkpoint: Checkpoint that the model was made from; the run's records are in it or beside it.
+        checkpoint: Checkpoint that the model was made from; the run's records are in it or next to it.
         model_id: Id of the model's repository on the Hub, or the name of its directory.
-        is_adapter: Whether the directory holds an adapter only.
+        is_adapter: Whether the directory has only an adapter.
 
     Raises:
         ValueError: If the run has no record.
@@ -105,7 +105,7 @@ def write_model_card(directory: Path, checkpoint: Path, model_id: str, is_adapte
             name: PROTOCOLS[name].source
             for result in benchmarks.values()
             for name in result["protocols"]
-            if name in PROTOCOLS  # of another version
+            if name in PROTOCOLS  # it may be from another version
         },
         predictions=sorted(quote(path.name) for path in directory.glob("predictions*.png")),
         **escape(texts),
@@ -126,10 +126,10 @@ def read_required_record(checkpoint: Path) -> dict:
 
 
 def escape(value: Any) -> Any:
-    """Return a value, or a structure of them, whose texts are plain text in Markdown, in one line and without secrets.
+    """Return a value, or a structure of them, with its texts escaped for Markdown, on one line and without secrets.
 
-    Names of sources, models and licenses come from others' files too: from the record of the model that a run began
-    with, and from its card.
+    Names of sources, models and licenses may come from others' files: from the record of the model that a run started
+    from, and from its card.
     """
     if isinstance(value, dict):
         return {escape(key): escape(item) for key, item in value.items()}
@@ -176,7 +176,7 @@ def evaluation_results(record: dict, metrics: dict[str, float]) -> list[dict]:
 
 
 def weights_step(checkpoint: Path, record: dict, state: dict) -> tuple[int | None, bool]:
-    """Return the step that the weights come from, if that is known, and whether it is the best, not the last one."""
+    """Return the step of the weights, if known, and whether it is the best instead of the last one."""
     last, best = state.get("global_step"), state.get("best_global_step")
     is_final = not checkpoint.name.startswith("checkpoint-")
     is_best = bool(is_final and best and best != last and record["arguments"]["training"]["load_best_model_at_end"])
@@ -187,7 +187,7 @@ def benchmark_results(benchmarks: dict[str, dict]) -> list[dict]:
     """Return `source`, `split`, `protocol` and, in percent, `giou` and `ciou` of benchmarks in `evaluation.json`."""
     return [
         {
-            # Of a dataset on the Hub, its id; otherwise the source.
+            # The id of a Hub dataset; otherwise the source.
             "source": result.get("path", result["builder"]) if result["builder"] == "hub" else result["builder"],
             "split": result["split"],
             "protocol": protocol,
@@ -200,9 +200,9 @@ def benchmark_results(benchmarks: dict[str, dict]) -> list[dict]:
 
 
 def write_eval_results(directory: Path) -> None:
-    """Write `.eval_results/*.yaml` of the metrics in `evaluation.json`, which the Hub shows on the model's page.
+    """Write `.eval_results/*.yaml` with the metrics in `evaluation.json`, which the Hub shows on the model's page.
 
-    They exist for benchmarks that are datasets on the Hub; each protocol has a file of its own.
+    They are written for benchmarks that are Hub datasets, one file per protocol.
 
     Args:
         directory: Directory of the model.
@@ -234,13 +234,13 @@ def _metrics(checkpoint: Path, state: dict, step: int | None) -> dict[str, float
 
 
 def _bases(record: dict) -> list[dict]:
-    """Return name, Hub id (or None) and license (or None) of the models that a run started from."""
+    """Return the name, Hub id (or None) and license (or None) of the models that a run started from."""
     if "converted_from" in record:
         return [{"name": Path(record["converted_from"]).name, "hub_id": None, "license": None}]
     bases = []
     for argument in BASES:
         name = record["arguments"]["model"][argument]
-        if name is None or (argument == "model" and record["continues"]):  # the models behind it count instead
+        if name is None or (argument == "model" and record["continues"]):  # list its base models instead
             continue
         path = Path(record["directory"], name)
         is_local = path.exists() or name.startswith(LOCAL)  # on this machine, or on that of an earlier stage
@@ -255,7 +255,7 @@ def _bases(record: dict) -> list[dict]:
 
 
 def _license(model: str) -> str | None:
-    """Return the license in a model card, given by file or repository, or None without one or without a connection."""
+    """Return the license in a model card, given by file or repository; None if missing or offline."""
     try:
         return ModelCard.load(model).data.license
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):

@@ -1,4 +1,4 @@
-"""Parser of the recipes' arguments: transformers' parser for dataclasses, and YAML files with the same meaning."""
+"""Parser of the recipes' arguments: transformers' dataclass parser, plus YAML files with the same meaning."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from ..errors import nearest_name
 
 
-# Former names of arguments, and those of LISA's train_ds.py, with the names that they have here.
+# Former argument names, and those of LISA's train_ds.py, with their current names.
 RENAMED = {
     "learning_rates": "part_learning_rates",
     "version": "vlm",
@@ -58,7 +58,7 @@ RENAMED = {
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Loader for which `5e-4` is a number, and a key that is there twice a mistake."""
+    """Loader that reads `5e-4` as a number, and rejects duplicate keys."""
 
     def compose_mapping_node(self, anchor):
         node, keys = super().compose_mapping_node(anchor), set()
@@ -78,12 +78,12 @@ _YamlLoader.add_implicit_resolver(
 
 
 class ArgumentParser(HfArgumentParser):
-    """HfArgumentParser that takes mappings and empty lists, reads YAML, and raises `ValueError` for any mistake."""
+    """HfArgumentParser that accepts mappings and empty lists, reads YAML, and raises `ValueError` for any mistake."""
 
     def __init__(self, dataclass_types, **kwargs):
         super().__init__(dataclass_types, usage="%(prog)s [--config FILE] [--NAME VALUE ...]", **kwargs)
         self.add_argument("--help-all", action="help", help="Print this, and exit.")
-        # List what this package defines first, by dataclass, then what it inherits.
+        # List arguments of this package first, by dataclass, then inherited ones.
         for dataclass_type in dataclass_types:
             self._group(dataclass_type.__doc__.splitlines()[0].rstrip("."), dataclass_type.__annotations__)
         self._group("transformers' TrainingArguments", self._hints())
@@ -135,7 +135,7 @@ class ArgumentParser(HfArgumentParser):
                     raise ValueError(f"{where}: {key}: expected a value, got null.")
                 setattr(namespace, key, _cleared(hints[key]))
                 continue
-            # A value is parsed from the text that it has on the command line.
+            # A value is parsed from its command-line form.
             is_list = isinstance(node, yaml.SequenceNode)
             tokens = [f"--{key}", *map(_as_text, node.value)] if is_list else [f"--{key}={_as_text(node)}"]
             try:
@@ -145,7 +145,7 @@ class ArgumentParser(HfArgumentParser):
         return namespace
 
     def _take_nulls(self, args: list[str]) -> dict[str, Any]:
-        """Remove `--key null`, which clears what a file sets, from `args`; return the keys and their values."""
+        """Remove `--key null`, which clears a value set by a file, from `args`; return the keys and their values."""
         hints = self._hints()
         optional = {f"--{name}": name for name, hint in hints.items() if _can_be_cleared(hint)}
         cleared = {}
@@ -175,15 +175,15 @@ def _can_be_cleared(hint: Any) -> bool:
 
 
 def _cleared(hint: Any) -> Any:
-    """Return what null means: None where there may be none, else an empty mapping or list."""
+    """Return the meaning of null: None if the argument is optional, else an empty mapping or list."""
     return None if type(None) in get_args(hint) else (get_origin(hint) or hint)()
 
 
 def _as_text(node: yaml.Node) -> str:
-    """Return a YAML value as the text that it has on the command line."""
+    """Return the command-line form of a YAML value."""
     if isinstance(node, yaml.ScalarNode):
         return node.value
-    # Nested values become JSON, which TrainingArguments parses on its own and which is YAML as well.
+    # Nested values become JSON, which TrainingArguments parses itself, and which is also YAML.
     return json.dumps(yaml.load(yaml.serialize(node), Loader=_YamlLoader))
 
 

@@ -1,6 +1,6 @@
 """`run.json`: how a training run was started, written to its output directory before its first step.
 
-Each checkpoint holds a copy, which says what it was saved with even if the run is resumed with something else.
+Each checkpoint has a copy, which records what it was saved with even if the run is resumed with other arguments.
 
 {
   "started": "2026-01-31T12:00:00+00:00",
@@ -18,9 +18,9 @@ Each checkpoint holds a copy, which says what it was saved with even if the run 
   "earlier_starts": [{...}, ...]            # records of this run from before it was resumed
 }
 
-Beside it, `train_images.npz` has keys of the training images, see `lisa_hf.data.image_keys`, by which an evaluation
-finds the images that a model has seen. The record of a converted model has "converted_from", and what its authors say
-of its "training_data".
+Next to it, `train_images.npz` has keys of the training images, see `lisa_hf.data.image_keys`, with which an evaluation
+finds the images that a model has seen. The record of a converted model has "converted_from", and its authors'
+statement about its "training_data".
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def write_run_record(
     train_dataset: Mixture,
     eval_datasets: dict[str, EvaluationDataset],
 ) -> None:
-    """Write the `run.json` of a run that is about to start; call it on the main process only.
+    """Write the `run.json` of a run that is about to start. Call it on the main process only.
 
     If the run resumes from a checkpoint, the records of its earlier starts are kept: the model has seen their data.
 
@@ -91,17 +91,17 @@ def write_run_record(
         "earlier_starts": [*earlier.pop("earlier_starts"), earlier] if earlier else [],
     }
     output_dir.mkdir(parents=True, exist_ok=True)
-    # What a model has seen before counts too: in the model that this run continues, and before it was resumed.
+    # Include what the model has seen before: in the model that this run continues, and before it was resumed.
     seen = [read_image_keys(Path(model_args.model))] if model_args.model else []
     here = read_image_keys(output_dir) if earlier else {}
     listed = {facts["source"]: facts["fingerprint"] for facts in earlier["data"]["train"]} if earlier else {}
     keys = {
         name: image_keys(rows)
         for name, rows in zip(train_dataset.names, train_dataset.sources)
-        # Those of a run that is resumed are there already, and millions take half a minute.
+        # A resumed run already has them, and millions take half a minute.
         if isinstance(rows, Dataset) and not (name in here and listed.get(name) == rows._fingerprint)
     }
-    # Before the record, which says of which rows they are.
+    # Before the record, which tells which rows they belong to.
     write_image_keys(output_dir, merge_image_keys(*seen, here, keys))
     with atomic_file(output_dir / RUN_RECORD) as path:
         path.write_text(json.dumps(redact(record), indent=2) + "\n", encoding="utf-8")
@@ -125,7 +125,7 @@ def read_run_record(directory: Path) -> dict | None:
 
 
 def find_run_record(checkpoint: Path) -> dict | None:
-    """Return the record of a checkpoint's run, which is in the checkpoint or in the directory above it."""
+    """Return the record of a checkpoint's run, from the checkpoint or the directory above it."""
     record = read_run_record(checkpoint)
     if record is None and checkpoint.name.startswith("checkpoint-"):
         record = read_run_record(checkpoint.resolve().parent)
@@ -133,7 +133,7 @@ def find_run_record(checkpoint: Path) -> dict | None:
 
 
 def find_training_images(model: str) -> tuple[dict[str, np.ndarray] | None, str]:
-    """Return the keys of a model's training images by source, None if unknown, and what is known otherwise.
+    """Return the keys of a model's training images by source, None if unknown, and what else is known.
 
     Args:
         model: Directory or Hub id.
@@ -185,7 +185,7 @@ def describe_hardware(training_args: LisaTrainingArguments) -> dict:
 
 
 def list_stages(record: dict) -> list[dict]:
-    """Return all records behind a model, the newest first: of its run and of the starts and models it continues."""
+    """Return all records of a model's history, newest first: its run, earlier starts, and the models it continues."""
     continued = record["continues"]
     return [record, *reversed(record["earlier_starts"]), *(list_stages(continued) if continued else [])]
 
@@ -196,7 +196,7 @@ def write_conversion_record(directory: Path, converted_from: str, training_data:
     Args:
         directory: Directory of the model.
         converted_from: The original checkpoint.
-        training_data: What is known of its training data, in a sentence.
+        training_data: Sentence about its training data.
     """
     record = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "converted_from": converted_from}
     record |= {"training_data": training_data, "data": {"train": [], "eval": []}, **describe_software()}
@@ -210,7 +210,7 @@ def _describe(name: str, options: dict[str, dict], rows: Dataset | IterableDatas
     return {
         "source": name,
         "split": options[name]["split"],
-        "num_rows": len(rows) if is_prepared else None,  # a stream does not know its length
+        "num_rows": len(rows) if is_prepared else None,  # the length of a stream is unknown
         "fingerprint": rows._fingerprint if is_prepared else None,
     }
 

@@ -1,4 +1,4 @@
-"""The place in a stream: kept with every batch, saved with every checkpoint, so that resuming makes no batch twice."""
+"""Position in a stream, kept with each batch and saved with each checkpoint, so that resuming recreates no batches."""
 
 import json
 import logging
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 class StreamPosition:
-    """Where the loader workers of this process are in a stream, by the batches that training has taken.
+    """Position of this process's loader workers in a stream, according to the batches used in training.
 
-    Workers are ahead of training. So each batch brings the state of its worker, see [`~streaming.CollateWithState`].
+    Workers are ahead of training, so each batch carries the state of its worker, see [`~streaming.CollateWithState`].
 
     Args:
         dataset: The stream.
@@ -33,7 +33,7 @@ class StreamPosition:
         self.next_worker = 0
 
     def advance(self, batches: list[dict]):
-        """Take note of the batches of a step, and take their states out of them."""
+        """Record the batches of a step, and remove their states from them."""
         for batch in batches:
             state = json.loads(batch.pop(STREAM_STATE))
             worker = state["reader"][0] % self.num_workers
@@ -47,10 +47,9 @@ class StreamPosition:
 
     @contextmanager
     def resume(self, checkpoint: str | None) -> Iterator[None]:
-        """Let a training in this context begin where a checkpoint was saved, or with the first item if there is none.
+        """Start training in this context where a checkpoint was saved, or at the first item if there is none.
 
-        A checkpoint without states, or with those of another stream, leaves it to Trainer to make the batches again
-        and skip them.
+        If a checkpoint has no states, or those of another stream, Trainer recreates the batches and skips them.
         """
         self._rewind()
         if checkpoint is None or not self._file(Path(checkpoint)).exists():
@@ -61,8 +60,8 @@ class StreamPosition:
             self._load(**saved)
         except ValueError as error:
             logger.warning(
-                "%s was saved with another stream, so batches are made and skipped, and rows of the current pass may "
-                "come again or be left out: %s",
+                "%s was saved with another stream, so batches are recreated and skipped, and rows of the current pass "
+                "may repeat or be missed: %s",
                 checkpoint,
                 error,
             )

@@ -1,4 +1,4 @@
-"""What trains: LoRA in the language model, parts in full, their learning rates, and the table of all parts."""
+"""What is trained: LoRA in the language model, parts in full, their learning rates, and the table of all parts."""
 
 import logging
 import re
@@ -19,17 +19,17 @@ from .zero import shard_peft_copies
 
 logger = logging.getLogger(__name__)
 
-REST = "never trained"  # the mask model's prompt encoder, and what a VLM has for other things than images
-# How the names of such modules begin: towers and embeddings of audio and video, and models that make images.
+REST = "never trained"  # the mask model's prompt encoder, and modules of a VLM that are not for images
+# Prefixes of such modules: audio and video towers and embeddings, and models that generate images.
 _NOT_FOR_IMAGES = ("audio", "embed_audio", "video", "generation_", "vqmodel")
 
 
 def find_parts(model: LisaForConditionalGeneration) -> dict[str, list[str]]:
     """Return the module paths of each part that `trainable` can name.
 
-    The VLM's modules have other names in each family: transformers knows its image encoder and language model, and the
+    Module names differ between VLM families: transformers knows the image encoder and the language model, and the
     projector is what remains, or the image encoder's last layer in Qwen and others. A VLM may lack a part: Gemma 4
-    Unified projects patches of pixels, Emu3 and Chameleon turn images into tokens, through which no gradient flows.
+    Unified projects pixel patches, and Emu3 and Chameleon turn images into tokens, through which no gradient flows.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     backbone = model.vlm.base_model
@@ -65,7 +65,7 @@ def prepare_for_training(
     lora_target_modules: list[str] = ("q_proj", "v_proj"),
     use_dora: bool = False,
 ) -> LisaForConditionalGeneration | PeftModel:
-    """Freeze everything but the named parts, and add LoRA to the language model unless `lora_r` is 0.
+    """Freeze everything except the named parts, and add LoRA to the language model unless `lora_r` is 0.
 
     Args:
         model: Model that is changed in place.
@@ -73,9 +73,9 @@ def prepare_for_training(
             the embeddings.
         lora_r: Rank of LoRA.
         lora_alpha: Numerator of LoRA's scale, lora_alpha / lora_r.
-        lora_dropout: Dropout probability of the input of LoRA.
+        lora_dropout: Dropout probability of LoRA's input.
         lora_target_modules: Linear layers of the language model, by the last part of their name.
-        use_dora: Whether to train the magnitude of each weight's columns apart from their direction (DoRA, arXiv
+        use_dora: Whether to train the magnitude of each weight's columns separately from their direction (DoRA, arXiv
             2402.09353).
 
     Returns:
@@ -101,9 +101,9 @@ def prepare_for_training(
     model.requires_grad_(False)
     paths = [path for part in trainable for path in parts[part]]
     if lora_r:
-        # A projector inside a vision tower that trains is saved with it.
+        # A projector inside a trained vision tower is saved with it.
         paths = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
-        # A bare name such as q_proj would match the vision tower and the mask decoder as well.
+        # A bare name such as q_proj would also match the vision tower and the mask decoder.
         (language_model,) = parts["language_model"]
         names = "|".join(map(re.escape, lora_target_modules))
         config = LoraConfig(
@@ -119,7 +119,7 @@ def prepare_for_training(
     else:
         for path in paths:
             model.get_submodule(path).requires_grad_(True)
-    # A weight that trains without ever getting a gradient is an error under DDP.
+    # A trained weight that never gets a gradient is an error under DDP.
     for module in untrained:
         module.requires_grad_(False)
     return model
@@ -132,9 +132,9 @@ def _has_tied_embeddings(model: LisaForConditionalGeneration) -> bool:
 def _add_lora(
     model: LisaForConditionalGeneration, config: LoraConfig, language_model: str, layer_names: list[str]
 ) -> PeftModel:
-    """Add LoRA; if the language model, whose path is given, has no layers of these names, say which it has."""
+    """Add LoRA. If the language model at the given path has no layers with these names, the error lists its layers."""
     try:
-        # One copy of tied weights takes the other's shape, so both stay whole until all copies are made.
+        # One copy of tied weights takes its shape from the other, so both stay whole until all copies are made.
         with nullcontext() if _has_tied_embeddings(model) else shard_peft_copies():
             return get_peft_model(model, config)
     except ValueError as error:
@@ -147,10 +147,10 @@ def _add_lora(
 
 
 def _trained_modules(model: nn.Module, paths: list[str], untrained: list[nn.Module]) -> list[str]:
-    """Return the paths, replaced by those of their children where a module trains only in part.
+    """Return the paths, replaced by those of their children if a module is only partly trained.
 
-    PEFT saves whole modules, but under ZeRO-3 Trainer gathers only those weights that train. It takes no list of
-    modules, as Granite 4 Vision has for its projectors.
+    PEFT saves whole modules, but under ZeRO-3 Trainer gathers only trained weights. PEFT accepts no module lists, such
+    as Granite 4 Vision's projectors.
     """
     trained = []
     for path in paths:
@@ -171,21 +171,21 @@ def _untrained_decoder_modules(model: LisaForConditionalGeneration) -> list[nn.M
 
 
 def _untrained_vision_modules(model: LisaForConditionalGeneration) -> list[nn.Module]:
-    """Return the modules of the image encoder that get no gradient, since the VLM takes states from before them."""
+    """Return the modules of the image encoder that get no gradient, because the VLM uses states from before them."""
     tower = vision_tower(model.vlm)
     children = {} if tower is None else dict(tower.named_children())
-    # CLIP's and SigLIP's states of all patches are taken, never SigLIP's attention pooling of them.
+    # VLMs use CLIP's and SigLIP's patch states, never SigLIP's attention pooling of them.
     untrained = [children["head"]] if "head" in children else []
     feature_layers = getattr(model.config.vlm_config, "vision_feature_layer", None)
     if feature_layers is None or "encoder" not in children:
         return untrained
-    # VLMs like LLaVA take the states of one layer, or of some.
+    # VLMs like LLaVA use the states of one or several layers.
     layers = next(child for child in children["encoder"].children() if isinstance(child, nn.ModuleList))
     feature_layers = [feature_layers] if isinstance(feature_layers, int) else feature_layers
     # Index 0 of the hidden states is the input of the first layer.
     num_used = max(layer if layer >= 0 else len(layers) + 1 + layer for layer in feature_layers)
     unused_layers = list(layers[num_used:])
-    # Even the last layer's states are those before CLIP's and SigLIP's last norm, but behind InternVL's.
+    # Even the last layer's states come before CLIP's and SigLIP's last norm, but after InternVL's.
     names = ("post_layernorm", "layernorm") if unused_layers else ("post_layernorm",)
     return untrained + unused_layers + [children[name] for name in names if name in children]
 
@@ -193,7 +193,7 @@ def _untrained_vision_modules(model: LisaForConditionalGeneration) -> list[nn.Mo
 def allow_unused_weights(
     model: LisaForConditionalGeneration | PeftModel, processor: LisaProcessor, args: LisaTrainingArguments
 ) -> None:
-    """Make DDP look for weights without a gradient in each step, if the VLM has such weights and they train."""
+    """Make DDP look for weights without a gradient in each step, if the VLM has such weights and they are trained."""
     if args.world_size == 1 or args.shards_weights:
         return
     if names := find_unused_weights(model.to(args.device), processor):
@@ -208,14 +208,14 @@ def allow_unused_weights(
 
 
 def find_unused_weights(model: LisaForConditionalGeneration | PeftModel, processor: LisaProcessor) -> list[str]:
-    """Name the weights of the VLM's image side that train and get no gradient from a small image or from a photo.
+    """Name the trained weights of the VLM's image side that get no gradient from a small image or from a photo.
 
-    DDP stops at such a weight unless it looks for them. Some are never used (HunyuanVL's `image_sep`), some only by
-    images of another size (DeepSeek-OCR 2).
+    DDP fails on such weights unless it looks for them. Some are never used (HunyuanVL's `image_sep`), some only with
+    other image sizes (DeepSeek-OCR 2).
 
     Args:
-        model: From [`prepare_for_training`].
-        processor: Its processor.
+        model: Model from [`prepare_for_training`].
+        processor: Processor of the model.
     """
     parts = parameter_parts(model)
     weights = {
@@ -245,15 +245,15 @@ def find_unused_weights(model: LisaForConditionalGeneration | PeftModel, process
 
 
 def merge_lora(model: LisaForConditionalGeneration | PeftModel) -> LisaForConditionalGeneration:
-    """Return the plain model, with LoRA merged into its weights and trained parts instead of the original ones."""
+    """Return the plain model, with LoRA merged into its weights and trained parts in place of the original ones."""
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def parameter_parts(model: LisaForConditionalGeneration | PeftModel) -> dict[str, list[str]]:
-    """Return the parts of each parameter by its name: `["lora"]`, or those of [`find_parts`] that contain it.
+    """Return the parts of each parameter by name: `["lora"]`, or those of [`find_parts`] that contain it.
 
-    A part inside another one comes first: the input embeddings in the language model, Qwen's projector in the vision
-    tower. What never trains, such as the mask model's prompt encoder, belongs to none.
+    A part inside another comes first: the input embeddings in the language model, Qwen's projector in the vision
+    tower. Modules that never train, such as the mask model's prompt encoder, belong to none.
     """
     parts = find_parts(model.get_base_model() if isinstance(model, PeftModel) else model)
     parts_of = {}
@@ -292,7 +292,7 @@ def _learning_rates(
 
 
 def trainable_summary(model: LisaForConditionalGeneration | PeftModel, args: LisaTrainingArguments) -> str:
-    """Return a table of the parts: how many parameters train, of how many, their dtypes and learning rates."""
+    """Return a table of the parts: numbers of trained and of all parameters, dtypes and learning rates."""
     parts, (rates, rate_names) = parameter_parts(model), _learning_rates(model, args)
     # Sum over the parameters of each part
     rows = {
@@ -303,7 +303,7 @@ def trainable_summary(model: LisaForConditionalGeneration | PeftModel, args: Lis
             continue
         row = rows[(parts[name] or [REST])[0]]
         quantized = getattr(parameter, "quant_state", None)
-        # ZeRO-3 leaves an empty tensor of a weight in shards, bitsandbytes packs two 4-bit weights into a byte.
+        # ZeRO-3 leaves an empty tensor for a sharded weight; bitsandbytes packs two 4-bit weights into a byte.
         size = quantized.shape.numel() if quantized else getattr(parameter, "ds_numel", parameter.numel())
         row["all"] += size
         row["dtypes"].add("4-bit" if quantized else str(parameter.dtype).removeprefix("torch."))

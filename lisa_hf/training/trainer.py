@@ -1,4 +1,4 @@
-"""LisaTrainer: transformers' Trainer with a loss that is exact for any cut of a step, loss parts and mask metrics."""
+"""LisaTrainer: transformers' Trainer with a loss that is exact for any split of a step, and mask metrics."""
 
 import logging
 from contextlib import ExitStack, nullcontext
@@ -49,12 +49,12 @@ class LisaTrainer(Trainer):
     [`LisaProcessor`] and `data_collator` a [`LisaDataCollator`].
 
     The loss is divided by the labels and masks of the whole step, counted over accumulation steps and processes, so it
-    does not depend on how a step is cut. LISA averages micro-batches of unequal weight.
+    does not depend on how a step is split. LISA averages micro-batches of unequal weight.
 
-    Evaluation has two protocols. Teacher-forced, as LISA validates: the true answer is given and its `[SEG]` tokens
-    are decoded (`giou`, `ciou`, ...). Generated, with `args.eval_generate`: the model answers by itself, and a mask
-    that is due and not given counts as empty (`generated_giou`, ..., and the `[SEG]` rates). These metrics are exact
-    on any number of processes; `eval_loss` is Trainer's mean over batches, which depends slightly on their cut.
+    Evaluation has two protocols. Teacher-forced, as in LISA's validation: the true answer is given and its `[SEG]`
+    tokens are decoded (`giou`, `ciou`, ...). Generated, with `args.eval_generate`: the model answers by itself, and a
+    missing mask counts as empty (`generated_giou`, ..., and the `[SEG]` rates). These metrics are exact on any number
+    of processes; `eval_loss` is Trainer's mean over batches, which depends slightly on the batches.
     """
 
     def __init__(self, *args, **kwargs):
@@ -64,9 +64,9 @@ class LisaTrainer(Trainer):
             self.model.mask_model.vision_encoder.compile(dynamic=False)
         self.num_skipped_rows = 0
         self._num_masks_in_batch = None
-        self._best_step = None  # of the best model, once it was loaded
+        self._best_step = None  # of the best model, once it is loaded
         self.nonfinite_steps = SkipNonFiniteSteps(self.args.max_nonfinite_steps)
-        self.prediction_writer: PredictionWriter | None = None  # what evaluation predicts, if it is to be kept
+        self.prediction_writer: PredictionWriter | None = None  # set to keep the predictions of an evaluation
         self.throughput = Throughput()
         self.add_callback(self.throughput)
         self.stream_position = None
@@ -75,14 +75,14 @@ class LisaTrainer(Trainer):
 
     def _check_settings(self) -> None:
         if self.args.n_gpu > 1:
-            # torch's DataParallel would split a batch, whose rows and images differ in number.
+            # torch's DataParallel would split a batch, which has different numbers of rows and images.
             raise ValueError(
                 f"expected one GPU per process, got {self.args.n_gpu} GPUs in one. Start one process per GPU: "
                 "`accelerate launch recipes/train.py ...`."
             )
         if not self.args.average_tokens_across_devices:
             raise ValueError(
-                "average_tokens_across_devices: expected True, got False. Leave it out: the loss is divided by the "
+                "average_tokens_across_devices: expected True, got False. Omit it: the loss is divided by the "
                 "labels and masks of all processes."
             )
         if self.args.metric_for_best_model and self.args.eval_strategy != "no":
@@ -108,7 +108,7 @@ class LisaTrainer(Trainer):
 
     @property
     def weights_step(self) -> int:
-        """The step that the weights come from, which is not the last one after the best model was loaded."""
+        """The step of the weights, which is not the last one if the best model was loaded."""
         return self.state.global_step if self._best_step is None else self._best_step
 
     # ---- data -------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ class LisaTrainer(Trainer):
         if has_length(loader) and len(loader) == 0:
             raise ValueError(
                 f"dataloader_drop_last: expected items for a whole batch ({self._train_batch_size} for each process), "
-                f"got {len(self.train_dataset)} in all. Leave it out, or lower per_device_train_batch_size."
+                f"got {len(self.train_dataset)} in total. Omit it, or lower per_device_train_batch_size."
             )
         return loader
 
@@ -143,7 +143,7 @@ class LisaTrainer(Trainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
-        # One "process": the stream has divided its rows already, and Trainer's loader would divide them again.
+        # One "process": the stream has already divided its rows, and Trainer's loader would divide them again.
         return prepare_data_loader(
             loader,
             self.accelerator.device,
@@ -154,7 +154,7 @@ class LisaTrainer(Trainer):
         )
 
     def _prepare_inputs(self, inputs):
-        """Move a batch to the device, make its float pixels and its masks there, and take out its `meta`."""
+        """Move a batch to the device, create its float pixels and masks there, and pop its `meta`."""
         inputs = expand_batch(super()._prepare_inputs(inputs), self.processing_class)
         inputs.pop("meta")
         return inputs
@@ -162,7 +162,7 @@ class LisaTrainer(Trainer):
     # ---- loss -------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Return the micro-batches of a step and its label count; count its masks over all processes too."""
+        """Return the micro-batches of a step and its label count; also count its masks over all processes."""
         batches, num_items_in_batch = super().get_batch_samples(
             self.throughput.watch(epoch_iterator), num_batches, device
         )
@@ -189,7 +189,8 @@ class LisaTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         self.nonfinite_steps.add({part: outputs[part] for part in LOSS_PARTS})
         for part in LOSS_PARTS:
-            # Gradients are averaged over processes, so Trainer multiplies the loss by their number. Scale parts alike.
+            # Gradients are averaged over processes, so Trainer multiplies the loss by their number. Scale the parts
+            # too.
             value = outputs[part].detach() * self.accelerator.num_processes
             self._loss_parts[part] += value.where(value.isfinite(), 0)  # Trainer logs the loss so
         return (loss, outputs) if return_outputs else loss
@@ -245,7 +246,7 @@ class LisaTrainer(Trainer):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
-        # A run that resumes from its last step would otherwise take one step too many.
+        # A run that resumes from its last step would otherwise run one step too many.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -261,7 +262,7 @@ class LisaTrainer(Trainer):
                 self.stream_position.save(directory)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Save the model as Trainer does, or, where the settings of FSDP say so, in shards."""
+        """Save the model as Trainer does, or in shards if FSDP is set to."""
         if saves_shards(self):
             save_shards(self, Path(output_dir or self.args.output_dir))
         super().save_model(output_dir, _internal_call)
@@ -287,13 +288,13 @@ class LisaTrainer(Trainer):
         with match_saved_state_dict_type(self, best):
             is_loaded = load_best_weights(self, best)
         if not is_loaded:
-            # The records of the run then do not say that the best model is what was saved.
+            # The records of the run then do not show that the best model was saved.
             self.state.best_global_step = self.state.best_model_checkpoint = None
             return
         self._best_step = self.state.best_global_step
         if self.is_world_process_zero():
             logger.info(
-                "Loaded the best model, of step %d (%s %.4g), in place of the last one, of step %d.",
+                "Loaded the best model, of step %d (%s %.4g), instead of the last one, of step %d.",
                 *(self._best_step, metric, self.state.best_metric, self.state.global_step),
             )
 
@@ -303,7 +304,7 @@ class LisaTrainer(Trainer):
     # ---- optimizer --------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model=None):
-        """Create Trainer's optimizer with a learning rate per part, or with Muon for the parts that train in full."""
+        """Create Trainer's optimizer with a learning rate per part, or with Muon for the parts trained in full."""
         optimizer = super().create_optimizer(model)
         model = self.model if model is None else model
         if self.args.muon_learning_rate is not None:
@@ -329,11 +330,11 @@ class LisaTrainer(Trainer):
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args, **kwargs):
-        # ZeRO-1 and 2 divide what only training has. Without a training before, transformers refuses them.
+        # ZeRO-1 and 2 shard only training state. transformers rejects them if there was no training before.
         is_enabled = self.is_deepspeed_enabled
         self.is_deepspeed_enabled = is_enabled and (self.deepspeed is not None or self.args.shards_weights)
         try:
-            # Iterating over a loader draws a seed. The fork keeps that from changing dropout after the evaluation.
+            # Iterating over a loader draws a seed. The fork keeps this from changing dropout after the evaluation.
             with torch.random.fork_rng(devices=[]):
                 return super().evaluation_loop(*args, **kwargs)
         finally:
@@ -344,10 +345,10 @@ class LisaTrainer(Trainer):
 
         Returns:
             The loss; the counts of [`count_teacher_forced`] and, with `eval_generate`, of [`count_generated`]; and
-            `masks_due` again in the place of labels, without which Trainer computes no metrics.
+            `masks_due` again as labels, without which Trainer computes no metrics.
 
         Raises:
-            ValueError: If rows were skipped: a score over fewer rows is another score.
+            ValueError: If rows were skipped: a score over fewer rows is a different score.
         """
         if num_skipped := inputs["meta"].num_skipped:
             raise ValueError(
@@ -359,7 +360,7 @@ class LisaTrainer(Trainer):
         # 1. Decode the [SEG] tokens of the true answers.
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
-        # 2. Count per question, and for that give each one a row of its own.
+        # 2. Count per question, which needs a separate row for each.
         if "segment_ids" in inputs:
             inputs = unpack_rows(inputs)
         processor = self.processing_class

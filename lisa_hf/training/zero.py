@@ -1,4 +1,4 @@
-"""ZeRO-3 while a model is built: each process holds its shard of the weights alone, from the first one on."""
+"""ZeRO-3 while a model is built: each process holds only its shard of the weights, from the first one on."""
 
 import copy
 import ctypes
@@ -24,17 +24,17 @@ from transformers.integrations.deepspeed import (
 from .arguments import LisaTrainingArguments
 
 
-# Parameters of glibc's `mallopt`, and the largest value that glibc gives the first one by itself; see mallopt(3).
+# Parameters of glibc's `mallopt`, and the largest value that glibc sets for the first one by itself; see mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MAX_MMAP_THRESHOLD = 32 * 2**20
 
 
 @contextmanager
 def zero3_init(args: LisaTrainingArguments) -> Iterator[None]:
-    """Make `from_pretrained`, `resize_token_embeddings` and PEFT work on shards in this context, under ZeRO-3 alone.
+    """Make `from_pretrained`, `resize_token_embeddings` and PEFT work on shards in this context, only under ZeRO-3.
 
-    transformers builds each module by `zero.Init`, which cuts it at once, and the first process reads the weights of a
-    module and sends each other process its shard.
+    transformers builds each module under `zero.Init`, which shards it immediately; the first process reads the weights
+    of a module and sends each other process its shard.
     """
     plugin = args.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
@@ -43,7 +43,7 @@ def zero3_init(args: LisaTrainingArguments) -> Iterator[None]:
     import deepspeed
 
     deepspeed.init_distributed()  # before `zero.Init` compares the batch size with the number of processes
-    # Trainer completes the launcher's values in the same way, later. This one lives as long as the context.
+    # Trainer later completes the launcher's values in the same way. This config lives as long as the context.
     config = HfTrainerDeepSpeedConfig(copy.deepcopy(plugin.hf_ds_config.config))
     config.trainer_config_process(args)
     set_hf_deepspeed_config(config)
@@ -56,9 +56,9 @@ def zero3_init(args: LisaTrainingArguments) -> Iterator[None]:
 
 @contextmanager
 def _return_freed_memory() -> Iterator[None]:
-    """Let glibc return the memory of weights that are freed in this context to the system.
+    """Let glibc return the memory of weights freed in this context to the system.
 
-    It learns to keep what is freed, up to 32 MB a piece, for use again: a process would hold twice its share or more.
+    Otherwise it keeps freed pieces of up to 32 MB for reuse, and a process holds twice its share or more.
     """
     if platform.libc_ver()[0] != "glibc":
         yield
@@ -74,7 +74,7 @@ def _return_freed_memory() -> Iterator[None]:
 
 @contextmanager
 def _load_one_file_at_a_time() -> Iterator[None]:
-    """Let models that are loaded in this context map one file of their weights at a time.
+    """Let models loaded in this context map one weights file at a time.
 
     Version: transformers 5.23.
     Symptom: with ZeRO-3, the first process maps all files until the last weight is loaded, and holds the whole model.
@@ -90,7 +90,7 @@ def _load_one_file_at_a_time() -> Iterator[None]:
         parts = [functools.partial(read, file, **options) for file, options in files.items()]
         files.clear()
         if any(isinstance(entry, WeightConverter) for entry in load_config.weight_mapping or []):
-            # Weights that are joined, such as experts, may be in several files.
+            # Merged weights, such as experts, may be in several files.
             parts = [lambda whole=parts: {name: weight for part in whole for name, weight in part().items()}]
         errors, missing = [], set(model.state_dict())
         for read_part in parts or [lambda: state_dict]:
@@ -108,15 +108,15 @@ def _load_one_file_at_a_time() -> Iterator[None]:
 
 @contextmanager
 def disable_zero3_init() -> Iterator[None]:
-    """Build models whole in this context, also inside [`zero3_init`]."""
+    """Build whole models in this context, even inside [`zero3_init`]."""
     with mock.patch.object(transformers.integrations.deepspeed, "_hf_deepspeed_config_weak_ref", None):
         yield
 
 
 def shard_new_weights(model: nn.Module) -> None:
-    """Cut what was added to a model in shards: new rows of embeddings, a projector, LoRA, copies that train in full.
+    """Shard what was added to a sharded model: new embedding rows, a projector, LoRA, copies that are trained in full.
 
-    A model that is whole is left as it is.
+    An unsharded model is left unchanged.
     """
     sharded = next((weight for weight in model.parameters() if is_sharded(weight)), None)
     if sharded is None:
@@ -125,18 +125,18 @@ def shard_new_weights(model: nn.Module) -> None:
 
     for weight in model.parameters():
         if not is_sharded(weight):
-            weight.data = weight.data.to(sharded.dtype)  # as DeepSpeed casts a whole model
+            weight.data = weight.data.to(sharded.dtype)  # like DeepSpeed casts a whole model
     deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
 
 
 @contextmanager
 def shard_peft_copies() -> Iterator[None]:
-    """Cut each module that PEFT copies in this context, to train it in full, before it copies the next one.
+    """Shard each module that PEFT copies in this context, to train it in full, before it copies the next one.
 
     Version: peft 0.21.
-    Symptom: with ZeRO-3, PEFT puts each module of `modules_to_save` together to copy it and keeps the copies whole, so
-        that every process holds all of them at once.
-    Remove when: PEFT copies under `zero.Init`; `recipes/benchmarks/load_memory.py`.
+    Symptom: with ZeRO-3, PEFT gathers each module of `modules_to_save` to copy it and keeps the copies whole, so that
+    every process holds all of them at once. Remove when: PEFT copies under `zero.Init`;
+    `recipes/benchmarks/load_memory.py`.
     """
     update = ModulesToSaveWrapper.update
 
@@ -150,7 +150,7 @@ def shard_peft_copies() -> Iterator[None]:
 
 @contextmanager
 def gather_image_encoders(model: nn.Module) -> Iterator[None]:
-    """Put everything but the language model together on each process in this context, if the model is in shards."""
+    """Gather everything except the language model on each process in this context, if the model is sharded."""
     in_language_model = set(model.vlm.base_model.get_decoder().parameters())
     weights = [weight for weight in model.parameters() if is_sharded(weight) and weight not in in_language_model]
     if not weights:
@@ -164,7 +164,7 @@ def gather_image_encoders(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gather_parameters(weights: list[torch.Tensor]) -> Iterator[bool]:
-    """Put weights together in this context, and yield whether this process's changes of them count."""
+    """Gather weights in this context, and yield whether this process's changes to them count."""
     if not any(map(is_sharded, weights)):
         yield True
         return
@@ -175,5 +175,5 @@ def gather_parameters(weights: list[torch.Tensor]) -> Iterator[bool]:
 
 
 def is_sharded(weight: torch.Tensor) -> bool:
-    """Return whether ZeRO-3 has cut a weight."""
+    """Return whether ZeRO-3 has sharded a weight."""
     return hasattr(weight, "ds_id")

@@ -60,7 +60,7 @@ def test_a_second_start_asks_before_it_trains_over_checkpoints(config, tmp_path)
 
     result = run(*arguments, cwd=tmp_path, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "with checkpoint-2. Go on with `--resume_from_checkpoint auto`" in result.stderr
+    assert "with checkpoint-2. Continue with `--resume_from_checkpoint auto`" in result.stderr
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")} == files
 
     result = run(*arguments, "--resume_from_checkpoint", "auto", "--max_steps", 3, cwd=tmp_path)
@@ -76,12 +76,12 @@ def test_one_run_at_a_time_and_ctrl_c_saves(config, tmp_path):
     process = start(config)
     read_until(process, "'loss'")
     result = run("train.py", "--config", config, "--output_dir", "run", cwd=tmp_path, check=False)
-    assert result.returncode == 2 and "in which one is training" in result.stderr
+    assert result.returncode == 2 and "where one is training" in result.stderr
 
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in printed
-    assert "Ctrl-C: saving after this step. Press it again to quit at once." in printed
+    assert "Ctrl-C: saving after this step. Press it again to quit now." in printed
     assert "Stopped by SIGINT. Resume with --resume_from_checkpoint auto." in printed
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert (checkpoint / "manifest.json").exists()
@@ -104,9 +104,9 @@ def test_an_output_dir_with_a_run_is_not_claimed_unless_it_goes_on_or_is_to_be_r
 
     with claim():
         (tmp_path / "checkpoint-2").mkdir()
-        with pytest.raises(ValueError, match="in which one is training"), claim():
+        with pytest.raises(ValueError, match="where one is training"), claim():
             pass
-    with pytest.raises(ValueError, match="with checkpoint-2. Go on with"), claim():
+    with pytest.raises(ValueError, match="with checkpoint-2. Continue with"), claim():
         pass
     with claim(resume_from_checkpoint="auto"):
         assert (tmp_path / "checkpoint-2").exists()
@@ -149,8 +149,8 @@ def test_a_second_ctrl_c_quits_at_once(capfd):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGINT
     first, second = capfd.readouterr().err.split("\n\n")
-    assert first.strip() == "Ctrl-C: saving after this step. Press it again to quit at once."
-    assert second.strip() == "Ctrl-C: quitting at once."
+    assert first.strip() == "Ctrl-C: saving after this step. Press it again to quit now."
+    assert second.strip() == "Ctrl-C: quitting now."
 
 
 def test_ctrl_c_outside_of_training_is_one_line(capsys):

@@ -404,6 +404,6 @@ def test_dry_run_tells_of_data_and_one_step_and_leaves_nothing(tmp_path):
     _, items, rows, masks, low, _, high = line.split()
     assert (items, rows) == ("12", "12") and 0 < int(masks) <= 24 and int(low) <= int(high)
     assert "<image> x 4 " in result.stdout and result.stdout.count("[[") == 2  # two questions, packed
-    assert "Self-check: the VLM computes within LISA what it does alone" in result.stderr
+    assert "Self-check: the VLM computes the same within LISA as alone" in result.stderr
     assert "Dry run: one step (loss " in result.stdout and "MiB) succeeded." in result.stdout
     assert not list((tmp_path / "run").rglob("*.safetensors"))

@@ -52,14 +52,14 @@ def test_nothing_is_told_where_nothing_that_counts_has_changed(compare):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"per_device_train_batch_size": 4}, r"images per step 6 -> 12 .* so some items are left out\."),
-        ({"gradient_accumulation_steps": 1}, r"images per step 6 -> 2 .* so some items come again\."),
+        ({"per_device_train_batch_size": 4}, r"images per step 6 -> 12 .* so some items are skipped\."),
+        ({"gradient_accumulation_steps": 1}, r"images per step 6 -> 2 .* so some items repeat\."),
         ({"learning_rate": 1e-4}, r"learning_rate 5e-05 -> 0.0001: has no effect"),
         ({"max_steps": 20, "warmup_steps": 2}, r"max_steps 10 -> 20, warmup_steps 0 -> 2: gives .*schedule\."),
         ({"max_steps": -1}, r"max_steps 10 -> -1: gives"),
-        ({"seed": 2}, r"seed 1 -> 2: draws other items"),
-        ({"model": MODEL | {"model": "other"}}, r"model somebody/lisa -> other: is where weights come from"),
-        ({"model": MODEL | {"ce_loss_weight": 2.0}}, r"ce_loss_weight None -> 2.0: holds from here on\."),
+        ({"seed": 2}, r"seed 1 -> 2: draws different items"),
+        ({"model": MODEL | {"model": "other"}}, r"model somebody/lisa -> other: provides the weights"),
+        ({"model": MODEL | {"ce_loss_weight": 2.0}}, r"ce_loss_weight None -> 2.0: applies from now on\."),
         ({"data": {"sources": {"reason_seg": 1, "shapes": 1}}}, r"weight of reason_seg 0.75 -> 0.5, weight of shapes"),
         ({"data": {"sources": {"shapes": 1}}}, r"source reason_seg removed, weight of shapes 0.25 -> 1.0: the coming"),
     ],
@@ -73,7 +73,7 @@ def test_other_rows(compare):
     (sentence,) = compare(changed_rows={"shapes": compare.more_rows})
     assert sentence.startswith("num_rows of shapes 3 -> 4: ")
     (sentence,) = compare(changed_rows={"shapes": compare.more_rows.select(range(3))})
-    assert sentence.startswith("other rows of shapes than before")
+    assert sentence.startswith("changed rows of shapes")
 
 
 @pytest.mark.parametrize(

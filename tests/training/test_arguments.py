@@ -217,7 +217,7 @@ def test_renamed_arguments_exist():
         (["--batch_size=2"], "got `--batch_size`. Did you mean `per_device_train_batch_size`?"),
         (["--learn", "4"], "expected the name of an argument, got `--learn`. Did you mean"),  # no abbreviations
         (["stray"], "expected no further value, got `stray`"),
-        (["--device", "tpu"], "--device: expected a kind of device of this machine, such as"),
+        (["--device", "tpu"], "--device: expected a kind of device on this machine, such as"),
         (["--dtype", "bf16"], "--dtype: invalid choice: 'bf16'"),
         (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
         (["--sources", "{a: "], "expected a mapping in YAML or JSON, got `{a: `"),
@@ -315,9 +315,9 @@ def test_an_error_of_an_object_store_is_one_line(capsys):
 
 
 def test_parallelism_that_divides_one_image_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="expected every process to have images of its own, got cp_size 2"):
+    with pytest.raises(ValueError, match="expected every process to have its own images, got cp_size 2"):
         LisaTrainingArguments(tmp_path, parallelism_config=ParallelismConfig(cp_size=2))
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")  # as the launcher does
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
-    with pytest.raises(ValueError, match="expected every process to have images of its own, got tp_size 2"):
+    with pytest.raises(ValueError, match="expected every process to have its own images, got tp_size 2"):
         LisaTrainingArguments(tmp_path)

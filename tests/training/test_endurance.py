@@ -320,5 +320,5 @@ def test_what_does_not_agree_with_its_manifest_is_no_checkpoint(tmp_path):
 
 def test_without_a_complete_checkpoint_auto_starts_anew_and_true_is_an_error(tmp_path):
     assert resolve_checkpoint("auto", str(tmp_path)) is None
-    with pytest.raises(ValueError, match="got none. Start anew"):
+    with pytest.raises(ValueError, match="got none. Start without"):
         resolve_checkpoint(True, str(tmp_path))

@@ -271,7 +271,7 @@ def test_best_model_by_giou_is_loaded_and_remembered_across_a_resume(lora_r, tmp
     first = trainer(tmp_path / "first", [0.9, 0.5, 0.7, 0.6])
     with caplog.at_level(logging.INFO, "lisa_hf.training.trainer"):
         first.train()
-    assert "Loaded the best model, of step 1 (giou 0.9), in place of the last one, of step 4." in caplog.text
+    assert "Loaded the best model, of step 1 (giou 0.9), instead of the last one, of step 4." in caplog.text
     shutil.copytree(tmp_path / "first", tmp_path / "moved")
     arguments["save_total_limit"] = 1
     resumed = trainer(tmp_path / "moved", [0.7, 0.6])
