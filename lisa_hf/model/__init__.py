@@ -1,1 +1,1 @@
-"""The model, its processor and its pipeline. This folder travels to the Hub: it imports nothing else of `lisa_hf`."""
+"""Model, processor and pipeline. This folder travels to the Hub, so it imports nothing else of `lisa_hf`."""

@@ -1,7 +1,7 @@
 """Turn conversations into text: what generation sees before each answer, the answer, and the token that ends it.
 
-A chat template may write a turn differently once others follow: some drop earlier thoughts, some show a thought in the
-last turn only. So the text before an answer is always the template's prompt for the turns before it, from which
+A chat template may render a turn differently once others follow: some drop earlier thoughts, some show a thought only
+in the last turn. So the text before an answer is always the template's prompt for the previous turns, from which
 generation starts, and never what the template makes of the finished conversation.
 """
 
@@ -21,19 +21,20 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from .losses import IGNORE_INDEX
 
 
-# Private-use characters, which no text needs. Two stand for an answer and a thought, to see what a template writes
-# around them. At the third, a text is cut before it is tokenized, so that a user's `[SEG]` becomes letters.
+# Private-use characters, which no text needs. Two are placeholders for an answer and a thought, to see what a template
+# writes around them. The third marks where a text is split before tokenization, so that a user's `[SEG]` becomes
+# letters.
 ANSWER_MARK, THOUGHT_MARK, CUT_MARK = "\U0010f000", "\U0010f001", "\U0010f002"
 IMAGE_PLACEHOLDER = "<image>"
 RENDER_SECONDS = 20  # for a template's first text, which takes milliseconds
-# What chat templates call the variable that says whether the model may think before it answers.
+# Names in chat templates of the variable that lets the model think before it answers.
 THINKING_VARIABLES = ("enable_thinking", "thinking")
-# The day that templates write as today: with the real one, a model would never again see a text it was trained on.
+# The date that templates insert as today: with the real one, a model would never again see a text it was trained on.
 TODAY = datetime.date(2025, 1, 1)
 
 
 class ConversationError(ValueError):
-    """Raised for a conversation that cannot be trained on, though others can."""
+    """Raised for a conversation that cannot be trained on, although others can."""
 
 
 def user_message(text: str) -> dict:
@@ -42,7 +43,7 @@ def user_message(text: str) -> dict:
 
 
 def leave_out_placeholder(text: str) -> str:
-    """Return a text without `<image>`, which stands for the image in many datasets: a message has a part for it."""
+    """Return a text without `<image>`, a placeholder in many datasets: a message has a separate part for the image."""
     return text.replace(IMAGE_PLACEHOLDER, "").strip() if IMAGE_PLACEHOLDER in text else text
 
 
@@ -50,20 +51,20 @@ def leave_out_placeholder(text: str) -> str:
 
 
 def replace_surrogates(text: str) -> str:
-    """Return a text with "\ufffd" for halves of characters, which JSON can spell but no tokenizer takes."""
+    """Return a text with "\ufffd" for lone surrogates, which JSON can spell but no tokenizer accepts."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def token_pattern(tokens: Iterable[str]) -> re.Pattern:
-    """Return a pattern that matches, with no width, where one of the tokens begins."""
-    # A token of one character cannot be cut; such a padding token ("!") is ordinary text as well.
+    """Return a zero-width pattern that matches where one of the tokens begins."""
+    # A single-character token cannot be split; such a padding token ("!") is also ordinary text.
     tokens = [token for token in tokens if len(token) > 1]
     first = "".join(sorted({re.escape(token[0]) for token in tokens}))
     return re.compile(f"(?=[{first}])(?={'|'.join(map(re.escape, tokens))})" if tokens else "(?!)")
 
 
 def escape_tokens(text: str, pattern: re.Pattern) -> str:
-    """Mark where to cut a text so that none of the tokens of a [`token_pattern`] is found in it, see [`tokenize`]."""
+    """Mark where to split a text so that no token of a [`token_pattern`] is found in it, see [`tokenize`]."""
     text = replace_surrogates(text).replace(ANSWER_MARK, "")
     cuts = [match.start() + 1 for match in pattern.finditer(text)]
     return CUT_MARK.join(text[start:end] for start, end in zip([0, *cuts], [*cuts, None]))
@@ -90,11 +91,11 @@ class Row:
         return self.answers[0][0] if self.answers else len(self.text)
 
     def split(self) -> list["Row"]:
-        """Return a row per answer, each with all that is before it."""
+        """Return one row per answer, each with everything before it."""
         return [Row(self.text[:end], [(start, end)]) for start, end in self.answers] or [self]
 
     def cut(self) -> "Row":
-        """Return a row whose text is cut before its only answer."""
+        """Return a row truncated before its only answer."""
         ((start, end),) = self.answers
         return Row(self.text[:start] + CUT_MARK + self.text[start:], [(start + 1, end + 1)])
 
@@ -105,7 +106,7 @@ class ChatTemplate:
     Args:
         tokenizer: Tokenizer of the language model.
         jinja: The template.
-        thinking: Whether the model may think before it answers, if the template lets one choose.
+        thinking: Whether the model may think before it answers, if the template has this choice.
         image_tokens: Tokens that a VLM's processor replaces or writes for images.
         answer_tokens: Special tokens that answers may have. All others are escaped, and these too in other messages.
     """
@@ -123,8 +124,8 @@ class ChatTemplate:
         self.jinja = re.sub(date_call, lambda call: repr(TODAY.strftime(call[2])), jinja)
         self.thinking = thinking
         self.variables = {name: thinking for name in THINKING_VARIABLES if name in _find_variables(jinja)}
-        # Tokens that are more than their letters: special ones, and others that the template writes (`<think>`). But
-        # Gemma has tokens for white space.
+        # Tokens that are more than their letters: special ones, and others that the template writes (`<think>`),
+        # except Gemma's tokens for whitespace.
         added = tokenizer.added_tokens_decoder.values()
         tokens = {token.content for token in added if token.special or token.content in jinja}
         tokens |= {*tokenizer.all_special_tokens, *image_tokens}
@@ -133,18 +134,18 @@ class ChatTemplate:
         self.in_others = token_pattern(self.special_tokens | {*answer_tokens})
 
     def prepare(self, messages: list[dict]) -> list[dict]:
-        """Return messages as any template can write them: content as parts, special tokens in texts escaped."""
+        """Return messages that any template can render: content as parts, special tokens in texts escaped."""
         return [self._prepare(message) for message in messages]
 
     def _prepare(self, message: dict) -> dict:
         is_answer = message["role"] == "assistant"
         pattern = self.in_answers if is_answer else self.in_others
         parts = message["content"]
-        if isinstance(parts, str):  # which some templates leave out
+        if isinstance(parts, str):  # some templates drop strings
             parts = [{"type": "text", "text": parts}]
         parts = [part | {"text": escape_tokens(part["text"], pattern)} if "text" in part else part for part in parts]
         text = "".join(part.get("text", "") for part in parts)
-        if is_answer:  # of which some templates write the first part only
+        if is_answer:  # some templates write only the first part of an answer
             parts = [{"type": "text", "text": text}]
         takes_string = message["role"] == "system" and self._takes_system_string
         message = {**message, "content": text if takes_string else parts}
@@ -154,14 +155,14 @@ class ChatTemplate:
 
     @cached_property
     def _takes_system_string(self) -> bool:
-        """Whether the template writes a string as system message. Then it may write parts as Python does (Gemma 4)."""
+        """Whether the template writes a string as system message; it may then print parts as Python (Gemma 4)."""
         try:
             return ANSWER_MARK in self.render([{"role": "system", "content": ANSWER_MARK}, user_message("?")])
         except ValueError:
             return False
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """Return the text of messages that are prepared."""
+        """Return the text of prepared messages."""
         try:
             (text,), _ = render_jinja_template(
                 conversations=[messages],
@@ -170,7 +171,7 @@ class ChatTemplate:
                 **self.tokenizer.special_tokens_map,
                 **self.variables,
             )
-        except (jinja2.TemplateError, TypeError) as error:  # a template of texts alone adds a list to a string
+        except (jinja2.TemplateError, TypeError) as error:  # a text-only template adds a list to a string
             raise ValueError(
                 f"expected a chat template that takes messages with parts of content (text, image), got the error "
                 f"'{error}'. Pass another `chat_template`."
@@ -182,7 +183,8 @@ class ChatTemplate:
         """The prompt of a question about an image.
 
         Raises:
-            ValueError: If the template does not end within `RENDER_SECONDS`: it comes from whoever made the model.
+            ValueError: If the template does not finish within `RENDER_SECONDS`. Templates come with models and are not
+                trusted.
         """
         results: list[str | ValueError] = []
 
@@ -205,14 +207,14 @@ class ChatTemplate:
         return results[0]
 
     def rows(self, messages: list[dict]) -> list[Row]:
-        """Return the rows that teach the answers of a conversation, except for those with `is_context`.
+        """Return the rows that train the answers of a conversation, except those with `is_context`.
 
-        This is one row, if the prompt of each answer repeats the answers before it. If it does not, as templates do
-        that show a thought in the last turn only, an answer has a row of its own.
+        This is one row if the prompt of each answer repeats the previous answers. Otherwise, as with templates that
+        show a thought only in the last turn, an answer gets a separate row.
 
         Raises:
-            ConversationError: If the template does not write an answer, or its reasoning, as it is.
-            ValueError: If the template takes no such messages, or leaves out all answers.
+            ConversationError: If the template does not write an answer, or its reasoning, verbatim.
+            ValueError: If the template does not accept such messages, or drops all answers.
         """
         messages = self.prepare(messages)
         rows = []
@@ -231,25 +233,25 @@ class ChatTemplate:
         prompt, text = self.render(messages[:-1], add_generation_prompt=True), self.render(messages)
         before, after = prompt, self.after_answer
         if not (text.startswith(before) and text.endswith(after)):
-            # The finished turn does not begin like its prompt, which may have an empty thought (Gemma 4) or other
-            # white space (LLaVA-OneVision).
+            # The finished turn does not start like its prompt, which may have an empty thought (Gemma 4) or different
+            # whitespace (LLaVA-OneVision).
             before, after = self._text_around_answer(messages)
         answer = text[len(before) : len(text) - len(after)]
         self._check_answer(answer, messages[-1])
         return prompt, answer + self.answer_end
 
     def _check_answer(self, answer: str, message: dict) -> None:
-        """Raise a [`ConversationError`] unless the text of an answer holds what its message says."""
+        """Raise a [`ConversationError`] unless the text of an answer contains what its message says."""
         reasoning = message.get("reasoning_content") or ""
         if reasoning and not self.thinking:
             raise ConversationError(
                 f"expected answers without reasoning_content while thinking is off, got {reasoning[:60]!r}. Set "
-                "`thinking: on` to learn it, or leave it out."
+                "`thinking: on` to train on it, or remove it."
             )
         for name, text in (("content", message["content"][0]["text"]), ("reasoning_content", reasoning)):
             if text.strip() not in answer:
                 raise ConversationError(
-                    f"expected a chat template that writes an answer's {name} as it is, got {answer!r} for {text!r}. "
+                    f"expected a chat template that writes an answer's {name} verbatim, got {answer!r} for {text!r}. "
                     "Change the text, or pass another `chat_template`."
                 )
 
@@ -259,7 +261,7 @@ class ChatTemplate:
         text = self.render([*messages[:-1], marked])
         if text.count(ANSWER_MARK) != 1:
             raise ValueError(
-                "expected a chat template that writes what the assistant says, got one that leaves it out or repeats "
+                "expected a chat template that writes what the assistant says, got one that drops or repeats "
                 "it. Pass another `chat_template`."
             )
         before, after = text.split(ANSWER_MARK)
@@ -272,7 +274,7 @@ class ChatTemplate:
 
     @cached_property
     def answer_end(self) -> str:
-        """What ends an answer: the template's text up to its first special token, or the tokenizer's end token."""
+        """End of an answer: the template's text up to its first special token, or the tokenizer's end token."""
         text = self.after_answer
         ends = [text.find(token) + len(token) for token in self.special_tokens if token in text]
         if not ends and self.tokenizer.eos_token is None:
@@ -284,12 +286,12 @@ class ChatTemplate:
 
     @cached_property
     def answer_end_token_id(self) -> int:
-        """The id of the token that ends an answer, where generation must stop."""
+        """Id of the token that ends an answer, where generation must stop."""
         return self.tokenizer(self.answer_end, add_special_tokens=False)["input_ids"][-1]
 
     @cached_property
     def _thought_end(self) -> str:
-        """The last word before the content of an answer that has a thought, or that the model must write; else ""."""
+        """Last word before the content of an answer with a thought, or one that the model must write; else ""."""
         before, _ = self._text_around_answer(
             [user_message("?"), {"role": "assistant", "reasoning_content": THOUGHT_MARK}]
         )
@@ -314,12 +316,12 @@ class ChatTemplate:
 
 def _find_variables(template: str) -> set[str]:
     """Return the names of the variables that a template reads."""
-    template = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)  # a tag of transformers
+    template = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)  # a tag specific to transformers
     try:
         parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
-            f"expected a chat template in Jinja, got '{error}' in line {error.lineno}. Mend it."
+            f"expected a chat template in Jinja, got '{error}' in line {error.lineno}. Correct it."
         ) from error
     return jinja2.meta.find_undeclared_variables(parsed)
 
@@ -341,7 +343,7 @@ class TokenizedRow:
         ends = self._ends
         for answer_start, _ in self.row.answers:
             first = bisect_right(ends, answer_start)  # the first token that ends behind it
-            # Some tokenizers leave the space before a word out of its offsets: it begins where the last token ends.
+            # Some tokenizers exclude the space before a word from its offsets: it begins where the last token ends.
             if first < len(ends) and (ends[first - 1] if first else 0) < answer_start:
                 return True
         return False
@@ -358,7 +360,7 @@ class TokenizedRow:
 
     @property
     def _ends(self) -> list[int]:
-        """Where each token ends, without tokens at the end of the row that have no characters."""
+        """Ends of the tokens, without trailing tokens that have no characters."""
         ends = [end for _, end in self.offsets]
         while ends and ends[-1] == 0:
             ends.pop()
@@ -368,10 +370,10 @@ class TokenizedRow:
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, rows: list[Row], add_special_tokens: bool
 ) -> list[list[TokenizedRow]]:
-    """Tokenize rows. No token has characters of both sides of a [`CUT_MARK`], nor of a prompt and its answer.
+    """Tokenize rows. No token crosses a [`CUT_MARK`], or the border between a prompt and its answer.
 
     Returns:
-        The rows that each row becomes: one, or, if a prompt and its answer would share a token, one for each answer.
+        The resulting rows for each row: one, or one per answer if a prompt and its answer would share a token.
     """
     encoding = tokenizer(
         [row.text for row in rows], add_special_tokens=add_special_tokens, return_offsets_mapping=True
@@ -382,7 +384,7 @@ def tokenize(
         if CUT_MARK in row.text:
             tokenized = _tokenize_pieces(tokenizer, tokenized)
         if tokenized.joins_prompt_and_answer:
-            # Generation starts from the tokens of the prompt alone.
+            # Generation starts from the prompt's own tokens.
             parts = [TokenizedRow(part.cut(), ids, offsets) for part in row.split()]
             groups.append([_tokenize_pieces(tokenizer, part) for part in parts])
         else:
@@ -407,7 +409,7 @@ def _tokenize_piece(tokenizer: PreTrainedTokenizerBase, piece: str, is_first: bo
     """Return the ids of a piece, and the characters (start, end) of each."""
     options = {"add_special_tokens": False, "return_offsets_mapping": True}
     if not is_first:
-        # SentencePiece puts a space before a text. Behind a line break it does not.
+        # SentencePiece puts a space before a text, but not after a line break.
         line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
         encoding = tokenizer("\n" + piece, **options)
         if encoding["input_ids"][: len(line_break)] == line_break:

@@ -1,6 +1,6 @@
 """The one way from an image file to pixels: an upright RGB picture, for training, evaluation, CLI and pipeline.
 
-It lives among the model's modules because the pipeline needs it on the Hub, where this package is not installed.
+It is one of the model's modules because the pipeline needs it on the Hub, where this package is not installed.
 """
 
 import io
@@ -15,23 +15,23 @@ import PIL.Image
 import PIL.ImageOps
 
 
-# What can be loaded: a path, an http(s) address, the bytes of a file, an open file, or a picture.
+# What can be loaded: a path, an http(s) URL, the bytes of a file, an open file, or a picture.
 ImageSource = str | os.PathLike | bytes | IO[bytes] | PIL.Image.Image
 TIMEOUT = 30  # of a download, seconds without an answer
 
 
 def load_image(source: ImageSource) -> PIL.Image.Image:
-    """Load an image as viewers show it: upright as its EXIF orientation says, in RGB with 8 bits.
+    """Load an image as viewers show it: upright by its EXIF orientation, in RGB with 8 bits.
 
-    - 16-bit and floating-point gray is brought to 8 bits by its range: 0..65535 for 16 bits. Files with 32 bits do not
-      say what theirs is. They get the first of 0..1 (floats only), 0..255 and 0..65535 that holds all of their values,
+    - 16-bit and floating-point gray is scaled to 8 bits from its range: 0..65535 for 16 bits. 32-bit files do not
+      specify theirs. They get the first of 0..1 (floats only), 0..255 and 0..65535 that contains all of their values,
       or else the one from their smallest to their largest value.
-    - Alpha is dropped, as PIL, OpenCV and the tools that datasets were annotated with do: transparent pixels show
+    - Alpha is dropped, as in PIL, OpenCV and the tools that datasets were annotated with: transparent pixels show
       their stored color.
-    - Palettes, CMYK and 1-bit pictures are converted as PIL converts them.
+    - Palettes, CMYK and 1-bit pictures are converted by PIL.
 
     Args:
-        source: Path, http(s) address, bytes of a file, open file, or PIL image, which is not changed.
+        source: Path, http(s) URL, bytes of a file, open file, or PIL image, which is not changed.
 
     Raises:
         ValueError: If it cannot be read, or has more than 179 megapixels, PIL's decompression-bomb limit.
@@ -47,10 +47,10 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
 
 
 def open_image(source: ImageSource) -> PIL.Image.Image:
-    """Open an image for [`load_image`], reading its header alone: size and format are known, pixels are not decoded.
+    """Open an image for [`load_image`], reading only its header: size and format are known, pixels are not decoded.
 
     Args:
-        source: As in [`load_image`]; a PIL image is returned as it is.
+        source: As in [`load_image`]; a PIL image is returned unchanged.
 
     Raises:
         ValueError: As [`load_image`].
@@ -63,7 +63,7 @@ def open_image(source: ImageSource) -> PIL.Image.Image:
         )
     with raise_unreadable():
         if isinstance(source, str) and source.startswith(("http://", "https://")):
-            # Some servers refuse Python's own name.
+            # Some servers reject Python's default user agent.
             request = urllib.request.Request(source, headers={"User-Agent": "Mozilla/5.0 (compatible; lisa_hf)"})
             with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                 source = response.read()
@@ -74,15 +74,15 @@ def open_image(source: ImageSource) -> PIL.Image.Image:
 
 @contextmanager
 def raise_unreadable():
-    """Raise whatever goes wrong with an image file as a `ValueError` of one sentence."""
+    """Raise anything that goes wrong with an image file as a one-sentence `ValueError`."""
     try:
         yield
     except PIL.Image.DecompressionBombError as error:
         limit = 2 * PIL.Image.MAX_IMAGE_PIXELS / 1e6
         raise ValueError(f"expected an image of at most {limit:.4g} megapixels, got a larger one: {error}") from error
     except Exception as error:
-        # PIL has no exception of its own for broken files: a bad PNG chunk is a SyntaxError, and a damaged EXIF block
-        # a struct.error, an AttributeError or a TypeError.
+        # PIL has no specific exception for broken files: a bad PNG chunk is a SyntaxError, and a damaged EXIF block a
+        # struct.error, an AttributeError or a TypeError.
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, OSError) and error.filename and error.strerror:  # no such file, no permission
             reason = f"{error.filename}: {error.strerror}"
@@ -90,10 +90,10 @@ def raise_unreadable():
 
 
 def _tone_map(values: np.ndarray) -> np.ndarray:
-    """Bring gray values `(H, W)` of more than 8 bits to uint8, see [`load_image`]."""
+    """Scale gray values `(H, W)` of more than 8 bits to uint8, see [`load_image`]."""
     ranges = {"f": (1, 255, 65535), "i": (255, 65535), "u": (65535,)}[values.dtype.kind]
     values = np.nan_to_num(values).astype(np.float64)
     low, high = values.min(), values.max()
     if low >= 0 and high <= ranges[-1]:
         low, high = 0, next(limit for limit in ranges if high <= limit)
-    return ((values - low) / (high - low or 1) * 255 + 0.5).astype(np.uint8)  # all of one value: black
+    return ((values - low) / (high - low or 1) * 255 + 0.5).astype(np.uint8)  # a constant image becomes black

@@ -6,9 +6,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 IGNORE_INDEX = -100  # of labels, as everywhere in transformers
-MASK_IGNORE_INDEX = 255  # of mask labels: pixels that count neither as object nor as background
-CHUNK_SIZE = 1024  # positions whose logits exist in float32 at a time
-BACKGROUND_LOGIT = -1e4  # at which both losses and their gradients are exactly 0 for a background pixel
+MASK_IGNORE_INDEX = 255  # of mask labels: pixels that are neither object nor background
+CHUNK_SIZE = 1024  # positions whose logits exist in float32 at the same time
+BACKGROUND_LOGIT = -1e4  # gives a background pixel exactly 0 in both losses and their gradients
 DICE_EPSILON = 1e-3  # LISA divides numerator and denominator by 1000 before it adds 1e-6
 OVERSAMPLE_RATIO, IMPORTANCE_SAMPLE_RATIO = 3, 0.75  # of sampled pixels, as in PointRend and Mask2Former
 
@@ -23,8 +23,9 @@ def chunked_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.T
     Returns:
         Float32 scalar.
     """
-    # With a vocabulary of 152,000 the float32 copies of 1024 positions take 1.9 GB. They are made chunk by chunk, and
-    # again in the backward pass. The vocabulary projection itself stays one call: ZeRO-3 needs equally many per rank.
+    # With a vocabulary of 152,000 the float32 copies of 1024 positions take 1.9 GB. They are created chunk by chunk,
+    # and again in the backward pass. The vocabulary projection itself stays one call: ZeRO-3 needs the same number of
+    # calls on each rank.
     chunks = zip(logits.split(CHUNK_SIZE), labels.split(CHUNK_SIZE))
     return sum(checkpoint(_cross_entropy, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
 
@@ -38,8 +39,8 @@ def mask_losses(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> tuple[t
 
     Args:
         mask_logits: Logits at the size of the labels, `(M, H, W)` float.
-        mask_labels: 1 object, 0 background, 255 neither, `(M, H, W)`. Pixels of 255 are left out of both losses (LISA
-            trained them as background).
+        mask_labels: 1 object, 0 background, 255 neither, `(M, H, W)`. Pixels of 255 are excluded from both losses
+            (LISA trained them as background).
 
     Returns:
         Two float32 scalars: the mean binary cross-entropy of each mask, and the dice loss of each mask, summed over
@@ -48,7 +49,7 @@ def mask_losses(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> tuple[t
     logits = mask_logits.flatten(1).float()  # [M, P], P = H * W
     labels = mask_labels.flatten(1)
     ignored = labels == MASK_IGNORE_INDEX
-    # Photos have millions of pixels, so a pass over the masks is worth a check.
+    # Photos have millions of pixels, so a check is worth saving a pass over the masks.
     logits = logits.masked_fill(ignored, BACKGROUND_LOGIT) if ignored.any() else logits
     return _pixel_losses(logits, labels, ignored)
 
@@ -58,12 +59,12 @@ def sampled_mask_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute both mask losses at sampled pixels, chosen as in Mask2Former (arXiv 2112.01527, section 3.3).
 
-    Of three times `num_points` random pixels of a mask, those with the logits nearest to 0 become three quarters of
-    the points; the others are random again. Mask2Former's points lie anywhere between pixels. Here they are pixels, so
-    that labels are never mixed and 255 is left out. A mask with no more than `num_points` pixels contributes them all.
+    Of three times `num_points` random pixels of a mask, those with logits closest to 0 become three quarters of the
+    points; the others are random again. Mask2Former's points may lie between pixels. Here they are pixels, so that
+    labels are never interpolated and 255 is excluded. A mask with at most `num_points` pixels contributes all of them.
 
     Args:
-        mask_logits: Logits that cover the image, at any size, `(M, h, w)`. They are interpolated at the points alone.
+        mask_logits: Logits that cover the image, at any size, `(M, h, w)`. They are interpolated only at the points.
         mask_labels: 1 object, 0 background, 255 neither, `(M, H, W)`.
         num_points: Number of pixels per mask.
 
@@ -90,7 +91,7 @@ def sampled_mask_losses(
 
     labels = labels.gather(1, pixels)
     ignored = labels == MASK_IGNORE_INDEX
-    # Filled without `ignored.any()`, which would wait for the GPU.
+    # Filled without `ignored.any()`, which would synchronize with the GPU.
     logits = logits_at(mask_logits, pixels, size).masked_fill(ignored, BACKGROUND_LOGIT)
     return _pixel_losses(logits, labels, ignored)
 
@@ -120,7 +121,7 @@ def logits_at(mask_logits: torch.Tensor, pixels: torch.Tensor, size: tuple[int, 
         `(M, P)` float32: what bilinear `F.interpolate` to `size` gives at these pixels.
     """
     height, width = size
-    # grid_sample's coordinates run from -1 to 1 over the image; a pixel's are those of its center.
+    # grid_sample's coordinates run from -1 to 1 over the image; those of a pixel are at its center.
     x, y = (pixels % width + 0.5) / width, (pixels // width + 0.5) / height
     grid = 2 * torch.stack([x, y], dim=-1) - 1  # [M, P, 2]
     sampled = F.grid_sample(mask_logits[:, None].float(), grid[:, None], padding_mode="border", align_corners=False)

@@ -1,4 +1,4 @@
-"""One way to call any of transformers' SAM-family models: encode images, decode prompts, bring masks back to size.
+"""One way to call any of transformers' SAM-family models: encode images, decode prompts, resize masks.
 
 Sam, SamHQ, and the models with a feature pyramid (Sam2, Sam3Tracker, EdgeTam) differ in what their image encoder
 returns (a tensor; a tensor and intermediate states; several tensors), in what their decoder takes and in how their
@@ -33,8 +33,8 @@ UNTRAINED_VIDEO_DECODER_MODULES = (
     "output_hypernetworks_mlps.0",
     *(module for module in UNTRAINED_DECODER_MODULES if not module.startswith("output_hypernetworks_mlps.")),
 )
-# Elements of an attention bias that exist at a time. On CPUs 16 MB: the allocator reuses blocks of up to 32 MB, and
-# requests larger ones from the system each time, page by page. On GPUs enough to keep all cores busy.
+# Elements of an attention bias that exist at the same time. On CPUs 16 MB: the allocator reuses blocks of up to 32 MB,
+# and requests larger ones from the system each time, page by page. On GPUs enough to keep all cores busy.
 BIAS_SIZE = {"cpu": 2**22, "cuda": 2**27}
 
 
@@ -47,16 +47,16 @@ def padded_side(mask_config, video_mask_decoding: bool = False) -> int | None:
     """Return the side, in pixels, of the square that Sam and SamHQ pad images to; None if images are stretched.
 
     Args:
-        video_mask_decoding: See [`LisaConfig`]. Masks of stretched images have this square's size in between then.
+        video_mask_decoding: See [`LisaConfig`]. Masks of stretched images then have this square's size in between.
     """
     is_stretched = mask_config.model_type in FEATURE_PYRAMID_MODELS
     return None if is_stretched and not video_mask_decoding else mask_config.prompt_encoder_config.image_size
 
 
 def use_chunked_attention(mask_model: nn.Module) -> None:
-    """Make the global attention of Sam's and SamHQ's encoder compute its relative positions chunk by chunk.
+    """Make the global attention of Sam's and SamHQ's encoder compute relative positions chunk by chunk.
 
-    transformers makes a bias `(B, heads, H * W, H * W)` of them, and a copy in another memory order: 2 x 1.1 GB per
+    transformers turns them into a bias `(B, heads, H * W, H * W)`, plus a copy in another memory order: 2 x 1.1 GB per
     image in float32 with ViT-H at 1024 pixels, in each of four layers. The results are the same.
     """
     config = mask_model.config
@@ -81,7 +81,7 @@ def _chunked_attention(attention: nn.Module, hidden_states: torch.Tensor, **kwar
     bias_height = torch.einsum("bhwc,hkc->bhwk", query, relative_height)  # [B * heads, H, W, H]
     bias_width = torch.einsum("bhwc,wkc->bhwk", query, relative_width)  # [B * heads, H, W, W]
 
-    # As many heads as fit, or as many image rows of one head.
+    # As many heads as fit, or as many image rows of one head as fit.
     size = BIAS_SIZE.get(hidden_states.device.type, BIAS_SIZE["cuda"])
     heads_at_once = max(1, size // num_positions**2)
     rows_at_once = max(1, size // (heads_at_once * width * num_positions))
@@ -101,7 +101,7 @@ def encode_images(mask_model: nn.Module, pixel_values: torch.Tensor):
     """Compute image embeddings with the mask model's own encoder.
 
     Args:
-        pixel_values: Images as the mask model's image processor normalizes them, `(B, 3, S, S)` float.
+        pixel_values: Images normalized by the mask model's image processor, `(B, 3, S, S)` float.
 
     Returns:
         Sam: `(B, C, h, w)`; SamHQ: `[(B, C, h, w), [(B, h, w, C'), ...]]`; others: a list of three tensors, fine to
@@ -109,7 +109,7 @@ def encode_images(mask_model: nn.Module, pixel_values: torch.Tensor):
     """
     model_type = mask_model.config.model_type
     trainable = any(parameter.requires_grad for parameter in mask_model.vision_encoder.parameters())
-    # transformers' `get_image_embeddings` is always under no_grad, so the encoder is called directly.
+    # transformers' `get_image_embeddings` always uses no_grad, so the encoder is called directly.
     with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
         if model_type == "sam":
             return mask_model.vision_encoder(pixel_values).last_hidden_state
@@ -159,7 +159,7 @@ def decode_prompts(
     Returns:
         Mask logits `(M, h, w)`, and the decoder's own estimate of each mask's IoU `(M,)`.
     """
-    # 1. The embedding, and what else the decoder takes of the encoder's output.
+    # 1. The embedding, and the other encoder outputs that the decoder needs.
     model_type = mask_model.config.model_type
     decoder_kwargs = {}
     embeddings = image_embeddings  # [M, C, h, w]
@@ -169,17 +169,17 @@ def decode_prompts(
     elif model_type in FEATURE_PYRAMID_MODELS:
         *decoder_kwargs["high_resolution_features"], embeddings = image_embeddings
 
-    # 2. The dense prompt says that there is no mask prompt. The module is called, because under ZeRO-3 only a call
-    # gathers the pieces of its weight.
+    # 2. The dense prompt means that there is no mask prompt. The module is called, because under ZeRO-3 only a call
+    #    gathers its sharded weight.
     dtype = mask_model.prompt_encoder.no_mask_embed.weight.dtype
     no_mask = mask_model.prompt_encoder.no_mask_embed(torch.zeros(1, dtype=torch.long, device=prompts.device))
     dense = no_mask.reshape(1, -1, 1, 1).expand_as(embeddings)  # [M, C, h, w]
     position = mask_model.get_image_wide_positional_embeddings().to(dtype).expand_as(embeddings)  # [M, C, h, w]
 
-    # 3. Decoder. To it, the M prompts are a batch of M images with one prompt of one token each.
+    # 3. Decoder, which sees the M prompts as a batch of M images with one prompt of one token each.
     sparse = prompts.to(dtype)[:, None, None]  # [M, 1, 1, C]
     if video_mask_decoding:
-        # No point, and the padding that SAM 2 appends to points.
+        # "No point", and the padding that SAM 2 appends to points.
         not_a_point = mask_model.prompt_encoder.not_a_point_embed(
             torch.zeros(2, dtype=torch.long, device=prompts.device)
         )  # [2, C]
@@ -203,7 +203,7 @@ def decode_prompts(
 
 
 def unpad_masks(low_res_masks: torch.Tensor, reshaped_size, side: int | None) -> torch.Tensor:
-    """Cut the padding off the mask logits of one image.
+    """Remove the padding from the mask logits of one image.
 
     Args:
         low_res_masks: Logits of the decoder, `(M, h, w)`.
@@ -222,7 +222,7 @@ def unpad_masks(low_res_masks: torch.Tensor, reshaped_size, side: int | None) ->
 
 
 def upscale_masks(low_res_masks: torch.Tensor, reshaped_size, original_size, side: int | None) -> torch.Tensor:
-    """Bring mask logits of one image to its original size, as the mask model's own processor does.
+    """Resize the mask logits of one image to its original size, like the mask model's own processor.
 
     Args:
         low_res_masks, reshaped_size, side: See [`unpad_masks`].

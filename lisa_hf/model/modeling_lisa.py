@@ -55,10 +55,10 @@ from .vlm_backbone import (
 )
 
 
-# Pixels of mask labels up to which an image's masks exist at full size all at once: about 100 MB with what the losses
-# keep for the backward pass.
+# Maximum number of mask-label pixels for which all masks of an image exist at full size at once: about 100 MB with
+# what the losses keep for the backward pass.
 MASK_PIXELS = 2**22
-# The modules that make the masks, and the vocabulary projection, which chooses [SEG].
+# Modules that produce masks, and the vocabulary projection, which selects [SEG].
 UNQUANTIZED_MODULES = ["mask_model", "seg_projector", "lm_head"]
 
 
@@ -126,7 +126,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
     [`forward`] trains it and [`generate`] answers questions; both have an example.
 
     Args:
-        config: Configuration of both models and of what joins them.
+        config: Configuration of both models and of what connects them.
     """
 
     config_class = LisaConfig
@@ -160,7 +160,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         self.mask_model = AutoModelForMaskGeneration.from_config(config.mask_config)
         use_chunked_attention(self.mask_model)
         self.seg_projector = LisaSegProjector(config)
-        # The same objects, so that resizing the VLM's vocabulary changes this configuration too.
+        # The same objects, so that resizing the VLM's vocabulary also changes this configuration.
         config.vlm_config = self.vlm.config
         config.mask_config = self.mask_model.config
         self.generation_config = self.vlm.generation_config
@@ -169,7 +169,8 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        # PyTorch's own initialization, as LISA: a standard deviation of 0.02 would start with prompts near zero.
+        # PyTorch's default initialization, as in LISA: a standard deviation of 0.02 would start with prompts near
+        # zero.
         if isinstance(module, LisaSegProjector):
             module.linear_1.reset_parameters()
             module.linear_2.reset_parameters()
@@ -199,7 +200,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         quantization_config: BitsAndBytesConfig | None = None,
         device_map: str | None = None,
     ):
-        """Join a pretrained VLM and a pretrained mask model with a new projector.
+        """Connect a pretrained VLM and a pretrained mask model with a new projector.
 
         Args:
             vlm, mask_model: Hub ids or directories in transformers' format.
@@ -227,7 +228,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         separate_batch_entries(vlm_model)
         use_chunked_attention(sam_model)
         config = LisaConfig(vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id)
-        # Built without memory or random numbers, because both halves are replaced right away. `set_zero3_state` keeps
+        # Built without memory or random numbers, because both halves are replaced immediately. `set_zero3_state` keeps
         # transformers from sharding these placeholders.
         with set_zero3_state(), torch.device("meta"):
             model = cls(config)
@@ -246,7 +247,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         return model.eval()
 
     def train(self, mode: bool = True):
-        """Set training mode, but not of frozen encoders: BatchNorm, as in EdgeTAM or FastVLM, would drift."""
+        """Set training mode, except for frozen encoders, where BatchNorm, as in EdgeTAM or FastVLM, would drift."""
         super().train(mode)
         for encoder in (self.mask_model.vision_encoder, vision_tower(self.vlm)):
             if encoder is not None:
@@ -367,8 +368,8 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             targets = F.pad((labels if has_labels else input_ids)[:, 1:], (0, 1), value=IGNORE_INDEX)  # [N, L]
         supervised = targets != IGNORE_INDEX  # [N, L]
 
-        # 1. Language model. Each image is encoded once, whatever the number of rows about it. Unless all logits are
-        # asked for, only supervised positions go through the vocabulary projection.
+        # 1. Language model. Each image is encoded once, however many rows are about it. Unless all logits are
+        #    requested, only supervised positions go through the vocabulary projection.
         needs_all_logits = not has_labels or output_logits
         hidden_states, logits = self._run_vlm(
             *(input_ids, attention_mask, segment_ids, image_indices, num_images, vision_features),
@@ -435,7 +436,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         """Run the VLM, with its own logits.
 
         Args:
-            vlm_inputs: Its vision and text inputs beside those that [`forward`] names.
+            vlm_inputs: Vision and text inputs of the VLM that are not named in [`forward`].
             kept: Positions whose logits are computed, `(N, L)` bool; None means all.
 
         Returns:
@@ -470,7 +471,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         return SegTokens(rows[by_image], positions[by_image], images[by_image], rows[by_image])
 
     def _seg_embeddings(self, hidden_states: torch.Tensor, seg_tokens: SegTokens) -> torch.Tensor:
-        """Project the states of `[SEG]` to prompts of the mask decoder.
+        """Project the states of `[SEG]` to prompts for the mask decoder.
 
         LISA prompts the decoder with the state that predicts `[SEG]`, Sa2VA with that of `[SEG]` itself. Without any
         `[SEG]`, a dummy is projected and decoded: a process that skips these modules is an error under DDP and a hang
@@ -487,13 +488,13 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
 
     @property
     def image_token_id(self) -> int:
-        """Id of the token that a row has for each feature of its image."""
+        """Id of the token that represents each image feature in a row."""
         return self.config.vlm_config.image_token_id
 
     def _similarity_points(
         self, states, seg_tokens: SegTokens, prompt_states, input_ids, original_sizes, reshaped_input_sizes
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Choose the points that prompt M masks beside their `[SEG]`; None if the configuration wants none.
+        """Choose the points that prompt M masks in addition to their `[SEG]`; None if the configuration has none.
 
         Args:
             states: States that the places of `seg_tokens` are in, `(rows, L, hidden_size)`.
@@ -595,7 +596,8 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
 
         if labels.numel() <= MASK_PIXELS:
             return full_size_losses(masks, labels)
-        # Masks of a large photo exist at its size a few at a time, also in the backward pass, which makes them again.
+        # Masks of a large photo exist at full size only a few at a time, even in the backward pass, which recomputes
+        # them.
         masks_at_once = max(1, MASK_PIXELS // labels[0].numel())
         chunks = zip(masks.split(masks_at_once), labels.split(masks_at_once))
         parts = [

@@ -1,8 +1,8 @@
 """Shared-prefix packing: the questions about one image become one row, [prefix][question 1]..[question K].
 
 System prompt and image are the same for all questions about an image, and a causal model computes the same states for
-them each time. A packed row contains them once. Every question attends to them and to itself, at the positions that it
-has in a row of its own, so loss, gradients and masks equal those of separate rows (tests/model/test_packing.py).
+them each time. A packed row contains them once. Every question attends to them and to itself, at the positions it
+would have in a separate row, so loss, gradients and masks equal those of separate rows (tests/model/test_packing.py).
 """
 
 import itertools
@@ -20,9 +20,10 @@ from .losses import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
-# VLMs that hand positions and a mask to their language model as they are, and language models that take them. Packed
-# rows of each are tested to equal separate ones, and answers from a shared prefix those without. PaliGemma and Molmo2
-# cannot be among them: their image tokens attend to the question, so no two questions share the states of a prefix.
+# VLMs that pass positions and a mask to their language model unchanged, and language models that accept them. Tests
+# verify for each that packed rows equal separate ones, and that answers from a shared prefix equal those without.
+# PaliGemma and Molmo2 cannot be added: their image tokens attend to the question, so no two questions share the states
+# of a prefix.
 VLMS = (
     *("aria", "aya_vision", "chameleon", "cohere2_vision", "cohere_compass", "cosmos3_omni", "deepseek_ocr2"),
     *("deepseek_vl", "deepseek_vl_hybrid", "emu3", "gemma3", "gemma3n", "gemma4", "glm46v", "glm4v", "glm4v_moe"),
@@ -38,9 +39,9 @@ LANGUAGE_MODELS = (
     *("muse_spark_text", "paddleocr_vl_text", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3"),
     *("qwen3_vl_moe_text", "qwen3_vl_text"),
 )
-# Attention that a mask can limit. Linear attention and convolutions carry states from one question to the next.
+# Attention that respects a mask. Linear attention and convolutions carry states from one question to the next.
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Implementations that take a mask. With FlashAttention, packed questions would silently see each other.
+# Implementations that accept a mask. With FlashAttention, packed questions would silently see each other.
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
 PADDING_VALUES = {"labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "segment_ids": -1}  # others: 0
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # of the VLM, `(N, L)` each
@@ -56,11 +57,11 @@ def packing_unsupported_reason(config) -> str | None:
         )
     if vlm.model_type not in VLMS or text.model_type not in LANGUAGE_MODELS:
         return (
-            "packing needs a VLM and a language model that it is tested with, got "
+            "packing needs a VLM and a language model that it was tested with, got "
             f"{vlm.model_type} on {text.model_type}"
         )
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
-        return f"packing needs tokens that see earlier ones only, got bidirectional attention in {text.model_type}"
+        return f"packing needs tokens that see only earlier ones, got bidirectional attention in {text.model_type}"
     if text._attn_implementation not in ATTENTIONS:
         return (
             f"packing needs an attn_implementation that takes a mask, one of {', '.join(ATTENTIONS)}, got "
@@ -82,7 +83,7 @@ def resolve_packing(config, wanted: bool) -> bool:
     """Return whether to pack rows for a model of this [`LisaConfig`]; warn if packing is wanted but unsupported."""
     reason = packing_unsupported_reason(config) if wanted else None
     if reason:
-        logger.warning("Questions about an image stay separate rows: %s.", reason)
+        logger.warning("Questions about an image stay in separate rows: %s.", reason)
     return wanted and reason is None
 
 
@@ -90,7 +91,7 @@ def resolve_packing(config, wanted: bool) -> bool:
 
 
 def pack_rows(batch: dict, image_token_id: int, pad_token_id: int) -> dict:
-    """Pack the rows of a training batch that are about one image and begin alike.
+    """Pack the rows of a training batch that are about the same image and share a prefix.
 
     Args:
         batch: A batch of separate rows: text inputs and `labels` `(N, L)`, and sorted `image_indices` `(N,)`.
@@ -119,12 +120,12 @@ def pack_rows(batch: dict, image_token_id: int, pad_token_id: int) -> dict:
 
 
 def _pack_group(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Pack K rows that begin alike into one."""
+    """Pack K rows that share a prefix into one."""
     # The prefix ends at least one token before the first label of any row: the token that predicts a label belongs to
-    # its question. As every question then begins with an unlabeled token, none predicts a label of the next one.
+    # its question. Every question then begins with an unlabeled token, so none predicts a label of the next one.
     ends = [int((row["labels"] != IGNORE_INDEX).long().argmax()) or len(row["labels"]) for row in rows]
     length = min(ends) - 1
-    # And it is what all rows have in common.
+    # And it is common to all rows.
     same = torch.stack([row["input_ids"][:length] == rows[0]["input_ids"][:length] for row in rows]).all(0)
     length = int(same.long().cumprod(0).sum())
 
@@ -138,7 +139,7 @@ def _pack_group(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def unpack_rows(batch: dict) -> dict:
-    """Undo [`pack_rows`]. Only padding differs from the original batch: its token ids are 0."""
+    """Undo [`pack_rows`]. The result differs from the original batch only in the padding, whose token ids are 0."""
     segment_ids = batch["segment_ids"]
     rows, images = [], []
     for n, image in enumerate(batch["image_indices"].tolist()):
@@ -152,7 +153,7 @@ def unpack_rows(batch: dict) -> dict:
 
 
 def _pad_rows(rows: list[dict[str, torch.Tensor]], values: dict[str, int]) -> dict[str, torch.Tensor]:
-    """Stack rows of unequal length to `(N, L)` tensors, padded on the right with `values` by name, or 0."""
+    """Stack rows of unequal length into `(N, L)` tensors, padded on the right with `values` by name, or 0."""
     return {
         name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=values.get(name, 0))
         for name in rows[0]
@@ -213,7 +214,7 @@ def _packed_mask(vlm: nn.Module, attention_mask, segment_ids, positions, text_in
         return (segment_ids[batch, key] == 0) | (segment_ids[batch, key] == segment_ids[batch, query])
 
     def is_inside_window(batch, head, query, key):
-        # By position: by index, the questions in between would take up the window.
+        # By position: by index, the questions in between would count toward the window.
         return positions[batch, key] > positions[batch, query] - config.sliding_window
 
     masks = {}
@@ -227,7 +228,7 @@ def _packed_mask(vlm: nn.Module, attention_mask, segment_ids, positions, text_in
 
 
 def _image_overlay(vlm_config, is_sliding: bool, text_inputs: dict):
-    """Return the mask function by which the tokens of an image see each other in both directions, if they do."""
+    """Return the mask function that lets the tokens of an image see each other in both directions, if they do."""
     if vlm_config.model_type == "gemma3":
         is_image = text_inputs["token_type_ids"] == 1  # [N, L]
     elif getattr(vlm_config.get_text_config(), "use_bidirectional_attention", None) == "vision" and is_sliding:

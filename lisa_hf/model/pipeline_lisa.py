@@ -25,7 +25,7 @@ class Answer:
         text: Answer of the language model.
         masks: Masks at the size of the upright image, `(M, H, W)` bool.
         scores: The mask decoder's own estimate of each mask's IoU, `(M,)` float. LISA does not train it.
-        reasoning: What the model thought before it answered; empty unless it may think, see [`LisaProcessor`].
+        reasoning: Thoughts of the model before its answer; empty unless it may think, see [`LisaProcessor`].
     """
 
     text: str
@@ -51,7 +51,7 @@ def answer_prompts(
         model: A [`LisaForConditionalGeneration`].
         processor: Its [`LisaProcessor`].
         images: B images, of any kind that [`load_image`] takes.
-        prompts: N texts of the chat template, which end where the answer begins.
+        prompts: N texts from the chat template, which end where the answer begins.
         image_indices: Index of each prompt's image, N ints. Default: prompt n is about image n.
         mask_threshold: Logit above which a pixel belongs to a mask.
         max_new_tokens: Length of the longest answer in tokens.
@@ -71,8 +71,8 @@ def read_answers(processor, inputs: dict, output, mask_threshold: float = 0.0) -
 
     Args:
         processor: The model's [`LisaProcessor`].
-        inputs: What the processor made of N prompts.
-        output: What `generate` returned for them.
+        inputs: Output of the processor for N prompts.
+        output: Output of `generate` for them.
         mask_threshold: Logit above which a pixel belongs to a mask.
     """
     masks = processor.post_process_masks(
@@ -135,7 +135,7 @@ class ReasoningSegmentationPipeline(Pipeline):
             )
         messages = [user_message(inputs["question"])]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # `_forward` makes the tensors, from a whole batch: only the processor knows how images and rows are joined.
+        # `_forward` creates the tensors from a whole batch: only the processor knows how to combine images and rows.
         return {"image": load_image(inputs["image"]), "prompt": prompt}
 
     def _forward(self, batch: dict[str, Any], **kwargs) -> dict[str, Any]:

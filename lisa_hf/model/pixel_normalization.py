@@ -7,15 +7,15 @@ import torch
 
 
 def holds_uint8_pixels(name: str, value) -> bool:
-    """Return whether an input of a model is pixels that are still to be rescaled and normalized."""
+    """Return whether an input of a model contains pixels that still have to be rescaled and normalized."""
     return "pixel_values" in name and isinstance(value, torch.Tensor) and value.dtype == torch.uint8
 
 
 @lru_cache
 def normalizes_last(image_processor) -> bool:
-    """Return whether pixels are rescaled and normalized after everything else, so that it can be done later as well.
+    """Return whether pixels are rescaled and normalized after everything else, so that it can be done later.
 
-    Some image processors pad, cut or rearrange the normalized pixels; trying tells which.
+    Some image processors pad, crop or rearrange the normalized pixels; a trial shows which.
     """
     images = [PIL.Image.linear_gradient("L").convert("RGB").resize(size) for size in ((160, 120), (90, 300))]
     try:
@@ -32,13 +32,13 @@ def normalizes_last(image_processor) -> bool:
         and all(
             torch.allclose(normalize(raw[name], image_processor), expected[name], rtol=0, atol=1e-5) for name in names
         )
-        # Another tensor of pixels may have been normalized with numbers of its own.
+        # Another tensor of pixels may have been normalized with different numbers.
         and all(torch.equal(raw[name], expected[name]) for name in others)
     )
 
 
 def normalize(pixels: torch.Tensor, image_processor) -> torch.Tensor:
-    """Rescale and normalize `(B, 3, H, W)` uint8 to float32, as the image processor does it."""
+    """Rescale and normalize `(B, 3, H, W)` uint8 to float32, like the image processor."""
     pixels = pixels.float()
     if image_processor.do_rescale:
         pixels *= image_processor.rescale_factor
@@ -52,7 +52,7 @@ def normalize(pixels: torch.Tensor, image_processor) -> torch.Tensor:
 
 
 def clear_padding(pixels: torch.Tensor, image_sizes: torch.Tensor) -> None:
-    """Set to zero, in place, what is right of and below images `(B, 3, S, S)` of the sizes (H, W), `(B, 2)`."""
+    """Zero, in place, everything to the right of and below images `(B, 3, S, S)` with sizes (H, W), `(B, 2)`."""
     sizes = image_sizes.to(pixels.device)
     rows, columns = (torch.arange(side, device=pixels.device) for side in pixels.shape[-2:])
     is_image = (rows[:, None] < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])  # [B, S, S]

@@ -36,32 +36,33 @@ IMAGE_TOKENS = ("<im_start>", "<im_end>")  # around the image in LISA's template
 
 
 class TextTooLongError(ConversationError):
-    """Raised if a conversation is longer than `max_length` and cutting it would cut off a `[SEG]` or the image."""
+    """Raised if a conversation is longer than `max_length` and truncating it would lose a `[SEG]` or the image."""
 
 
 def add_tokens(tokenizer, tokens=(SEG_TOKEN,), lstrip: bool = True) -> None:
-    """Add tokens the way LISA's slow tokenizer treats them.
+    """Add tokens so that they behave as in LISA's slow tokenizer.
 
-    They swallow the spaces around them, so that `[SEG].` is one `[SEG]`, and are ordinary text for
+    They absorb the spaces around them, so that `[SEG].` is one `[SEG]`, and are ordinary text for
     `decode(skip_special_tokens=True)`.
 
     Args:
         tokenizer: Tokenizer to add them to.
         tokens: Tokens to add.
-        lstrip: Whether they swallow the spaces before them.
+        lstrip: Whether they absorb the spaces before them.
     """
     tokenizer.add_tokens([AddedToken(token, lstrip=lstrip, rstrip=True, normalized=False) for token in tokens])
 
 
 @dataclass
 class ImageInputs:
-    """What [`LisaProcessor.preprocess_images`] makes of B images, before the texts about them are known.
+    """Output of [`LisaProcessor.preprocess_images`] for B images, before the texts about them are known.
 
     Args:
         inputs: Inputs of the model by name: the VLM's vision inputs (one entry per image), `mask_pixel_values`
             `(B, 3, S, S)`, `original_sizes` and `reshaped_input_sizes` `(B, 2)`.
-        image_texts: What replaces the image token in a text about each image, with a token per image feature; B str.
-        type_id_names: Names of the type ids that the VLM takes per token, such as `mm_token_type_ids`.
+        image_texts: Replacements for the image token in texts about each image, with one token per image feature; B
+            str.
+        type_id_names: Names of the VLM's per-token type ids, such as `mm_token_type_ids`.
         cached_features: `image_embeddings` and `vision_features` from a feature cache, which replace pixels.
     """
 
@@ -78,14 +79,14 @@ class LisaProcessor(ProcessorMixin):
         batch = processor.encode_conversations(image_inputs, conversations, image_indices)  # training
         batch = processor(image_inputs, prompts, image_indices)  # generation
 
-    Both also take the images themselves.
+    Both also accept the images themselves.
 
     Args:
         vlm_processor: Processor of the VLM, whose tokenizer knows `[SEG]` (see [`add_tokens`]).
         mask_image_processor: Image processor of the mask model.
         chat_template: Jinja template of conversations. Default: the VLM processor's own.
-        thinking: Whether the model may think before it answers, in training and generation alike, if the template lets
-            one choose. Then answers may have a `reasoning_content` to learn.
+        thinking: Whether the model may think before it answers, in both training and generation, if the template has
+            this choice. Answers may then have a `reasoning_content` to train on.
     """
 
     def __init__(self, vlm_processor=None, mask_image_processor=None, chat_template=None, thinking: bool = False):
@@ -103,7 +104,7 @@ class LisaProcessor(ProcessorMixin):
             )
         self.seg_token_id = self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
         if self.seg_token_id is None or self.seg_token_id == self.tokenizer.unk_token_id:
-            raise ValueError(f"expected a tokenizer that knows {SEG_TOKEN}, got one that does not. Do `add_tokens`.")
+            raise ValueError(f"expected a tokenizer that knows {SEG_TOKEN}, got one that does not. Use `add_tokens`.")
 
     # ---- loading and saving -----------------------------------------------------------------------------------------
 
@@ -125,7 +126,7 @@ class LisaProcessor(ProcessorMixin):
         chat_template = chat_template or vlm_processor.chat_template or vlm_processor.tokenizer.chat_template
         tokenizer = vlm_processor.tokenizer
         prompt = ChatTemplate(tokenizer, chat_template).example_prompt
-        # An answer's first [SEG] must not swallow the line break that ends many prompts: generation starts behind it.
+        # An answer's first [SEG] must not absorb the line break that ends many prompts: generation starts after it.
         add_tokens(tokenizer, lstrip=not prompt[-1].isspace())
         known = tokenizer.get_vocab()
         add_tokens(tokenizer, [token for token in IMAGE_TOKENS if token in chat_template and token not in known])
@@ -136,12 +137,12 @@ class LisaProcessor(ProcessorMixin):
         )
 
     def to_dict(self) -> dict:
-        """Return what `processor_config.json` holds: the VLM processor's content and that of the mask model's."""
+        """Return the content of `processor_config.json`: that of the VLM's processor and that of the mask model's."""
         # Both processors share one file at the root: a sub-folder for the VLM's would hide its tokenizer from
         # AutoTokenizer.
         processor_dict = self.vlm_processor.to_dict() | super().to_dict()
         processor_dict["vlm_processor_class"] = type(self.vlm_processor).__name__
-        # transformers writes the same type for both backends, and so loads whichever is installed.
+        # transformers writes the same type for both backends, so it loads whichever is installed.
         for name, image_processor in (
             ("image_processor", self.vlm_processor.image_processor),
             ("mask_image_processor", self.mask_image_processor),
@@ -192,16 +193,16 @@ class LisaProcessor(ProcessorMixin):
         cached: ImageInputs | None = None,
         **kwargs,
     ) -> ImageInputs:
-        """Preprocess B images for the VLM and for the mask model, each image once however many texts are about it.
+        """Preprocess B images for the VLM and the mask model, each image once, however many texts are about it.
 
         Args:
             images: Image or list of B images, of any kind that [`load_image`] takes; nested lists of one are accepted.
             original_sizes: (H, W) of each image file, if an image is a reduced copy of it. Default: the images' sizes.
             do_normalize: Whether to rescale and normalize pixels here. Otherwise they stay uint8 `(B, 3, H, W)`, a
-                quarter of the bytes, for [`normalize_pixels`] on the model's device; a VLM's processor that pads or
-                rearranges normalized pixels still does all of it here.
-            cached: What a feature cache knows of these images. Its features replace the pixels of their encoder, and
-                with the features of both encoders the images are not even decoded.
+                quarter of the bytes, for [`normalize_pixels`] on the model's device. If a VLM's processor pads or
+                rearranges normalized pixels, all of this still happens here.
+            cached: Entries of a feature cache for these images. Features replace the pixels of their encoder, and with
+                the features of both encoders the images are not even decoded.
             kwargs: Arguments of the VLM's processor.
 
         Raises:
@@ -230,8 +231,7 @@ class LisaProcessor(ProcessorMixin):
         """Return the VLM's vision inputs of B RGB images, and `image_texts` and `type_id_names` of [`ImageInputs`]."""
         if not do_normalize and normalizes_last(self.vlm_processor.image_processor):
             kwargs |= {"do_rescale": False, "do_normalize": False}
-        # A question about each image shows what the VLM's processor makes of it: its vision inputs and the text that
-        # replaces the image token.
+        # A question about each image reveals its vision inputs and the text that replaces the image token.
         question, layout = self.template.example_prompt, self._text_layout()
         outputs, texts = call_vlm_processor(self.vlm_processor, images, question, layout.takes_nested_images, **kwargs)
         inputs = {name: value for name, value in outputs.items() if is_vision_input(name)}
@@ -247,7 +247,7 @@ class LisaProcessor(ProcessorMixin):
         """Return `mask_pixel_values`, `original_sizes` and `reshaped_input_sizes` of B RGB images."""
         raw = {} if do_normalize else {"do_rescale": False, "do_normalize": False}
         mask_inputs = self.mask_image_processor(images, **raw)
-        # SAM 2 and later stretch images to a square, so their processors report no sizes.
+        # SAM 2 and later stretch images to a square, so their processors do not report sizes.
         square = [self.mask_image_processor.size["height"], self.mask_image_processor.size["width"]]
         inputs = {
             "mask_pixel_values": mask_inputs["pixel_values"],
@@ -257,7 +257,7 @@ class LisaProcessor(ProcessorMixin):
         return dict(BatchFeature(inputs, tensor_type="pt"))
 
     def normalize_pixels(self, batch: dict) -> None:
-        """Rescale and normalize, in place and on their device, the pixels that [`preprocess_images`] left uint8."""
+        """Rescale and normalize, in place and on their device, the pixels that [`preprocess_images`] left as uint8."""
         for name in [name for name in batch if holds_uint8_pixels(name, batch[name])]:
             if name == "mask_pixel_values":
                 batch[name] = normalize(batch[name], self.mask_image_processor)  # [B, 3, S, S]
@@ -309,26 +309,26 @@ class LisaProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Prepare B images and finished conversations for training, with labels on the assistant's turns.
 
-        The tokens before an answer are those from which generation starts: the prompt of the turns before it. If a
-        chat template writes these turns differently once others follow, a conversation becomes several rows, each with
-        the answers that share a prompt.
+        The tokens before an answer are those that generation starts from: the prompt of the previous turns. If a chat
+        template renders these turns differently once others follow, a conversation becomes several rows, each with the
+        answers that share a prompt.
 
         Args:
             images: [`ImageInputs`], or images as in [`preprocess_images`].
             conversations: Lists of messages (`role`, `content`), each with one image.
             image_indices: Index of each conversation's image. Default: conversation n is about image n.
-            max_length: Length of the longest row in tokens, image tokens included. Longer rows lose their end.
+            max_length: Maximum length of a row in tokens, including image tokens. Longer rows are truncated.
             padding_side: "right", or "left" without a `max_length`.
 
         Returns:
-            What [`__call__`] returns, and `labels` `(N, L)` int64: -100 outside the assistant's turns, each of which
+            Outputs of [`__call__`], and `labels` `(N, L)` int64: -100 outside the assistant's turns, each of which
             ends with the template's end token, or else the tokenizer's. Rows are in the order of the conversations and
             their turns.
 
         Raises:
-            TextTooLongError: If cutting at `max_length` would cut off a `[SEG]` of an answer or the image.
-            ConversationError: If the chat template does not write an answer, or its reasoning, as it is.
-            ValueError: If images and texts do not match, or the chat template takes no such messages.
+            TextTooLongError: If truncating at `max_length` would lose a `[SEG]` of an answer or the image.
+            ConversationError: If the chat template does not write an answer, or its reasoning, verbatim.
+            ValueError: If images and texts do not match, or the chat template does not accept such messages.
         """
         image_inputs = images if isinstance(images, ImageInputs) else self.preprocess_images(images)
         image_indices = range(len(conversations)) if image_indices is None else image_indices
@@ -354,21 +354,21 @@ class LisaProcessor(ProcessorMixin):
 
     @property
     def image_token(self) -> str:
-        """The token that a text has in the place of its image."""
-        # Qianfan-OCR has one token for the image in a text and another for each of its features.
+        """The token that represents the image in a text."""
+        # Qianfan-OCR has one token for the image in a text and another one for each of its features.
         token = getattr(self.vlm_processor, "image_placeholder_token", self.vlm_processor.image_token)
         return str(token)
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template, which writes the same prompts for training and generation."""
+        """The chat template, which renders the same prompts for training and generation."""
         return _chat_template(
             self.tokenizer, self.chat_template, self.thinking, self._image_tokens, len(self.tokenizer)
         )
 
     @property
     def image_token_id(self) -> int:
-        """Id of the token that a row has for each feature of its image; Janus' processor knows its text alone."""
+        """Id of the token that represents each image feature in a row; Janus' processor knows only its text."""
         token_id = getattr(self.vlm_processor, "image_token_id", None)
         return self.tokenizer.convert_tokens_to_ids(self.vlm_processor.image_token) if token_id is None else token_id
 
@@ -384,8 +384,7 @@ class LisaProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """Return the text of conversations, like `ProcessorMixin.apply_chat_template`, as training sees it.
 
-        Special tokens in what users write are escaped: their texts hold a mark, by which [`__call__`] tokenizes them
-        as letters.
+        Special tokens in user texts are escaped with a mark, which makes [`__call__`] tokenize them as letters.
 
         Args:
             conversation: List of messages, or a list of such lists.
@@ -395,7 +394,7 @@ class LisaProcessor(ProcessorMixin):
         template = self.template
         if chat_template is not None:
             template = ChatTemplate(self.tokenizer, chat_template, self.thinking, self._image_tokens, (SEG_TOKEN,))
-        template.example_prompt  # noqa: B018  raises if the template fails, or never ends
+        template.example_prompt  # noqa: B018  raises if the template fails or never ends
         is_batch = isinstance(conversation[0], (list, tuple))
         conversation = [template.prepare(row) for row in conversation] if is_batch else template.prepare(conversation)
         return super().apply_chat_template(
@@ -422,7 +421,7 @@ class LisaProcessor(ProcessorMixin):
                 f"tokens in {len(rows)} texts, image_indices {image_indices} and {num_images} images. Pass one index "
                 "per text."
             )
-        # 1. What the VLM's processor writes into the texts.
+        # 1. Texts with what the VLM's processor adds to them.
         layout = self._text_layout()
         rows = [
             _expand_row(row, image_token, image_inputs.image_texts[index], layout)
@@ -434,7 +433,7 @@ class LisaProcessor(ProcessorMixin):
         groups = tokenize(self.tokenizer, rows, add_special_tokens)
         image_indices = [index for index, group in zip(image_indices, groups) for _ in group]
         rows = [row for group in groups for row in group]
-        # 3. Rows of one length.
+        # 3. Rows of equal length.
         length = max(len(row.ids) for row in rows)
         pad = partial(_pad, length=length, side=padding_side)
         text_inputs = {
@@ -442,7 +441,7 @@ class LisaProcessor(ProcessorMixin):
             "attention_mask": [pad([1] * len(row.ids), 0) for row in rows],
             "labels": [pad(row.labels(), IGNORE_INDEX) for row in rows],
         }
-        # 4. Type ids, as the VLM's processor makes them.
+        # 4. Type ids, as from the VLM's processor.
         for name in image_inputs.type_id_names:
             if name == TYPE_IDS and layout.type_ids_mark_answers:
                 answer_starts = [row.row.prompt_end for row in rows]
@@ -457,17 +456,17 @@ class LisaProcessor(ProcessorMixin):
         return text_inputs
 
     def _truncate(self, text_inputs: dict, max_length: int, padding_side: str) -> None:
-        """Cut rows at their end, in place, to `max_length` tokens."""
+        """Truncate rows, in place, to `max_length` tokens."""
         if padding_side == "left":
             raise ValueError(
-                'expected padding_side="right" for a `max_length`, which cuts the end of rows, got "left".'
+                'expected padding_side="right" for a `max_length`, which truncates rows on the right, got "left".'
             )
         image_token_ids = set(self.image_token_ids)
         for row, (ids, labels) in enumerate(zip(text_inputs["input_ids"], text_inputs["labels"])):
             if self.seg_token_id in labels[max_length:] or image_token_ids.intersection(ids[max_length:]):
                 raise TextTooLongError(
                     f"Row {row}: expected at most max_length={max_length} tokens, got "
-                    f"{sum(text_inputs['attention_mask'][row])}, and cutting them would lose a {SEG_TOKEN} or the "
+                    f"{sum(text_inputs['attention_mask'][row])}, and truncating would lose a {SEG_TOKEN} or the "
                     f"image. Raise max_length or shorten the text: '...{self.tokenizer.decode(ids[-60:])}'."
                 )
         for name in text_inputs.keys() - {"image_indices"}:
@@ -488,7 +487,7 @@ class LisaProcessor(ProcessorMixin):
         """Upscale masks to the original sizes, row by row.
 
         Args:
-            low_res_masks: Logits `(M, h, w)` that [`LisaForConditionalGeneration.generate`] returned.
+            low_res_masks: Logits `(M, h, w)` from [`LisaForConditionalGeneration.generate`].
             original_sizes: (H, W) of the image files, `(B, 2)`.
             reshaped_input_sizes: (H, W) of the images after the resize for the mask model, `(B, 2)`.
             seg_row_indices: Row of each mask, `(M,)`. Default: mask m belongs to row m.
@@ -532,12 +531,12 @@ class LisaProcessor(ProcessorMixin):
 
 @lru_cache
 def _chat_template(tokenizer, jinja: str, thinking: bool, image_tokens: tuple[str, ...], _) -> ChatTemplate:
-    """Return a chat template, made once; the last argument changes with the tokenizer's vocabulary."""
+    """Return a chat template, created once; the last argument changes with the tokenizer's vocabulary."""
     return ChatTemplate(tokenizer, jinja, thinking, image_tokens, answer_tokens=(SEG_TOKEN,))
 
 
 def _expand_row(row: Row, image_token: str, image_text: str, layout: TextLayout) -> Row:
-    """Return a row with what a VLM's processor writes: the tokens of its image, and around the prompt."""
+    """Return a row with what a VLM's processor adds: the tokens of its image, and text around the prompt."""
     before, after = row.text[: row.prompt_end].split(image_token)
     prompt = layout.prefix + before + image_text + after + layout.prompt_suffix
     shift = len(prompt) - row.prompt_end

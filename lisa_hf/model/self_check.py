@@ -1,4 +1,4 @@
-"""Check that LISA sees and computes what its VLM does alone, before it trains on something else without an error."""
+"""Check that LISA sees and computes the same as its VLM alone, instead of silently training on something else."""
 
 import PIL.Image
 import torch
@@ -14,7 +14,7 @@ from .vlm_text_layout import is_vision_input
 
 QUESTION, ANSWER = "What is in this image?", f"It is {SEG_TOKEN}, and there is more of it."
 NUM_LOGITS = 16  # positions whose logits are computed, each as large as the vocabulary
-# Largest relative differences of equal computations: in float32, and in fewer bits or with quantized weights.
+# Maximum relative differences between equal computations: in float32, and in fewer bits or with quantized weights.
 TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
 
 
@@ -22,21 +22,21 @@ TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
 def check_against_vlm(model: LisaForConditionalGeneration, processor: LisaProcessor) -> None:
     """Compare LISA with its VLM alone on one image with a question and an answer, in three forward passes.
 
-    1. Token ids, type ids and vision inputs: what training makes of the row, cut before the answer, with what the
-       VLM's own processor makes of the question. Ids are equal, floats to the tolerance below.
-    2. States of two rows that differ in the last token of the answer alone: before it they are the same.
-    3. States and loss of the question: [`LisaForConditionalGeneration.forward`] with the VLM's own forward on its own
-       processor's output. The loss of the least likely tokens tells whether logits are the VLM's own.
+    1. Token ids, type ids and vision inputs: those of the training row, truncated before the answer, against those
+       from the VLM's own processor for the question. Ids must be equal, floats within the tolerance below.
+    2. States of two rows that differ only in the last token of the answer: before it, they must be the same.
+    3. States and loss of the question: [`LisaForConditionalGeneration.forward`] against the VLM's own forward on its
+       own processor's output. The loss of the least likely tokens tells whether logits are the VLM's own.
 
-    Both sides of 2 and 3 are computed on tensors of the same shapes, so that rounding is the same too. The state of
-    each position may differ by `TOLERANCE` of its norm, and the loss as much, if the computation is in float32, else
-    by `HALF_TOLERANCE`: bfloat16, float16, autocast, and weights in 8 and 4 bits, which compute in these.
+    Both sides of 2 and 3 are computed on tensors of the same shapes, so that rounding is the same. The state of each
+    position may differ by `TOLERANCE` of its norm, and the loss as much, if the computation is in float32, else by
+    `HALF_TOLERANCE`: bfloat16, float16, autocast, and weights in 8 and 4 bits, which compute in these.
 
-    Weights, modes and random numbers stay as they are. With sharded weights, all processes must call this.
+    Weights, modes and random states do not change. With sharded weights, all processes must call this.
 
     Args:
         model: A LISA, which may contain LoRA, on any device.
-        processor: Its processor.
+        processor: Processor of the model.
 
     Raises:
         ValueError: If something differs: a VLM, processor or chat template that LISA uses in another way than its own.
@@ -44,7 +44,7 @@ def check_against_vlm(model: LisaForConditionalGeneration, processor: LisaProces
     training_modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # A compiled encoder would be compiled for this image alone.
+        # A compiled encoder would be compiled for this image only.
         with torch.compiler.set_stance("force_eager"):
             difference = _find_difference(model, processor)
     finally:
@@ -52,8 +52,8 @@ def check_against_vlm(model: LisaForConditionalGeneration, processor: LisaProces
             module.training = mode
     if difference is not None:
         raise ValueError(
-            f"Self-check: expected {type(model.vlm).__name__} to see and compute within LISA what it does alone, got "
-            f"{difference}. Choose another VLM or, if you passed a `chat_template`, leave it out. Please report this "
+            f"Self-check: expected {type(model.vlm).__name__} to see and compute the same within LISA as alone, got "
+            f"{difference}. Choose another VLM or, if you passed a `chat_template`, omit it. Please report this "
             "line with your version of transformers."
         )
 
@@ -74,7 +74,7 @@ def _find_difference(model: LisaForConditionalGeneration, processor: LisaProcess
     }
 
     # 2. Two rows about the image that differ in the last token of the answer. FSDP needs this first: the whole model's
-    # forward before that of a module in it.
+    #    forward before that of one of its modules.
     pair = {name: value if is_vision_input(name) else torch.cat([value, value]) for name, value in batch.items()}
     pair["image_indices"] = torch.zeros(2, dtype=torch.long, device=device)
     pair["input_ids"][1, -1] = batch["input_ids"][0, length]
@@ -90,9 +90,9 @@ def _find_difference(model: LisaForConditionalGeneration, processor: LisaProcess
     is_read[:, -NUM_LOGITS:] = True
     with record_states(vlm, is_read, model.config.states_at) as states:
         logits = vlm(**{name: question[name] for name in own}, use_cache=False).logits[0].float()  # [T, V]
-    if model.config.suppress_tokens:  # in LISA alone
+    if model.config.suppress_tokens:  # only in LISA
         logits[:, model.config.suppress_tokens] = torch.finfo(logits.dtype).min
-    # Some VLMs forbid tokens by the lowest of all numbers.
+    # Some VLMs forbid tokens with the lowest possible number.
     least_likely = logits.where(logits > -1e30, torch.inf).argmin(dim=1)  # [T]
     question["shift_labels"] = torch.full_like(question["input_ids"], IGNORE_INDEX).masked_scatter(
         is_read, least_likely
@@ -107,7 +107,7 @@ def _find_difference(model: LisaForConditionalGeneration, processor: LisaProcess
 
 
 def _training_inputs(processor: LisaProcessor, messages: list[dict], device: torch.device) -> dict:
-    """Return the row of a conversation as training makes it: uint8 pixels, which are normalized on the device."""
+    """Return the row of a conversation as in training: uint8 pixels, which are normalized on the device."""
     image_inputs = processor.preprocess_images(_test_image(), do_normalize=False)
     batch = _to_device(processor.encode_conversations(image_inputs, [messages]), device)
     processor.normalize_pixels(batch)
@@ -115,7 +115,7 @@ def _training_inputs(processor: LisaProcessor, messages: list[dict], device: tor
 
 
 def _own_inputs(processor: LisaProcessor, question: dict, device: torch.device) -> dict:
-    """Return what the VLM's own processor makes of a question, called as transformers' `apply_chat_template` does."""
+    """Return the output of the VLM's own processor for a question, called like transformers' `apply_chat_template`."""
     prompt = processor.apply_chat_template([question], add_generation_prompt=True)
     bos = processor.tokenizer.bos_token
     kwargs = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
@@ -125,7 +125,7 @@ def _own_inputs(processor: LisaProcessor, question: dict, device: torch.device) 
 
 
 def _test_image() -> PIL.Image.Image:
-    """Return a photo's size of colors that differ everywhere, large enough to be cut into crops."""
+    """Return an image with colors that differ everywhere, large enough to be split into crops."""
     horizontal, radial = PIL.Image.linear_gradient("L").rotate(90), PIL.Image.radial_gradient("L")
     return PIL.Image.merge("RGB", [PIL.Image.linear_gradient("L"), horizontal, radial]).resize((1024, 768))
 
@@ -135,7 +135,7 @@ def _to_device(inputs: dict, device: torch.device) -> dict:
 
 
 def _cut_rows(batch: dict, length: int) -> dict:
-    """Return a batch without labels whose rows are cut to their first `length` tokens."""
+    """Return a batch without labels whose rows are truncated to `length` tokens."""
     cut = {name: value if is_vision_input(name) else value[:, :length] for name, value in batch.items()}
     del cut["labels"]
     return cut
@@ -166,6 +166,6 @@ def _tolerance(states: torch.Tensor) -> float:
 def _relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference of a position, relative to its norm; nan if one is not finite."""
     found, expected = found.float(), expected.float()
-    # A state may be zero: that of a padding token in a model of random weights.
+    # A state may be zero: that of a padding token in a model with random weights.
     norms = expected.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return ((found - expected).norm(dim=-1) / norms).max().item()

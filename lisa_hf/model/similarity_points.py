@@ -1,7 +1,7 @@
-"""Points where the image's states are like that of `[SEG]`, which READ prompts its mask decoder with beside the state.
+"""Points where image states are similar to that of `[SEG]`, with which READ also prompts its mask decoder.
 
-As READ computes them (arXiv 2412.17741): CLIP saw the square in the middle of the image, so similarities fill that
-square, and what is beside it has none.
+Computed as in READ (arXiv 2412.17741): CLIP saw the square in the middle of the image, so similarities fill that
+square, and the rest has none.
 """
 
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 
 
-# Side of the map in which READ looks for the exact place of a point, before it is brought to the image's size.
+# Side of the map in which READ looks for the exact position of a point, before it is scaled to the image's size.
 MAP_SIDE = 336
-# Pixels from a point on that do not move it: exp(-11**2) is nothing in float32.
+# Distance in pixels beyond which nothing moves a point: exp(-11**2) is negligible in float32.
 REACH = 11
 
 
 @dataclass(frozen=True)
 class PointOptions:
-    """How points are chosen; the defaults are those of READ-7B.
+    """Options for choosing points; the defaults are those of READ-7B.
 
     Args:
-        count: Number of points of a mask.
-        positive: Similarity, between 0 and 1 of an image, from which a point is inside.
-        negative: Similarity up to which a point is outside. Those between are not points to the decoder, but count.
+        count: Number of points per mask.
+        positive: Minimum similarity, scaled to [0, 1] per image, of a point inside.
+        negative: Maximum similarity of a point outside. Points in between are ignored by the decoder, but count.
         stride: Image tokens per cell of the map that points are chosen from.
     """
 
@@ -51,7 +51,7 @@ def similarity_points(
     side = int(len(similarity) ** 0.5)
     similarity = similarity.view(1, 1, side, side)
 
-    # 1. Cells: those most like [SEG], then those least like it, then the rest.
+    # 1. Cells: those most similar to [SEG], then those least similar, then the rest.
     cells = F.interpolate(similarity, (side // options.stride,) * 2, mode="bilinear")
     cells = _pad_to_image(_normalize(cells), height, width, value=-1.0)  # [rows, columns]
     num_columns, values = cells.shape[1], cells.detach().flatten()
@@ -65,7 +65,7 @@ def similarity_points(
     labels[values[chosen] >= options.positive] = 1
     labels[(values[chosen] >= 0) & (values[chosen] <= options.negative)] = 0
 
-    # 2. The pixel in the middle of a cell, moved to where similarity around it is.
+    # 2. The pixel in the middle of a cell, moved toward the similarity around it.
     x = ((chosen % num_columns + 0.5) * (width / num_columns)).clamp(max=width - 1).long()
     y = ((chosen // num_columns + 0.5) * (height / cells.shape[0])).clamp(max=height - 1).long()
     pixels = F.interpolate(_normalize(similarity), (MAP_SIDE, MAP_SIDE), mode="bilinear")
@@ -88,7 +88,7 @@ def _pad_to_image(square: torch.Tensor, height: int, width: int, value: float) -
 
 
 def _center(pixels: torch.Tensor, x: int, y: int) -> torch.Tensor:
-    """Return the center `(2,)`, x and y, of a map `(H, W)` around one pixel, near pixels counting more."""
+    """Return the center `(2,)`, x and y, of a map `(H, W)` around one pixel; close pixels count more."""
     rows = torch.arange(max(y - REACH, 0), min(y + REACH + 1, pixels.shape[0]), device=pixels.device)
     columns = torch.arange(max(x - REACH, 0), min(x + REACH + 1, pixels.shape[1]), device=pixels.device)
     near = torch.exp(-((columns - x) ** 2).float() - ((rows - y) ** 2).float()[:, None])

@@ -1,6 +1,6 @@
 """Workarounds for transformers, PEFT and safetensors: the version that needs each, its symptom, and when to remove it.
 
-To find out whether one is still needed, make it do nothing and run the test that it names.
+To find out whether one is still needed, disable it and run the test that it names.
 """
 
 import os
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class UpstreamFixesMixin:
-    """Defaults of [`~transformers.PreTrainedModel`] that break a model made of two others."""
+    """Defaults of [`~transformers.PreTrainedModel`] that break a model composed of two others."""
 
     # Version: peft 0.21.
     # Symptom: with tied embeddings, PEFT trains copies of embeddings and vocabulary projection that drift apart. It
@@ -22,7 +22,7 @@ class UpstreamFixesMixin:
     _tied_weights_keys = {}
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
-        """Like transformers', but keys are saved as they are in memory.
+        """Like transformers' method, but with keys saved as in memory.
 
         Version: transformers 5.23.
         Symptom: the default `save_original_format=True` renames the keys of the nested VLM. Trainer resumes with a
@@ -38,7 +38,7 @@ class UpstreamFixesMixin:
         """Whether activations are recomputed, by the name that PEFT reads.
 
         Version: transformers 5.23 with peft 0.21.
-        Symptom: every run with LoRA warns that `is_gradient_checkpointing` is deprecated, which its user never wrote.
+        Symptom: every run with LoRA warns that `is_gradient_checkpointing` is deprecated, which the user never wrote.
         Remove when: PEFT reads `is_activation_checkpointing`; tests/training/test_trainable.py.
         """
         return self.is_activation_checkpointing
@@ -48,9 +48,9 @@ def share_weights_files(directory: Path) -> None:
     """Give the weights files of a directory the permissions that any new file has.
 
     Version: safetensors 0.8.
-    Symptom: only their owner can read `*.safetensors`, whatever the umask says, so that nobody else on a cluster, in a
-        container or in a group can load a model that was trained, converted or exported.
-    Remove when: safetensors' issue 782 is closed; tests/recipes/test_export.py::test_others_can_read_weights.
+    Symptom: only the owner can read `*.safetensors`, whatever the umask, so nobody else on a cluster, in a container
+    or in a group can load a model that was trained, converted or exported. Remove when: safetensors' issue 782 is
+    closed; tests/recipes/test_export.py::test_others_can_read_weights.
     """
     umask = os.umask(0o077)  # it can be read only by setting it
     os.umask(umask)
@@ -74,9 +74,9 @@ def separate_batch_entries(vlm: nn.Module) -> None:
     """Make each row and image of a batch independent of the others in HunYuanVL and Emu3, in place.
 
     Version: transformers 5.23.
-    Symptom: the states of a row change with its place in the batch, or with the sizes of the other images. HunYuanVL
-        numbers images over all rows, and the number is a position; Emu3's convolutions see the padding of an image.
-    Remove when: `HunYuanVLModel.get_rope_index` begins with 0 in each row, and `Emu3Model.get_image_features` cuts
+    Symptom: the states of a row depend on its position in the batch, or on the sizes of the other images. HunYuanVL
+    numbers images over all rows, and the number is a position; Emu3's convolutions see the padding of an image. Remove
+    when: `HunYuanVLModel.get_rope_index` begins with 0 in each row, and `Emu3Model.get_image_features` cuts
         images to their `image_sizes`; tests/model/test_vlms.py::test_states_logits_and_answers_are_the_vlms_own.
     """
     model = vlm.base_model
@@ -106,12 +106,12 @@ def _features_of_cut_images(get_image_features, pixel_values, image_sizes, **kwa
 
 
 def keep_loaded_tying(vlm: nn.Module, vocabulary_projection: nn.Module) -> None:
-    """Make the configuration of a loaded VLM say whether its vocabulary projection is tied to its embeddings.
+    """Set in the configuration of a loaded VLM whether its vocabulary projection is tied to its embeddings.
 
     Version: transformers 5.23.
     Symptom: a VLM whose configuration gives `tie_word_embeddings` only for its language model (InternVL3, Mistral
-        Small 3.1) counts as tied. Loading leaves apart what differs in the checkpoint, but the next `tie_weights` or
-        `resize_token_embeddings` replaces the vocabulary projection by the embeddings.
+        Small 3.1) counts as tied. Loading keeps weights apart that differ in the checkpoint, but the next
+        `tie_weights` or `resize_token_embeddings` replaces the vocabulary projection with the embeddings.
     Remove when: `resize_token_embeddings` keeps it; tests/model/test_vlms.py::test_a_vocabulary_projection_of_its_own.
     """
     if vocabulary_projection.weight is not vlm.get_input_embeddings().weight:
@@ -135,8 +135,8 @@ def keep_llama_legacy(tokenizer) -> None:
     """Make a `LlamaTokenizer` save `legacy`, which decides how the text after a special token is split.
 
     Version: transformers 5.23.
-    Symptom: `save_pretrained` leaves `legacy` out, so that a reloaded tokenizer gives other ids after `[SEG]`.
-    Remove when: `tokenizer_config.json` contains it; tests/model/test_processing.py.
+    Symptom: `save_pretrained` omits `legacy`, so a reloaded tokenizer gives different ids after `[SEG]`. Remove when:
+    `tokenizer_config.json` contains it; tests/model/test_processing.py.
     """
     tokenizer.init_kwargs["legacy"] = tokenizer.legacy
 
@@ -146,9 +146,9 @@ def patched_sam_hq_decoder(decoder: nn.Module):
     """Make `SamHQMaskDecoder` compute the masks of the published SAM-HQ inside this context.
 
     Version: transformers 5.23.
-    Symptom: other masks than SAM-HQ's own code. The decoder drops the image embeddings that its transformer returns
-        and upscales those that went in, with rows and columns exchanged.
-    Remove when: it upscales the transformer's output; tests/conversion/test_convert_sam.py.
+    Symptom: different masks from SAM-HQ's own code. The decoder drops the image embeddings that its transformer
+    returns and upscales the input ones, with rows and columns swapped. Remove when: it upscales the transformer's
+    output; tests/conversion/test_convert_sam.py.
     """
     attended = []
     hooks = [

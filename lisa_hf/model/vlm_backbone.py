@@ -1,4 +1,4 @@
-"""One way to call any of transformers' VLMs: an image is encoded once, and each row about it receives its features."""
+"""One way to call any of transformers' VLMs: an image is encoded once, and each row about it gets its features."""
 
 import dataclasses
 import inspect
@@ -13,9 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 
-# Fields of an image encoder's output that no language model reads beside its features. They would only take memory.
+# Fields of an image encoder's output that no language model reads. They would only take memory.
 INTERNAL_FIELDS = ("last_hidden_state", "hidden_states", "attentions")
-# Those with an entry per image token. Others are taken to be the same for all images.
+# Fields with one entry per image token. Others are assumed to be the same for all images.
 TOKEN_FIELDS = ("pooler_output", "last_hidden_state", "deepstack_features")
 
 
@@ -29,7 +29,7 @@ def raise_if_not_vlm(config: PreTrainedConfig) -> None:
 
 
 def unsupported_reason(vlm: nn.Module) -> str | None:
-    """Return why a VLM cannot be called with features of images that are encoded once, or None if it can."""
+    """Return why a VLM cannot be called with features of images encoded once, or None if it can."""
     forward = inspect.signature(vlm.forward).parameters
     if "mm_encoder_outputs" not in forward:
         return "its forward takes no precomputed features (`mm_encoder_outputs`)"
@@ -38,7 +38,7 @@ def unsupported_reason(vlm: nn.Module) -> str | None:
     if not any(hasattr(module, "get_image_features") for module in vlm.modules()):
         return "it encodes no images (`get_image_features`), only videos"
     if any(name.endswith("input_ids") for name in inspect.signature(image_encoder(vlm).get_image_features).parameters):
-        return "its features of an image depend on the question"
+        return "its image features depend on the question"
     if forward.get("pixel_values") and forward["pixel_values"].default is inspect.Parameter.empty:
         return "its `generate` always encodes pixels itself"
     return None
@@ -50,7 +50,7 @@ def image_encoder(vlm: nn.Module) -> nn.Module:
 
 
 def vision_tower(vlm: nn.Module) -> nn.Module | None:
-    """Return the VLM's image encoder, if it has one: otherwise transformers gives the backbone itself."""
+    """Return the VLM's image encoder, if it has one: otherwise, transformers returns the backbone itself."""
     backbone = vlm.base_model
     encoder = backbone.get_encoder(modality="image")
     return None if encoder is backbone else encoder
@@ -66,10 +66,10 @@ def vocabulary_projection(vlm: nn.Module) -> nn.Module:
 def record_states(
     vlm: nn.Module, kept: torch.Tensor | None = None, where: str = "projection"
 ) -> Iterator[list[torch.Tensor]]:
-    """Record what enters a VLM's vocabulary projection, whether in its forward or in its `generate`.
+    """Record the inputs of a VLM's vocabulary projection, in its forward or its `generate`.
 
-    These are the states that predict tokens: whatever the VLM does to its last layer's output is done, and its scale,
-    cap or padding of the logits comes after.
+    These are the states that predict tokens: everything that the VLM does to its last layer's output has been done,
+    and scaling, capping or padding of the logits comes after.
 
     Args:
         kept: Positions that are projected, `(N, L)` bool, so that the VLM's logits are `(1, T, V)`; by default all.
@@ -77,7 +77,7 @@ def record_states(
             leaves the language model's last norm instead.
 
     Yields:
-        A list that grows by the states of each call, `(N, L, hidden_size)`.
+        A list to which the states of each call are appended, `(N, L, hidden_size)`.
     """
     states = []
 
@@ -105,10 +105,10 @@ def record_states(
 
 
 def last_norm(vlm: nn.Module) -> nn.Module:
-    """Return the norm behind the last layer of a VLM's language model, as Llama, Qwen and others have it.
+    """Return the norm after the last layer of a VLM's language model, as in Llama, Qwen and others.
 
     Raises:
-        ValueError: The language model has none of this name.
+        ValueError: The language model has no module of this name.
     """
     norm = getattr(vlm.get_decoder(), "norm", None)
     if norm is None:
@@ -120,7 +120,7 @@ def last_norm(vlm: nn.Module) -> nn.Module:
 
 
 def vision_inputs_of(vlm: nn.Module, kwargs: dict) -> dict:
-    """Return those inputs of a VLM that its `get_image_features` takes, without values of None."""
+    """Return the inputs of a VLM that its `get_image_features` takes, without values of None."""
     names = inspect.signature(image_encoder(vlm).get_image_features).parameters
     return {name: value for name, value in kwargs.items() if name in names and value is not None}
 
@@ -149,14 +149,14 @@ def split_vision_inputs(
 def sizes_per_image(
     vlm: nn.Module, vision_inputs: dict, input_ids: torch.Tensor, image_indices: torch.Tensor, num_images: int
 ) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Return the sizes and grids that a VLM's rows need of their images, from which M-RoPE computes positions.
+    """Return the sizes and grids of images that a VLM's rows need, for example to compute M-RoPE positions.
 
     Args:
-        vision_inputs: Arguments of `get_image_features`. Sizes are those integers that `forward` takes as well.
+        vision_inputs: Arguments of `get_image_features`. Sizes are the integer ones that `forward` takes too.
         input_ids, image_indices, num_images: See [`split_vision_inputs`].
 
     Returns:
-        Of each input, B tensors: the entries of each image, one or one per crop.
+        B tensors per input: the entries of each image, one or one per crop.
     """
     accepted = {name for model in (vlm, vlm.base_model) for name in inspect.signature(model.forward).parameters}
     sizes = {}
@@ -217,7 +217,7 @@ def encode_vlm_images(
 
 
 def encode_images_apart(vlm: nn.Module, input_ids: torch.Tensor, vision_inputs: dict) -> list[torch.Tensor | dict]:
-    """Run the VLM's vision tower once per image and return its output of each image alone.
+    """Run the VLM's vision tower once per image and return its output for each image separately.
 
     Args:
         input_ids: Token ids of B rows, each about the next image, `(B, L)`.
@@ -232,7 +232,7 @@ def encode_images_apart(vlm: nn.Module, input_ids: torch.Tensor, vision_inputs: 
         map_token_fields(output, lambda features, image=image: _select_images(features, lengths, [image]))
         for image in range(len(lengths))
     ]
-    # Fields of the VLM's own output, None or not, are what its forward asks for.
+    # The VLM's forward expects the fields of its own output, even those that are None.
     common = vars(BaseModelOutputWithPooling())
     outputs = [
         {name: value for name, value in vars(fields).items() if value is not None or name not in common}
@@ -240,7 +240,7 @@ def encode_images_apart(vlm: nn.Module, input_ids: torch.Tensor, vision_inputs: 
     ]
 
     def features_alone(fields: dict):
-        """Return the features if there is nothing else and their dimensions tell whether the VLM gives a list."""
+        """Return the features if there is nothing else and their dimensions tell whether the VLM returns a list."""
         features = fields.get("pooler_output")
         is_list = isinstance(features, list)
         features = features[0] if is_list else features
@@ -250,14 +250,14 @@ def encode_images_apart(vlm: nn.Module, input_ids: torch.Tensor, vision_inputs: 
 
 
 def _join_outputs(outputs: list[torch.Tensor | dict], dtype: torch.dtype) -> BaseModelOutputWithPooling:
-    """Return the output of `get_image_features` for B images from that of each, see [`encode_vlm_images`]."""
+    """Combine the outputs of `get_image_features` for B single images, see [`encode_vlm_images`]."""
 
     def join(values: list):
         if isinstance(values[0], torch.Tensor):
             return torch.cat(values).to(dtype)
         return [part.to(dtype) for value in values for part in value]
 
-    # Features of two dimensions alone are those of a VLM that gives a list of them.
+    # Two-dimensional features without other fields are from a VLM that returns a list of them.
     outputs = [
         {"pooler_output": [fields] if fields.dim() == 2 else fields} if isinstance(fields, torch.Tensor) else fields
         for fields in outputs
@@ -275,7 +275,7 @@ def _join_outputs(outputs: list[torch.Tensor | dict], dtype: torch.dtype) -> Bas
                 for layer in zip(*values)
             ]
             setattr(joined, name, layers)
-        else:  # what is the same for all images, such as Ovis2's features of the tokens around one
+        else:  # the same for all images, such as Ovis2's features of the tokens around an image
             is_float = isinstance(first, torch.Tensor) and first.is_floating_point()
             setattr(joined, name, first.to(dtype) if is_float else first)
     return joined
@@ -287,7 +287,7 @@ def _is_pair(entry) -> bool:
 
 
 def map_token_fields(output: ModelOutput, function) -> ModelOutput:
-    """Return a copy of an image encoder's output in which `function` has replaced what has an entry per image token.
+    """Return a copy of an image encoder's output with `function` applied to what has an entry per image token.
 
     These are the features, which the language model finds in `pooler_output` or, without one, in `last_hidden_state`,
     and `deepstack_features`, which enter its layers: one set per layer, or pairs of a layer's number and a set. All
@@ -313,7 +313,7 @@ def map_token_fields(output: ModelOutput, function) -> ModelOutput:
 
 
 def _select_images(features, image_lengths: list[int], images: list[int]):
-    """Return the features of some images, one after the other; an image may be among them more than once.
+    """Return the features of selected images in order; an image may be selected more than once.
 
     Args:
         features: Features of all images: a list of tensors `(tokens, hidden_size)`, one per image or per crop, or a

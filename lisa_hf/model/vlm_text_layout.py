@@ -1,4 +1,4 @@
-"""Find what the processor of any VLM makes of images and texts: its vision inputs, and what it writes into a text."""
+"""Find out what the processor of any VLM makes of images and texts: vision inputs, and additions to the text."""
 
 import copy
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ TEXT_INPUT_NAMES = ("input_ids", "attention_mask", "labels")
 
 @dataclass
 class TextLayout:
-    """What a VLM's own processor makes of a text, besides replacing the image token.
+    """What a VLM's own processor does to a text, besides replacing the image token.
 
     Args:
-        prefix: What it writes before the text.
-        prompt_suffix: What it writes after the prompt; an answer follows (PaliGemma: a line break).
+        prefix: Text that it writes before the prompt.
+        prompt_suffix: Text that it writes between the prompt and an answer (PaliGemma: a line break).
         type_ids_mark_answers: Whether `token_type_ids` are 1 from the first answer on (PaliGemma). Otherwise they are
             1 on image tokens.
         takes_nested_images: Whether it takes a list of images per text. Otherwise it takes one list of all images.
@@ -32,7 +32,7 @@ class TextLayout:
 
 
 class _TextRecorder:
-    """A tokenizer that keeps the texts of its last call: those of a processor, with the tokens of their images."""
+    """Tokenizer that keeps the texts of its last call: those of a processor, with the tokens of their images."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -57,7 +57,7 @@ def call_vlm_processor(
         kwargs: Arguments of the processor.
 
     Returns:
-        Its outputs, and the B texts that it made, with the tokens of their images.
+        Its outputs, and its B texts, with the tokens of their images.
     """
     processor = copy.copy(vlm_processor)
     processor.tokenizer = _TextRecorder(vlm_processor.tokenizer)
@@ -72,7 +72,7 @@ def call_vlm_processor(
     except ValueError:
         if len(images) == 1:
             raise
-        # Some cut images into different numbers of crops, which do not stack (PerceptionLM).
+        # Some split images into different numbers of crops, which cannot be stacked (PerceptionLM).
         calls = [call_vlm_processor(vlm_processor, [image], text, takes_nested_images, **kwargs) for image in images]
         texts = [text for _, (text,) in calls]
         return {name: _concatenate([outputs[name] for outputs, _ in calls]) for name in calls[0][0]}, texts
@@ -93,7 +93,7 @@ def split_expanded_text(expanded: str, text: str, image_token: str) -> tuple[str
 
 @lru_cache
 def find_text_layout(vlm_processor: ProcessorMixin, prompt: str, image_token: str) -> TextLayout:
-    """Find what a VLM's processor makes of texts, by giving it a question about one image.
+    """Find out what a VLM's processor does to texts, by giving it a question about one image.
 
     Args:
         prompt: Question in the chat template, with the image token once.
@@ -121,7 +121,7 @@ def find_text_layout(vlm_processor: ProcessorMixin, prompt: str, image_token: st
         takes_nested_images = False
     if len(texts) != 1:  # ShieldGemma 2 makes a text per policy
         raise ValueError(
-            f"expected a VLM whose processor makes one text of each text, got {len(texts)} of one from "
+            f"expected a VLM whose processor keeps one text per text, got {len(texts)} for one from "
             f"{type(vlm_processor).__name__}. Choose another VLM."
         )
     prefix, _, prompt_suffix = split_expanded_text(texts[0], prompt, image_token)

@@ -135,7 +135,7 @@ def test_photos_are_counted(tmp_path):
     assert (
         "3 photos have an EXIF orientation: by their sizes, 2 are annotated as stored and 0 as displayed; 1" in report
     )
-    assert "taken as 'stored' by the others" in report and "mine: ready" in report
+    assert "treated as 'stored' by the others" in report and "mine: ready" in report
 
 
 def test_converted_rows_stay_upright(tmp_path):

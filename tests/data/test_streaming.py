@@ -155,7 +155,7 @@ def test_the_state_of_another_reader_or_other_sources_is_refused(streamed):
     with pytest.raises(ValueError, match=r"expected the state of reader 1 of 2, got that of \[0, 2\]. Resume"):
         next(iter(other))
     fewer = SkippingMixture({"talk": streamed["talk"]})
-    with pytest.raises(ValueError, match=r"expected a state for the sources \['talk'\], got one of"):
+    with pytest.raises(ValueError, match=r"expected a state for the sources \['talk'\], got one for"):
         fewer.load_state_dict(one.state_dict())
 
 

@@ -52,7 +52,7 @@ def assert_processors_load_equal(directory: Path) -> None:
         types = (path / "processor_config.json").read_text()
         if "ImageProcessorFast" in types and not is_torchvision_available():
             with pytest.raises(
-                ValueError, match="^expected torchvision for .*Fast, got an environment without it. Do "
+                ValueError, match="^expected torchvision for .*Fast, got an environment without it. Run "
             ):
                 LisaProcessor.from_pretrained(path)
             continue
@@ -113,7 +113,7 @@ def test_type_names_the_backend(name):
     if is_torchvision_available() or TYPES[name].endswith("Pil") or name.startswith("Emu3"):
         assert image_processor_class(name).__name__ == TYPES[name]
         return
-    with pytest.raises(ValueError, match=f"^expected torchvision for {name}, got .* Do `pip install torchvision`"):
+    with pytest.raises(ValueError, match=f"^expected torchvision for {name}, got .* Run `pip install torchvision`"):
         image_processor_class(name)
 
 

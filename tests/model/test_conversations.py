@@ -163,7 +163,7 @@ def test_reasoning_in_a_published_template(published):
             answers = [" ".join(published.tokenizer.decode(label).split()) for _, label in learned(published, batch)]
             assert answers[1] == "It is. </think> It is red.<|im_end|>"
         else:
-            with pytest.raises(ValueError, match="an answer's reasoning_content as it is"):
+            with pytest.raises(ValueError, match="an answer's reasoning_content verbatim"):
                 published.encode_conversations([image(40, 60)], [messages])
     finally:
         published.thinking = False
@@ -207,13 +207,13 @@ def test_offsets_without_their_space():
 
 def test_a_template_without_answers_is_refused():
     processor = make_processor(chatml().replace("else part.text", "else ''"))
-    with pytest.raises(ValueError, match="writes what the assistant says, got one that leaves it out.*Pass another"):
+    with pytest.raises(ValueError, match="writes what the assistant says, got one that drops or.*Pass another"):
         processor.encode_conversations([image(40, 60)], [turns(1)])
 
 
 def test_a_template_that_changes_answers_is_refused():
     processor = make_processor(chatml().replace("else part.text", "else part.text | replace('red', 'blue')"))
-    with pytest.raises(ValueError, match="writes an answer's content as it is, got 'It is blue.*for 'It is red"):
+    with pytest.raises(ValueError, match="writes an answer's content verbatim, got 'It is blue.*for 'It is red"):
         processor.encode_conversations([image(40, 60)], [conversation("What is it?", "It is red.")])
 
 
@@ -308,7 +308,7 @@ def test_thought_and_answer_are_told_apart():
 
 
 def test_templates_that_cannot_be_used_are_named():
-    with pytest.raises(ValueError, match="expected a chat template in Jinja, got .* in line 2. Mend it"):
+    with pytest.raises(ValueError, match="expected a chat template in Jinja, got .* in line 2. Correct it"):
         make_processor("{{ bos_token }}\n{% for %}").template
     processor = make_processor("{% for message in messages %}{{ 'USER: ' + message.content }}{% endfor %}")
     with pytest.raises(ValueError, match="takes messages with parts .*concatenate str.*Pass another"):
@@ -332,7 +332,7 @@ def test_only_variables_of_a_template_are_set():
     "template, thinking, message",
     [
         (THINKING_TEMPLATE, False, "without reasoning_content while thinking is off, got 'Since.*`thinking: on`"),
-        (chatml(), True, "an answer's reasoning_content as it is, got .* for 'Since"),
+        (chatml(), True, "an answer's reasoning_content verbatim, got .* for 'Since"),
     ],
 )
 def test_reasoning_that_cannot_be_learned_is_refused(template, thinking, message):

@@ -138,7 +138,7 @@ def test_what_would_mix_questions_up_is_refused(caplog):
     with pytest.raises(ValueError, match="attn_implementation.*got flash_attention_2.*`packing=False`"):
         model(**packed_batch)
     assert not resolve_packing(model.config, True)
-    assert "stay separate rows: packing needs an attn_implementation" in caplog.text
+    assert "stay in separate rows: packing needs an attn_implementation" in caplog.text
     model.config.get_text_config()._attn_implementation = "sdpa"
     model.config.get_text_config().model_type = "olmo"
     assert "got llava on olmo" in packing_unsupported_reason(model.config)

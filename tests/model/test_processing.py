@@ -426,7 +426,7 @@ def test_what_is_no_lisa_processor_is_refused(vlm_and_mask_directories, llava):
     vlm, _ = vlm_and_mask_directories
     with pytest.raises(ValueError, match="expected a LisaProcessor in .*, got a LlavaProcessor.*from_vlm_mask_model"):
         LisaProcessor.from_pretrained(vlm)
-    with pytest.raises(ValueError, match=r"knows \[SEG\], got one that does not. Do `add_tokens"):
+    with pytest.raises(ValueError, match=r"knows \[SEG\], got one that does not. Use `add_tokens"):
         LisaProcessor(LlavaProcessor.from_pretrained(vlm), llava[1].mask_image_processor)
 
 

@@ -114,7 +114,7 @@ def test_training_sees_what_generation_sees(family):
 
 @pytest.mark.parametrize(
     "family, reason",
-    [("fuyu", "takes a text with the image token .*, got FuyuProcessor"), ("shieldgemma2", "makes one text of each")],
+    [("fuyu", "takes a text with the image token .*, got FuyuProcessor"), ("shieldgemma2", "keeps one text per text")],
 )
 def test_a_processor_that_does_not_make_one_text_of_one_image_is_refused(family, reason):
     processor = LisaProcessor(tiny_vlm_processor(family), sam_image_processor())
