@@ -1,1 +1,1 @@
-"""Original LLaVA, SAM and LISA checkpoints to the format of transformers."""
+"""Convert original LLaVA, SAM and LISA checkpoints to transformers' format."""

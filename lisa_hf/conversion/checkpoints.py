@@ -17,8 +17,8 @@ def open_checkpoint(path: Path) -> dict[str, LazyTensor]:
     """Return all tensors of a checkpoint.
 
     Args:
-        path: File (`.bin`, `.pth`, `.safetensors`), or directory that holds one, or its shards and their index, or
-            those of FSDP.
+        path: File (`.bin`, `.pth`, `.safetensors`), or directory with such a file, its shards and their index, or FSDP
+            shards.
 
     Raises:
         ValueError: A file is missing, cannot be read, or lacks tensors that the index lists.
@@ -76,7 +76,7 @@ def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
         with safe_open(file, "pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}
             return {
-                # A slice knows its dtype only as safetensors spells it; an empty or 0-dim tensor of it costs nothing.
+                # A slice has its dtype only in safetensors' spelling; an empty or 0-dim tensor of it costs nothing.
                 name: LazyTensor(
                     torch.Size(part.get_shape()),
                     (part[:0] if part.get_shape() else tensors.get_tensor(name)).dtype,
@@ -108,7 +108,8 @@ def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
 
 def _read_pickle(file: Path, device: str) -> dict[str, torch.Tensor]:
     try:
-        # A mapped file takes memory only for tensors in use. The format before PyTorch 1.6 is no zip: read it whole.
+        # A mapped file takes memory only for tensors in use. The format before PyTorch 1.6 is not a zip file: read it
+        # whole.
         content = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
@@ -117,5 +118,5 @@ def _read_pickle(file: Path, device: str) -> dict[str, torch.Tensor]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         found = f"a dict with {list(content)[:8]}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{file}: expected a dict of named tensors, got {found}. Save the state dict alone.")
+        raise ValueError(f"{file}: expected a dict of named tensors, got {found}. Save only the state dict.")
     return content

@@ -1,4 +1,4 @@
-"""Read the checkpoints that FSDP saves in shards, without running code that a file may contain."""
+"""Read checkpoints that FSDP saved in shards, without running code that a file may contain."""
 
 import functools
 import pickle
@@ -17,7 +17,7 @@ from .lazy_tensors import LazyTensor
 
 # Where accelerate saves FSDP's shards, in the format of torch.distributed.checkpoint.
 FSDP_DIRECTORY, FSDP_OPTIMIZER_DIRECTORY = f"{FSDP_MODEL_NAME}_0", f"{OPTIMIZER_NAME}_0"
-# Of those modules, what the description of a checkpoint consists of.
+# The classes of those modules that a checkpoint's description consists of.
 _METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
@@ -40,11 +40,11 @@ def is_fsdp_checkpoint(path: Path) -> bool:
 
 
 def open_fsdp_checkpoint(path: Path, directory: str = FSDP_DIRECTORY) -> dict[str, LazyTensor]:
-    """Return all tensors that FSDP saved in shards, by any number of processes; one is put together when it is loaded.
+    """Return all tensors that FSDP saved in shards, from any number of processes; each is merged when it is loaded.
 
     Args:
         path: Checkpoint.
-        directory: Where in it they are: weights, or states of the optimizer.
+        directory: Directory of the shards in it: weights, or states of the optimizer.
 
     Raises:
         ValueError: A file is missing, truncated, or describes more than tensors.
@@ -58,7 +58,7 @@ def open_fsdp_checkpoint(path: Path, directory: str = FSDP_DIRECTORY) -> dict[st
     def load(name: str) -> torch.Tensor:
         saved = metadata.state_dict_metadata[name]
         state_dict = {name: torch.empty(saved.size, dtype=saved.properties.dtype)}
-        with warnings.catch_warnings(action="ignore"):  # that this is one process
+        with warnings.catch_warnings(action="ignore"):  # about a single process
             reader = FsdpReader(path / directory)
             torch.distributed.checkpoint.load(state_dict, storage_reader=reader, no_dist=True)
         return state_dict[name]
@@ -71,7 +71,7 @@ def open_fsdp_checkpoint(path: Path, directory: str = FSDP_DIRECTORY) -> dict[st
 
 
 class FsdpReader(FileSystemReader):
-    """A reader that unpickles nothing but the description of tensors, where torch would run any code in the file."""
+    """Reader that only unpickles the description of tensors, whereas torch would run any code in the file."""
 
     def read_metadata(self, *args, **kwargs):
         restricted = SimpleNamespace(load=lambda file: _Unpickler(file).load())
@@ -79,7 +79,7 @@ class FsdpReader(FileSystemReader):
             return super().read_metadata(*args, **kwargs)
 
 
-class _Unpickler(pickle._Unpickler):  # in Python: the one in C allocates any amount that a file names
+class _Unpickler(pickle._Unpickler):  # Python implementation: the C one allocates any amount that a file names
     def find_class(self, module: str, name: str):
         if name not in _METADATA_CLASSES.get(module, ()):
             raise ValueError(

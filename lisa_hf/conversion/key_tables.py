@@ -1,7 +1,7 @@
-"""Rename the keys of original checkpoints by visible tables, applied strictly.
+"""Rename the keys of original checkpoints with explicit tables, applied strictly.
 
 A table is a list of rows (regular expression for a whole original key, replacement). The replacement is the new key, a
-tuple of new keys (one tensor that the new model holds under several names), or None (not a weight: dropped).
+tuple of new keys (one tensor with several names in the new model), or None (not a weight: dropped).
 """
 
 import logging
@@ -25,7 +25,7 @@ class Shapes(dict):
     def __missing__(self, key: str):
         raise ValueError(
             f"The checkpoint has no {key}: expected the tensors that define the geometry, got {list(self)[:5]} and "
-            f"{max(len(self) - 5, 0)} more. It is incomplete, or another model's: name another."
+            f"{max(len(self) - 5, 0)} more. It is incomplete, or belongs to another model: name another."
         )
 
 
@@ -43,7 +43,7 @@ def nest(table: list, source: str, target: str) -> list:
 
 
 def convert_key(key: str, table: list) -> tuple[str, ...] | None:
-    """Return the new keys by the first row that matches: empty if the key is dropped, None if no row matches."""
+    """Return the new keys from the first matching row: empty if the key is dropped, None if no row matches."""
     for pattern, replacement in table:
         match = re.fullmatch(pattern, key)
         if match is not None:
@@ -56,7 +56,7 @@ def convert_state_dict(state_dict: dict, table: list) -> dict:
     """Rename the keys of a state dict and log each; values of any type pass through.
 
     Raises:
-        ValueError: Keys match no row of the table, or several become the same one; all are listed.
+        ValueError: Keys match no row of the table, or several become the same key; all are listed.
     """
     converted, origins, unknown, collisions = {}, {}, [], []
     for key, value in state_dict.items():
@@ -73,7 +73,7 @@ def convert_state_dict(state_dict: dict, table: list) -> dict:
     if unknown:
         problems.append(f"{len(unknown)} of {len(state_dict)} keys match no row: {unknown}")
     if collisions:
-        problems.append(f"keys that become the same one: {collisions}")
+        problems.append(f"keys that become the same key: {collisions}")
     if problems:
         raise ValueError(
             f"Expected the keys of the key table, got others: {'; '.join(problems)}. Name a checkpoint of this "

@@ -1,6 +1,6 @@
-"""Tensors before their values are read: as they are in a file, or sums of others, as of a delta and its base.
+"""Tensors before their values are read: as stored in a file, or sums of others, such as a delta and its base.
 
-A 13B checkpoint does not fit into the memory of a small machine and does not have to: names, shapes and dtypes are
+A 13B checkpoint does not fit into the memory of a small machine, and does not have to: names, shapes and dtypes are
 read first, values one tensor at a time.
 """
 
@@ -36,7 +36,7 @@ class LazyTensor:
 
 # ---- sums of tensors ------------------------------------------------------------------------------------------------
 
-# Tensors of a delta that may have more rows than its base has; the rows of new tokens are stored whole.
+# Tensors of a delta that may have more rows than its base; the rows of new tokens are stored in full.
 GROWN_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 LORA_FACTOR = re.compile(r"(.+)\.lora_([AB])\.(?:default\.)?weight")
 
@@ -45,7 +45,7 @@ def add_delta(delta: dict[str, LazyTensor], base: dict[str, LazyTensor]) -> dict
     """Add a published delta to the LLaMA that it was computed from.
 
     Raises:
-        ValueError: The base lacks tensors of the language model, has others, or has other shapes; all are listed.
+        ValueError: The base lacks tensors of the language model, or has other tensors or shapes; all are listed.
     """
     # Rotary frequencies are computed from the configuration; only some bases store them.
     base = {name: tensor for name, tensor in base.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -83,12 +83,12 @@ def merge_lora_tensors(tensors: dict[str, LazyTensor], lora_alpha: float) -> dic
     Args:
         tensors: Tensors in PEFT's names, with or without `base_model.model.` and `base_layer.`. Without LoRA factors
             they are returned as they are.
-        lora_alpha: Scale of the run's LoRA, which no tensor shows.
+        lora_alpha: Scale of the run's LoRA, which the tensors do not contain.
 
     Raises:
         ValueError: A factor lacks its partner or its weight; all are listed.
     """
-    # Split the factors from the weights, and take PEFT's wrappers off the names.
+    # Separate the factors from the weights, and remove PEFT's wrappers from the names.
     merged, factors = {}, {}
     for name, tensor in tensors.items():
         name = name.removeprefix("base_model.model.")

@@ -1,7 +1,7 @@
-"""Convert published models of LISA's kind to `LisaForConditionalGeneration`: LLaVA's keys, SAM's, the projector's.
+"""Convert published LISA-like models to `LisaForConditionalGeneration`: keys of LLaVA, SAM and the projector.
 
-A layout holds all that tells one such model from another: the names of its tensors and its prompt protocol. SESAME,
-LISA++ and READ have LISA's.
+A layout has everything that distinguishes these models: the names of the tensors and the prompt protocol. SESAME,
+LISA++ and READ use LISA's.
 """
 
 import copy
@@ -46,7 +46,7 @@ LISA_KEY_TABLE = [
     (r"model\.text_hidden_fcs\.0\.2\.(weight|bias)", r"seg_projector.linear_2.\1"),
 ]
 
-# Before LISA became a part of its LLaVA, SAM and the projector were beside it, in files of their own.
+# In LISA v0, SAM and the projector are in separate files next to the LLaVA.
 LISA_V0_KEY_TABLE = [
     *nest(LLAVA_KEY_TABLE, "", "vlm."),
     *nest(SAM_KEY_TABLE, "visual_model.", "mask_model."),
@@ -59,11 +59,11 @@ GLAMM_KEY_TABLE = [
     *nest(SAM_KEY_TABLE, "model.grounding_encoder.", "mask_model."),
     (r"model\.text_hidden_fcs\.0\.0\.(weight|bias)", r"seg_projector.linear_1.\1"),
     (r"model\.text_hidden_fcs\.0\.2\.(weight|bias)", r"seg_projector.linear_2.\1"),
-    (r"model\.region_encoder\..*", None),  # for questions about boxes, which there are none of here
+    (r"model\.region_encoder\..*", None),  # for questions about boxes, which are not supported here
 ]
 
 
-# READ's code for its 13B model; its other numbers are the defaults.
+# From READ's code for its 13B model; its other numbers are the defaults.
 READ_13B_POINTS = PointOptions(count=60, positive=0.6, negative=0.2, stride=1)
 READ_13B_WIDTH = 5120
 
@@ -73,9 +73,9 @@ class LisaLayout:
     """Layout and prompt protocol of a published model.
 
     Args:
-        key_table: From the original's names to those of the converted model.
-        sam_prefix: Start of the names of the original's SAM.
-        tokens: Tokens that the original's code adds to LLaVA's, in this order.
+        key_table: Table from the original's names to those of the converted model.
+        sam_prefix: Prefix of the names of the original's SAM.
+        tokens: Tokens that the original's code adds to LLaVA's, in order.
         chat_template: Name of the template that the original was trained with.
     """
 
@@ -85,7 +85,7 @@ class LisaLayout:
     chat_template: str
 
 
-# By the names of `recipes/convert_weights.py`.
+# By name in `recipes/convert_weights.py`.
 LISA_LAYOUTS = {
     # The template is the default of the original's scripts for all its checkpoints, including those on Llama 2.
     "lisa": LisaLayout(LISA_KEY_TABLE, "model.visual_model.", (SEG_TOKEN, "<im_start>", "<im_end>"), "llava_v1"),
@@ -100,7 +100,7 @@ LISA_LAYOUTS = {
     ),
 }
 
-# Fields that the scripts set, by default, in the configuration of the LLaVA that they start from.
+# Fields that the scripts set by default in the configuration of the LLaVA that they start from.
 TRAINING_CONFIG = {"mm_use_im_start_end": True, "mm_vision_tower": "openai/clip-vit-large-patch14"}
 
 
@@ -127,7 +127,7 @@ def convert_lisa(
     # Read settings and tokenizer.
     original_config = read_original_config(directory)
     if layout is LISA_LAYOUTS["glamm"]:
-        original_config["mm_use_im_start_end"] = True  # by its code, whatever its configuration says
+        original_config["mm_use_im_start_end"] = True  # according to its code, whatever its configuration says
     if "train_mask_decoder" not in original_config:  # a LLaVA's, from before the training
         original_config |= TRAINING_CONFIG
     vision_tower = vision_tower or original_config.get("mm_vision_tower")
@@ -157,9 +157,9 @@ def convert_lisa(
 
 
 def read_points(config: LisaConfig) -> dict:
-    """Return the points of a READ, which are in its code alone: others for 13B than for 7B."""
+    """Return the point options of a READ, which are only in its code and differ between 7B and 13B."""
     options = READ_13B_POINTS if config.hidden_size == READ_13B_WIDTH else PointOptions()
-    logger.info("Points beside [SEG]: %s", options)
+    logger.info("Points in addition to [SEG]: %s", options)
     return dataclasses.asdict(options)
 
 

@@ -68,7 +68,7 @@ TEXT_CONFIG_FIELDS = (
     "bos_token_id",
     "eos_token_id",
 )
-# LLaVA's names for the selection of CLIP's output tokens: without or with the class token.
+# LLaVA's names for selecting CLIP's output tokens: without or with the class token.
 FEATURE_SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
@@ -96,7 +96,7 @@ def convert_llava(
     tokenizer = load_original_tokenizer(
         directory, llava_tokens(original_config), shapes["model.embed_tokens.weight"][0]
     )
-    # Build the model without weights, then rename the original's tensors to its own.
+    # Build the model without weights, then rename the original's tensors.
     config = llava_config(original_config, tensors, vision_config, tokenizer)
     model = build_without_weights(LlavaForConditionalGeneration, config)
     model.generation_config = generation_config(config, suppress_tokens=untrained_tokens(tensors, tokenizer))
@@ -112,13 +112,13 @@ def convert_llava(
 def convert_llava_tensors(
     tensors: dict[str, LazyTensor], vocab_size: int, table: list = LLAVA_KEY_TABLE, prefix: str = ""
 ) -> dict[str, LazyTensor]:
-    """Rename a LLaVA's tensors and add those that the original lacks.
+    """Rename a LLaVA's tensors and add the missing ones.
 
     Args:
         tensors: Tensors in the original's names.
         vocab_size: Number of rows of the converted vocabulary.
         table: Key table that applies.
-        prefix: Start of the new names of a LLaVA inside a larger model.
+        prefix: Prefix of the new names of a LLaVA inside a larger model.
     """
     converted = convert_state_dict(tensors, table)
     complete_projector(converted, prefix)
@@ -130,7 +130,7 @@ def convert_llava_tensors(
 
 
 def find_config(checkpoint: Path) -> Path:
-    """Return the nearest directory with a configuration: the checkpoint, or one of three above it.
+    """Return the nearest directory with a configuration: the checkpoint, or one of the three above it.
 
     Raises:
         ValueError: None of them has one.
@@ -181,7 +181,7 @@ def llava_config(original_config: dict, state_dict: dict, vision_config: CLIPVis
         vision_config=vision_config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=num_patches + (strategy == "full"),
-        # One linear layer is two layers with the identity between them, and the second an identity too.
+        # One linear layer equals two with the identity between them, the second being an identity too.
         projector_hidden_act="linear" if "model.mm_projector.weight" in shapes else "gelu",
         vision_feature_select_strategy=strategy,
         vision_feature_layer=original_config["mm_vision_select_layer"],
@@ -190,7 +190,7 @@ def llava_config(original_config: dict, state_dict: dict, vision_config: CLIPVis
 
 
 def generation_config(config: LlavaConfig, suppress_tokens: list[int]) -> GenerationConfig:
-    """Return the language model's special tokens and the tokens that it never learned, as generation settings."""
+    """Return generation settings with the language model's special tokens and the tokens that it never learned."""
     text = config.text_config
     return GenerationConfig(
         bos_token_id=text.bos_token_id,
@@ -204,7 +204,7 @@ def generation_config(config: LlavaConfig, suppress_tokens: list[int]) -> Genera
 
 
 def llava_tokens(original_config: dict) -> list[str]:
-    """Return the tokens that LLaVA's loader adds to the tokenizer, in its order."""
+    """Return the tokens that LLaVA's loader adds to the tokenizer, in order."""
     tokens = ["<im_patch>"] if original_config.get("mm_use_im_patch_token", True) else []
     return tokens + (["<im_start>", "<im_end>"] if original_config.get("mm_use_im_start_end", False) else [])
 
@@ -213,15 +213,15 @@ def load_original_tokenizer(directory: Path, new_tokens: list[str], vocab_size: 
     """Load the original's tokenizer and add the tokens that its code adds, then `<image>` and `<pad>`.
 
     The original represents `<image>` by the number -200 and pads with `<unk>`. Here both are tokens after its
-    vocabulary: see [`append_vocabulary_rows`].
+    vocabulary, see [`append_vocabulary_rows`].
 
     Args:
         directory: Directory with `tokenizer.model`.
-        new_tokens: Tokens to add in this order while the model has rows for them.
+        new_tokens: Tokens to add, in order, while the model has rows for them.
         vocab_size: Number of rows of the original's embeddings.
 
     Raises:
-        ValueError: The tokenizer is missing, or another model's.
+        ValueError: The tokenizer is missing, or belongs to another model.
     """
     if not (directory / "tokenizer.model").is_file():
         raise ValueError(f"Expected the original's tokenizer, got no {directory / 'tokenizer.model'}. Copy it there.")
@@ -230,7 +230,7 @@ def load_original_tokenizer(directory: Path, new_tokens: list[str], vocab_size: 
         if len(tokenizer) < vocab_size:
             tokenizer.add_tokens([token])
     known = [token for token in new_tokens if token in tokenizer.get_vocab()]
-    # In the original's slow tokenizer, every token added as plain text strips the spaces around it.
+    # In the original's slow tokenizer, tokens added as plain text strip the spaces around them.
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
     add_tokens(tokenizer, {*added, *known})
     if len(tokenizer) < vocab_size or any(tokenizer.convert_tokens_to_ids(token) >= vocab_size for token in known):
@@ -253,12 +253,12 @@ def load_original_tokenizer(directory: Path, new_tokens: list[str], vocab_size: 
 
 
 def untrained_tokens(state_dict: dict, tokenizer) -> list[int]:
-    """Return the ids after the original's vocabulary: it never learned them, so they must not be predicted."""
+    """Return the ids after the original's vocabulary, which it never learned and must not predict."""
     return list(range(Shapes.of(state_dict)["model.embed_tokens.weight"][0], len(tokenizer)))
 
 
 def choose_chat_template(original_config: dict, directory: Path, shapes: Shapes) -> str:
-    """Return a LLaVA's template: Llama 2's by the model's name, as LLaVA's code chooses; otherwise v1.5's or v1's."""
+    """Return a LLaVA's template like LLaVA's code: Llama 2's by the model's name, otherwise v1.5's or v1's."""
     name = "/".join([original_config.get("_name_or_path", ""), *directory.resolve().parts[-3:]]).lower()
     if re.search(r"llama-?_?2", name):
         return "llava_llama_2"
@@ -307,7 +307,7 @@ def load_vision_settings(vision_tower: str | None) -> tuple[CLIPVisionConfig, CL
 
 
 def add_vision_tower(tensors: dict[str, LazyTensor], vision_tower: str) -> dict[str, LazyTensor]:
-    """Add the CLIP tower's tensors if the original left them out."""
+    """Add the CLIP tower's tensors if the original lacks them."""
     if any(name.startswith(VISION_PREFIX) for name in tensors):
         return tensors
     tower = CLIPVisionModel.from_pretrained(vision_tower)
@@ -323,7 +323,7 @@ def complete_projector(state_dict: dict[str, LazyTensor], prefix: str = "") -> N
 
     Args:
         state_dict: Tensors with converted keys.
-        prefix: Start of every key.
+        prefix: Prefix of every key.
     """
     name = f"{prefix}model.multi_modal_projector."
     if f"{name}linear_1.weight" in state_dict and f"{name}linear_2.weight" not in state_dict:
@@ -344,7 +344,7 @@ def append_vocabulary_rows(state_dict: dict[str, LazyTensor], vocab_size: int, p
     Args:
         state_dict: Tensors with converted keys.
         vocab_size: Number of rows afterwards.
-        prefix: Start of every key.
+        prefix: Prefix of every key.
     """
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         if prefix + name in state_dict:

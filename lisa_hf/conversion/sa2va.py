@@ -42,7 +42,7 @@ SHARED_KEY_TABLE = [
     (r"text_hidden_fcs\.0\.(weight|bias)", r"seg_projector.linear_1.\1"),
     (r"text_hidden_fcs\.2\.(weight|bias)", r"seg_projector.linear_2.\1"),
 ]
-# Qwen2.5-VL and Qwen3-VL as transformers has them, and Qwen2.5-VL as it had it before 4.52.
+# Qwen2.5-VL and Qwen3-VL as in transformers, and Qwen2.5-VL as in transformers before 4.52.
 QWEN_KEY_TABLE = [
     (r"model\.(model\.(?:language_model|visual)\..+|lm_head\.weight)", r"vlm.\1"),
     (r"model\.visual\.(.+)", r"vlm.model.visual.\1"),
@@ -67,7 +67,7 @@ INTERNVL_KEY_TABLE = [
         r"vision_model\.encoder\.layers\.(\d+)\.norm2\.(weight|bias)",
         r"vlm.model.vision_tower.encoder.layer.\1.layernorm_after.\2",
     ),
-    # Cut into three tensors by `split_qkv`.
+    # Split into three tensors by `split_qkv`.
     (
         r"vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)",
         r"vlm.model.vision_tower.encoder.layer.\1.attention.qkv.\2",
@@ -90,14 +90,14 @@ INTERNVL_KEY_TABLE = [
     *SHARED_KEY_TABLE,
 ]
 
-# The prompt protocol beside the chat template: how Sa2VA's code prepares images, whatever its processor says.
+# The prompt protocol apart from the chat template: how Sa2VA's code prepares images, whatever its processor says.
 QWEN_PIXELS = {"shortest_edge": 512 * 28 * 28, "longest_edge": 2048 * 28 * 28}
 INTERNVL_TILES = {"min_patches": 1, "max_patches": 12, "crop_to_patches": True}
 MASK_RESAMPLE = PILImageResampling.BICUBIC  # SAM 2's own is bilinear
 CHAT_TEMPLATE = "sa2va_internvl"
 
 QWEN_PROCESSORS = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
-# Language models of InternVL that transformers has.
+# Language models of InternVL that exist in transformers.
 TEXT_MODEL_TYPES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 # Names of the special tokens that InternVL's processor asks its tokenizer for. It never sees a video.
 INTERNVL_TOKENS = {
@@ -128,14 +128,14 @@ def convert_sa2va(tensors: dict[str, LazyTensor], directory: Path, chat_template
         table, vlm_config = QWEN_KEY_TABLE, qwen_config(original_config)
         processor = qwen_processor(vlm_config, directory)
         processor.chat_template = load_chat_template(chat_template) or processor.chat_template
-    # `[SEG]` is text, not a mark that decoding leaves out; it keeps the spaces around it, as in Sa2VA.
+    # `[SEG]` is text, not a special token that decoding skips; it keeps the spaces around it, as in Sa2VA.
     processor.tokenizer.add_tokens([AddedToken(SEG_TOKEN, normalized=False)])
     sam2_state = {name[len(SAM2_PREFIX) :]: value for name, value in tensors.items() if name.startswith(SAM2_PREFIX)}
     config = LisaConfig(
         vlm_config=vlm_config,
         mask_config=sam2_config(sam2_state, IMAGE_SIZE),
         seg_token_id=processor.tokenizer.convert_tokens_to_ids(SEG_TOKEN),
-        # transformers 4.57, with which it was trained, gives Qwen3-VL's states from before the last norm.
+        # transformers 4.57, with which it was trained, returns Qwen3-VL's states from before the last norm.
         seg_state="own_before_norm" if vlm_config.model_type == "qwen3_vl" else "own",
         video_mask_decoding=True,
     )
@@ -189,7 +189,7 @@ def qwen_config(original_config: dict) -> PreTrainedConfig:
 
 
 def qwen_processor(config: PreTrainedConfig, directory: Path) -> ProcessorMixin:
-    """Load the processor of the Qwen-VL, for images of the size that Sa2VA's code asks for."""
+    """Load the processor of the Qwen-VL, for the image size in Sa2VA's code."""
     processor = load_vlm_processor(QWEN_PROCESSORS[config.model_type], directory)
     processor.image_processor.size = QWEN_PIXELS
     return processor
@@ -199,10 +199,10 @@ def qwen_processor(config: PreTrainedConfig, directory: Path) -> ProcessorMixin:
 
 
 def internvl_config(original_config: dict) -> InternVLConfig:
-    """Return the configuration of the InternVL inside a Sa2VA, but for the image token's id.
+    """Return the configuration of the InternVL inside a Sa2VA, except for the image token's id.
 
     Raises:
-        ValueError: Its language model or its arrangement of features is one that transformers does not have.
+        ValueError: transformers does not have its language model or its arrangement of features.
     """
     vision, text = original_config["vision_config"], original_config["llm_config"]
     architecture = text["architectures"][0]
@@ -239,7 +239,7 @@ def internvl_config(original_config: dict) -> InternVLConfig:
 
 
 def internvl_processor(config: InternVLConfig, directory: Path, chat_template: str) -> InternVLProcessor:
-    """Return InternVL's processor, which cuts images into tiles as Sa2VA's code does.
+    """Return InternVL's processor, which splits images into tiles like Sa2VA's code.
 
     Args:
         config: Configuration of the VLM.
@@ -263,7 +263,7 @@ def internvl_processor(config: InternVLConfig, directory: Path, chat_template: s
 
 
 def split_qkv(tensors: dict[str, LazyTensor]) -> None:
-    """Cut, in place, the vision tower's joined projections into those of queries, keys and values."""
+    """Split, in place, the vision tower's fused projections into those of queries, keys and values."""
     for name in [name for name in tensors if ".vision_tower." in name and ".attention.qkv." in name]:
         joined = tensors.pop(name)
         shape = torch.Size((joined.shape[0] // 3, *joined.shape[1:]))

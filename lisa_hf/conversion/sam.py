@@ -91,14 +91,14 @@ SAM_HQ_KEY_TABLE = [
 ]
 HQ_TOKEN = "mask_decoder.hf_token.weight"
 
-# Constant in segment_anything's code; no tensor's shape shows it.
+# Constant in segment_anything's code; no tensor shape reveals it.
 NUM_DECODER_HEADS = 8
 
 
 def convert_sam(tensors: dict[str, LazyTensor]) -> ConvertedModel:
     """Convert a published SAM or SAM-HQ to `SamModel` or `SamHQModel` with its processor.
 
-    transformers' `SamHQModel` (5.23) predicts other masks from these weights than SAM-HQ's code does. A LISA model
+    From these weights, transformers' `SamHQModel` (5.23) predicts different masks from SAM-HQ's code. A LISA model
     works around this: see `patched_sam_hq_decoder` in `upstream_fixes.py`.
 
     Args:
@@ -134,7 +134,7 @@ def _count_layers(state_dict: dict, prefix: str) -> int:
 
 
 def sam_config(state_dict: dict) -> SamConfig | SamHQConfig:
-    """Read the configuration of an original SAM or SAM-HQ off the shapes of its tensors.
+    """Infer the configuration of an original SAM or SAM-HQ from the shapes of its tensors.
 
     Args:
         state_dict: Tensors in the original's names (`image_encoder.*`, `prompt_encoder.*`, `mask_decoder.*`).

@@ -33,7 +33,7 @@ SAM2_KEY_TABLE = [
         r"sam_prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix",
         ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding"),
     ),
-    # Joined to one tensor by `join_point_embeddings`.
+    # Joined into one tensor by `join_point_embeddings`.
     (r"sam_prompt_encoder\.point_embeddings\.([0-3])\.weight", r"prompt_encoder.point_embed.\1.weight"),
     (r"sam_prompt_encoder\.(not_a_point_embed|no_mask_embed)\.weight", r"prompt_encoder.\1.weight"),
     (r"sam_prompt_encoder\.mask_downscaling\.0\.(weight|bias)", r"prompt_encoder.mask_embed.conv1.\1"),
@@ -88,12 +88,12 @@ SAM2_KEY_TABLE = [
         r"\.(weight|bias)",
         r"mask_decoder.\1.proj_out.\2",
     ),
-    # Memory of earlier frames, which an image has none of.
+    # Memory of earlier frames, which images do not have.
     (r"(?:memory_attention|memory_encoder|obj_ptr_proj|obj_ptr_tpos_proj|mask_downsample)\..*", None),
     (r"maskmem_tpos_enc|no_mem_pos_enc|no_obj_ptr|no_obj_embed_spatial", None),
 ]
 
-# Of the large SAM 2, which no tensor's shape shows.
+# Numbers of the large SAM 2 that no tensor shape reveals.
 HIERA_LARGE = {
     "num_attention_heads": 2,
     "num_attention_heads_per_stage": [2, 4, 8, 16],
@@ -104,14 +104,14 @@ HIERA_LARGE = {
 
 
 def sam2_config(state_dict: dict, image_size: int) -> Sam2Config:
-    """Read the configuration of a large SAM 2 off the shapes of its tensors.
+    """Infer the configuration of a large SAM 2 from the shapes of its tensors.
 
     Args:
         state_dict: Tensors in the original's names.
         image_size: Side of the images that it was trained with, in pixels.
 
     Raises:
-        ValueError: A tensor that defines the geometry is missing, or it is another than the large SAM 2.
+        ValueError: A tensor that defines the geometry is missing, or it is not the large SAM 2.
     """
     shapes = Shapes.of(state_dict)
     width = shapes["image_encoder.trunk.patch_embed.proj.weight"][0]
@@ -165,14 +165,14 @@ def sam2_image_processor(side: int, resample: PILImageResampling) -> Sam2ImagePr
 
 
 def join_point_embeddings(tensors: dict[str, LazyTensor], prefix: str = "") -> None:
-    """Join, in place, the embeddings of the four kinds of points, which transformers holds as rows of one tensor.
+    """Join, in place, the embeddings of the four kinds of points, which are rows of one tensor in transformers.
 
     Args:
         tensors: Tensors with converted keys.
         prefix: Start of every key.
     """
     rows = [tensors.pop(f"{prefix}prompt_encoder.point_embed.{kind}.weight", None) for kind in range(4)]
-    if None not in rows:  # what is missing is named when the tensors are checked
+    if None not in rows:  # missing ones are reported when the tensors are checked
         tensors[f"{prefix}prompt_encoder.point_embed.weight"] = LazyTensor(
             torch.Size((4, rows[0].shape[1])), rows[0].dtype, lambda: torch.cat([row.load() for row in rows])
         )

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # Peak memory is two to three shards at any depth (measured: 4.2 GB at 7B's widths, 6.6 GB for a 13B delta).
 MAX_SHARD_SIZE = "2GB"
 
-# Values of the recipes' `--dtype`; None: as the weights are.
+# Values of the recipes' `--dtype`; None: that of the weights.
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,9 +34,9 @@ class ConvertedModel:
 
     Args:
         model: Model on the meta device; its class, configuration and generation settings are saved.
-        tensors: Weights of the model, by its own names.
+        tensors: Weights of the model, by their names in it.
         processor: Processor that prepares its inputs.
-        training_data: What its authors say of its training data, in a sentence.
+        training_data: Its authors' statement about its training data, in one sentence.
     """
 
     model: PreTrainedModel
@@ -46,7 +46,7 @@ class ConvertedModel:
 
 
 def build_without_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model on the meta device: names and shapes that take no memory."""
+    """Return a model on the meta device, with names and shapes but no memory."""
     with torch.device("meta"):
         return model_class(config)
 
@@ -60,8 +60,8 @@ def save_converted(converted: ConvertedModel, output_dir: Path, dtype: torch.dty
         dtype: Dtype of the saved weights; by default the one that most of the original's values have.
 
     Raises:
-        ValueError: The directory is taken, weights are missing, left over or of another shape, or a file differs from
-            what was written to it.
+        ValueError: The directory is not empty, weights are missing, left over or of another shape, or a file differs
+            from what was written to it.
     """
     check_tensors(converted.model, converted.tensors)
     dtype = dtype or most_common_dtype(converted.tensors)
@@ -79,14 +79,14 @@ def save_without_loading(
     dtype: torch.dtype,
     max_shard_size: str,
 ) -> None:
-    """Save a model as `save_pretrained` does, with the weights of one file in memory at a time.
+    """Save a model like `save_pretrained`, with the weights of one file in memory at a time.
 
     Args:
         model: Model on the meta device.
-        tensors: Weights that are saved, by the model's names.
+        tensors: Weights to save, by their names in the model.
         directory: Directory to write to.
         dtype: Dtype of the saved weights.
-        max_shard_size: Largest size of a file.
+        max_shard_size: Maximum size of a file.
     """
     _save_configuration(model, directory, dtype)
     _save_tensors(tensors, directory, dtype, max_shard_size)
@@ -122,7 +122,7 @@ def most_common_dtype(tensors: dict[str, LazyTensor] | dict[str, torch.Tensor]) 
 
 
 def _save_configuration(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:
-    """Write what `save_pretrained` writes beside the weights."""
+    """Write everything that `save_pretrained` writes except the weights."""
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     if model.is_remote_code():
@@ -137,10 +137,10 @@ def _save_tensors(tensors: dict[str, LazyTensor], directory: Path, dtype: torch.
 
     def read(name: str) -> torch.Tensor:
         tensor = tensors[name].load()
-        # Copy: safetensors refuses tensors that share memory, as SAM's positional embedding does under two names.
+        # Copy: safetensors rejects tensors that share memory, like SAM's positional embedding with its two names.
         return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
 
-    # Plan the shards from shapes alone, then hold the tensors of one shard at a time.
+    # Plan the shards from shapes, then hold the tensors of one shard at a time.
     shapes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for filename, names in split.filename_to_tensors.items():
@@ -151,7 +151,7 @@ def _save_tensors(tensors: dict[str, LazyTensor], directory: Path, dtype: torch.
             different = [name for name in names if not torch.equal(shard.get_tensor(name), read(name))]
         if different:
             raise ValueError(
-                f"{filename} does not hold what was written: expected the original's values, got others (or NaN) in "
+                f"{filename} differs from what was written: expected the original's values, got others (or NaN) in "
                 f"{different}. Check the disk and the checkpoint."
             )
         close_files()

@@ -1,4 +1,4 @@
-"""Read checkpoints of DeepSpeed's ZeRO: weights and optimizer states, put together of all processes' parts."""
+"""Read checkpoints of DeepSpeed's ZeRO: weights and optimizer states, merged from the parts of all processes."""
 
 import functools
 import pickle
@@ -13,17 +13,17 @@ from .lazy_tensors import LazyTensor
 
 
 def is_zero_checkpoint(path: Path) -> bool:
-    """Return whether a directory is one of DeepSpeed's: one that holds `latest`, or a `global_step*` inside it."""
+    """Return whether a directory is DeepSpeed's: one with `latest`, or a `global_step*` inside it."""
     return path.is_dir() and ((path / "latest").is_file() or any(path.glob("*_optim_states.pt")))
 
 
 def open_zero_checkpoint(path: Path) -> dict[str, LazyTensor]:
-    """Return all tensors of a DeepSpeed ZeRO checkpoint, each put together of all processes' parts when it is loaded.
+    """Return all tensors of a DeepSpeed ZeRO checkpoint, each merged from all processes' parts when it is loaded.
 
-    They are those that DeepSpeed's zero_to_fp32.py writes, which reads all of them at once, and runs code in them.
+    They are the same as from DeepSpeed's zero_to_fp32.py, which reads all of them at once, and runs code in them.
 
     Raises:
-        ValueError: A file is missing, truncated, or holds more than tensors and DeepSpeed's own states.
+        ValueError: A file is missing, truncated, or contains more than tensors and DeepSpeed's own states.
     """
     files = _read_zero_files(path)
     first = files.models[0]
@@ -40,7 +40,7 @@ def open_zero_checkpoint(path: Path) -> dict[str, LazyTensor]:
 
 
 def open_zero_optimizer(path: Path) -> dict[str, dict[str, LazyTensor]]:
-    """Return the optimizer's states of a DeepSpeed ZeRO checkpoint, by trained weight and name of the state.
+    """Return the optimizer's states of a DeepSpeed ZeRO checkpoint, by trained weight and state name.
 
     Raises:
         ValueError: See [`open_zero_checkpoint`].
@@ -50,7 +50,7 @@ def open_zero_optimizer(path: Path) -> dict[str, dict[str, LazyTensor]]:
     states = {name: {} for name in tensors}
     groups = [files.states(optimizer) for optimizer in files.optimizers]  # by process, then by group
     for key, value in groups[0][0].items():
-        if torch.as_tensor(value).numel() == 1:  # the number of steps, alike for all
+        if torch.as_tensor(value).numel() == 1:  # the number of steps, the same for all
             of_weights = dict.fromkeys(tensors, LazyTensor.from_tensor(torch.as_tensor(value)))
         else:
             of_weights = files.trained_tensors([[group[key] for group in process] for process in groups])
@@ -61,11 +61,11 @@ def open_zero_optimizer(path: Path) -> dict[str, dict[str, LazyTensor]]:
 
 @dataclass(frozen=True)
 class _ZeroFiles:
-    """What the processes saved, mapped from the disk.
+    """Files saved by the processes, mapped from disk.
 
     Args:
-        models: Of the first process, or of each one with ZeRO-3, which cuts weights too.
-        optimizers: Of each process.
+        models: Model files: of the first process, or of each one with ZeRO-3, which also shards weights.
+        optimizers: Optimizer files of each process.
     """
 
     models: list[dict]
@@ -73,7 +73,7 @@ class _ZeroFiles:
 
     @property
     def cuts_each_weight(self) -> bool:
-        """Whether each weight is cut among the processes (ZeRO-3), or a row of all weights of a group (ZeRO-1, 2)."""
+        """Whether each weight is sharded among the processes (ZeRO-3), or a row of a group's weights (ZeRO-1, 2)."""
         return self.optimizers[0]["zero_stage"] == 3
 
     def weights(self, optimizer: dict) -> list[torch.Tensor]:
@@ -81,7 +81,7 @@ class _ZeroFiles:
         return optimizer["fp32_flat_groups" if self.cuts_each_weight else "single_partition_of_fp32_groups"]
 
     def states(self, optimizer: dict) -> list[dict]:
-        """Return the optimizer's states of the same parts, without what fills the last part up."""
+        """Return the optimizer's states of the same parts, without the padding of the last part."""
         states = optimizer["optimizer_state_dict" if self.cuts_each_weight else "base_optimizer_state"]["state"]
         return [
             {
@@ -93,7 +93,7 @@ class _ZeroFiles:
         ] or [{}]
 
     def trained_tensors(self, parts: list[list[torch.Tensor]]) -> dict[str, LazyTensor]:
-        """Return what is in the parts of each process, by process and group, under the names of the weights."""
+        """Return the content of the parts of each process, by process and group, under the names of the weights."""
         groups = self.models[0]["param_shapes"]
         tensors, end = {}, 0
         if self.cuts_each_weight:
@@ -111,7 +111,7 @@ class _ZeroFiles:
                 slices = _slice_parts(row, end, shape.numel())
                 tensors[name] = LazyTensor(shape, row[0].dtype, functools.partial(_join_parts, slices, shape))
                 end += shape.numel() + fill
-            # DeepSpeed fills a row up to a multiple of twice the number of processes.
+            # DeepSpeed pads a row to a multiple of twice the number of processes.
             multiple = 2 * len(parts)
             self._check_size(*(-(-size // multiple) * multiple for size in (end, sum(map(len, row)))))
         return tensors
@@ -119,13 +119,13 @@ class _ZeroFiles:
     def _check_size(self, expected: int, found: int):
         if expected != found:
             raise ValueError(
-                f"Expected {expected} values in DeepSpeed's *_optim_states.pt, got {found}: the files are of several "
-                "checkpoints, or of a version of DeepSpeed that this one cannot read. Copy the checkpoint again."
+                f"Expected {expected} values in DeepSpeed's *_optim_states.pt, got {found}: the files are from "
+                "several checkpoints, or a version of DeepSpeed that this one cannot read. Copy the checkpoint again."
             )
 
 
 def _slice_parts(parts: list[torch.Tensor], start: int, size: int) -> list[torch.Tensor]:
-    """Return views of `size` values from `start` on in a row that is cut into parts."""
+    """Return views of `size` values from `start` on, in a row that is split into parts."""
     views = []
     for part in parts:
         low, high = max(start, 0), min(start + size, len(part))
@@ -136,7 +136,7 @@ def _slice_parts(parts: list[torch.Tensor], start: int, size: int) -> list[torch
 
 
 def _join_parts(parts: list, shape: torch.Size) -> torch.Tensor:
-    """Return a tensor from its values in parts, or lists of parts, which zeros may fill up at the end."""
+    """Return a tensor from its values in parts, or lists of parts, which may be padded with zeros."""
     flat = [part for entry in parts for part in (entry if isinstance(entry, list) else [entry])]
     return torch.cat(flat)[: shape.numel()].view(shape)
 
@@ -162,7 +162,7 @@ def _read_zero_files(path: Path) -> _ZeroFiles:
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{step} cannot be read: expected tensors and DeepSpeed's own states, got another object, which could "
-                f"run code ({error}). Do not use the checkpoint unless you trust it: then consolidate it by its "
+                f"run code ({error}). Do not use the checkpoint unless you trust it: then consolidate it with its "
                 "zero_to_fp32.py and name the result."
             ) from error
 
