@@ -8,15 +8,15 @@ from .checkpoints import LISA_V0_FILES, close_files
 from .lazy_tensors import LORA_FACTOR, LazyTensor
 
 
-# RMSNorm scales are around 1 in a model, and their differences to the base's around 0 in a delta.
+# RMSNorm scales are around 1 in a model, and their differences from the base's around 0 in a delta.
 MAX_NORM_OF_DELTA = 0.2
 
 
 def recognize_source(tensors: dict[str, LazyTensor]) -> str | None:
-    """Return the source, as `recipes/convert_weights.py` names it, that tensors are of; None for no original's.
+    """Return the source of tensors, as named in `recipes/convert_weights.py`; None if they belong to no original.
 
     Raises:
-        ValueError: They are of a model that makes masks in another way.
+        ValueError: They belong to a model that makes masks in a different way.
     """
     if any(name.startswith("image_encoder.") for name in tensors):
         return "sam"
@@ -33,7 +33,7 @@ def recognize_source(tensors: dict[str, LazyTensor]) -> str | None:
     if any(name.startswith("seg_head.") for name in tensors):
         raise ValueError(
             "--checkpoint: expected a model that prompts its mask decoder with one token per [SEG], got UniPixel, "
-            "which makes two by a head of another kind, beside modules for objects that are pointed at. Use its code."
+            "which makes two with another kind of head, and has modules for pointed-at objects. Use its code."
         )
     if not any(name.startswith("model.mm_projector.") for name in tensors):
         return None
