@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import sys
+import traceback
 
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -118,7 +119,7 @@ def load_source(
         ValueError: If the source or an option does not exist, or for bad data.
         FileNotFoundError: If the data does not exist.
     """
-    with _naming_the_cache(name, str(cache_dir or datasets.config.HF_DATASETS_CACHE)):
+    with _naming_the_cache(name, str(cache_dir or datasets.config.HF_DATASETS_CACHE), builder):
         builder = make_builder(name, data_dir, split, builder, cache_dir, **options)
         if not streaming:
             builder.download_and_prepare()
@@ -136,7 +137,7 @@ def load_source(
 
 
 @contextlib.contextmanager
-def _naming_the_cache(name: str, cache_dir: str):
+def _naming_the_cache(name: str, cache_dir: str, builder: str | None):
     """Say what a source was being prepared for, and what to do if its rows cannot be written there."""
     try:
         yield
@@ -151,7 +152,16 @@ def _naming_the_cache(name: str, cache_dir: str):
             ) from error
         if cause is error:
             raise
-        raise ValueError(f"source {name!r}: cannot be prepared: {cause}") from error
+        raise ValueError(f"source {name!r}: cannot be prepared: {_describe(cause, builder or '')}") from error
+
+
+def _describe(error: BaseException | None, builder: str) -> str:
+    """Return the message of an error. If it is a bug of the user's own builder, say where."""
+    if error is None or isinstance(error, OSError | ValueError):
+        return str(error)
+    file = os.path.abspath(os.path.expanduser(builder.rpartition(":")[0]))
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{type(error).__name__}: {error}" + (f" ({file}, line {lines[-1]})" if lines else "")
 
 
 def make_builder(
@@ -174,7 +184,8 @@ def make_builder(
         if kind in (bool, int, str) and not isinstance(value, kind):
             raise ValueError(f"source {name!r}: expected {option} as {kind.__name__}, got {value!r}.")
     if not builder_class.SOURCE:
-        options |= {"config_name": name, "split": split or "train"}
+        options |= {"config_name": name}
+        options |= {"split": split or "train"} if "split" in known else {}
     options |= {"data_dir": data_dir, "cache_dir": cache_dir}
     made = builder_class(**options)
     if options.get("on_bad_row") == "skip":
@@ -235,7 +246,8 @@ def find_builder(name: str, builder: str | None = None) -> type[SourceBuilder]:
     """Find the class that reads a source. Arguments and errors are those of [`load_source`]."""
     if not isinstance(builder, str | None):
         raise ValueError(f"source {name!r}: expected builder as a name, got {builder!r}.")
-    path, _, class_name = (builder or "").rpartition(":")
+    file = f"{builder}:" if builder and builder.endswith(".py") else builder or ""  # without a class: see its error
+    path, _, class_name = file.rpartition(":")
     if path.endswith(".py"):
         return _import_builder(os.path.abspath(os.path.expanduser(path)), class_name)
     if (builder or name) not in SOURCES:
@@ -255,7 +267,12 @@ def _import_builder(path: str, class_name: str) -> type[SourceBuilder]:
     name = f"{os.path.basename(path)[:-3]}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(
+            f"builder: expected a Python file that can be imported, got {path!r} ({type(error).__name__}: {error})."
+        ) from error
     found = {
         key: value
         for key, value in vars(module).items()

@@ -16,7 +16,7 @@ import PIL.Image
 import PIL.TiffImagePlugin
 
 from lisa_hf.data.masks import decode_mask, encode_mask
-from lisa_hf.model.images import raise_unreadable
+from lisa_hf.model.images import open_image, raise_unreadable
 
 
 Space = Literal["stored", "display"]
@@ -39,7 +39,7 @@ TIFF_SIZE = (PIL.TiffImagePlugin.IMAGEWIDTH, PIL.TiffImagePlugin.IMAGELENGTH)
 def read_orientation(file: str | IO[bytes]) -> tuple[int, dict[Space, Size]]:
     """Read the EXIF orientation of an image from its header, and its height and width as stored and as displayed."""
     try:
-        with raise_unreadable(), PIL.Image.open(file) as image:
+        with raise_unreadable(), open_image(file) as image:
             width, height = image.size
             if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # its size is that after the turn
                 width, height = (image.tag_v2[side] for side in TIFF_SIZE)

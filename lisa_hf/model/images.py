@@ -15,6 +15,13 @@ import PIL.Image
 import PIL.ImageOps
 
 
+try:
+    import pillow_heif
+except ImportError:
+    pillow_heif = None
+else:
+    pillow_heif.register_heif_opener()
+
 # What can be loaded: a path, an http(s) URL, the bytes of a file, an open file, or a picture.
 ImageSource = str | os.PathLike | bytes | IO[bytes] | PIL.Image.Image
 TIMEOUT = 30  # of a download, seconds without an answer
@@ -69,7 +76,23 @@ def open_image(source: ImageSource) -> PIL.Image.Image:
                 source = response.read()
         if isinstance(source, bytes):
             source = io.BytesIO(source)
-        return PIL.Image.open(source)
+        try:
+            return PIL.Image.open(source)
+        except PIL.UnidentifiedImageError:
+            if pillow_heif is not None or not _is_heic(source):
+                raise
+    raise ValueError("expected an image that can be read, got HEIC. Run `pip install pillow-heif`, or save it as JPEG")
+
+
+def _is_heic(source: str | os.PathLike | IO[bytes]) -> bool:
+    """Return whether a file begins as the photos of iPhones do."""
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            start = file.read(12)
+    else:
+        source.seek(0)
+        start = source.read(12)
+    return start[4:8] == b"ftyp" and start[8:] in (b"heic", b"heix", b"hevc", b"mif1")
 
 
 @contextmanager

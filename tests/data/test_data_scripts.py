@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 import data_scripts
 from data_scripts import load_source, source
+from data_scripts.check import check_source
 from data_scripts.pascal_part import PascalPart
 from data_scripts.reason_seg import fill_polygon, paint_polygons
 from data_scripts.shapes import Shapes
@@ -318,3 +319,33 @@ def test_example_of_a_new_source_works(load, tmp_path, monkeypatch):
         load("mine", builder=str(tmp_path / "my_builder.py:Boxen"))
     with pytest.raises(FileNotFoundError, match="my_other.py', which does not exist"):
         load("mine", builder="my_other.py:Boxes")
+    with pytest.raises(ValueError, match="got ''. It has Boxes"):
+        load("mine", builder="my_builder.py")
+
+
+OWN_BUILDER = """
+from data_scripts.source import SourceBuilder
+
+class Own(SourceBuilder):
+    def annotation_files(self, data_dir):
+        return []
+    def read_records(self, data_dir):
+        return {"train": [1]}
+    def make_row(self, record):
+        return ROW
+"""
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{}['phrase']", r"KeyError: 'phrase' \(.*own.py, line 10\)"),
+        ("int('x'", r"can be imported, got '.*own.py' \(SyntaxError: .*line 10"),
+    ],
+)
+def test_bugs_of_own_builders_say_where_they_are(load, tmp_path, row, message):
+    (tmp_path / "own.py").write_text(OWN_BUILDER.replace("ROW", row))
+    with pytest.raises(ValueError, match=message):
+        load("mine", builder=str(tmp_path / "own.py:Own"))
+    (report,) = check_source("mine", builder=str(tmp_path / "own.py:Own"), cache_dir=str(tmp_path / "cache")).errors
+    assert re.search(message, report)

@@ -9,6 +9,7 @@ import PIL.ExifTags
 import PIL.Image
 import pytest
 
+from lisa_hf.model import images
 from lisa_hf.model.images import load_image
 
 
@@ -126,3 +127,25 @@ def test_too_many_pixels_are_refused_in_one_sentence(monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10**3)
     with pytest.raises(ValueError, match=r"^expected an image of at most 0.002 megapixels, got a larger one: .*3600"):
         load_image(file)
+
+
+@pytest.mark.parametrize(("orientation", "corner"), [(1, "red"), (3, "blue"), (6, "blue"), (8, "red")])
+def test_photos_of_iphones(orientation, corner):
+    picture = PIL.Image.new("RGB", (64, 48), "red")
+    picture.paste("blue", (0, 24, 64, 48))
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = orientation
+    file = io.BytesIO()
+    pytest.importorskip("pillow_heif").from_pillow(picture).save(file, exif=exif.tobytes())
+    loaded = load_image(file.getvalue())
+    assert loaded.size == (picture.size if orientation < 5 else picture.size[::-1])
+    expected = np.array({"red": (255, 0, 0), "blue": (0, 0, 255)}[corner])
+    assert np.abs(np.array(loaded.getpixel((8, 8))) - expected).max() < 30
+
+
+def test_a_photo_of_an_iphone_asks_for_its_reader(monkeypatch, tmp_path):
+    monkeypatch.setattr(images, "pillow_heif", None)
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    for source in (str(tmp_path / "a.jpg"), (tmp_path / "a.jpg").read_bytes()):
+        with pytest.raises(ValueError, match="got HEIC. Run `pip install pillow-heif`"):
+            load_image(source)
