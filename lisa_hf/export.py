@@ -26,12 +26,12 @@ from .conversion.saving import (
 )
 from .conversion.zero_checkpoints import is_zero_checkpoint, open_zero_checkpoint
 from .data.image_keys import read_image_keys, write_image_keys
-from .errors import LOCAL, hide_local_paths, redact
 from .evaluation.benchmarks import EVALUATION
 from .model.configuration_lisa import LisaConfig
 from .model.modeling_lisa import LisaForConditionalGeneration
 from .model.processing_lisa import LisaProcessor
 from .model.upstream_fixes import share_weights_files
+from .redaction import LOCAL, hide_local_paths, redact
 from .training.arguments import ModelArguments
 from .training.build import build_config_and_processor, build_model
 from .training.checkpointing import find_checkpoint

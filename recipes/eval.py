@@ -52,7 +52,7 @@ from lisa_hf.conversion.fsdp_checkpoints import is_fsdp_checkpoint
 from lisa_hf.conversion.saving import DTYPES
 from lisa_hf.conversion.zero_checkpoints import is_zero_checkpoint
 from lisa_hf.data.mixture import EvaluationDataset
-from lisa_hf.errors import nearest_name, report_user_errors
+from lisa_hf.errors import check_name, report_user_errors
 from lisa_hf.evaluation.benchmarks import (
     begin_evaluation,
     markdown_table,
@@ -328,11 +328,7 @@ def load_datasets(
     """Return the sources to evaluate on, with their options, and their datasets, both by name."""
     sources = {}
     for name in benchmarks:
-        if name not in BENCHMARKS:
-            raise ValueError(
-                f"--benchmarks: expected names among {', '.join(BENCHMARKS)}, got `{name}`. Did you mean "
-                f"`{nearest_name(name, BENCHMARKS)}`?"
-            )
+        check_name("--benchmarks", name, BENCHMARKS)
         builder, options = BENCHMARKS[name]
         sources[name.replace("/", "--")] = {"builder": builder, **options}  # it becomes part of file names
     published = set(sources)

@@ -28,7 +28,7 @@ from data_scripts.download import MANUAL_STEPS, WEB_FILES, download
 from data_scripts.duplicates import KnownImages
 from data_scripts.engines import Engine
 from data_scripts.parquet import check_card, write_card, write_parquet
-from lisa_hf.errors import nearest_name, report_user_errors
+from lisa_hf.errors import check_name, report_user_errors
 from lisa_hf.evaluation.visualization import preview_sheet
 from lisa_hf.training.arguments import parse_data_arguments
 
@@ -112,11 +112,7 @@ def read_excluded(args: argparse.Namespace) -> KnownImages:
         }
     excluded = KnownImages()
     for name in args.exclude_images_of:
-        if name not in known:
-            raise ValueError(
-                f"--exclude_images_of: expected names among {', '.join(known)}, got {name}. Did you mean "
-                f"{nearest_name(name, known)}?"
-            )
+        check_name("--exclude_images_of", name, known)
         builder, options = known[name]
         rows = load_source(name, args.data_dir, **options | {"builder": builder})
         excluded.add(name, rows, args.engine, args.num_workers)

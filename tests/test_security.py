@@ -25,8 +25,9 @@ from markdown_it import MarkdownIt
 from data_scripts import load_source
 from lisa_hf import export
 from lisa_hf.data.mixture import MixtureDataset
-from lisa_hf.errors import redact, report_user_errors
+from lisa_hf.errors import report_user_errors
 from lisa_hf.model.conversation_text import user_message
+from lisa_hf.redaction import redact
 from lisa_hf.training import model_card
 from lisa_hf.training.arguments import parse_arguments, parse_data_arguments
 from lisa_hf.training.build import load_lisa

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 
-from ..errors import nearest_name
+from ..errors import check_name
 from .feature_cache import FeatureCache
 from .images import load_row_image, undecoded
 from .masks import Mask
@@ -314,11 +314,7 @@ def _draw_index(rows: Dataset, rng: np.random.Generator) -> int:
 def _probabilities(names: list[str], weights: dict[str, float]) -> np.ndarray:
     """Return the normalized weights in the order of the names, shape `(len(names),)`."""
     for name in weights:
-        if name not in names:
-            raise ValueError(
-                f"weights: expected names among {names}, got the unknown source {name!r}. Did you mean "
-                f"{nearest_name(name, names)!r}?"
-            )
+        check_name("weights", name, names)
     missing = [name for name in names if name not in weights]
     if missing:
         raise ValueError(f"weights: expected one for every source, got none for {missing}. Use 0 to exclude a source.")

@@ -22,7 +22,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..data.rows import OnBadRow
-from ..errors import nearest_name
+from ..errors import check_name
 from .fsdp import allow_fsdp_on_cpu, is_fsdp_requested
 from .parser import ArgumentParser
 
@@ -129,7 +129,8 @@ class ModelArguments:
                 raise ValueError(f"{name}: expected the key `model_type`, got {list(config)}.")
         if self.language_model is not None and self.vlm_config is None:
             raise ValueError("language_model: expected vlm_config with it, got a pretrained VLM, which has its own.")
-        _check_parts("trainable", self.trainable, TRAINABLE_PARTS)
+        for part in self.trainable:
+            check_name("trainable", part, TRAINABLE_PARTS)
         for name in ("lora_r", *LOSS_OPTIONS):
             _check_range(self, name, 0)
         _check_range(self, "lora_dropout", 0, 1)
@@ -291,8 +292,8 @@ class LisaTrainingArguments(TrainingArguments):
             # With ZeRO-3, transformers would shard every model, even those that one process needs in full.
             # `zero3_init` sets this when a model is built for training, and Trainer sets it again.
             unset_hf_deepspeed_config()
-        _check_parts("part_learning_rates", self.part_learning_rates, ("lora", *TRAINABLE_PARTS))
         for part, rate in self.part_learning_rates.items():
+            check_name("part_learning_rates", part, ("lora", *TRAINABLE_PARTS))
             if not isinstance(rate, (int, float)) or rate < 0:
                 raise ValueError(f"part_learning_rates: {part}: expected a number from 0, got {rate!r}.")
         _check_range(self, "muon_learning_rate", 0)
@@ -426,15 +427,6 @@ def _check_together(
         raise ValueError(
             f"part_learning_rates: expected parts that train ({', '.join(trained)}), got {', '.join(frozen)}."
         )
-
-
-def _check_parts(field_name: str, parts, valid: tuple[str, ...]):
-    for part in parts:
-        if part not in valid:
-            raise ValueError(
-                f"{field_name}: expected parts among {', '.join(valid)}, got `{part}`. Did you mean "
-                f"`{nearest_name(part, valid)}`?"
-            )
 
 
 def _check_range(arguments, name: str, low: float, high: float = float("inf")):

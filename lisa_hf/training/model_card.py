@@ -11,10 +11,10 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from ..errors import LOCAL, redact
 from ..evaluation.benchmarks import EVALUATION, markdown_table
 from ..evaluation.leakage import describe_seen_images
 from ..evaluation.protocols import PROTOCOLS
+from ..redaction import LOCAL, redact
 from .run_record import find_run_record, list_stages
 
 

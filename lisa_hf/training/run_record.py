@@ -42,8 +42,8 @@ from transformers.utils import cached_file
 
 from ..data.image_keys import TRAIN_IMAGES, image_keys, merge_image_keys, read_image_keys, write_image_keys
 from ..data.mixture import EvaluationDataset, Mixture
-from ..errors import redact
 from ..files import atomic_file
+from ..redaction import redact
 from .arguments import DataArguments, LisaTrainingArguments, ModelArguments
 
 

@@ -130,7 +130,7 @@ def test_convert_leaves_out_images_of_benchmarks_from_training_rows(cli, tmp_pat
     for name in fewer:
         assert f"{name}: excluded 1 rows with images of refcoco_testB" in out
     status, _, err = cli("convert", *sources, *arguments, "--exclude_images_of", "refcoco_testsA")
-    assert status == 2 and len(err.splitlines()) == 1 and "Did you mean refcoco_testA?" in err
+    assert status == 2 and len(err.splitlines()) == 1 and "Did you mean `refcoco_testA`?" in err
 
 
 def test_convert_takes_evaluation_sources_of_the_recipe(cli, tmp_path):

@@ -405,7 +405,7 @@ def test_settings_reach_the_questions(sources):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"weights": {"clases": 1.0}}, r"unknown source 'clases'. Did you mean 'classes'\?"),
+        ({"weights": {"clases": 1.0}}, r"got `clases`. Did you mean `classes`\?"),
         ({"weights": {"classes": 1.0}}, r"got none for \['reasons', 'talk'\]"),
         ({"weights": {"classes": 1.0, "reasons": -1, "talk": 0}}, "0 or more"),
         ({"weights": dict.fromkeys(("classes", "reasons", "talk"), 0)}, "not all 0"),

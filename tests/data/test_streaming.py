@@ -337,7 +337,7 @@ def test_contradictory_arguments_are_refused(prepared, streamed):
         ({"sources": prepared}, "'classes': expected a streamed IterableDataset, got Dataset"),
         ({"rank": 2, "num_ranks": 2}, "got rank 2 and num_ranks 2"),
         ({"shuffle_buffer_size": 0}, "1 row or more, got 0"),
-        ({"weights": {"clases": 1}}, r"Did you mean 'classes'\?"),
+        ({"weights": {"clases": 1}}, r"Did you mean `classes`\?"),
     ):
         with pytest.raises(ValueError, match=message):
             SkippingMixture(**{"sources": streamed, **arguments})
