@@ -44,8 +44,8 @@ from lisa_hf.training.build import load_lisa
 # One question of each kind, by the seed of its scene, that the quick start's model is good at: it confuses shapes of
 # one color more often than colors.
 EXAMPLES = {
-    0: "What is red? Please output segmentation mask.",
-    1: "Which object could be a lemon? Please output segmentation mask.",
+    10: "What is yellow? Please output segmentation mask.",
+    8: "Which object could be a lake? Please output segmentation mask.",
     6: "Please segment the white circle in this image.",
 }
 
