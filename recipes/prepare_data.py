@@ -163,7 +163,7 @@ def run_convert(args: argparse.Namespace):
         )
 
 
-def main():
+def parse_arguments() -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("sources", nargs="*", metavar="SOURCE", help=f"one of {', '.join(SOURCES)}")
     common.add_argument("--config", help="use the sources of this recipe (YAML)")
@@ -210,8 +210,11 @@ def main():
         "clean", parents=[common], help="remove prepared rows of these sources, or of all, from the cache"
     )
     command.set_defaults(run=run_clean)
+    return parser.parse_args()
 
-    args = parser.parse_args()
+
+def main():
+    args = parse_arguments()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("data_scripts").setLevel(logging.INFO)
     with report_user_errors():

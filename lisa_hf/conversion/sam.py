@@ -143,7 +143,36 @@ def sam_config(state_dict: dict) -> SamConfig | SamHQConfig:
         ValueError: A tensor that defines the geometry is missing.
     """
     shapes = Shapes.of(state_dict)
-    # Image encoder: a ViT over a square grid of patches, most of whose blocks attend within windows.
+    vision_config = _vision_config(shapes)
+    # Mask decoder: the width of tokens, and of the narrower cross-attention.
+    hidden_size = shapes["mask_decoder.mask_tokens.weight"][1]
+    cross_attention_width = shapes["mask_decoder.transformer.final_attn_token_to_image.q_proj.weight"][0]
+    is_hq = HQ_TOKEN in shapes
+    return (SamHQConfig if is_hq else SamConfig)(
+        vision_config=vision_config,
+        prompt_encoder_config={
+            "hidden_size": hidden_size,
+            "image_size": vision_config["image_size"],
+            "patch_size": vision_config["patch_size"],
+            "mask_input_channels": shapes["prompt_encoder.mask_downscaling.3.weight"][0],
+        },
+        mask_decoder_config={
+            **({"vit_dim": vision_config["hidden_size"]} if is_hq else {}),
+            "hidden_size": hidden_size,
+            "mlp_dim": shapes["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0],
+            "num_hidden_layers": _count_layers(shapes, "mask_decoder.transformer.layers."),
+            "num_attention_heads": NUM_DECODER_HEADS,
+            "attention_downsample_rate": hidden_size // cross_attention_width,
+            "num_multimask_outputs": shapes["mask_decoder.mask_tokens.weight"][0] - 1,
+            "iou_head_hidden_dim": shapes["mask_decoder.iou_prediction_head.layers.0.weight"][0],
+            # The original decoder keeps PyTorch's default, unlike its encoder; transformers uses 1e-6 for both.
+            "layer_norm_eps": 1e-5,
+        },
+    )
+
+
+def _vision_config(shapes: Shapes) -> dict:
+    """Infer the image encoder: a ViT over a square grid of patches, most of whose blocks attend within windows."""
     width, _, _, patch_size = shapes["image_encoder.patch_embed.proj.weight"]  # [D, 3, P, P]
     grid = shapes["image_encoder.pos_embed"][1]  # [1, grid, grid, D]
     depth = _count_layers(shapes, "image_encoder.blocks.")
@@ -158,40 +187,15 @@ def sam_config(state_dict: dict) -> SamConfig | SamHQConfig:
             f"Expected one window size in SAM's image encoder, got {windows} from its relative positions. Name a "
             "published SAM."
         )
-
-    # Mask decoder: the width of tokens, and of the narrower cross-attention.
-    hidden_size = shapes["mask_decoder.mask_tokens.weight"][1]
-    cross_attention_width = shapes["mask_decoder.transformer.final_attn_token_to_image.q_proj.weight"][0]
-    config_class, hq_fields = (SamHQConfig, {"vit_dim": width}) if HQ_TOKEN in shapes else (SamConfig, {})
-    return config_class(
-        vision_config={
-            "hidden_size": width,
-            "output_channels": shapes["image_encoder.neck.0.weight"][0],
-            "num_hidden_layers": depth,
-            "num_attention_heads": width // rel_pos[0][1],
-            "image_size": grid * patch_size,
-            "patch_size": patch_size,
-            "window_size": windows[0] if windows else grid,
-            "global_attn_indexes": [layer for layer, side in enumerate(sides) if side == grid],
-            "num_pos_feats": shapes["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"][1],
-            "mlp_dim": shapes["image_encoder.blocks.0.mlp.lin1.weight"][0],
-        },
-        prompt_encoder_config={
-            "hidden_size": hidden_size,
-            "image_size": grid * patch_size,
-            "patch_size": patch_size,
-            "mask_input_channels": shapes["prompt_encoder.mask_downscaling.3.weight"][0],
-        },
-        mask_decoder_config={
-            **hq_fields,
-            "hidden_size": hidden_size,
-            "mlp_dim": shapes["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0],
-            "num_hidden_layers": _count_layers(shapes, "mask_decoder.transformer.layers."),
-            "num_attention_heads": NUM_DECODER_HEADS,
-            "attention_downsample_rate": hidden_size // cross_attention_width,
-            "num_multimask_outputs": shapes["mask_decoder.mask_tokens.weight"][0] - 1,
-            "iou_head_hidden_dim": shapes["mask_decoder.iou_prediction_head.layers.0.weight"][0],
-            # The original decoder keeps PyTorch's default, unlike its encoder; transformers uses 1e-6 for both.
-            "layer_norm_eps": 1e-5,
-        },
-    )
+    return {
+        "hidden_size": width,
+        "output_channels": shapes["image_encoder.neck.0.weight"][0],
+        "num_hidden_layers": depth,
+        "num_attention_heads": width // rel_pos[0][1],
+        "image_size": grid * patch_size,
+        "patch_size": patch_size,
+        "window_size": windows[0] if windows else grid,
+        "global_attn_indexes": [layer for layer, side in enumerate(sides) if side == grid],
+        "num_pos_feats": shapes["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"][1],
+        "mlp_dim": shapes["image_encoder.blocks.0.mlp.lin1.weight"][0],
+    }
