@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+from sphinx.search.en import SearchEnglish
+
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -78,7 +80,18 @@ def _markup(match: re.Match) -> str:
     return text + "\\ " * bool(next_letter)
 
 
+class Search(SearchEnglish):
+    """English, and Chinese by pairs of characters: it has no spaces, and readers type words of two or more."""
+
+    def split(self, text: str) -> list[str]:
+        words = super().split(text)
+        runs = re.findall("[\u4e00-\u9fff]{3,}", text)
+        return words + [run[start : start + 2] for run in runs for start in range(len(run) - 1)]
+
+
 def setup(app):
+    app.add_search_language(Search)
+
     def change(app, what, name, obj, options, lines):
         lines[:] = to_restructured_text(lines)
 
