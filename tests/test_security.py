@@ -2,7 +2,7 @@
 
 Beside these: pickles of original checkpoints and of ZeRO (`conversion/test_convert_weights.py`), names of classes
 (`model/test_backends.py`), pickles of annotations (`data/test_sources.py`), archives (`data/test_download.py`), paths
-and URLs in rows (`data/test_hub.py`) and in annotations (`data/test_export_formats.py`), polygons
+and URLs in rows (`data/test_hub.py`) and in annotations (`data/export_formats/`), polygons
 (`data/test_segmentation.py`), damaged annotations (`data/test_damaged_annotations.py`).
 """
 
