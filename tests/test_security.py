@@ -1,9 +1,9 @@
 """What is not trusted runs no code: a payload in each place where a checkpoint is read, that would leave a mark.
 
 Beside these: pickles of original checkpoints and of ZeRO (`conversion/test_convert_weights.py`), names of classes
-(`model/test_backends.py`), pickles of annotations (`data/test_sources.py`), archives (`data/test_download.py`), paths
-and URLs in rows (`data/test_hub.py`) and in annotations (`data/export_formats/`), polygons
-(`data/test_segmentation.py`), damaged annotations (`data/test_damaged_annotations.py`).
+(`model/test_backends.py`), pickles of annotations (`data/test_bad_source_files.py`), archives
+(`data/test_download.py`), paths and URLs in rows (`data/test_hub.py`) and in annotations (`data/export_formats/`),
+polygons (`data/test_segmentation.py`), damaged annotations (`data/test_damaged_annotations.py`).
 """
 
 import json
