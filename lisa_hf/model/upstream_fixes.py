@@ -28,7 +28,7 @@ class UpstreamFixesMixin:
         Symptom: the default `save_original_format=True` renames the keys of the nested VLM. Trainer resumes with a
             plain `load_state_dict`, which does not rename them back, so that the VLM silently stays untrained.
         Remove when: Trainer loads checkpoints with key conversion;
-            tests/model/test_modeling.py::test_checkpoint_keys_are_those_in_memory.
+            tests/model/test_modeling_saving.py::test_checkpoint_keys_are_those_in_memory.
         """
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
         share_weights_files(Path(save_directory))

@@ -1,4 +1,4 @@
-"""LisaForConditionalGeneration: forward, losses, gradients, saving and loading, on tiny random models."""
+"""LisaForConditionalGeneration.forward: shapes, gradients, prompts and masks, on tiny random models."""
 
 import copy
 import doctest
@@ -6,88 +6,25 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as F
-from fixtures.tiny_models import (
-    FAMILIES,
-    SIDE,
-    conversation,
-    gemma3_sam,
-    image,
-    llava_sam,
-    llava_sam2,
-    qwen2_5_vl_sam,
-    sam_config,
+from fixtures.shared_images import (
+    CONVERSATIONS,
+    IMAGE_INDICES,
+    MASKS_PER_IMAGE,
+    SIZES,
+    encode,
+    gradients,
+    make_batch,
+    masks_for,
 )
-from safetensors.torch import load_file
-from transformers import (
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMaskGeneration,
-    AutoProcessor,
-)
+from fixtures.tiny_models import FAMILIES, SIDE, image, llava_sam, qwen2_5_vl_sam
 
-from lisa_hf import LisaConfig, LisaForConditionalGeneration, LisaProcessor
-from lisa_hf.model import losses, modeling_lisa
-from lisa_hf.model.losses import chunked_cross_entropy, logits_at, mask_losses, sampled_mask_losses
+from lisa_hf import LisaForConditionalGeneration
 from lisa_hf.model.mask_backbone import BIAS_SIZE, UNTRAINED_DECODER_MODULES, encode_images
 from lisa_hf.model.upstream_fixes import patched_sam_hq_decoder
 
 
-# Rows that share images, in no order; several [SEG] in an answer, one in a user's turn, and an image without masks.
-SIZES = [(40, 60), (64, 32), (50, 50)]
-IMAGE_INDICES = [1, 0, 1, 2]
-MASKS_PER_ROW = [2, 1, 1, 0]
-MASKS_PER_IMAGE = [1, 3, 0]
-CONVERSATIONS = [
-    conversation("What is the red circle?", "Sure, [SEG] and [SEG].", "Is @ red?", "It is red."),
-    conversation("What is it?", "It is [SEG]."),
-    conversation("What is the circle?", "The circle.", "Sure?", "Sure, it is [SEG]."),
-    conversation("Is it red?", "It is."),
-]
-
-
-def masks_for(counts, sizes=SIZES, seed: int = 0) -> list[torch.Tensor]:
-    """Random labels with 0, 1 and 255, `(M_b, H_b, W_b)` per image."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.tensor([0, 1, 255], dtype=torch.uint8)
-    return [values[torch.randint(0, 3, (n, *size), generator=generator)] for n, size in zip(counts, sizes)]
-
-
-def encode(processor, *args) -> dict:
-    """As the processor, with `[SEG]` in the place of "@": it would escape what a user writes."""
-    batch = processor.encode_conversations(*args)
-    ids = batch["input_ids"]
-    ids[ids == processor.tokenizer.convert_tokens_to_ids("@")] = processor.seg_token_id
-    return batch
-
-
-def make_batch(processor, rows=range(4)) -> dict:
-    """The batch of some of the rows above, with the images that they are about."""
-    used = sorted({IMAGE_INDICES[row] for row in rows})
-    batch = encode(
-        processor,
-        [image(*SIZES[index], seed=index) for index in used],
-        [CONVERSATIONS[row] for row in rows],
-        [used.index(IMAGE_INDICES[row]) for row in rows],
-    )
-    masks = masks_for(MASKS_PER_IMAGE)
-    return {**batch, "mask_labels": [masks[index] for index in used]}
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]()
-
-
-def gradients(model) -> dict[str, torch.Tensor | None]:
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
 def decodes_nothing(name: str) -> bool:
     return any(f".{module}." in name for module in UNTRAINED_DECODER_MODULES)
-
-
-# ---- forward and backward -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["forward", "generate"])
@@ -292,19 +229,6 @@ def test_qwen_positions_follow_the_image_of_the_row():
     torch.testing.assert_close(first[[1, 0, 2, 3]], output.low_res_masks, rtol=0, atol=1e-4)
 
 
-# ---- masks and [SEG] ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_positions", [0, 1, 7])
-def test_cross_entropy_in_chunks_equals_cross_entropy_at_once(num_positions, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_SIZE", 3)
-    logits = torch.randn(num_positions, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    labels = torch.arange(num_positions)
-    loss, expected = chunked_cross_entropy(logits, labels), F.cross_entropy(logits, labels, reduction="sum")
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
-
-
 def test_batch_without_masks(family):
     """Loss parts of 0; projector and decoder stay in the graph with gradients of 0, as DDP needs."""
     model, processor = family
@@ -392,271 +316,3 @@ def test_image_embeddings_replace_pixels(family):
         output = model(**batch, image_embeddings=embeddings)
     torch.testing.assert_close(output.low_res_masks, expected.low_res_masks, rtol=0, atol=1e-6)
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0)
-
-
-# ---- losses ---------------------------------------------------------------------------------------------------------
-
-
-def test_ignored_pixels_change_nothing():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 20, 30, generator=generator, requires_grad=True)
-    (labels,) = masks_for([3], [(20, 30)])
-    labels[2] = 255
-    bce, dice = mask_losses(logits, labels)
-    (bce + dice).backward()
-    ignored = labels == 255
-    assert not logits.grad[ignored].any() and logits.grad[~ignored].all()
-    other = torch.where(ignored, torch.randn(3, 20, 30, generator=generator) * 9, logits)
-    for before, after in zip((bce, dice), mask_losses(other, labels)):
-        torch.testing.assert_close(before, after, rtol=1e-6, atol=0)
-
-    # The arithmetic, on the pixels that count alone. A mask of nothing but ignored pixels costs nothing.
-    expected = {"bce": 0, "dice": 0}
-    for mask_logits, mask_labels in zip(logits[:2], labels[:2]):
-        valid = mask_labels != 255
-        targets = mask_labels[valid].float()
-        probabilities = mask_logits[valid].sigmoid()
-        expected["bce"] += F.binary_cross_entropy_with_logits(mask_logits[valid], targets)
-        overlap = 2 * (probabilities * targets).sum()
-        expected["dice"] += 1 - (overlap + 1e-3) / (probabilities.sum() + targets.sum() + 1e-3)
-    torch.testing.assert_close(bce, expected["bce"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(dice, expected["dice"], rtol=1e-5, atol=1e-6)
-
-
-def test_masks_of_large_photos_in_parts_are_masks_at_once(monkeypatch):
-    model, processor = FAMILIES["llava-sam"]()
-    batch = make_batch(processor)
-    expected = model(**batch).loss
-    expected.backward()
-    before = gradients(model)
-    model.zero_grad()
-    monkeypatch.setattr(modeling_lisa, "MASK_PIXELS", 100)
-    loss = model(**batch).loss
-    loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, before[name], rtol=1e-4, atol=1e-7, msg=name)
-
-
-def test_losses_at_all_pixels_are_the_losses_of_masks():
-    generator = torch.Generator().manual_seed(0)
-    masks = torch.randn(3, 16, 20, generator=generator, requires_grad=True)
-    (labels,) = masks_for([3], [(30, 25)])
-    resized = F.interpolate(masks[:, None], (30, 25), mode="bilinear")[:, 0]
-    expected, found = mask_losses(resized, labels), sampled_mask_losses(masks, labels, num_points=30 * 25)
-    for one, other in zip(expected, found):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
-    one, other = (torch.autograd.grad(sum(losses), masks)[0] for losses in (expected, found))
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
-
-
-def test_sampled_losses(monkeypatch):
-    """Random points give the loss of all pixels on average; by importance they are where the model is unsure."""
-    generator = torch.Generator().manual_seed(0)
-    masks = 5 * torch.randn(2, 16, 16, generator=generator)
-    (labels,) = masks_for([2], [(64, 64)])
-    dense = mask_losses(F.interpolate(masks[:, None], (64, 64), mode="bilinear")[:, 0], labels)
-
-    def sample(num_points: int, seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)
-        return torch.stack(sampled_mask_losses(masks, labels, num_points))
-
-    assert torch.equal(sample(50, seed=1), sample(50, seed=1)) and not torch.equal(
-        sample(50, seed=1), sample(50, seed=2)
-    )
-    chosen = []
-    monkeypatch.setattr(losses, "_pixel_losses", lambda logits, labels, _: chosen.append((logits, labels)))
-    torch.manual_seed(0)
-    sampled_mask_losses(masks, labels, 400)
-    (logits, labels_of_points), uniform = chosen.pop(), logits_at(masks, torch.arange(4096).expand(2, -1), (64, 64))
-    important = labels_of_points[:, :300]
-    assert logits.shape == labels_of_points.shape == (2, 400) and (important != 255).all()
-    logits = logits.masked_fill(labels_of_points == 255, 0)
-    assert logits[:, :300].abs().max() < uniform.abs().quantile(0.45) < logits[:, 300:].abs().max()
-    monkeypatch.undo()
-    monkeypatch.setattr(losses, "IMPORTANCE_SAMPLE_RATIO", 0)
-    average = torch.stack([sample(400, seed) for seed in range(200)]).mean(0)
-    torch.testing.assert_close(average, torch.stack(dense), rtol=0.01, atol=0)
-
-
-def test_points_are_sampled_in_training_alone():
-    model, processor = FAMILIES["llava-sam"]()
-    batch = make_batch(processor)
-    dense = model.train()(**batch).mask_bce_loss
-    model.config.mask_loss_points = 200
-    sampled = model(**batch)
-    assert sampled.mask_bce_loss != dense
-    sampled.loss.backward()
-    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients(model).values())
-    assert model.eval()(**batch).mask_bce_loss == dense
-
-
-def test_global_counts_make_parts_of_a_batch_add_up():
-    """Two unequal halves (10 to 20 labels, 4 and 0 masks) with the counts of the whole give its loss and gradients."""
-    model, processor = llava_sam()
-    model.double()
-    whole = make_batch(processor)
-    model(**whole).loss.backward()
-    expected, expected_loss = copy.deepcopy(gradients(model)), model(**whole).loss
-    model.zero_grad()
-    num_items = (whole["labels"][:, 1:] != -100).sum()
-    halves = [make_batch(processor, rows) for rows in ([0, 1, 2], [3])]
-    losses = [model(**half, num_items_in_batch=num_items, num_masks_in_batch=4).loss for half in halves]
-    assert losses[1] > 0
-    torch.testing.assert_close(sum(losses), expected_loss, rtol=1e-6, atol=0)
-    sum(losses).backward()
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-6, msg=name)
-    assert abs(sum(model(**half).loss for half in halves) - expected_loss) > 0.1  # their own counts do not
-
-
-def test_loss_weights():
-    model, processor = llava_sam()
-    batch = make_batch(processor)
-    default = model(**batch)
-    model.config.ce_loss_weight, model.config.mask_bce_loss_weight, model.config.mask_dice_loss_weight = 0.5, 3.0, 2.0
-    output = model(**batch)
-    for part, factor in (("ce_loss", 0.5), ("mask_bce_loss", 1.5), ("mask_dice_loss", 4.0)):
-        torch.testing.assert_close(output[part], default[part] * factor)
-
-
-def test_output_logits():
-    model, processor = llava_sam()
-    batch = make_batch(processor)
-    output = model(**batch, output_logits=True)
-    logits = output.logits
-    assert logits.shape == (*batch["input_ids"].shape, len(processor.tokenizer))
-    ce_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
-    torch.testing.assert_close(output.ce_loss, ce_loss)
-    del batch["labels"], batch["mask_labels"]
-    unlabeled = model(**batch)
-    assert unlabeled.loss is None and len(unlabeled.low_res_masks) == 5  # also the [SEG] of the user: no labels
-    torch.testing.assert_close(unlabeled.logits, logits)
-
-
-def test_suppressed_tokens_are_never_predicted():
-    model, processor = llava_sam()
-    batch = make_batch(processor, rows=[3])
-    likely = model(**batch, output_logits=True).logits[0, -3:].argmax(-1).unique().tolist()
-    plain = model(**batch).ce_loss
-    suppressed_model, _ = llava_sam(suppress_tokens=likely)
-    output = suppressed_model(**batch, output_logits=True)
-    output.loss.backward()
-    assert output.ce_loss < plain and output.ce_loss.isfinite()
-    assert not set(likely) & set(output.logits.argmax(-1).flatten().tolist())
-    assert not suppressed_model.vlm.lm_head.weight.grad[likely].any()
-
-
-# ---- saving and loading ---------------------------------------------------------------------------------------------
-
-
-def assert_same_weights(actual, expected):
-    actual, expected = actual.state_dict(), expected.state_dict()
-    assert actual.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
-    assert not different
-
-
-def test_save_and_load(family, tmp_path):
-    model, processor = family
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    loaded, loaded_processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
-    assert type(loaded) is LisaForConditionalGeneration and type(loaded_processor) is LisaProcessor
-    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is LisaForConditionalGeneration
-    assert_same_weights(loaded, model)
-    assert loaded.config.seg_token_id == model.config.seg_token_id
-    assert type(loaded.config.vlm_config) is type(model.config.vlm_config)
-
-    batch = make_batch(processor)
-    loaded_batch = make_batch(loaded_processor)
-    assert batch.keys() == loaded_batch.keys()
-    for name in batch.keys() - {"mask_labels"}:
-        assert torch.equal(batch[name], loaded_batch[name]), name
-    expected, output = model(**batch), loaded(**loaded_batch)
-    assert torch.equal(output.loss, expected.loss) and torch.equal(output.low_res_masks, expected.low_res_masks)
-
-
-@pytest.mark.parametrize("tie_word_embeddings", [False, True])
-def test_checkpoint_keys_are_those_in_memory(tmp_path, tie_word_embeddings):
-    """Trainer resumes with a plain `load_state_dict`: a renamed key would leave its tensor untrained, silently."""
-    model, _ = llava_sam(tie_word_embeddings)
-    model.save_pretrained(tmp_path)
-    fresh, _ = llava_sam(tie_word_embeddings)
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            parameter.add_(1)
-    result = fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
-    tied = set(model.all_tied_weights_keys)
-    assert not result.unexpected_keys and set(result.missing_keys) <= tied
-    assert ("vlm.lm_head.weight" in tied) == tie_word_embeddings
-    assert_same_weights(fresh, model)
-
-    loaded = LisaForConditionalGeneration.from_pretrained(tmp_path)
-    assert_same_weights(loaded, model)
-    is_tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    assert is_tied == tie_word_embeddings
-
-
-@pytest.mark.parametrize("tie_word_embeddings", [False, True])
-def test_resized_vocabulary_reloads(tmp_path, tie_word_embeddings):
-    model, processor = llava_sam(tie_word_embeddings)
-    size = len(processor.tokenizer) + 3
-    model.resize_token_embeddings(size)
-    assert model.config.get_text_config().vocab_size == model.config.vlm_config.text_config.vocab_size == size
-    model.save_pretrained(tmp_path)
-    loaded = LisaForConditionalGeneration.from_pretrained(tmp_path)
-    assert loaded.get_input_embeddings().weight.shape == loaded.get_output_embeddings().weight.shape == (size, 32)
-    assert_same_weights(loaded, model)
-    assert model(**make_batch(processor), output_logits=True).logits.shape[-1] == size
-
-
-def test_generation_config_is_kept(tmp_path):
-    """Gemma's end of turn, for one, is an end token in `generation_config.json` and nowhere else."""
-    model, _ = gemma3_sam()
-    model.vlm.generation_config.eos_token_id = [2, 77]
-    model.vlm.generation_config.update(do_sample=True, top_k=7)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path)
-    assert loaded.vlm.generation_config.eos_token_id == [2, 77] and loaded.vlm.generation_config.top_k == 7
-    assert loaded.generation_config is loaded.vlm.generation_config
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_joining_two_pretrained_models(tmp_path, dtype):
-    original, processor = llava_sam()
-    original.vlm.generation_config.max_new_tokens = 5
-    original.vlm.to(getattr(torch, dtype)).save_pretrained(tmp_path / "vlm")
-    original.mask_model.save_pretrained(tmp_path / "sam")
-    processor.vlm_processor.save_pretrained(tmp_path / "vlm")
-    processor.mask_image_processor.save_pretrained(tmp_path / "sam")
-
-    joined_processor = LisaProcessor.from_vlm_mask_model_pretrained(tmp_path / "vlm", tmp_path / "sam")
-    joined = LisaForConditionalGeneration.from_vlm_mask_model_pretrained(
-        tmp_path / "vlm", tmp_path / "sam", seg_token_id=joined_processor.seg_token_id
-    )
-    assert {parameter.dtype for parameter in joined.parameters()} == {getattr(torch, dtype)}
-    assert_same_weights(joined.vlm, AutoModelForImageTextToText.from_pretrained(tmp_path / "vlm"))
-    assert_same_weights(joined.vlm, original.vlm)
-    sam = AutoModelForMaskGeneration.from_pretrained(tmp_path / "sam", dtype=dtype)
-    assert_same_weights(joined.mask_model, sam)
-    assert joined.generation_config.max_new_tokens == 5
-    assert joined.config.seg_token_id == processor.seg_token_id
-    assert not joined.training and not any(parameter.is_meta for parameter in joined.parameters())
-    assert joined.seg_projector.linear_1.weight.std() > 0.01  # drawn anew, as PyTorch draws
-
-    joined.seg_projector.load_state_dict(original.seg_projector.state_dict())
-    expected, output = original.float()(**make_batch(processor)), joined(**make_batch(joined_processor))
-    torch.testing.assert_close(output.loss.float(), expected.loss, rtol=1e-6 if dtype == "float32" else 0.03, atol=0)
-    output.loss.backward()
-    assert joined.seg_projector.linear_1.weight.grad.any()
-
-    joined.save_pretrained(tmp_path / "lisa")
-    loaded = AutoModel.from_pretrained(tmp_path / "lisa")
-    assert loaded.dtype == getattr(torch, dtype)
-    assert_same_weights(loaded, joined)
-
-
-def test_sam2_never_swaps_the_trained_mask():
-    assert not llava_sam2()[0].mask_model.mask_decoder.dynamic_multimask_via_stability
-    assert LisaConfig(mask_config=sam_config()).mask_config.prompt_encoder_config.image_size == SIDE
