@@ -78,9 +78,8 @@ def test_without_torchvision(tmp_path):
     """Parity, saving and loading, and what one environment saved loads in the other."""
     save_processors(tmp_path / "with")
     tests = ["test_backends.py", "test_parity.py", "test_parity_of_parts.py", "test_remote_code.py"]
-    tests += [
-        f"test_modeling_saving.py::{name}" for name in ("test_save_and_load", "test_joining_two_pretrained_models")
-    ]
+    saving = ("test_save_and_load", "test_joining_two_pretrained_models")
+    tests += [f"test_modeling_saving.py::{name}" for name in saving]
     tests += [f"test_processing.py::{name}" for name in ("test_round_trip_keeps_template_and_tokens",)]
     process = subprocess.run(
         [sys.executable, TESTS / "workers" / "without_torchvision.py", "-q", "-p", "no:cacheprovider"]
