@@ -82,7 +82,7 @@ def test_label_files_of_no_image_are_said(root, load):
     write_yolo(root, "train: images/train\nnames: [Rust_Patch, crack]")
     for name in ("classes", "b"):
         (root / f"yolo/labels/train/{name}.txt").write_text(yolo_lines())
-    (root / "yolo/images/train/b.heic").write_bytes(b"of no known format")
+    (root / "yolo/images/train/b.raw").write_bytes(b"of no known format")
     assert_drawn(load("yolo", annotations="yolo/data.yaml")[0])
     label = str(root / "yolo/labels/train/b.txt")
     assert load.remarks == [f"skipped 1 label files without an image in a known format, such as {label!r}"]
