@@ -30,7 +30,7 @@ def is_image(name: str) -> bool:
 def list_files(directory: str) -> list[str]:
     """Return the paths of all files in a directory, at any depth, in order.
 
-    Hidden ones are left out: macOS puts `._a.jpg` beside a.jpg on other disks, and Jupyter keeps copies of files.
+    Hidden ones are skipped: macOS puts `._a.jpg` next to a.jpg on other disks, and Jupyter keeps copies of files.
     """
     found = []
     for folder, subfolders, names in os.walk(directory, followlinks=True):

@@ -46,7 +46,7 @@ class ImageFolder(OwnData):
                 "assistant", "content": "The wheel [SEG]."}], "masks": ["a.png"]}: a mask per [SEG], in their order
     images      the directory of the images
     masks       the directory of the masks: images of the photo's size with 0 for the background and one other value;
-                255 beside a smaller value is ignored
+                255 in addition to a smaller value is ignored
     """
 
     BUILDER_CONFIG_CLASS = ImageFolderConfig

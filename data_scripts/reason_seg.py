@@ -126,7 +126,7 @@ class ReasonSeg(SourceBuilder):
     val_long and test_long with complete sentences. `ignore` holds ambiguous pixels.
 
         <data_dir>/reason_seg/ReasonSeg/
-            train/*.jpg *.json              a JSON beside each image: shapes, text, is_sentence
+            train/*.jpg *.json              a JSON file per image: shapes, text, is_sentence
             val/*.jpg *.json
             test/*.jpg *.json
             explanatory/train.json          optional: explanations of training images

@@ -299,7 +299,7 @@ class FalsePremises(ReferSeg):
 
 
 class FpRefCoco(FalsePremises):
-    """FP-RefCOCO: expressions of refCOCO beside false ones that a language model changed (SESAME, arXiv 2312.08366).
+    """FP-RefCOCO: expressions of refCOCO and false ones that a language model changed (SESAME, arXiv 2312.08366).
 
     Splits: train, val, testA, testB, test, as far as the refs have them. A false expression has an empty mask.
 
@@ -313,7 +313,7 @@ class FpRefCoco(FalsePremises):
 
 
 class FpRefCocoPlus(FalsePremises):
-    """FP-RefCOCO+: expressions of refCOCO+ beside false ones that a language model changed (SESAME, arXiv 2312.08366).
+    """FP-RefCOCO+: expressions of refCOCO+ and false ones that a language model changed (SESAME, arXiv 2312.08366).
 
     Splits: train, val, testA, testB, test, as far as the refs have them. A false expression has an empty mask.
 
@@ -327,7 +327,7 @@ class FpRefCocoPlus(FalsePremises):
 
 
 class FpRefCocoG(FalsePremises):
-    """FP-RefCOCOg: expressions of refCOCOg beside false ones that a language model changed (SESAME, arXiv 2312.08366).
+    """FP-RefCOCOg: expressions of refCOCOg and false ones that a language model changed (SESAME, arXiv 2312.08366).
 
     Splits: train, val, test, as far as the refs have them. A false expression has an empty mask.
 
@@ -350,7 +350,7 @@ class RobustRefer(ReferSeg):
 
 
 class RobustRefCoco(RobustRefer):
-    """R-RefCOCO: expressions of refCOCO beside negative ones, drawn from other photos (arXiv 2209.09554).
+    """R-RefCOCO: expressions of refCOCO and negative ones, drawn from other photos (arXiv 2209.09554).
 
     Splits: train, val, testA, testB, test, as far as the refs have them. One row per ref. A negative
     expression has an empty mask. The files are those that SESAME publishes, or with `split_by: unc` the authors'.
@@ -365,7 +365,7 @@ class RobustRefCoco(RobustRefer):
 
 
 class RobustRefCocoPlus(RobustRefer):
-    """R-RefCOCO+: expressions of refCOCO+ beside negative ones, drawn from other photos (arXiv 2209.09554).
+    """R-RefCOCO+: expressions of refCOCO+ and negative ones, drawn from other photos (arXiv 2209.09554).
 
     Splits: train, val, testA, testB, test, as far as the refs have them. One row per ref. A negative
     expression has an empty mask. The files are those that SESAME publishes, or with `split_by: unc` the authors'.
@@ -380,7 +380,7 @@ class RobustRefCocoPlus(RobustRefer):
 
 
 class RobustRefCocoG(RobustRefer):
-    """R-RefCOCOg: expressions of refCOCOg beside negative ones, drawn from other photos (arXiv 2209.09554).
+    """R-RefCOCOg: expressions of refCOCOg and negative ones, drawn from other photos (arXiv 2209.09554).
 
     Splits: train, val, test, as far as the refs have them. One row per ref. A negative expression has an
     empty mask. The files are those that SESAME publishes, or with `split_by: umd` the authors'.

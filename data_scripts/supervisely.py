@@ -24,7 +24,7 @@ class Supervisely(Labeled):
     """Supervisely's format of images. One row per image, one target per polygon and bitmap.
 
     annotations     directory of a project or one of its datasets: directories `ann` with a JSON file per image, each
-    next to a directory `img`
+                    next to a directory `img`
     """
 
     BUILDER_CONFIG_CLASS = AnnotationFileConfig

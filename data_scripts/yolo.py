@@ -24,9 +24,9 @@ class Yolo(Labeled):
     """Segmentation in the layout of YOLO (Ultralytics, Roboflow). One row per image, one target per outline.
 
     annotations     data.yaml with `names`, and directories or lists of images under the keys train, val and test; or
-    the directory of data.yaml or classes.txt. Without these keys, all images in it are used. split           which of
-    these keys; default: train. `validation` means val images          directory of the images, if they are separate
-    from the labels
+                    the directory of data.yaml or classes.txt. Without these keys, all images in it are used.
+    split           which of these keys; default: train. `validation` means val
+    images          directory of the images, if they are separate from the labels
 
     The path of a label file is that of its image with `labels` instead of `images`, or next to the image if there is
     no such directory. Each line has a class number and an outline, x and y as fractions of the width and height.

@@ -278,7 +278,7 @@ def describe_weights(model: str) -> list | str | None:
     if not directory.is_dir():
         missing = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
         return extract_commit_hash(cached_file(model, CONFIG_NAME, **missing), None)
-    # The files of a run are beside its checkpoints, whose shards are in directories.
+    # The files of a run are next to its checkpoints, whose shards are in directories.
     files = directory.rglob("*") if directory.name.startswith("checkpoint-") else directory.glob("*")
     files = sorted(file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".distcp"))
     return [[str(file.relative_to(directory)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

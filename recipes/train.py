@@ -121,19 +121,19 @@ def choose_rows_to_cache(
     """Choose the rows whose images the feature cache gets: a short run needs those alone that it draws."""
     args = training_args
     num_items = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    # Sharded encoders need an entry for every image, also of rows that are drawn in place of bad ones.
+    # Sharded encoders need an entry for every image, including rows drawn in place of bad ones.
     if not isinstance(dataset, MixtureDataset) or args.shards_weights or args.train_sampling_strategy != "sequential":
         return train_rows
     return dataset.drawn_rows(num_items) if 0 < num_items < sum(map(len, train_rows.values())) else train_rows
 
 
 def evaluate_and_save(trainer: LisaTrainer) -> None:
-    """Evaluate the final model and save it with its processor and metrics, also if the evaluation fails."""
+    """Evaluate the final model and save it with its processor and metrics, even if the evaluation fails."""
     trainer.save_state()
     if trainer.num_skipped_rows:
         logger.warning("%d rows could not be used and were skipped.", trainer.num_skipped_rows)
     output_dir = Path(trainer.args.output_dir)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # without this it would end at once
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # without this it would end immediately
     try:
         if trainer.eval_dataset is not None:
             metrics = trainer.evaluate()

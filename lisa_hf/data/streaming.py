@@ -275,7 +275,7 @@ class _SourceReader:
         if missing:
             raise ValueError(
                 f"Source {self.name!r}: expected the same rows as when the state was saved, got none at "
-                f"{missing[0]} (shard, piece, row). Resume with the same data, or begin it anew with "
+                f"{missing[0]} (shard, piece, row). Resume with the same data, or start over with "
                 "`--ignore_data_skip true`."
             )
         return [(place, found[tuple(place)]) for place in places]

@@ -23,8 +23,10 @@ class Comparison:
 
     Args:
         giou, ciou: Differences in gIoU and cIoU, other minus first: value and 95% interval, from a bootstrap over
-        images. num_better, num_worse, num_equal: Numbers of images on which the other model's mean IoU is higher,
-        lower, equal. p_value: P-value of the two-sided sign test over images, without ties.
+            images.
+        num_better, num_worse, num_equal: Numbers of images on which the other model's mean IoU is higher, lower,
+            equal.
+        p_value: P-value of the two-sided sign test over images, without ties.
     """
 
     giou: tuple[float, float, float]
@@ -41,8 +43,10 @@ def compare_scores(
     """Compare the scores of two models, image by image.
 
     Args:
-        first, other: Scores by one protocol, see [`read_scores`]. protocol: The protocol. resamples: Number of
-        bootstrap resamples for the intervals. seed: Seed of the resampling.
+        first, other: Scores by one protocol, see [`read_scores`].
+        protocol: The protocol.
+        resamples: Number of bootstrap resamples for the intervals.
+        seed: Seed of the resampling.
 
     Raises:
         ValueError: If the scores are for different questions or a different truth.

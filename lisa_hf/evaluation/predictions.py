@@ -255,7 +255,7 @@ def read_predictions(
             files, relative to the JSON Lines file.
         dataset: The dataset.
         missing_as_empty: Whether a question without a prediction counts as answered without a mask.
-        benchmark: Name of the dataset. Lines whose `benchmark` is another one are passed over.
+        benchmark: Name of the dataset. Lines of another `benchmark` are skipped.
 
     Returns:
         Predictions by the id of the question. All of them have masks of the same kinds.

@@ -342,7 +342,7 @@ class TokenizedRow:
         """Whether a token has characters of a prompt and of its answer."""
         ends = self._ends
         for answer_start, _ in self.row.answers:
-            first = bisect_right(ends, answer_start)  # the first token that ends behind it
+            first = bisect_right(ends, answer_start)  # the first token that ends after it
             # Some tokenizers exclude the space before a word from its offsets: it begins where the last token ends.
             if first < len(ends) and (ends[first - 1] if first else 0) < answer_start:
                 return True
@@ -393,7 +393,7 @@ def tokenize(
 
 
 def _tokenize_pieces(tokenizer: PreTrainedTokenizerBase, whole: TokenizedRow) -> TokenizedRow:
-    """Tokenize the pieces of a text with cuts, behind the tokens that begin it without being of its characters."""
+    """Tokenize the pieces of a text with cuts, after the leading tokens that are not part of its characters."""
     num_added = next((index for index, (_, end) in enumerate(whole.offsets) if end > 0), 0)
     ids, offsets = list(whole.ids[:num_added]), list(whole.offsets[:num_added])
     position = 0

@@ -316,7 +316,7 @@ class LisaGenerationMixin:
         text_config = self.config.get_text_config()
         if "sliding_attention" not in attention_types(text_config):
             return True
-        # A masked gap takes up the window, so all tokens must be inside of it.
+        # A masked gap counts toward the window, so all tokens must be inside it.
         max_new_tokens = generate_kwargs.get("max_new_tokens") or self.vlm.generation_config.max_new_tokens
         return max_new_tokens is not None and length + max_new_tokens <= text_config.sliding_window
 

@@ -72,7 +72,7 @@ def _skip_modules(quantization_config):
 def keep_random_state():
     """Leave the generator as it is: a model that is loaded in shards draws numbers, one that is loaded whole does not.
 
-    The projector, new tokens and LoRA thus begin alike in both.
+    The projector, new tokens and LoRA thus start the same in both.
     """
     return torch.random.fork_rng(devices=[])
 
@@ -325,7 +325,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             num_items_in_batch, num_masks_in_batch: Global counts of labels and of masks that the losses are divided
                 by; by default this batch's own, as in LISA.
             output_logits: Whether to return all logits although labels are given.
-            output_masks: Whether to return masks at the original sizes; by default outside of training.
+            output_masks: Whether to return masks at the original sizes; by default outside training.
             kwargs: Further inputs of the VLM.
 
         Returns:

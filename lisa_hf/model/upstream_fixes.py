@@ -49,8 +49,8 @@ def share_weights_files(directory: Path) -> None:
 
     Version: safetensors 0.8.
     Symptom: only the owner can read `*.safetensors`, whatever the umask, so nobody else on a cluster, in a container
-    or in a group can load a model that was trained, converted or exported. Remove when: safetensors' issue 782 is
-    closed; tests/recipes/test_export.py::test_others_can_read_weights.
+        or in a group can load a model that was trained, converted or exported.
+    Remove when: safetensors' issue 782 is closed; tests/recipes/test_export.py::test_others_can_read_weights.
     """
     umask = os.umask(0o077)  # it can be read only by setting it
     os.umask(umask)
@@ -75,8 +75,8 @@ def separate_batch_entries(vlm: nn.Module) -> None:
 
     Version: transformers 5.23.
     Symptom: the states of a row depend on its position in the batch, or on the sizes of the other images. HunYuanVL
-    numbers images over all rows, and the number is a position; Emu3's convolutions see the padding of an image. Remove
-    when: `HunYuanVLModel.get_rope_index` begins with 0 in each row, and `Emu3Model.get_image_features` cuts
+        numbers images over all rows, and the number is a position; Emu3's convolutions see the padding of an image.
+    Remove when: `HunYuanVLModel.get_rope_index` begins with 0 in each row, and `Emu3Model.get_image_features` cuts
         images to their `image_sizes`; tests/model/test_vlms.py::test_states_logits_and_answers_are_the_vlms_own.
     """
     model = vlm.base_model
@@ -135,8 +135,8 @@ def keep_llama_legacy(tokenizer) -> None:
     """Make a `LlamaTokenizer` save `legacy`, which decides how the text after a special token is split.
 
     Version: transformers 5.23.
-    Symptom: `save_pretrained` omits `legacy`, so a reloaded tokenizer gives different ids after `[SEG]`. Remove when:
-    `tokenizer_config.json` contains it; tests/model/test_processing.py.
+    Symptom: `save_pretrained` omits `legacy`, so a reloaded tokenizer gives different ids after `[SEG]`.
+    Remove when: `tokenizer_config.json` contains it; tests/model/test_processing.py.
     """
     tokenizer.init_kwargs["legacy"] = tokenizer.legacy
 
@@ -147,8 +147,8 @@ def patched_sam_hq_decoder(decoder: nn.Module):
 
     Version: transformers 5.23.
     Symptom: different masks from SAM-HQ's own code. The decoder drops the image embeddings that its transformer
-    returns and upscales the input ones, with rows and columns swapped. Remove when: it upscales the transformer's
-    output; tests/conversion/test_convert_sam.py.
+        returns and upscales the input ones, with rows and columns swapped.
+    Remove when: it upscales the transformer's output; tests/conversion/test_convert_sam.py.
     """
     attended = []
     hooks = [

@@ -89,7 +89,7 @@ def allow_other_engine(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
         problem = _load_optimizer(trainer, checkpoint, names)
         if trainer.is_world_process_zero():
             logger.warning(
-                "%s was saved with %s and is resumed with %s: weights, learning rates and place in the data go on. %s",
+                "%s was saved with %s and is resumed with %s: weights, learning rates and data position continue. %s",
                 *(checkpoint, saved, running),
                 f"The optimizer's states start from scratch, so the next losses may be a little higher: {problem}"
                 if problem

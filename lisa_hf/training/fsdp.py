@@ -34,7 +34,8 @@ def allow_fsdp_on_cpu() -> Iterator[None]:
 
     Version: accelerate 1.15.
     Symptom: accelerate silently trains with DDP, because it assumes that FSDP needs GPUs. torch's `fully_shard` works
-    over gloo too. Remove when: accelerate shards among CPU processes; tests/training/test_distributed.py.
+        over gloo too.
+    Remove when: accelerate shards among CPU processes; tests/training/test_distributed.py.
     """
     backend = ("gloo", DistributedType.MULTI_GPU)
     supports_bf16 = mock.patch("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # asked of GPUs
@@ -132,8 +133,8 @@ def match_saved_state_dict_type(trainer: Trainer, checkpoint: Path) -> Iterator[
 
     Version: accelerate 1.15 with torch 2.14.
     Symptom: accelerate looks for shards or whole weights according to the run's settings, whatever the checkpoint has;
-    torch unpickles the description of shards and everything in them except tensors, which may run code. Remove when:
-    accelerate detects the type from the checkpoint, and torch restricts what it unpickles;
+        torch unpickles the description of shards and everything in them except tensors, which may run code.
+    Remove when: accelerate detects the type from the checkpoint, and torch restricts what it unpickles;
         tests/training/test_fsdp.py::test_shards_resume_on_another_number_of_processes_and_export_in_one.
     """
     if not trainer.is_fsdp_enabled:

@@ -135,8 +135,8 @@ def shard_peft_copies() -> Iterator[None]:
 
     Version: peft 0.21.
     Symptom: with ZeRO-3, PEFT gathers each module of `modules_to_save` to copy it and keeps the copies whole, so that
-    every process holds all of them at once. Remove when: PEFT copies under `zero.Init`;
-    `recipes/benchmarks/load_memory.py`.
+        every process holds all of them at once.
+    Remove when: PEFT copies under `zero.Init`; `recipes/benchmarks/load_memory.py`.
     """
     update = ModulesToSaveWrapper.update
 

@@ -8,8 +8,8 @@ write, but only once. Every line of the table is measured in a new process, with
     open          seconds from the command to a mixture; of a stream, once its records are written
     first batch   seconds from there to the first batch of the workers
     image keys    CPU seconds for the keys of all training images, which train.py keeps with a run
-    main, MB      peak memory of the main process beyond its imports, without mapped files worker, MB    private memory
-    of a worker, after 1000 items
+    main, MB      peak memory of the main process beyond its imports, without mapped files
+    worker, MB    private memory of a worker, after 1000 items
 """
 
 import argparse
