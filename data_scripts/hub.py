@@ -107,7 +107,7 @@ class Hub(OwnData):
         files = [digest]
         for path in sorted(fs.glob(pattern)):
             info = fs.info(path)
-            # fsspec takes files of web servers for unchanging, and their key for that of the address.
+            # fsspec assumes that files on web servers never change, and derives their key from the URL.
             files += [fs.ukey(path), *(str(info.get(name)) for name in ("ETag", "Last-Modified", "size"))]
         return hashlib.sha256(" ".join(files).encode()).hexdigest()[:16]
 

@@ -83,7 +83,7 @@ class LabelMe(Labeled):
             if not annotation["shapes"]:
                 self.pass_over("files without shapes")
             if isinstance(image, bytes):
-                self.count("took {} images from the JSON files, which hold them")
+                self.count("read {} images that are embedded in the JSON files")
             path, root = (image, self._image_directory()) if isinstance(image, str) else (record, self._root())
             return self.make_labeled_row(image, os.path.splitext(os.path.relpath(path, root))[0], objects)
 
@@ -102,7 +102,7 @@ class LabelMe(Labeled):
         directory, data = self._image_directory(), annotation.get("imageData")
         try:
             name = annotation["imagePath"]
-            # Paths are relative to the JSON file; those of another machine to nothing that is here.
+            # Paths are relative to the JSON file; those from another machine match nothing here.
             folder = os.path.relpath(os.path.dirname(path), self._root())
             beside = os.path.normpath(os.path.join(directory, folder, *split_name(name))) if name else directory
             if is_inside(beside, directory) and os.path.isfile(beside):

@@ -10,7 +10,7 @@ from huggingface_hub import get_token
 
 
 REDACTED = "<REDACTED>"
-LOCAL = "<local>"  # in the place of the directory of a path; no Hub id begins so
+LOCAL = "<local>"  # replaces the directory of a path; no Hub id starts like this
 SECRET_NAME = r"(?:token|api_?key|access_?key|secret|password|passwd|signature|credentials?)"
 SECRETS = [
     re.compile(pattern, re.IGNORECASE)
@@ -60,7 +60,8 @@ def redact(value: Any) -> Any:
 
 
 def hide_local_paths(value: Any) -> Any:
-    """Return a value, or a structure of them, in which of absolute paths, which tell names of users, the name is left.
+    """Return a value, or a structure of them, with absolute paths, which reveal user names, reduced to their last
+    part.
 
     `/home/somebody/photos` becomes `<local>/photos`. What is under the key `command` is a shell's command line.
     """

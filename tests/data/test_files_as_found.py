@@ -125,7 +125,7 @@ def test_an_image_that_only_labelme_has_is_taken_from_its_file(tmp_path, load, n
     (row,) = load("labelme", annotations=".")
     assert_drawn(row)
     assert row["image"]["bytes"] == PHOTO and row["image_id"] == "a"
-    assert "took 1 images from the JSON files, which hold them in the split 'train'" in load.remarks
+    assert "read 1 images that are embedded in the JSON files in the split 'train'" in load.remarks
 
 
 def test_the_file_of_an_image_is_preferred_to_its_copy(tmp_path, load):
