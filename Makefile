@@ -31,6 +31,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/accelerate launch --quiet --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \
 		--dynamo_backend no --num_cpu_threads_per_process 1 recipes/train.py --config recipes/configs/quickstart.yaml \
 		--overwrite_output_dir
+	@echo "Talk to it in the browser: make demo"
 
 demo: $(INSTALLED)
 	@test -e outputs/quickstart/config.json || { echo "error: expected outputs/quickstart, got none. Run make quickstart."; exit 2; }

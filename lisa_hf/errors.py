@@ -4,7 +4,7 @@ import difflib
 import logging
 import sys
 from collections.abc import Collection, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -28,8 +28,11 @@ def report_user_errors():
     transformers raise as `RuntimeError`: a dead loader worker, a tracker that is not installed, and weights of other
     sizes than their configuration's. The stack trace goes to the debug log. Ctrl-C is one line and code 130.
 
-    Neither that line nor the log holds secrets, see [`redact`].
+    Neither that line nor the log holds secrets, see [`redact`]. Output shows characters that its encoding lacks as
+    escapes, as stderr always does: the name of an image must not end a run.
     """
+    with suppress(AttributeError):  # notebooks have streams of their own
+        sys.stdout.reconfigure(errors="backslashreplace")
     for name in (None, "datasets", "huggingface_hub", "transformers"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_redact_log)

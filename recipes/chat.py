@@ -59,7 +59,6 @@ def main():
     args = parse_arguments()
     with suppress(ImportError):  # lets the arrow keys edit the line and recall earlier ones; not on Windows
         import readline  # noqa: F401
-    sys.stdout.reconfigure(errors="replace")  # answers may have characters that the terminal's encoding lacks
     with report_user_errors():
         image = load_image(args.image) if args.image else None  # before weights are loaded
         model, processor = load_lisa(args.model, dtype=args.dtype)

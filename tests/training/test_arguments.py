@@ -1,6 +1,7 @@
 """Arguments: the YAML file, the command line over it, and one clear line about every mistake."""
 
 import dataclasses
+import io
 import re
 import subprocess
 import sys
@@ -321,3 +322,11 @@ def test_parallelism_that_divides_one_image_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
     with pytest.raises(ValueError, match="expected every process to have its own images, got tp_size 2"):
         LisaTrainingArguments(tmp_path)
+
+
+def test_output_shows_characters_that_its_encoding_lacks(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    with report_user_errors():
+        print("坏.jpg", flush=True)
+    assert stream.buffer.getvalue().strip() == rb"\u574f.jpg"
