@@ -40,7 +40,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def load(tmp_path):
-    """`load_source` with a cache of its own; images stay paths."""
+    """`load_source` with a separate cache; images stay paths."""
 
     def load(name, data_dir=TREE, **kwargs):
         rows = load_source(name, str(data_dir), cache_dir=str(tmp_path / "cache"), **kwargs)

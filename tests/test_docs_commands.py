@@ -1,4 +1,4 @@
-"""What README.md and the pages tell readers to type: its options exist, and it runs, unless it says what it needs."""
+"""Commands in README.md and the docs: their options exist, and they run, unless they say what they need."""
 
 import argparse
 import ast

@@ -1,6 +1,6 @@
-"""What is not trusted runs no code: a payload in each place where a checkpoint is read, that would leave a mark.
+"""Untrusted input runs no code: a payload in each place where a checkpoint is read, which would leave a trace.
 
-Beside these: pickles of original checkpoints and of ZeRO (`conversion/test_convert_weights.py`), names of classes
+In addition: pickles of original checkpoints and of ZeRO (`conversion/test_convert_weights.py`), names of classes
 (`model/test_backends.py`), pickles of annotations (`data/test_bad_source_files.py`), archives
 (`data/test_download.py`), paths and URLs in rows (`data/test_hub.py`) and in annotations (`data/export_formats/`),
 polygons (`data/test_segmentation.py`), damaged annotations (`data/test_damaged_annotations.py`).
@@ -121,7 +121,7 @@ CODE = f"import os\nos.mkdir({MARK!r})\n"
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json", "custom_generate"])
 def test_code_beside_the_weights(directory, name):
-    """A model of ours is loaded by the installed package, whatever code lies beside it."""
+    """Our models are loaded by the installed package, whatever code is next to them."""
     for module in ("configuration_lisa", "modeling_lisa", "processing_lisa", "evil"):
         (directory / f"{module}.py").write_text(CODE)
     if name == "custom_generate":
@@ -248,7 +248,7 @@ def test_texts_of_others_in_a_model_card(text, monkeypatch):
         return Path(directory, "README.md").read_text()
 
     def structure(card: str) -> Counter:
-        """Count what Markdown makes of a card; what is of the same kind beside each other counts once."""
+        """Count the elements that Markdown makes of a card; adjacent ones of the same kind count once."""
         _, _, body = card.removeprefix("---").partition("\n---\n")
         tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(body)
         kinds = Counter(token.type for token in tokens if token.type != "inline")

@@ -1,4 +1,4 @@
-"""LISA through `recipes/convert_weights.py`, in every size, and what its training runs leave (`lisa-train`)."""
+"""LISA through `recipes/convert_weights.py`, in every size, and its training runs (`lisa-train`)."""
 
 import re
 import subprocess

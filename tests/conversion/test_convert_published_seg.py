@@ -1,4 +1,4 @@
-"""Published models of LISA's kind, converted: their own code's numbers, and every way a model is used."""
+"""Converted LISA-like published models: the numbers of their own code, and every way to use a model."""
 
 import json
 from contextlib import redirect_stdout

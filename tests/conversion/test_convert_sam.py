@@ -1,4 +1,4 @@
-"""SAM and SAM-HQ through `recipes/convert_weights.py`: at the originals' recorded outputs, in every size."""
+"""SAM and SAM-HQ through `recipes/convert_weights.py`: equal to the originals' recorded outputs, in every size."""
 
 import json
 

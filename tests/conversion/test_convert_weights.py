@@ -1,4 +1,4 @@
-"""What `recipes/convert_weights.py` refuses and lists, what it leaves on disk, and how much memory it needs."""
+"""What `recipes/convert_weights.py` rejects and lists, what it leaves on disk, and how much memory it needs."""
 
 import json
 import os

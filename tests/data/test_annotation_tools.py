@@ -1,4 +1,4 @@
-"""Annotations as tools export and users merge them: ids, boxes, and the shapes of LabelMe and X-AnyLabeling."""
+"""Annotations as exported by tools and merged by users: ids, boxes, and shapes of LabelMe and X-AnyLabeling."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Bad data, one case at a time: read all the same, skipped and counted, or one clear error that names the file.
+"""Bad data, one case at a time: read anyway, skipped and counted, or one clear error that names the file.
 
 Every source here has 120 records, of which the first is damaged: a share that may be skipped. Records are bad for the
 builder, which reads the annotations, or for the mixture, which opens the images; both obey `on_bad_row`.

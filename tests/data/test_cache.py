@@ -1,4 +1,4 @@
-"""Prepared rows follow their files, and can be removed."""
+"""Prepared rows are updated with their files, and can be removed."""
 
 import errno
 import json

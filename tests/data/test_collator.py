@@ -1,4 +1,4 @@
-"""Items become batches: what is in them, what is skipped, and what is refused."""
+"""Items become batches: their content, what is skipped, and what is rejected."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Annotation files damaged at random: an error that says so or a whole row, never a crash, a hang or a stray mask."""
+"""Randomly damaged annotation files: a clear error or a valid row, never a crash, a hang or a stray mask."""
 
 import base64
 import copy
@@ -284,7 +284,7 @@ LOADERS = {
 
 
 def write_tree(root):
-    """Write what the loaders read besides the damaged file."""
+    """Write the other files that the loaders read."""
     for name in (
         "images",
         "masks",

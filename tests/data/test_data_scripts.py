@@ -31,7 +31,7 @@ REASON_SEG, PASCAL_PART = Path("reason_seg", "ReasonSeg"), Path("vlpart", "pasca
 
 @pytest.fixture
 def load(tmp_path):
-    """`load_source` with a cache of its own."""
+    """`load_source` with a separate cache."""
 
     def load(name, data_dir=None, **kwargs):
         return load_source(name, data_dir, cache_dir=str(tmp_path / "cache"), **kwargs)
@@ -74,7 +74,7 @@ def test_reason_seg_training_rows_equal_the_original(load, golden):
         explained = {answer for answer in recorded[path]["answers"] if "[SEG]" not in answer}
         assert explained == ({f"{row['explanation']}</s>"} if row["explanation"] else set())
         if row["ignore"] is not None:
-            # Mended: the original trains on ignored pixels as background. Here they are kept apart from the target.
+            # Fixed: the original trains on ignored pixels as background. Here they are kept apart from the target.
             assert decode_mask(row["ignore"]).sum() > 0
             assert not (decode_mask(row["ignore"]) & decode_mask(target["rle"])).any()
 

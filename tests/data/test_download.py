@@ -1,4 +1,4 @@
-"""Downloads from a server that breaks off, lies, or sends what nobody wants."""
+"""Downloads from a server that breaks off, lies, or sends unwanted content."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""Rows that show an image of a benchmark or of another source are found, and left out of what is converted."""
+"""Rows with an image of a benchmark or of another source are found, and excluded from conversions."""
 
 import io
 

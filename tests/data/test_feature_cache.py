@@ -113,7 +113,7 @@ def test_warm_cache_gives_the_step_without_encoders(name, rows, tmp_path):
 
 @needs_torchvision
 def test_cache_holds_features_that_enter_layers(rows, tmp_path):
-    """Qwen3-VL's: beside its features, those of deeper layers, and each image's grid for the positions of its rows."""
+    """Qwen3-VL's: its features, those of deeper layers, and each image's grid for the positions of its rows."""
     model, processor = vlm_sam_with_processor("qwen3_vl")
     model = prepare_for_training(model, ["seg_projector", "mask_decoder"], lora_r=4)
     cache = build(tmp_path, rows, model, processor)

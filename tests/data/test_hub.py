@@ -1,4 +1,4 @@
-"""Rows of others that name files: only those of the dataset and of `data_dir` are read."""
+"""Rows from others may name files: only those of the dataset and of `data_dir` are read."""
 
 import functools
 import http.server
@@ -28,7 +28,7 @@ PHOTO = png(np.zeros((4, 6, 3), np.uint8))
 
 @pytest.fixture
 def load(tmp_path):
-    """Load a Parquet file of one row with an image at the given path, in a directory beside a secret."""
+    """Load a Parquet file of one row with an image at the given path, in a directory next to a secret."""
     (tmp_path / "data" / "rows").mkdir(parents=True)
     for path in ("secret.png", "data/photo.png", "data/rows/own.png"):
         (tmp_path / path).write_bytes(PHOTO)

@@ -1,4 +1,4 @@
-"""Mask images as tools save them: which values are the object, which are ignored, and which nobody can tell."""
+"""Mask images as tools save them: which values are the object, which are ignored, and which are ambiguous."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Conversations with masks: rows whose answers have `[SEG]` in running text, over several turns, or refuse."""
+"""Conversations with masks: rows whose answers have `[SEG]` within sentences, over several turns, or decline."""
 
 import json
 import re
@@ -128,7 +128,7 @@ def names_of(row) -> list[str]:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_batches_learn_and_are_scored_per_target(load, packing):
-    """Every `[SEG]` of a conversation has its mask in training; in evaluation every turn is a row of its own."""
+    """Every `[SEG]` of a conversation has its mask in training; in evaluation every turn is a separate row."""
     model, processor = llava_sam()
     rows = load("talk: {builder: shapes, conversations: true, num_train_scenes: 6, image_size: 64, split: train}")
     mixture = MixtureDataset({"talk": rows}, length=4)

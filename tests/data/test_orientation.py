@@ -1,4 +1,4 @@
-"""Photos with an EXIF orientation: their masks lie where they were drawn, or loading asks how they were drawn."""
+"""Photos with an EXIF orientation: masks are where they were drawn, or loading asks how they were drawn."""
 
 import json
 

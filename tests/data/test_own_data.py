@@ -1,4 +1,4 @@
-"""Data of your own, as a recipe names it: COCO instances, LabelMe, a folder with questions, columns of Parquet."""
+"""Your own data, as named in a recipe: COCO instances, LabelMe, a folder with questions, columns of Parquet."""
 
 import io
 import json

@@ -81,7 +81,7 @@ def row_of_golden(source, image, expected):
 
 @pytest.mark.parametrize("source, image, expected", list(golden_rows()))
 def test_training_texts_are_those_of_the_original(source, image, expected):
-    """Every question and answer the original produced, and none besides, for all phrases of the image."""
+    """Exactly the questions and answers that the original produced, for all phrases of the image."""
     probability = 1.0 if source.endswith("explanatory=1.0") else 0.1
     draws = draw_many(row_of_golden(source, image, expected), explanatory_probability=probability)
     drawn = [texts(question) for questions in draws for question in questions]

@@ -1,4 +1,4 @@
-"""Segmentations as tools write them, and hostile ones, which must be errors and never crash or hang the process."""
+"""Segmentations as written by tools, and hostile ones, which must raise errors and never crash or hang the process."""
 
 import json
 

@@ -45,7 +45,7 @@ def recorded_rows(request, golden, load):
     rows = by_path(load(Path(request.param).name, TREE))
     assert rows.keys() == recorded.keys()
     if request.param == "sem_seg/mapillary":
-        # Mended: the pixels of the second class that is called "car" were excluded of its mask.
+        # Fixed: the pixels of the second class that is called "car" were excluded of its mask.
         (car,) = recorded["mapillary/training/images/m1.jpg"]["phrases"]["car"]
         assert car["area"] == 0
         label_map = np.asarray(PIL.Image.open(TREE / "mapillary/training/v2.0/labels/m1.png"))

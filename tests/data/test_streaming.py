@@ -1,4 +1,4 @@
-"""The streaming mixture: every row is dealt once, resuming is exact, and the rows are those of the prepared data.
+"""The streaming mixture: every row is used once, resuming is exact, and rows equal the prepared ones.
 
     accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 \\
         tests/data/test_streaming.py DIRECTORY

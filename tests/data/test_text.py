@@ -1,4 +1,4 @@
-"""Annotation files in the encodings of other systems: read as they were written, or refused, never as garbage."""
+"""Annotation files in the encodings of other systems: read correctly or rejected, never as garbage."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Exports that the tools' own libraries wrote of three scenes: each gives the masks that were drawn.
+"""Exports of three scenes, written by the tools' own libraries: each gives the masks that were drawn.
 
 `golden/tool_exports` was written by Datumaro 1.13.12 (COCO, CVAT, PASCAL VOC, COCO panoptic), labelme 6.3.1,
 supervision 0.31.2, Label Studio's converter 2.1.2, Supervisely's SDK 6.74.51 and pycocotools 2.0.11.

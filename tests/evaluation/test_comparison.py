@@ -17,7 +17,7 @@ GENERATED = PROTOCOLS["generated"]
 
 
 def simulate(rng: np.random.Generator, num_images: int, shift: float = 0.0) -> list[QuestionScore]:
-    """Scores of one to three masks per image, which are alike: their IoU is that of the image and some noise."""
+    """Scores of one to three similar masks per image: their IoU is that of the image plus some noise."""
     scores = []
     for image in range(num_images):
         quality = np.clip(rng.beta(4, 2) + shift, 0, 1)

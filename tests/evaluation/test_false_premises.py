@@ -1,4 +1,4 @@
-"""Protocols of benchmarks about nothing and about several objects, beside the authors' code and rules."""
+"""Protocols of benchmarks about nothing and about several objects, compared with the authors' code and rules."""
 
 import itertools
 

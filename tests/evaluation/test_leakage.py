@@ -1,4 +1,4 @@
-"""Benchmarks that share images with the training data: told by the id of a COCO photo, by name and by content."""
+"""Benchmarks that share images with the training data, found by COCO id, by name and by content."""
 
 import json
 from pathlib import Path

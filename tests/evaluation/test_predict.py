@@ -1,4 +1,4 @@
-"""Prompts that are cut from training batches."""
+"""Prompts extracted from training batches."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Files of predictions: which question a line is about, what a mask may be, and what is refused."""
+"""Prediction files: which question a line is about, what a mask may be, and what is rejected."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Protocols: those of others equal their own code, and each gives what must come out for answers that are clear."""
+"""Protocols: published ones equal their own code, and each gives the right result for clear-cut answers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Texts of sheets: in any script that a font of the system has, and never wider than their cell."""
+"""Texts on sheets: in any script that a system font has, and never wider than their cell."""
 
 import logging
 

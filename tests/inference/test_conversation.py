@@ -1,4 +1,4 @@
-"""A conversation answers as the model does when it is given all of it at once, and reads every part once."""
+"""A conversation answers like the model given all of it at once, and reads every part only once."""
 
 import json
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""Items to look at: they hold all masks and questions of their row, and are found without reading the rows."""
+"""Items for display: they have all masks and questions of their row, and are found without reading the rows."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""A LISA in lmms-eval, on a task of three images. Skipped where lmms-eval is not installed."""
+"""A LISA in lmms-eval, on a task of three images. Skipped if lmms-eval is not installed."""
 
 import datasets
 import numpy as np

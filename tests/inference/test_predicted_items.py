@@ -1,4 +1,4 @@
-"""Predictions to look at: worst first beside the truth; and the answers of predict.py."""
+"""Predictions for display: worst first with the truth; and the answers of predict.py."""
 
 import json
 

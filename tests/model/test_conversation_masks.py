@@ -31,7 +31,7 @@ def item_about(picture, *conversations: list[dict]) -> dict:
 
 @pytest.mark.parametrize("name, num_rows", [(None, 4), ("no end", 8)])
 def test_masks_of_several_turns(name, num_rows):
-    """Two images, each with a conversation of three turns and one of one; also where each turn is a row of its own."""
+    """Two images, each with conversations of three turns and of one; also with templates that need a row per turn."""
     model, processor = llava_sam()
     if name:
         processor.chat_template = TEMPLATES[name][0]

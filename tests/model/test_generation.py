@@ -1,4 +1,4 @@
-"""LisaForConditionalGeneration.generate: its masks are those of a teacher-forced pass over what it generated."""
+"""LisaForConditionalGeneration.generate: its masks equal those of a teacher-forced pass over the generated answers."""
 
 import pytest
 import torch
@@ -109,7 +109,7 @@ def test_answers_without_seg(family):
 
 @vlm_families
 def test_a_batch_equals_single_calls(family):
-    """Padding on the left, and images and rows of others beside it, change no answer."""
+    """Padding on the left, and other images and rows in the batch, change no answer."""
     model, processor = family
     inputs = prompts(processor)
     output = generate(model, inputs)

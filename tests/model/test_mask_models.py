@@ -1,4 +1,4 @@
-"""Mask models as they are published: SAM 2, SAM 3 and EdgeTAM are video models, whose image part LISA uses."""
+"""Mask models as published: SAM 2, SAM 3 and EdgeTAM are video models, of which LISA uses the image part."""
 
 from contextlib import ExitStack
 from unittest import mock

@@ -1,4 +1,4 @@
-"""Packed rows are separate rows: the same loss, gradients, masks and evaluation, whatever the VLM."""
+"""Packed rows equal separate rows: the same loss, gradients, masks and evaluation, for every VLM."""
 
 import copy
 from unittest import mock

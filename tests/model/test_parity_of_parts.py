@@ -1,4 +1,4 @@
-"""Parity with the original, as in `test_parity.py`, of what the package does in parts, or with parts of its own."""
+"""Parity with the original, as in `test_parity.py`, of parts of the package, or of its own additions."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""`pipeline("reasoning-segmentation")` beside the package; without it, see `test_remote_code.py`."""
+"""`pipeline("reasoning-segmentation")` with the package installed; without it, see `test_remote_code.py`."""
 
 import PIL.ExifTags
 import PIL.Image

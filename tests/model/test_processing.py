@@ -98,7 +98,7 @@ def family(request):
 
 
 def labeled_runs(processor, ids: torch.Tensor, labels: torch.Tensor) -> list[str]:
-    """Texts of the runs of labels, without spaces: `[SEG]` swallows those beside it."""
+    """Texts of the runs of labels, without spaces: `[SEG]` absorbs those around it."""
     runs, previous = [], -100
     for token, label in zip(ids.tolist(), labels.tolist()):
         assert label in (-100, token)

@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: the VLM's layers alone, the mask path and the vocabulary projection stay as they were.
+"""Weights in 8 and 4 bits: only the VLM's layers; the mask path and the vocabulary projection do not change.
 
 Training beside them, going on with a checkpoint, and merging.
 """

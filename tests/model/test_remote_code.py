@@ -1,4 +1,4 @@
-"""A saved model loads and answers by its own copy of the code, in a process that does not have this package."""
+"""A saved model loads and answers with its own copy of the code, in a process without this package."""
 
 import os
 import subprocess

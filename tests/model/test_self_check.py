@@ -1,4 +1,4 @@
-"""The self-check passes where LISA computes what its VLM does alone, and stops at each error that would be silent."""
+"""The self-check passes if LISA computes the same as its VLM alone, and stops at errors that would be silent."""
 
 import random
 from contextlib import contextmanager

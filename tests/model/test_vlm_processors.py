@@ -1,4 +1,4 @@
-"""LisaProcessor around the processors of many VLM families: the inputs of each row are those of the VLM's own."""
+"""LisaProcessor around the processors of many VLM families: the inputs of each row equal those of the VLM's own."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LISA computes what each VLM computes alone: states, logits and answers, whatever its encoder's output looks like."""
+"""LISA computes the same states, logits and answers as each VLM alone, whatever its encoder returns."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""The benchmark compares like with like: its baseline computes the same loss and gradients at the original's cost."""
+"""The benchmark is fair: its baseline computes the same loss and gradients at the original's cost."""
 
 import json
 import os

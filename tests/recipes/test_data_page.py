@@ -1,4 +1,4 @@
-"""The page that browses data, in a browser: beside the page that asks a model."""
+"""The page that browses data, in a browser, together with the page that asks a model."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""demo.py as people use it: in a browser, from Python, and with curl."""
+"""demo.py as users run it: in a browser, from Python, and with curl."""
 
 import html
 import io

@@ -1,4 +1,4 @@
-"""`recipes/export.py`: from what a run left, finished or not, to a directory that answers the same anywhere."""
+"""`recipes/export.py`: from a finished or unfinished run to a directory that answers the same anywhere."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Recipes at full size, from the configurations as published: what trains, and the table of docs/backbones.md."""
+"""Recipes at full size, from published configurations: what trains, and the table of docs/backbones.md."""
 
 import json
 import re

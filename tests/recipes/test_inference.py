@@ -33,7 +33,7 @@ def talkative(tmp_path_factory) -> Path:
 
 
 class Terminal:
-    """A recipe in a pseudo-terminal of its own, where Ctrl-C reaches it as it does a user's."""
+    """A recipe in a pseudo-terminal, where Ctrl-C reaches it as it does a user's."""
 
     def __init__(self, *command, cwd: Path):
         environment = os.environ | {

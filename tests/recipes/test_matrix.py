@@ -1,4 +1,4 @@
-"""The matrix of VLMs: its command writes what each check found, and goes on whatever a check does."""
+"""The matrix of VLMs: its command writes the result of each check, and continues whatever a check does."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The photos of the benchmark of phone photos: turned and upright, they are the same pictures with the same masks."""
+"""Photos of the phone-photo benchmark: rotated and upright ones are the same pictures with the same masks."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The plan of a run: operations are those of a real step, and the table follows from the numbers of the cluster."""
+"""The plan of a run: operations equal those of a real step, and the table follows from the cluster's numbers."""
 
 import re
 

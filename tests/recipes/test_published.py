@@ -1,4 +1,4 @@
-"""Small random copies of published models, all the way: train, evaluate, export, answer without this package."""
+"""Small random copies of published models, end to end: train, evaluate, export, answer without this package."""
 
 import json
 import os

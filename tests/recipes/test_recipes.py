@@ -1,4 +1,4 @@
-"""The recipes as a user runs them: subprocesses, files on disk, one clear line for what is wrong."""
+"""The recipes as a user runs them: subprocesses, files on disk, one clear line per mistake."""
 
 import dataclasses
 import json

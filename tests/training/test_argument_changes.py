@@ -1,4 +1,4 @@
-"""What a run that is resumed tells about its arguments, by the record of the checkpoint."""
+"""What a resumed run reports about its arguments, compared with the record of the checkpoint."""
 
 import re
 

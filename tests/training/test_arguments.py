@@ -1,4 +1,4 @@
-"""Arguments: the YAML file, the command line over it, and one clear line about every mistake."""
+"""Arguments: the YAML file, the command line that overrides it, and one clear line per mistake."""
 
 import dataclasses
 import io

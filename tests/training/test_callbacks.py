@@ -1,4 +1,4 @@
-"""Callbacks: what a run logs, prediction sheets, and steps that are not finite."""
+"""Callbacks: what a run logs, prediction sheets, and non-finite steps."""
 
 import io
 import json
@@ -158,7 +158,7 @@ def test_sources_are_those_of_the_mixture(tiny, tmp_path):
 
 
 class Clock:
-    """Stands still but for what is said to take time, in seconds."""
+    """A clock that only advances for what is declared to take time, in seconds."""
 
     now = 0.0
 

@@ -1,4 +1,4 @@
-"""Several processes give what one process gives: loss, gradients, weights and metrics, whatever shares the model."""
+"""Several processes give the same loss, gradients, weights and metrics as one, with every engine."""
 
 import numpy as np
 import pytest

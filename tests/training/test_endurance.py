@@ -1,4 +1,4 @@
-"""Trainings that are killed, stopped or run into trouble, and go on as if nothing had happened.
+"""Training runs that are killed, stopped or run into trouble, and continue as if nothing had happened.
 
     pytest -m slow tests/training/test_endurance.py --log-cli-level INFO
 

@@ -1,4 +1,4 @@
-"""A training holds as much memory after 200 steps as early on, evaluations, sheets and checkpoints included."""
+"""Memory does not grow over 200 training steps with evaluations, sheets and checkpoints."""
 
 import ctypes
 import gc

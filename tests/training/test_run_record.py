@@ -1,4 +1,4 @@
-"""`run.json`: what a run was started with, told by a run of the recipe and by its resumption."""
+"""`run.json`: what a run was started with, for a run of the recipe and for resuming it."""
 
 import json
 from importlib.metadata import version

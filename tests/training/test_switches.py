@@ -1,4 +1,4 @@
-"""Switches that change how a loss is computed and not which: precision, attention, compiling, checkpointing.
+"""Options that change how a loss is computed, not its value: precision, attention, compiling, checkpointing.
 
 Those marked `gpu` compare with SDPA in float32 on the GPU.
 """

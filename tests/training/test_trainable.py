@@ -1,4 +1,4 @@
-"""What trains, merging LoRA, and adapters on disk."""
+"""What is trained, merging LoRA, and adapters on disk."""
 
 from types import SimpleNamespace
 

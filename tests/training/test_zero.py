@@ -1,4 +1,4 @@
-"""ZeRO-3 builds in shards what one process builds whole."""
+"""ZeRO-3 builds the same model in shards as one process builds whole."""
 
 import pytest
 import torch

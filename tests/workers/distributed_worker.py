@@ -79,7 +79,7 @@ def train(cut: int, num_processes: int, parts: list[str], lora_r: int, **argumen
 
 
 def build_speaker():
-    """A model whose answers are a `[SEG]` and end with it, or go on to the greatest length without any.
+    """A model whose answers are one `[SEG]` and end with it, or run to the maximum length without any.
 
     Processes that share the weights must make as many passes for a short answer as the others make for a long one.
     """

@@ -1,4 +1,4 @@
-"""Run `recipes/train.py`, on as many processes as there are, and keep what the model answers as it was trained.
+"""Run `recipes/train.py`, on any number of processes, and save the answers of the model as it was trained.
 
     accelerate launch --config_file recipes/accelerate/ddp.yaml \\
         tests/workers/export_worker.py ANSWERS.safetensors --config ...

@@ -1,4 +1,4 @@
-"""A tiny training in one or more processes, in which something goes wrong at a chosen moment.
+"""A tiny training run in one or more processes, in which something goes wrong at a chosen moment.
 
 `run_training` starts the processes from one that has imported everything already, which saves most of their time.
 """
@@ -47,7 +47,7 @@ context.set_forkserver_preload(["fault_worker", "deepspeed"])
 
 @dataclass
 class Fault:
-    """What goes wrong in process `rank`, or in all if that is None, in the `occurrence`-th `phase` of a kind.
+    """A failure in process `rank`, or in all if that is None, in the `occurrence`-th `phase` of its kind.
 
     Kinds: "kill": SIGKILL, `delay` seconds after the phase has begun, whatever is being done then; "full_disk" and
     "signal" of a `number`: as it begins; "bad_row" and "worker_killed": in the training data, in whatever phase.
@@ -81,11 +81,11 @@ class Progress:
         return PHASES[self._phase.value]
 
     def begun(self, phase: str) -> int:
-        """How many phases of a kind have begun."""
+        """Number of phases of a kind that have started."""
         return self._begun[PHASES.index(phase)]
 
     def mean_seconds(self, phase: str) -> float:
-        """How long a phase of a kind is, on average."""
+        """Average duration of a phase of a kind."""
         return self._seconds[PHASES.index(phase)] / self.begun(phase)
 
     def follow(self, fault: Fault | None):
@@ -235,7 +235,7 @@ def run_training(
     num_ranks: int | None = None,
     items_per_step: int | None = None,
 ) -> Outcome:
-    """Trains, or goes on training, in `directory`.
+    """Start or resume training in `directory`.
 
     The processes that outlive one that failed have a minute to notice; then this is an error. With `items_per_step`,
     a step is the same for any number of processes, which share its items and drop nothing out.

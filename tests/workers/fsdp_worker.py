@@ -1,4 +1,4 @@
-"""Train a LISA in several processes, sharded by FSDP2, or ask one that is cut by tensor parallelism."""
+"""Train a LISA in several processes, sharded by FSDP2, or query one that is split by tensor parallelism."""
 
 import multiprocessing
 import os

@@ -9,7 +9,7 @@ from fixtures.paths import ROOT
 
 
 def start(script, *arguments, launcher: str = "ddp", num_processes: int = 2, options: tuple = ()) -> subprocess.Popen:
-    """Start `accelerate launch` with `recipes/accelerate/<launcher>.yaml`, in a process group of its own.
+    """Start `accelerate launch` with `recipes/accelerate/<launcher>.yaml`, in a separate process group.
 
     Args:
         num_processes: of all machines.

@@ -1,4 +1,4 @@
-"""Train a tiny LISA in which one process has a loss that is not finite in the second step.
+"""Train a tiny LISA in which one process has a non-finite loss in the second step.
 
 accelerate launch --config_file recipes/accelerate/zero2.yaml tests/workers/nonfinite_worker.py RESULTS zero2
 """

@@ -1,4 +1,4 @@
-"""Answer with converted models where this package is not installed: by transformers and the models' own code.
+"""Answer with converted models in a process without this package: with transformers and the models' own code.
 
     python -I tests/workers/parity_worker.py REQUESTS.pkl ANSWERS.pkl
 
