@@ -230,3 +230,28 @@ def test_shards_that_are_being_moved_are_not_read(rows, tmp_path, monkeypatch):
     other.unlink()
     found = load_source("mine", builder="hub", path=str(directory), cache_dir=str(tmp_path / "cache"))
     assert found["image_id"] == rows["image_id"]
+
+
+@pytest.mark.slow
+def test_an_s3_server_gets_and_gives_the_same_bytes(rows, tmp_path, monkeypatch):
+    """Needs `pip install moto[server] s3fs`."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    pytest.importorskip("s3fs")
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "ENDPOINT_URL": f"http://{host}:{port}"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    fs = fsspec.filesystem("s3")
+    fs.mkdir("bucket")
+    remote = write_parquet(rows, "s3://bucket/shapes", "train", num_workers=2, max_shard_size="5KB").paths
+    local = write_parquet(rows, tmp_path / "shapes", "train", max_shard_size="5KB").paths
+    assert len(remote) > 2 and [fs.cat_file(path) for path in remote] == [Path(path).read_bytes() for path in local]
+    files = fs.find("bucket", detail=True)
+    write_parquet(rows, "s3://bucket/shapes", "train", max_shard_size="5KB")
+    assert fs.find("bucket", detail=True, refresh=True) == files  # also the times, and nothing else was left
+    for streaming in (False, True):
+        path = "s3://bucket/shapes/data/train-*.parquet"
+        loaded = load_source("a", builder="hub", path=path, streaming=streaming, cache_dir=str(tmp_path / "cache"))
+        assert [row["targets"] for row in undecoded(loaded)] == list(rows["targets"])
+    server.stop()
