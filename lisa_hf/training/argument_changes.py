@@ -69,10 +69,12 @@ def compare_with_checkpoint(
         )
     sentences = []
     if changes := _changes(before, now, ["images per step"]):
-        what = "are skipped" if now["images per step"] > before["images per step"] else "repeat"
+        meaning = "applies from now on"
+        if not data_args.streaming:
+            what = "are skipped" if now["images per step"] > before["images per step"] else "repeat"
+            meaning = f"the position in the data is counted in steps of the new size, so some items {what}"
         sentences.append(
-            f"{changes[0]} (per_device_train_batch_size x gradient_accumulation_steps x processes): the position in "
-            f"the data is counted in steps of the new size, so some items {what}."
+            f"{changes[0]} (per_device_train_batch_size x gradient_accumulation_steps x processes): {meaning}."
         )
     for meaning, names in MEANINGS.items():
         if changes := _changes(before, now, names):
@@ -118,8 +120,9 @@ def _data_changes(before: list[dict], now: list[dict]) -> list[str]:
         if name not in before:
             changes.append(f"source {name} added")
             continue
-        names = [key for key in ("split", "weight", "num_rows") if source[key] != before[name][key]]
+        facts = [key for key in source if None not in (source[key], before[name][key])]  # streams have no num_rows
+        names = [key for key in facts if key != "fingerprint" and source[key] != before[name][key]]
         changes += [f"{key} of {name} {before[name][key]} -> {source[key]}" for key in names]
-        if not names and source["fingerprint"] != before[name]["fingerprint"]:
+        if not names and "fingerprint" in facts and source["fingerprint"] != before[name]["fingerprint"]:
             changes.append(f"changed rows of {name} (other files or options)")
     return changes

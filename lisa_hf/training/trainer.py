@@ -28,7 +28,7 @@ from ..from_scratch.muon import use_muon
 from ..model.packing import unpack_rows
 from ..model.upstream_fixes import share_weights_files
 from .callbacks import SkipNonFiniteSteps, Throughput
-from .checkpointing import complete_save, find_best_checkpoint_here, resolve_checkpoint
+from .checkpointing import complete_save, find_best_checkpoint_here, find_fault, resolve_checkpoint
 from .engine_change import allow_other_engine, load_best_weights
 from .fsdp import match_saved_state_dict_type, save_shards, saves_shards, shard_before_loading
 from .model_card import write_model_card
@@ -236,10 +236,22 @@ class LisaTrainer(Trainer):
             if self.stream_position:
                 place = None if self.args.ignore_data_skip else checkpoint
                 stack.enter_context(self.stream_position.resume(place))
-            output = super().train(checkpoint, *args, **kwargs)
+            try:
+                output = super().train(checkpoint, *args, **kwargs)
+            except ValueError:
+                self._save_before_error()
+                raise
         if self.nonfinite_steps.error:
             raise ValueError(self.nonfinite_steps.error)
         return output
+
+    def _save_before_error(self) -> None:
+        """Save the last finished step, for bad data have ended the run; alone, since other processes would wait."""
+        step = self.state.global_step
+        is_saved = find_fault(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")) is None
+        if self.args.world_size == 1 and step > 0 and not is_saved:
+            self._save_checkpoint(self.model, trial=None)
+            logger.warning("Saved a checkpoint of step %d. Resume from it once the error below is mended.", step)
 
     def _prepare_for_training(self, *args, **kwargs):
         with shard_before_loading() if self.is_fsdp_enabled else nullcontext():
@@ -278,6 +290,12 @@ class LisaTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with match_saved_state_dict_type(self, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result):
+        # Tied weights are saved once. Trainer would warn of their other names at each resume.
+        tied = self.model.all_tied_weights_keys
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with match_saved_state_dict_type(self, Path(checkpoint)) if checkpoint else nullcontext():

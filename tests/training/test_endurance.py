@@ -282,6 +282,14 @@ def test_every_way_in_which_torch_reports_a_full_disk(message, expected, tiny, t
             raise RuntimeError(message)
 
 
+def test_a_checkpoint_keeps_the_record_of_its_run(tiny, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    checkpoint = tmp_path / "checkpoint-1"
+    with complete_save(make_trainer(*tiny, tmp_path), checkpoint):
+        checkpoint.mkdir()
+    assert "run.json" in json.loads((checkpoint / MANIFEST).read_text())["files"]
+
+
 # ---- manifests ------------------------------------------------------------------------------------------------------
 
 

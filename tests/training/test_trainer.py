@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from fixtures.tiny_training import (
     LISA_PARTS,
     MASKS_DUE,
@@ -22,12 +23,14 @@ from fixtures.tiny_training import (
     make_trainer,
     training_logs,
 )
+from safetensors.torch import load_file, save_file
 
 from lisa_hf import LisaForConditionalGeneration
 from lisa_hf.evaluation.metrics import intersection_and_union
 from lisa_hf.model.generation_lisa import LisaGenerateOutput
 from lisa_hf.training import engine_change
 from lisa_hf.training.arguments import TRAINABLE_PARTS, LisaTrainingArguments
+from lisa_hf.training.checkpointing import find_checkpoint
 from lisa_hf.training.trainable import find_parts, prepare_for_training
 from lisa_hf.training.trainer import LOSS_PARTS
 
@@ -444,6 +447,52 @@ def test_settings_that_would_change_the_loss_are_refused(arguments, num_gpus, ma
     monkeypatch.setattr(LisaTrainingArguments, "n_gpu", property(lambda self: num_gpus))
     with pytest.raises(ValueError, match=match):
         make_trainer(model, processor, tmp_path, Items(), **arguments)
+
+
+def test_tied_weights_are_not_said_to_be_missing(tiny, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", lambda message, *args: warnings.append(message))
+    trainer = make_trainer(*tiny, tmp_path, Items(), save_strategy="steps", save_steps=1, max_steps=1)
+    trainer.train()
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert not warnings
+    path = tmp_path / "checkpoint-1" / "model.safetensors"
+    weights = load_file(path)
+    del weights["vlm.lm_head.weight"]
+    save_file(weights, path)
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert len(warnings) == 1 and "vlm.lm_head.weight" in warnings[0]
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_bad_data_that_end_a_run_lose_no_step(where, tmp_path):
+    class ItemsWithBadOne(Items):
+        is_bad = True
+
+        def __getitem__(self, index: int) -> dict:
+            if self.is_bad and index == len(self) - 1:
+                raise ValueError("a bad row")
+            return super().__getitem__(index)
+
+    def trainer(output_dir):
+        model, processor = build_model()
+        sets = [ItemsWithBadOne(8), ItemsWithBadOne(2)]
+        sets[where == "training"].is_bad = False
+        settings = {"max_steps": 4, "per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 3}
+        return make_trainer(model, processor, tmp_path / output_dir, *sets, save_strategy="no", **settings), sets
+
+    stopped, _ = trainer("stopped")
+    with pytest.raises(ValueError, match="a bad row"):
+        stopped.train()
+    step = 2 if where == "training" else 3  # batches are read one ahead
+    assert find_checkpoint(tmp_path / "stopped") == str(tmp_path / "stopped" / f"checkpoint-{step}")
+    runs = [trainer(output_dir) for output_dir in ("stopped", "whole")]
+    for run, sets in runs:
+        for items in sets:
+            items.is_bad = False
+        run.train(resume_from_checkpoint="auto")
+    weights, expected = (copy_state(run.model) for run, _ in runs)
+    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
 
 
 @pytest.mark.parametrize(
