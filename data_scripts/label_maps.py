@@ -104,7 +104,7 @@ class LabelMapBuilder(SourceBuilder):
 class Ade20k(LabelMapBuilder):
     """ADE20K, scene parsing: 150 classes, 20210 images for training, 2000 for validation.
 
-    Splits: train, validation, as far as their label maps exist.
+    Splits: train, validation, if their label maps exist.
 
         <data_dir>/ade20k/
             images/training/*.jpg           the directories of ADEChallengeData2016

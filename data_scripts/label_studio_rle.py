@@ -36,7 +36,7 @@ def decode_brush(content: Sequence[int], height: int, width: int) -> np.ndarray:
         nonlocal position
         position += size
         if position > len(bits):
-            raise ValueError("expected a whole brush mask, got one that is cut off. Export it again.")
+            raise ValueError("expected a complete brush mask, got a truncated one. Export it again.")
         return int(digits[position - size : position], 2)
 
     num_values = read(32)
@@ -58,7 +58,7 @@ def decode_brush(content: Sequence[int], height: int, width: int) -> np.ndarray:
             count = min(count, num_values - filled)
             end = position + count * value_size
             if end > len(bits):
-                raise ValueError("expected a whole brush mask, got one that is cut off. Export it again.")
+                raise ValueError("expected a complete brush mask, got a truncated one. Export it again.")
             weights = 2 ** np.arange(value_size - 1, -1, -1, dtype=np.int64)
             values[filled : filled + count] = np.minimum(bits[position:end].reshape(count, value_size) @ weights, 255)
             position = end

@@ -42,7 +42,7 @@ def join_words(words: Sequence[str]) -> str:
 class LisaPlus(CocoBuilder):
     """LISA++: instances, explanations, conversations and captions with masks, on photos of COCO train2017.
 
-    Splits: instance_seg, cot, conversations, caption, as far as their files exist; each is the `data.json` of a
+    Splits: instance_seg, cot, conversations, caption, if their files exist; each is the `data.json` of a
     repository.
 
         <data_dir>/

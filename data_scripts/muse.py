@@ -24,7 +24,7 @@ SPLITS = ("train", "val", "test_less", "test_many")
 class Muse(CocoBuilder):
     """MUSE: about 246000 questions whose answers have several masks. One row per question.
 
-    Splits: train, val, test_less with few objects per answer, test_many, as far as their files exist.
+    Splits: train, val, test_less with few objects per answer, test_many, if their files exist.
 
         <data_dir>/
             muse/muse_train.json

@@ -122,7 +122,7 @@ def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
 class ReasonSeg(SourceBuilder):
     """ReasonSeg: 239 images for training, 200 for validation, 779 for test. One row per image, one target per row.
 
-    Splits: train, val and test, as far as their directories exist; val_short and test_short with short phrases,
+    Splits: train, val and test, if their directories exist; val_short and test_short with short phrases,
     val_long and test_long with complete sentences. `ignore` holds ambiguous pixels.
 
         <data_dir>/reason_seg/ReasonSeg/

@@ -301,7 +301,7 @@ class FalsePremises(ReferSeg):
 class FpRefCoco(FalsePremises):
     """FP-RefCOCO: expressions of refCOCO and false ones that a language model changed (SESAME, arXiv 2312.08366).
 
-    Splits: train, val, testA, testB, test, as far as the refs have them. A false expression has an empty mask.
+    Splits: train, val, testA, testB, test, if the refs have them. A false expression has an empty mask.
 
         <data_dir>/refer_seg/
             fprefcoco/refs(berkeley_exclude_unified).p
@@ -315,7 +315,7 @@ class FpRefCoco(FalsePremises):
 class FpRefCocoPlus(FalsePremises):
     """FP-RefCOCO+: expressions of refCOCO+ and false ones that a language model changed (SESAME, arXiv 2312.08366).
 
-    Splits: train, val, testA, testB, test, as far as the refs have them. A false expression has an empty mask.
+    Splits: train, val, testA, testB, test, if the refs have them. A false expression has an empty mask.
 
         <data_dir>/refer_seg/
             fprefcoco+/refs(berkeley_exclude_unified).p
@@ -329,7 +329,7 @@ class FpRefCocoPlus(FalsePremises):
 class FpRefCocoG(FalsePremises):
     """FP-RefCOCOg: expressions of refCOCOg and false ones that a language model changed (SESAME, arXiv 2312.08366).
 
-    Splits: train, val, test, as far as the refs have them. A false expression has an empty mask.
+    Splits: train, val, test, if the refs have them. A false expression has an empty mask.
 
         <data_dir>/refer_seg/
             fprefcocog/refs(berkeley_exclude_unified).p
@@ -352,7 +352,7 @@ class RobustRefer(ReferSeg):
 class RobustRefCoco(RobustRefer):
     """R-RefCOCO: expressions of refCOCO and negative ones, drawn from other photos (arXiv 2209.09554).
 
-    Splits: train, val, testA, testB, test, as far as the refs have them. One row per ref. A negative
+    Splits: train, val, testA, testB, test, if the refs have them. One row per ref. A negative
     expression has an empty mask. The files are those that SESAME publishes, or with `split_by: unc` the authors'.
 
         <data_dir>/refer_seg/
@@ -367,7 +367,7 @@ class RobustRefCoco(RobustRefer):
 class RobustRefCocoPlus(RobustRefer):
     """R-RefCOCO+: expressions of refCOCO+ and negative ones, drawn from other photos (arXiv 2209.09554).
 
-    Splits: train, val, testA, testB, test, as far as the refs have them. One row per ref. A negative
+    Splits: train, val, testA, testB, test, if the refs have them. One row per ref. A negative
     expression has an empty mask. The files are those that SESAME publishes, or with `split_by: unc` the authors'.
 
         <data_dir>/refer_seg/
@@ -382,7 +382,7 @@ class RobustRefCocoPlus(RobustRefer):
 class RobustRefCocoG(RobustRefer):
     """R-RefCOCOg: expressions of refCOCOg and negative ones, drawn from other photos (arXiv 2209.09554).
 
-    Splits: train, val, test, as far as the refs have them. One row per ref. A negative expression has an
+    Splits: train, val, test, if the refs have them. One row per ref. A negative expression has an
     empty mask. The files are those that SESAME publishes, or with `split_by: umd` the authors'.
 
         <data_dir>/refer_seg/

@@ -293,7 +293,7 @@ def port(monkeypatch) -> int:
     return number
 
 
-# What the tests of a page need not do again, and a demo that serves while the page goes on.
+# What the tests of a page need not repeat, and a demo that serves while the page continues.
 SHELL = """
 make() { case $1 in install|quickstart|test) ;; demo) demo recipes/demo.py outputs/quickstart ;; *) return 2 ;; esac; }
 pip() { :; }

@@ -38,7 +38,7 @@ def assert_merged(output: Path) -> None:
     assert "<im_start><image><im_end>" in AutoProcessor.from_pretrained(output).chat_template
 
 
-# Widths, depths, heads, windows and images that are nobody's: what is not read off the checkpoint shows.
+# Widths, depths, heads, windows and images unlike any published model's: values not read from the checkpoint show.
 OTHER_SIZES = [
     {  # grouped-query attention; a window that does not divide the grid; the decoder's own width and depth
         "text": {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6}

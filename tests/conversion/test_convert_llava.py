@@ -124,7 +124,7 @@ def test_llava_1_5(tmp_path, output):
 def test_llava_on_llama_2(tmp_path, output):
     directory = tmp_path / "llava-llama-2-13b-chat-lightning-preview"
     state_dict = language_model(641) | linear_projector()
-    # Llama 2's tokenizer came with a <pad> of its own, and does not put a space behind special tokens.
+    # Llama 2's tokenizer has its own <pad>, and does not put a space after special tokens.
     write_llava(directory, state_dict, {"<pad>": 640}, mm_vision_tower=str(CLIP), mm_use_im_start_end=False)
     tokenizer_config = json.loads((directory / "tokenizer_config.json").read_text()) | {"legacy": False}
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))

@@ -101,7 +101,7 @@ def test_clean_removes_what_was_prepared_and_nothing_else(root):
     load(root, "labelme", "one")
     load(root, "image_folder", "two")
     os.utime(root / "a.png", (1, 1))
-    load(root, "labelme", "one")  # rows of the changed photo, beside the earlier ones
+    load(root, "labelme", "one")  # rows of the changed photo, in addition to the earlier ones
     for path in ("mine.txt", "own_data/mine/0.0.0/abc/data.arrow", "imdb/plain/0.0.0/abc/dataset_info.json"):
         (cache / path).parent.mkdir(parents=True, exist_ok=True)
         (cache / path).write_text("{}")

@@ -322,7 +322,7 @@ PUBLISHED = {
 }
 
 
-# Datasets on the Hub: options beside the path.
+# Datasets on the Hub: options in addition to the path.
 HUB = {"rle": {}, "image": {}, "conversation": {"messages_column": "messages"}}
 
 

@@ -346,7 +346,7 @@ def test_limit_caches_what_fits(rows, tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         entry = build(tmp_path / "all", rows, model, processor)
     assert "4 images of 0." in caplog.text and "GB are free" in caplog.text
-    # An entry's file has a header beside its tensors, so 2.5 files hold two entries.
+    # An entry's file has a header in addition to its tensors, so 2.5 files hold two entries.
     size = next(entry.directory.glob("*/*.safetensors")).stat().st_size
     cache = build(tmp_path, rows, model, processor, limit_gb=2.5 * size / 1e9)
     assert "holds 2 images" in caplog.text and len(find_entries(cache)) == 2

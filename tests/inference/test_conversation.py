@@ -66,7 +66,7 @@ def test_turns_are_answered_as_the_whole_conversation_is(family):
         assert answer.masks.shape == (2, 40, 60) and torch.equal(answer.masks, expected.masks)
         torch.testing.assert_close(answer.scores, expected.scores, rtol=0, atol=1e-5)
         assert num_masks_encoded == (question == QUESTIONS[0])
-        # These random answers are tokenized anew as other tokens, and a window that is full cannot forget its last.
+        # These random answers are retokenized differently, and a full window cannot forget its last token.
         if question == QUESTIONS[0] or model.config.vlm_config.model_type == "gemma3":
             assert num_read == num_prompt
         else:  # the image, the questions and the answers before are in the cache

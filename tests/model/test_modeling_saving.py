@@ -103,7 +103,7 @@ def test_joining_two_pretrained_models(tmp_path, dtype):
     assert joined.generation_config.max_new_tokens == 5
     assert joined.config.seg_token_id == processor.seg_token_id
     assert not joined.training and not any(parameter.is_meta for parameter in joined.parameters())
-    assert joined.seg_projector.linear_1.weight.std() > 0.01  # drawn anew, as PyTorch draws
+    assert joined.seg_projector.linear_1.weight.std() > 0.01  # newly initialized, as by PyTorch
 
     joined.seg_projector.load_state_dict(original.seg_projector.state_dict())
     expected, output = original.float()(**make_batch(processor)), joined(**make_batch(joined_processor))

@@ -85,7 +85,7 @@ def test_training_beside_quantized_weights_resumes_and_merges(
     bits, start, use_dora, saved, tmp_path, monkeypatch, capsys
 ):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    # On some CPUs it computes in bfloat16 outside of training, and reorders weights so that DoRA misreads them.
+    # On some CPUs it computes in bfloat16 outside training, and reorders weights so that DoRA misreads them.
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
     directory, model, _ = saved
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

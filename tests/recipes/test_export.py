@@ -344,7 +344,7 @@ def test_model_card_of_a_run_on_a_test_split_and_of_bases(runs, tmp_path):
     assert "- sam: apache-2.0" in card.text
     assert "- [somebody/vlm](https://huggingface.co/somebody/vlm): license not recorded here" in card.text
     assert card.data.base_model == ["somebody/vlm"] and card.data.license == "other"
-    assert "Not evaluated." in card.text  # checkpoint-5 has no metrics of its own
+    assert "Not evaluated." in card.text  # checkpoint-5 has no metrics
 
 
 def test_model_card_shows_an_evaluation_on_benchmarks(runs, command, tmp_path):

@@ -270,7 +270,7 @@ def test_200_images_are_labeled_although_the_process_is_killed_twice(talkative, 
         process.kill()
         process.wait()
     resumed = run("predict.py", *arguments, "--output_dir", "killed", cwd=tmp_path)
-    assert "/200" not in resumed.stderr  # it did not begin anew
+    assert "/200" not in resumed.stderr  # it did not start over
     for name in ("predictions.jsonl", "instances.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert (tmp_path / "whole" / "predictions.jsonl").read_bytes().count(b"\n") == 600

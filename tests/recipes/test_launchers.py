@@ -200,6 +200,6 @@ def test_skypilot(run_script):
     args = run_script("bash", "-c", task["run"], SKYPILOT_NUM_GPUS_PER_NODE="8", **variables)
     assert (args.num_machines, args.num_processes, args.machine_rank) == (2, 16, 1)
     assert args.main_process_ip == "10.0.0.1"
-    sky = pytest.importorskip("sky")  # needs an environment of its own
+    sky = pytest.importorskip("sky")  # needs a separate environment
     found = sky.Task.from_yaml(str(path))
     assert found.num_nodes == task["num_nodes"] and "H100" in str(found.resources)

@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_two_types(run, tmp_path, monkeypatch):
     pytest.importorskip("timm")  # EdgeTAM, one of the mask models
-    # In a process of its own: a fork of this one may lack the threads of autograd, which earlier tests started.
+    # In a separate process: a fork of this one may lack the threads of autograd, which earlier tests started.
     path = tmp_path / "results" / "matrix.json"
     command = [sys.executable, matrix.__file__, "--json", path, "--model_types", "llava,blip-2"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout

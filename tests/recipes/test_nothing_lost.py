@@ -115,7 +115,7 @@ def test_an_output_dir_with_a_run_is_not_claimed_unless_it_goes_on_or_is_to_be_r
     for older in (False, True):
         with claim(resume_from_checkpoint=str(tmp_path / f"checkpoint-{1 if older else 2}")):
             assert ("checkpoint-1 is not the newest checkpoint" in caplog.text) == older
-    with claim(dry_run=True):  # has a directory of its own
+    with claim(dry_run=True):  # has its own directory
         assert (tmp_path / "checkpoint-2").exists()
     with claim(overwrite_output_dir=True):
         assert not (tmp_path / "checkpoint-2").exists()

@@ -224,7 +224,7 @@ def test_an_earlier_evaluation_is_kept(tmp_path):
     arguments = ("eval.py", "model", "--eval_sources", "{shapes: {}}", "--output_dir", tmp_path)
     assert_one_line(run(*arguments, cwd=tmp_path, check=False), "without an earlier evaluation", "--overwrite")
     assert (tmp_path / "evaluation.json").read_text() == "mine"
-    result = run(*arguments, "--overwrite", cwd=tmp_path, check=False)  # goes on to the model, which is none
+    result = run(*arguments, "--overwrite", cwd=tmp_path, check=False)  # fails at the model, which does not exist
     assert "earlier evaluation" not in result.stderr and result.returncode == 2
     assert (tmp_path / "evaluation.json").read_text() == "mine"  # it is not replaced by nothing
 

@@ -62,7 +62,7 @@ def test_shards_resume_on_another_number_of_processes_and_export_in_one(tmp_path
     exported = dict(restore_model(checkpoint.with_name("checkpoint-3"))[0].named_parameters())
     assert exported.keys() == two["trained"].keys()
     assert [name for name, weight in two["trained"].items() if not torch.equal(weight, exported[name])] == []
-    # Losses go on, with the moments of AdamW and the data's order, also in a run that saves whole weights.
+    # Losses continue, with AdamW's moments and the data order, even in a run that saves whole weights.
     options["fsdp_config"] = ENGINES["fsdp2"]["fsdp_config"] | {"fsdp_state_dict_type": "FULL_STATE_DICT"}
     (one,) = train_sharded(tmp_path, model_args, num_ranks=1, **options, resume_from_checkpoint=str(checkpoint))
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-5) and len(set(one["losses"])) == 3

@@ -68,7 +68,7 @@ def test_resumed_run_keeps_the_records_of_its_earlier_starts(write):
     record = write(learning_rate=3e-3, resume_from_checkpoint="auto")
     rates = [start["arguments"]["training"]["learning_rate"] for start in (*record["earlier_starts"], record)]
     assert rates == [1e-3, 2e-3, 3e-3]
-    assert not write(learning_rate=4e-3)["earlier_starts"]  # begun anew
+    assert not write(learning_rate=4e-3)["earlier_starts"]  # started over
 
 
 def test_record_of_the_model_that_a_run_continues(write, tmp_path):
@@ -82,9 +82,9 @@ def test_images_that_a_model_has_seen_are_kept(write, tmp_path):
     (key,) = read_image_keys(tmp_path / "first")["shapes"]
     assert read_image_keys(tmp_path / "first").keys() == {"reason_seg", "shapes"}
     assert key == name_key(str(tmp_path / "image.png"))
-    write("second", model=tmp_path / "first", streaming=True)  # which has no images of its own to list
+    write("second", model=tmp_path / "first", streaming=True)  # which has no images to list
     assert read_image_keys(tmp_path / "second")["shapes"] == [key]
-    write("second", streaming=True)  # another run, begun anew
+    write("second", streaming=True)  # another run, started over
     assert read_image_keys(tmp_path / "second") == {}
 
 
@@ -96,7 +96,7 @@ def test_images_of_a_resumed_run_are_not_listed_again(write, tmp_path, monkeypat
     found = read_image_keys(tmp_path / "run")
     assert found.keys() == keys.keys() and all((found[name] == keys[name]).all() for name in keys)
     with pytest.raises(TypeError):
-        write()  # begun anew
+        write()  # started over
 
 
 def test_damaged_record_is_named(tmp_path):

@@ -163,7 +163,7 @@ def test_learning_rate_groups(tiny, tmp_path):
     model, processor = tiny
     model = prepare_for_training(model, LISA_PARTS, lora_r=4)
     arguments = {
-        "learning_rate": 1.0,  # nobody's
+        "learning_rate": 1.0,  # of no part
         "part_learning_rates": {"lora": 1e-3, "mask_decoder": 3e-2, "embeddings": 1e-2, "seg_projector": 0.0},
         "weight_decay": 0.1,
         "optim": "adamw_torch",

@@ -138,7 +138,7 @@ def test_more_than_one_percent_of_bad_rows_raises(sources, num_bad, tmp_path):
             data[index]
     num_found, num_drawn = (int(word) for word in str(error.value).split() if word.isdigit())
     assert num_drawn >= 100 and num_found / num_drawn > 0.01
-    # The others go on, and so does a worker that has not seen enough yet.
+    # The others continue, and so does a worker that has not seen enough yet.
     others = MixtureDataset(broken, length=300, weights={"classes": 0, "reasons": 1, "talk": 1})
     assert sum(item["num_skipped"] for item in others) == 0
     assert len(list(MixtureDataset(broken, length=50, on_bad_row="skip"))) == 50
