@@ -281,7 +281,8 @@ def test_a_phone_shows_all_in_its_width(browser, url, photos):
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
     assert visitor.page.locator(".overlay").bounding_box()["width"] > 300
     heights = [
-        visitor.page.get_by_role("button", name=name).bounding_box()["height"] for name in ("Ask", "Start over")
+        visitor.page.get_by_role("button", name=name, exact=True).bounding_box()["height"]
+        for name in ("Ask", "Start over")
     ]
     assert heights[0] == heights[1]  # in one line
 
