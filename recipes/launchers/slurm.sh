@@ -1,5 +1,5 @@
 #!/bin/bash
-# LISA-7B on two machines with Slurm, a task each:
+# LISA-7B on two machines with Slurm, one task each:
 #
 #     sbatch --dependency=singleton recipes/launchers/slurm.sh --max_steps 5000
 #
