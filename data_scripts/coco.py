@@ -104,6 +104,9 @@ def read_instances(path: str, remarks: list[str], encoding: str | None = "cp1252
     """
     content = read_json(path, encoding)
     with errors_naming(path):
+        for image in content["images"]:
+            if "coco_url" in image:  # LVIS says nothing else of its photos
+                image.setdefault("file_name", image["coco_url"])
         images = index_by_id(content["images"], "images", "file_name")
         categories = index_by_id(content["categories"], "categories", "name")
         first_of_file: dict[str, str] = {}

@@ -143,6 +143,12 @@ def test_an_image_that_is_listed_twice_is_one_row_with_all_annotations(root):
     assert open_coco(root, [image(1), image(1)], same, [(1, "handle"), (1, "handle")])[0] == expected
 
 
+def test_photos_of_lvis_are_named_by_their_url(root):
+    listed = {"id": 1, "coco_url": "http://images.cocodataset.org/train2017/a.png", "height": HEIGHT, "width": WIDTH}
+    found, _ = open_coco(root, [listed], [annotation(1, 1, 0)])
+    assert found == [("a.png", [("handle", 0)])]
+
+
 def test_annotations_may_share_an_id(root):
     found, _ = open_coco(root, [image(1), image(2, "b.png")], [annotation(1, 1, 0), annotation(1, 2, 40)])
     assert found == [("a.png", [("handle", 0)]), ("b.png", [("handle", 40)])]
