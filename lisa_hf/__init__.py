@@ -1,11 +1,9 @@
 """lisa_hf: teach any Hugging Face vision-language model to answer with segmentation masks."""
 
-import os
+import logging
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
-
-import torch
 
 
 # transformers imports torchvision if it is installed, and fails deep inside if it was built for another torch.
@@ -19,10 +17,6 @@ if find_spec("torchvision"):
             f"({error}). Install the pair that constraints.txt names, from one index: pip install torch torchvision."
         ) from None
 
-# accelerate imports DeepSpeed if it is installed, even to save a model, and DeepSpeed would warn about a missing GPU.
-if not torch.accelerator.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -33,6 +27,10 @@ from .model.pipeline_lisa import ReasoningSegmentationPipeline
 from .model.processing_lisa import LisaProcessor
 from .training.trainer import LisaTrainer
 
+
+# accelerate imports DeepSpeed if it is installed, even to save a model, and DeepSpeed would warn about a missing GPU.
+# To ask here whether one is missing would break CUDA in forked processes, such as those of `notebook_launcher`.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "unable to detect it" not in record.getMessage())
 
 AutoConfig.register("lisa", LisaConfig)
 AutoModel.register(LisaConfig, LisaForConditionalGeneration)

@@ -215,7 +215,7 @@ class LisaGenerationMixin:
             # By how much M-RoPE shifts what follows the image. A VLM keeps it of its last call only, which may be
             # about another image when this cache is continued.
             output.past_key_values.rope_deltas = backbone.rope_deltas
-        return output, states
+        return output, [step.to(output.sequences.device) for step in states]  # the last layer may be elsewhere
 
     def _find_generated_seg_tokens(
         self, answers: torch.Tensor, states: torch.Tensor, beam_indices, image_indices: torch.Tensor
@@ -292,7 +292,9 @@ class LisaGenerationMixin:
         cache = self._read_prefix(
             prefix, image_indices[first_rows], num_images, vision_inputs, vision_features, text_inputs
         )
-        cache.batch_select_indices(row_to_prefix)
+        for layer in cache.layers:  # on several devices, if layers are; some share the keys of others
+            if layer.keys is not None:
+                layer.batch_select_indices(row_to_prefix.to(layer.keys.device))
         if hasattr(self.vlm.base_model, "rope_deltas"):  # by which M-RoPE continues the positions of each row
             self.vlm.base_model.rope_deltas = self.vlm.base_model.rope_deltas[row_to_prefix]
 

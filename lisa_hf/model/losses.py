@@ -49,9 +49,8 @@ def mask_losses(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> tuple[t
     logits = mask_logits.flatten(1).float()  # [M, P], P = H * W
     labels = mask_labels.flatten(1)
     ignored = labels == MASK_IGNORE_INDEX
-    # Photos have millions of pixels, so a check is worth saving a pass over the masks.
-    logits = logits.masked_fill(ignored, BACKGROUND_LOGIT) if ignored.any() else logits
-    return _pixel_losses(logits, labels, ignored)
+    # Filled without `ignored.any()`, which would synchronize with the GPU.
+    return _pixel_losses(logits.masked_fill(ignored, BACKGROUND_LOGIT), labels, ignored)
 
 
 def sampled_mask_losses(
@@ -91,7 +90,6 @@ def sampled_mask_losses(
 
     labels = labels.gather(1, pixels)
     ignored = labels == MASK_IGNORE_INDEX
-    # Filled without `ignored.any()`, which would synchronize with the GPU.
     logits = logits_at(mask_logits, pixels, size).masked_fill(ignored, BACKGROUND_LOGIT)
     return _pixel_losses(logits, labels, ignored)
 

@@ -136,7 +136,7 @@ def count_images(pixel_values: torch.Tensor | None, image_embeddings) -> int:
 def select_images(image_embeddings, indices: torch.Tensor, dtype: torch.dtype):
     """Return rows `indices` `(M,)` of image embeddings in any form of [`encode_images`], as `dtype`."""
     if isinstance(image_embeddings, torch.Tensor):
-        return image_embeddings[indices].to(dtype)
+        return image_embeddings[indices.to(image_embeddings.device)].to(dtype)
     return [select_images(part, indices, dtype) for part in image_embeddings]
 
 
@@ -157,8 +157,17 @@ def decode_prompts(
             `(M, P, 2)` float, and labels `(M, P)` int64, see [`similarity_points`].
 
     Returns:
-        Mask logits `(M, h, w)`, and the decoder's own estimate of each mask's IoU `(M,)`.
+        Mask logits `(M, h, w)` and the decoder's own estimate of each mask's IoU `(M,)`, on the device of the prompts.
+
+    Raises:
+        ValueError: If the mask model is offloaded to the CPU or the disk.
     """
+    if mask_model.shared_image_embedding.positional_embedding.is_meta and not prompts.is_meta:
+        # transformers' decoders read weights of modules that they do not call, and only a call would load them.
+        raise ValueError(
+            "device_map: expected the whole mask model on a device, got it offloaded, which no SAM-family model of "
+            'transformers supports. Pass a `device_map` with `"mask_model": 0`, or load the VLM in fewer bits.'
+        )
     # 1. The embedding, and the other encoder outputs that the decoder needs.
     model_type = mask_model.config.model_type
     decoder_kwargs = {}
@@ -172,20 +181,20 @@ def decode_prompts(
     # 2. The dense prompt means that there is no mask prompt. The module is called, because under ZeRO-3 only a call
     #    gathers its sharded weight.
     dtype = mask_model.prompt_encoder.no_mask_embed.weight.dtype
-    no_mask = mask_model.prompt_encoder.no_mask_embed(torch.zeros(1, dtype=torch.long, device=prompts.device))
+    no_mask = mask_model.prompt_encoder.no_mask_embed(torch.zeros(1, dtype=torch.long, device=embeddings.device))
     dense = no_mask.reshape(1, -1, 1, 1).expand_as(embeddings)  # [M, C, h, w]
     position = mask_model.get_image_wide_positional_embeddings().to(dtype).expand_as(embeddings)  # [M, C, h, w]
 
     # 3. Decoder, which sees the M prompts as a batch of M images with one prompt of one token each.
-    sparse = prompts.to(dtype)[:, None, None]  # [M, 1, 1, C]
+    sparse = prompts.to(embeddings.device, dtype)[:, None, None]  # [M, 1, 1, C]
     if video_mask_decoding:
         # "No point", and the padding that SAM 2 appends to points.
         not_a_point = mask_model.prompt_encoder.not_a_point_embed(
-            torch.zeros(2, dtype=torch.long, device=prompts.device)
+            torch.zeros(2, dtype=torch.long, device=embeddings.device)
         )  # [2, C]
         sparse = torch.cat([not_a_point.expand(len(prompts), 1, -1, -1), sparse], dim=2)  # [M, 1, 3, C]
     elif points is not None:
-        coordinates, labels = points
+        coordinates, labels = (part.to(embeddings.device) for part in points)
         embedded, _ = mask_model.prompt_encoder(coordinates[:, None], labels[:, None], None, None)  # [M, 1, P + 1, C]
         sparse = torch.cat([embedded.to(dtype), sparse], dim=2)
     with patched_sam_hq_decoder(mask_model.mask_decoder) if model_type == "sam_hq" else nullcontext():
@@ -199,7 +208,7 @@ def decode_prompts(
         )
     masks, iou_scores = masks[:, 0], iou_scores[:, 0]  # [M, 1 or 3, h, w], [M, 1 or 3]
     rows, best = torch.arange(len(masks), device=masks.device), iou_scores.argmax(1)
-    return masks[rows, best], iou_scores[rows, best]
+    return masks[rows, best].to(prompts.device), iou_scores[rows, best].to(prompts.device)
 
 
 def unpad_masks(low_res_masks: torch.Tensor, reshaped_size, side: int | None) -> torch.Tensor:

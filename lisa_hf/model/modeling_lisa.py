@@ -5,6 +5,7 @@ a SAM-family mask decoder. This file and what it imports travel to the Hub as re
 """
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -366,7 +367,8 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         targets = shift_labels
         if targets is None:
             targets = F.pad((labels if has_labels else input_ids)[:, 1:], (0, 1), value=IGNORE_INDEX)  # [N, L]
-        supervised = targets != IGNORE_INDEX  # [N, L]
+        # Rows and positions, [T] each: indexing with a mask would synchronize with the GPU each time
+        supervised = (targets != IGNORE_INDEX).nonzero(as_tuple=True) if has_labels else None
 
         # 1. Language model. Each image is encoded once, however many rows are about it. Unless all logits are
         #    requested, only supervised positions go through the vocabulary projection.
@@ -379,7 +381,8 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
 
         # 2. [SEG] positions and prompts.
         seg_tokens = self._find_seg_tokens(targets, image_indices)
-        masks_per_image = torch.bincount(seg_tokens.images, minlength=num_images).tolist()  # M_1..M_B, M in all
+        num_masks = Counter(seg_tokens.images.tolist())
+        masks_per_image = [num_masks[image] for image in range(num_images)]  # M_1..M_B, M in all
         if mask_labels is not None:
             check_mask_counts(mask_labels, masks_per_image, image_indices)
         seg_embeddings = self._seg_embeddings(hidden_states, seg_tokens)  # [max(M, 1), C]
@@ -395,18 +398,22 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
 
         # 4. Losses.
         losses = {}
+        output_masks = not self.training if output_masks is None else output_masks
+        if mask_labels is not None or output_masks:
+            # (H, W) before the padding and of the image, B x 2 pairs
+            sizes = torch.stack([reshaped_input_sizes, original_sizes], dim=1).tolist()
         if has_labels:
             answers = logits[supervised] if needs_all_logits else logits  # [T, V]
             losses["ce_loss"] = self._ce_loss(answers, targets[supervised], num_items_in_batch)
         if mask_labels is not None:
             losses["mask_bce_loss"], losses["mask_dice_loss"] = self._mask_losses(
-                image_masks, mask_labels, reshaped_input_sizes, original_sizes, num_masks_in_batch, zero_loss
+                image_masks, mask_labels, sizes, num_masks_in_batch, zero_loss
             )
 
         # 5. Masks at full size. Training has no use for them.
         pred_masks = None
-        if output_masks or (output_masks is None and not self.training):
-            pred_masks = self._full_size_masks(image_masks, reshaped_input_sizes, original_sizes)
+        if output_masks:
+            pred_masks = self._full_size_masks(image_masks, sizes)
 
         return LisaOutput(
             loss=sum(losses.values()) if losses else None,
@@ -437,11 +444,11 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
 
         Args:
             vlm_inputs: Vision and text inputs of the VLM that are not named in [`forward`].
-            kept: Positions whose logits are computed, `(N, L)` bool; None means all.
+            kept: Rows and positions whose logits are computed, `(T,)` each; None means all.
 
         Returns:
             The last states, see [`record_states`], `(N, L, hidden_size)`, and their logits, `(T, V)` of the kept
-            positions or `(N, L, V)`.
+            positions or `(N, L, V)`; both on the device of `input_ids`, wherever layers are.
         """
         vision_inputs, text_inputs = split_vision_inputs(self.vlm, vlm_inputs, input_ids, image_indices, num_images)
         if segment_ids is None:
@@ -454,9 +461,10 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         features = encode_vlm_images(self.vlm, input_ids, image_indices, num_images, vision_inputs, vision_features)
         with record_states(self.vlm, kept, self.config.states_at) as states:
             logits = self.vlm(input_ids=input_ids, mm_encoder_outputs=features, use_cache=False, **text_inputs).logits
+        states, logits = states[-1].to(input_ids.device), logits.to(input_ids.device)
         if self.config.suppress_tokens:
             logits[..., self.config.suppress_tokens] = torch.finfo(logits.dtype).min
-        return states[-1], logits if kept is None else logits[0]
+        return states, logits if kept is None else logits[0]
 
     def _find_seg_tokens(self, targets: torch.Tensor, image_indices: torch.Tensor) -> SegTokens:
         """Find the M positions whose states become prompts: image by image, row by row.
@@ -484,7 +492,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             `(max(M, 1), C)`.
         """
         rows, positions, *_ = seg_tokens.or_dummy()
-        return self.seg_projector(hidden_states[rows, positions])
+        return self.seg_projector(hidden_states[rows, positions]).to(hidden_states.device)
 
     @property
     def image_token_id(self) -> int:
@@ -551,17 +559,17 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         return self.config.ce_loss_weight * total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
 
     def _mask_losses(
-        self, image_masks, mask_labels, reshaped_sizes, original_sizes, num_masks_in_batch, zero_loss
+        self, image_masks, mask_labels, sizes, num_masks_in_batch, zero_loss
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the weighted binary cross-entropy and dice loss of all masks.
 
         Args:
             image_masks: B tensors `(M_b, h, w)`.
             mask_labels: B tensors `(M_b, H_b, W_b)`.
+            sizes: B pairs of (H, W), before the padding and of the image.
             zero_loss: A scalar 0 that keeps projector and decoder in the graph, see [`_decode`].
         """
         bce, dice = zero_loss, zero_loss
-        sizes = zip(reshaped_sizes.tolist(), original_sizes.tolist())
         for masks, labels, (reshaped_size, original_size) in zip(image_masks, mask_labels, sizes):
             if len(masks):
                 image_bce, image_dice = self._image_mask_losses(
@@ -605,8 +613,7 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         ]
         return tuple(map(sum, zip(*parts)))
 
-    def _full_size_masks(self, image_masks, reshaped_input_sizes, original_sizes) -> list[torch.Tensor]:
+    def _full_size_masks(self, image_masks, sizes) -> list[torch.Tensor]:
         """Resize the decoder's masks, B tensors `(M_b, h, w)`, to their images: B tensors `(M_b, H_b, W_b)`."""
-        sizes = zip(reshaped_input_sizes.tolist(), original_sizes.tolist())
         side = padded_side(self.config.mask_config, self.config.video_mask_decoding)
         return [upscale_masks(masks, *size, side) for masks, size in zip(image_masks, sizes)]

@@ -43,11 +43,8 @@ def normalize(pixels: torch.Tensor, image_processor) -> torch.Tensor:
     if image_processor.do_rescale:
         pixels *= image_processor.rescale_factor
     if image_processor.do_normalize:
-        mean, std = (
-            torch.tensor(values, device=pixels.device).view(-1, 1, 1)
-            for values in (image_processor.image_mean, image_processor.image_std)
-        )
-        pixels.sub_(mean).div_(std)
+        mean, std = torch.tensor([image_processor.image_mean, image_processor.image_std], device=pixels.device)
+        pixels.sub_(mean[:, None, None]).div_(std[:, None, None])
     return pixels
 
 

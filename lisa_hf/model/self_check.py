@@ -88,7 +88,7 @@ def _find_difference(model: LisaForConditionalGeneration, processor: LisaProcess
     question = _cut_rows(batch, length)
     is_read = torch.zeros_like(own["input_ids"], dtype=torch.bool)
     is_read[:, -NUM_LOGITS:] = True
-    with record_states(vlm, is_read, model.config.states_at) as states:
+    with record_states(vlm, is_read.nonzero(as_tuple=True), model.config.states_at) as states:
         logits = vlm(**{name: question[name] for name in own}, use_cache=False).logits[0].float()  # [T, V]
     if model.config.suppress_tokens:  # only in LISA
         logits[:, model.config.suppress_tokens] = torch.finfo(logits.dtype).min

@@ -64,7 +64,7 @@ def vocabulary_projection(vlm: nn.Module) -> nn.Module:
 
 @contextmanager
 def record_states(
-    vlm: nn.Module, kept: torch.Tensor | None = None, where: str = "projection"
+    vlm: nn.Module, kept: tuple[torch.Tensor, torch.Tensor] | None = None, where: str = "projection"
 ) -> Iterator[list[torch.Tensor]]:
     """Record the inputs of a VLM's vocabulary projection, in its forward or its `generate`.
 
@@ -72,7 +72,8 @@ def record_states(
     and scaling, capping or padding of the logits comes after.
 
     Args:
-        kept: Positions that are projected, `(N, L)` bool, so that the VLM's logits are `(1, T, V)`; by default all.
+        kept: Rows and positions that are projected, `(T,)` each, so that the VLM's logits are `(1, T, V)`; by default
+            all.
         where: "projection" for what enters the vocabulary projection; "before_norm" or "after_norm" for what enters or
             leaves the language model's last norm instead.
 
@@ -88,7 +89,10 @@ def record_states(
         states.append(output)
 
     def keep(_, inputs):
-        return None if kept is None else (inputs[0][kept][None], *inputs[1:])
+        if kept is not None:
+            rows, positions = (index.to(inputs[0].device) for index in kept)
+            inputs = (inputs[0][rows, positions][None], *inputs[1:])
+        return inputs
 
     projection = vocabulary_projection(vlm)
     if where == "after_norm":
@@ -209,10 +213,11 @@ def encode_vlm_images(
 
     # 2. The number of image tokens of each image, read from any of its rows.
     row_lengths = (input_ids == vlm.config.image_token_id).sum(1)  # [N]
-    image_lengths = row_lengths.new_zeros(num_images).scatter_(0, image_indices, row_lengths).tolist()
+    rows, row_lengths = torch.stack([image_indices, row_lengths]).tolist()
+    lengths = dict(zip(rows, row_lengths))
+    image_lengths = [lengths.get(image, 0) for image in range(num_images)]
 
     # 3. The output for each row's image.
-    rows = image_indices.tolist()
     return {"image": map_token_fields(output, lambda features: _select_images(features, image_lengths, rows))}
 
 

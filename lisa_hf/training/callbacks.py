@@ -67,10 +67,10 @@ class SkipNonFiniteSteps:
             step: Number of the step, starting at 1.
         """
         # 1. Is anything not finite, on any process?
-        is_bad_loss = not torch.stack([value for losses in self._losses for value in losses.values()]).isfinite().all()
-        is_bad_gradient = self._has_bad_gradient(trainer, model)
-        flags = torch.tensor([is_bad_loss, is_bad_gradient], dtype=torch.float32, device=trainer.args.device)
-        is_bad_loss, is_bad_gradient = trainer.accelerator.reduce(flags, reduction="sum").bool().tolist()
+        losses = torch.stack([value for losses in self._losses for value in losses.values()])
+        bad = torch.stack([~losses.isfinite().all(), self._has_bad_gradient(trainer, model)]).float()
+        # The only synchronization with the GPU
+        is_bad_loss, is_bad_gradient = trainer.accelerator.reduce(bad, reduction="sum").bool().tolist()
         if not is_bad_loss and (not is_bad_gradient or trainer.args.fp16):
             return
         # 2. Where does it come from?
@@ -96,12 +96,17 @@ class SkipNonFiniteSteps:
         elif trainer.is_world_process_zero():
             logger.warning("%s. Skipped (%d of at most %d).", what, self.num_skipped, self.limit)
 
-    def _has_bad_gradient(self, trainer: Trainer, model: nn.Module) -> bool:
+    def _has_bad_gradient(self, trainer: Trainer, model: nn.Module) -> torch.Tensor:
+        """Return whether a gradient of this process is not finite, as a bool scalar on the trainer's device."""
+        device = trainer.args.device
         if trainer.is_deepspeed_enabled:  # has stepped, or skipped the step, in its backward pass
             norm = trainer.model_wrapped.get_global_grad_norm()
-            return trainer.accelerator.optimizer_step_was_skipped or (norm is not None and not math.isfinite(norm))
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        return not torch.stack(torch._foreach_norm([_local(gradient) for gradient in gradients])).isfinite().all()
+            is_bad = trainer.accelerator.optimizer_step_was_skipped or (norm is not None and not math.isfinite(norm))
+            return torch.tensor(is_bad, device=device)
+        gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+        # In float32: the norm of finite gradients in float16 may be infinite. Offloaded ones are on the CPU.
+        norms = torch._foreach_norm(gradients, dtype=torch.float32)
+        return ~torch.stack([norm.to(device) for norm in norms]).isfinite().all()
 
     def _bad_losses(self) -> list[str]:
         """Describe the non-finite loss parts on this process, with the images of their micro-batches."""
@@ -130,8 +135,8 @@ class Throughput(TrainerCallback):
     """Count what this process trains on between two logs, and time its steps.
 
     A step lasts from the request for its batches to its `on_step_end`, without logging, evaluation and saving. The
-    clock needs no extra synchronization: the host waits for the device in every step, because Trainer looks at each
-    loss (`logging_nan_inf_filter`) and [`StopOnSignal`] at a flag on the device.
+    clock needs no extra synchronization: the host waits for the device in every step, because [`SkipNonFiniteSteps`]
+    looks at the gradients.
     """
 
     def __init__(self):
@@ -203,8 +208,9 @@ class Throughput(TrainerCallback):
 
 def peak_memory() -> int:
     """Return the peak memory of this process in bytes: tensors on its GPU, or everything on CPU."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+    device = torch.get_device_module()  # of the kind of accelerator that torch was built for
+    if hasattr(device, "max_memory_allocated") and device.is_initialized():
+        return device.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -314,10 +320,12 @@ class StopOnSignal(TrainerCallback):
         self._is_first_step = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        number = torch.tensor(self.received or 0, device=args.device)
+        number = self.received
         if args.world_size > 1:
-            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        if number := int(number):
+            received = torch.tensor(number or 0, device=args.device)
+            torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+            number = int(received)
+        if number:
             self.received = signal.Signals(number)
             logger.warning("%s: stopping after step %d, with a checkpoint.", self.received.name, state.global_step)
             control.should_save = control.should_training_stop = True

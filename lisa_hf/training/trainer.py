@@ -178,7 +178,7 @@ class LisaTrainer(Trainer):
         num_skipped = sum(meta.num_skipped for meta in metas)
         counts = self.accelerator.reduce(torch.tensor([num_masks, num_skipped], device=device), reduction="sum")
         self._num_masks_in_batch = counts[0]
-        self.num_skipped_rows += int(counts[1])
+        self.num_skipped_rows = self.num_skipped_rows + counts[1]  # stays on the device until a log
         self._loss_parts_steps += 1
         return batches, num_items_in_batch
 
@@ -218,7 +218,7 @@ class LisaTrainer(Trainer):
             parts = self.accelerator.reduce(parts.float(), reduction="mean") / self._loss_parts_steps
             logs |= dict(zip(LOSS_PARTS, parts.tolist()))
             if self.num_skipped_rows:
-                logs["num_skipped_rows"] = self.num_skipped_rows
+                logs["num_skipped_rows"] = int(self.num_skipped_rows)
             logs |= self.throughput.compute()
             self._reset_loss_parts()
         super().log(logs, start_time)
