@@ -41,7 +41,7 @@ docs: $(INSTALLED)
 	$(BIN)/python -m sphinx --fail-on-warning --quiet docs docs/_build/html
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES)
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

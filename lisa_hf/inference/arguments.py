@@ -10,13 +10,19 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")  # as in training, export an
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for running a model."""
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    default_device = fastest_device()
     for name, type, default, help in (
         ("--max_new_tokens", positive_int, 256, "maximum tokens of an answer"),
         ("--device", _available_device, default_device, "cpu, cuda, cuda:1, mps, ..."),
         ("--dtype", _dtype_name, "auto", f"dtype of the weights: {', '.join(DTYPES[1:])}; auto: as saved"),
     ):
         parser.add_argument(name, type=type, default=default, help=f"{help} (%(default)s)")
+
+
+def fastest_device() -> str:
+    """Return the kind of the machine's accelerator, or "cpu" if there is none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def positive_int(text: str) -> int:

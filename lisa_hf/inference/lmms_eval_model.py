@@ -7,7 +7,6 @@ lmms-eval finds it through the entry point in setup.cfg. It answers in text, one
 are ignored. Written for lmms-eval 0.7.
 """
 
-import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from ..evaluation.predict import answer_questions
 from ..model.modeling_lisa import LisaForConditionalGeneration
 from ..model.processing_lisa import LisaProcessor
+from .arguments import fastest_device
 
 
 MANIFEST = ModelManifest(model_id="lisa", chat_class_path="lisa_hf.inference.lmms_eval_model.LmmsEvalLisa")
@@ -43,7 +43,7 @@ class LmmsEvalLisa(lmms):
                 "expected the model_args pretrained, device and dtype, and a batch_size of 1, got "
                 f"{', '.join(kwargs) or f'a batch_size of {batch_size}'}."
             )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or fastest_device()
         self.processor = LisaProcessor.from_pretrained(pretrained)
         self.model = LisaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype).to(device).eval()
 

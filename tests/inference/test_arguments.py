@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lisa_hf.conversion import saving
-from lisa_hf.inference.arguments import DTYPES, add_model_arguments
+from lisa_hf.inference.arguments import DTYPES, add_model_arguments, fastest_device
 from lisa_hf.training.arguments import ModelArguments
 
 
@@ -21,7 +21,13 @@ def parser():
 def test_what_this_machine_can_do_is_taken(parser):
     args = parser.parse_args(["--device", "cpu", "--dtype", "bfloat16", "--max_new_tokens", "7"])
     assert (args.device, args.dtype, args.max_new_tokens) == (torch.device("cpu"), "bfloat16", 7)
-    assert parser.parse_args([]).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("accelerator", [None, "cuda", "xpu", "mps"])
+def test_the_accelerator_is_the_default(monkeypatch, accelerator):
+    device = accelerator and torch.device(accelerator)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: device)
+    assert fastest_device() == (accelerator or "cpu")
 
 
 @pytest.mark.parametrize(

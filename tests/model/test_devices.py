@@ -71,6 +71,15 @@ def inputs_of(model, processor):
     return batch, {"images": [image(40, 60), image(64, 32)], "prompts": texts, "image_indices": [0, 0, 1]}
 
 
+def say_seg(model) -> dict:
+    """Arguments of `generate` for an answer of two `[SEG]`."""
+
+    def choose(input_ids, scores):
+        return scores.index_fill(1, torch.tensor(model.config.seg_token_id, device=scores.device), 99)
+
+    return {"max_new_tokens": 2, "logits_processor": [choose]}
+
+
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -78,15 +87,11 @@ def test_equal_losses_masks_and_answers(family, places):
     model, processor = FAMILIES[family]()
     batch, questions = inputs_of(model, processor)
 
-    def say_seg(input_ids, scores):
-        return scores.index_fill(1, torch.tensor(model.config.seg_token_id, device=scores.device), 99)
-
-    options = {"max_new_tokens": 2, "logits_processor": [say_seg]}
-    expected, answers = model(**batch), answer_prompts(model, processor, **questions, **options)
+    expected, answers = model(**batch), answer_prompts(model, processor, **questions, **say_seg(model))
     with ClaimedDevices():
         dispatch_model(model, PLACES[places](model), force_hooks=True)
         found = model(**put(batch))
-        found_answers = answer_prompts(model, processor, **questions, **options)
+        found_answers = answer_prompts(model, processor, **questions, **say_seg(model))
         assert found.loss.device == torch.device("cuda:0")
     assert found.loss == expected.loss
     assert all(map(torch.equal, found.pred_masks, expected.pred_masks))
@@ -195,3 +200,18 @@ def test_losses_are_float32_in_half_precision(family, dtype):
             chunked_cross_entropy(logits, targets),
         ]
     assert {loss.dtype for loss in losses} == {torch.float32}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_gpu_computes_what_the_cpu_does(family):
+    model, processor = FAMILIES[family]()
+    batch, questions = inputs_of(model, processor)
+    expected, answers = model(**batch), answer_prompts(model, processor, **questions, **say_seg(model))
+    model.to(0)
+    found, found_answers = model(**put(batch)), answer_prompts(model, processor, **questions, **say_seg(model))
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-3)  # convolutions round to TF32
+    for answer, correct in zip(found_answers, answers, strict=True):
+        assert answer.text == correct.text
+        assert (answer.masks == correct.masks).float().mean() > 0.99
