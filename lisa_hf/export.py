@@ -26,7 +26,7 @@ from .conversion.saving import (
 )
 from .conversion.zero_checkpoints import is_zero_checkpoint, open_zero_checkpoint
 from .data.image_keys import read_image_keys, write_image_keys
-from .evaluation.benchmarks import EVALUATION
+from .evaluation.benchmarks import EVALUATION, read_evaluation
 from .model.configuration_lisa import LisaConfig
 from .model.modeling_lisa import LisaForConditionalGeneration
 from .model.processing_lisa import LisaProcessor
@@ -355,8 +355,8 @@ def save_adapter(
 def check_records(checkpoint: Path, evaluation: Path | None = None) -> None:
     """Raise a `ValueError` unless [`save_records`] finds the run record and the evaluation that it needs."""
     read_required_record(checkpoint)
-    if evaluation is not None and not (evaluation / EVALUATION).is_file():
-        raise ValueError(f"{evaluation}: expected the {EVALUATION} that recipes/eval.py writes, got none. Run it.")
+    if evaluation is not None:
+        read_evaluation(evaluation)
 
 
 def save_records(
@@ -419,7 +419,7 @@ def _shared_record(record: dict, is_adapter: bool) -> dict:
 
 
 def _copy_evaluation(evaluation: Path, checkpoint: Path, directory: Path) -> None:
-    content = json.loads((evaluation / EVALUATION).read_text("utf-8"))
+    content = read_evaluation(evaluation)
     if Path(content["model"]).resolve() != checkpoint.resolve():
         message = "The card shows metrics of %s: check that it is the same model as %s."
         logger.warning(message, content["model"], checkpoint)

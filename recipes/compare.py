@@ -47,6 +47,7 @@ def main():
         page = results_page(comparisons)
         texts = {args.output: page, args.json: json.dumps(comparisons[0], indent=2) + "\n"}
         for path in filter(None, texts):
+            path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as incomplete:
                 incomplete.write_text(texts[path], encoding="utf-8")
         print(page)

@@ -300,9 +300,34 @@ def read_scores(path: Path) -> dict[str, list[QuestionScore]]:
     """Read what [`write_scores`] wrote."""
     scores = {}
     with open(path, encoding="utf-8") as file:
-        for line in map(json.loads, file):
-            scores.setdefault(line.pop("protocol"), []).append(QuestionScore(**line))
+        for number, line in enumerate(file, start=1):
+            try:
+                score = json.loads(line)
+                scores.setdefault(score.pop("protocol"), []).append(QuestionScore(**score))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected a score that recipes/eval.py writes, got {line.strip()[:80]}. "
+                    "Evaluate again."
+                ) from error
     return scores
+
+
+def read_evaluation(directory: Path) -> dict[str, Any]:
+    """Read the `evaluation.json` of a directory, see [`open_evaluation`].
+
+    Raises:
+        ValueError: If there is none, or if it is damaged.
+    """
+    path = directory / EVALUATION
+    if not path.is_file():
+        raise ValueError(f"{directory}: expected the {EVALUATION} that recipes/eval.py writes, got none. Run it.")
+    try:
+        evaluation = json.loads(path.read_text("utf-8"))
+        if all(isinstance(evaluation[key], kind) for key, kind in (("model", str), ("benchmarks", dict))):
+            return {"settings": {}, "environments": [{}]} | evaluation
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path}: expected an evaluation that recipes/eval.py wrote, got other content. Run it again.")
 
 
 def metric_columns(results: Iterable[dict[str, float]]) -> dict[str, str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .benchmarks import EVALUATION, QuestionScore, read_scores
+from ..redaction import hide_local_paths
+from .benchmarks import EVALUATION, QuestionScore, read_evaluation, read_scores
 from .metrics import CONFIDENCE, iou_per_mask
 from .protocols import PROTOCOLS, Protocol
 
@@ -117,6 +118,8 @@ def compare_evaluations(directories: list[Path], title: str = "") -> dict[str, A
         ValueError: If a directory has no evaluation, the evaluations share no benchmark, or they were made with
             different protocol versions.
     """
+    if len({path.resolve() for path in directories}) < len(directories):
+        raise ValueError(f"expected different directories, got one twice among {', '.join(map(str, directories))}.")
     paths = {_name(path, directories): path for path in directories}
     evaluations = {name: _read(path) for name, path in paths.items()}
     versions = {name: environment(evaluation).get("protocol_version") for name, evaluation in evaluations.items()}
@@ -130,15 +133,18 @@ def compare_evaluations(directories: list[Path], title: str = "") -> dict[str, A
         raise ValueError(f"expected evaluations that share a benchmark and a protocol, got none among {[*paths]}.")
     differences = []
     for benchmark in dict.fromkeys(benchmark for benchmark, _ in shared):
-        differences += _compare_benchmark(benchmark, paths)
-    return {"title": title or ", ".join(paths), "evaluations": evaluations, "differences": differences}
+        differences += _compare_benchmark(benchmark, [name for found, name in shared if found == benchmark], paths)
+    # A page of it, and the file, are there to be shared.
+    return hide_local_paths(
+        {"title": title or ", ".join(paths), "evaluations": evaluations, "differences": differences}
+    )
 
 
 def read_comparison(path: Path) -> dict[str, Any]:
     """Read what `recipes/compare.py --json` wrote."""
     try:
         comparison = json.loads(path.read_text("utf-8"))
-        if comparison.keys() >= {"title", "evaluations", "differences"}:
+        if comparison.keys() >= {"title", "evaluations", "differences"} and comparison["evaluations"].keys():
             return comparison
     except (ValueError, AttributeError):
         pass
@@ -156,17 +162,23 @@ def shared_results(evaluations: dict[str, dict]) -> list[tuple[str, str]]:
     ]
 
 
-def _compare_benchmark(benchmark: str, directories: dict[str, Path]) -> list[dict[str, Any]]:
+def _compare_benchmark(benchmark: str, protocols: list[str], directories: dict[str, Path]) -> list[dict[str, Any]]:
     paths = {name: directory / f"scores_{benchmark}.jsonl" for name, directory in directories.items()}
     if not all(path.exists() for path in paths.values()):
         return []  # a subset of another benchmark
     first, *others = scores = {name: read_scores(path) for name, path in paths.items()}
+    for name, path in paths.items():
+        if lacking := [protocol for protocol in protocols if protocol not in scores[name]]:
+            raise ValueError(f"{path}: expected the scores of {EVALUATION}, got none by {lacking[0]}. Evaluate again.")
+    if unknown := [protocol for protocol in protocols if protocol not in PROTOCOLS]:
+        raise ValueError(
+            f"{paths[first]}: expected protocols among {', '.join(PROTOCOLS)}, got {unknown[0]}. Evaluate again."
+        )
     return [
         {"benchmark": benchmark, "protocol": protocol, "model": name}
         | asdict(compare_scores(scores[first][protocol], scores[name][protocol], PROTOCOLS[protocol]))
-        for protocol in scores[first]
+        for protocol in protocols
         for name in others
-        if protocol in scores[name]
     ]
 
 
@@ -212,10 +224,7 @@ def _name(path: Path, directories: list[Path]) -> str:
 
 
 def _read(directory: Path) -> dict:
-    path = directory / EVALUATION
-    if not path.is_file():
-        raise ValueError(f"{directory}: expected the {EVALUATION} that recipes/eval.py writes, got none. Run it.")
-    evaluation = json.loads(path.read_text("utf-8"))
+    evaluation = read_evaluation(directory)
     if not evaluation["benchmarks"]:
         raise ValueError(f"{directory}: expected an evaluation with results, got none. Start recipes/eval.py again.")
     return evaluation

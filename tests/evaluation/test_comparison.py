@@ -1,6 +1,7 @@
 """Comparing two models: intervals that cover, a sign test that is exact, and questions that are the same."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -109,13 +110,61 @@ def test_sign_test_is_exact(better, worse, p_value):
 def test_an_evaluation_that_failed_has_no_results(tmp_path):
     (tmp_path / "evaluation.json").write_text('{"model": "m", "settings": {}, "benchmarks": {}}')
     with pytest.raises(ValueError, match="with results, got none. Start recipes/eval.py again"):
-        compare_evaluations([tmp_path, tmp_path])
+        compare_evaluations([tmp_path])
+
+
+@pytest.fixture
+def evaluations(tmp_path):
+    """Directories of two evaluations of one benchmark."""
+    for name in ("one", "two"):
+        result = {"num_items": 6, "split": "val", "protocols": {"generated": {"num_questions": 6}}}
+        content = {"model": f"/home/somebody/{name}", "settings": {}, "benchmarks": {"mine": result}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(content))
+        write_scores(tmp_path / name / "scores_mine.jsonl", {"generated": simulate(np.random.default_rng(5), 6)})
+    return tmp_path / "one", tmp_path / "two"
+
+
+def test_what_others_see_of_a_comparison(evaluations):
+    found = compare_evaluations([*evaluations])
+    assert [entry["num_equal"] for entry in found["differences"]] == [6]
+    assert [evaluation["model"] for evaluation in found["evaluations"].values()] == ["<local>/one", "<local>/two"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "match"),
+    [
+        ("evaluation.json", "{", "two/evaluation.json: expected an evaluation that recipes/eval.py wrote"),
+        ("evaluation.json", "[]", "expected an evaluation that recipes/eval.py wrote"),
+        ("evaluation.json", '{"model": "m"}', "expected an evaluation that recipes/eval.py wrote"),
+        ("scores_mine.jsonl", "{", "scores_mine.jsonl, line 1: expected a score"),
+        ("scores_mine.jsonl", '{"protocol": "generated", "question_id": "0_0"}', "line 1: expected a score"),
+        ("scores_mine.jsonl", "", "expected the scores of evaluation.json, got none by generated"),
+    ],
+)
+def test_damaged_evaluations_are_refused(file, content, match, evaluations):
+    (evaluations[1] / file).write_text(content)
+    with pytest.raises(ValueError, match=match):
+        compare_evaluations([*evaluations])
+
+
+def test_an_evaluation_is_not_compared_with_itself(evaluations):
+    with pytest.raises(ValueError, match="expected different directories, got one twice"):
+        compare_evaluations([evaluations[0], evaluations[1] / ".." / "one"])
+
+
+def test_protocols_of_another_version_are_refused(evaluations):
+    for directory in evaluations:
+        for file in directory.iterdir():
+            file.write_text(file.read_text().replace('"generated"', '"forced"'))
+    with pytest.raises(ValueError, match="expected protocols among lisa, .*, got forced. Evaluate again"):
+        compare_evaluations([*evaluations])
 
 
 def test_the_page_of_results_is_made_of_its_files(tmp_path):
     """`python recipes/compare.py docs/results/*.json --output docs/results.md --overwrite` makes it."""
     comparisons = [read_comparison(path) for path in sorted((ROOT / "docs" / "results").glob("*.json"))]
     assert comparisons and (ROOT / "docs" / "results.md").read_text() == results_page(comparisons)
-    (tmp_path / "other.json").write_text('{"title": "a"}')
+    (tmp_path / "other.json").write_text('{"title": "a", "evaluations": 3, "differences": []}')
     with pytest.raises(ValueError, match="other.json: expected a file written by recipes/compare.py --json"):
         read_comparison(tmp_path / "other.json")
