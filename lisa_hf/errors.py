@@ -5,8 +5,10 @@ import logging
 import sys
 from collections.abc import Collection, Iterable
 from contextlib import contextmanager, suppress
+from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import NoReturn
 
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -24,9 +26,9 @@ STORAGE_LIBRARIES = ("botocore", "gcsfs", "google", "azure")
 def report_user_errors():
     """Report errors caused by the user's input or machine as one line on stderr, with exit code 2.
 
-    These are `ValueError`, `OSError` and `SafetensorError`, a weights file with code in it, and what torch and
-    transformers raise as `RuntimeError`: a dead loader worker, a tracker that is not installed, and weights of other
-    sizes than their configuration's. The stack trace goes to the debug log. Ctrl-C is one line and code 130.
+    These are `ValueError`, `OSError`, `MemoryError` and `SafetensorError`, a weights file with code in it, and what
+    torch and transformers raise as `RuntimeError`: a dead loader worker, a tracker that is not installed, and weights
+    of other sizes than their configuration's. The stack trace goes to the debug log. Ctrl-C is one line and code 130.
 
     Neither that line nor the log holds secrets, see [`redact`]. Output shows characters that its encoding lacks as
     escapes, as stderr always does: the name of an image must not end a run.
@@ -41,8 +43,10 @@ def report_user_errors():
     except KeyboardInterrupt:
         tqdm.write(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)  # the shells' code for Ctrl-C
-    except (OSError, RuntimeError, SafetensorError, UnpicklingError, ValueError) as error:
-        if isinstance(error, UnpicklingError):
+    except (MemoryError, OSError, RuntimeError, SafetensorError, UnpicklingError, ValueError) as error:
+        if isinstance(error, MemoryError):
+            error = OSError(f"the host's memory is full ({error}). Process less at once, or request more memory.")
+        elif isinstance(error, UnpicklingError):
             error = ValueError(
                 "expected a file with tensors only, got one with other objects, which could run code when they are "
                 "read and were not read. Get the file as safetensors from someone you trust."
@@ -73,6 +77,37 @@ def report_user_errors():
 def _exit_with(text: str):
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {redact(' '.join(text.split()))}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextmanager
+def refuse_damaged_files(path: str | Path):
+    """Raise a `ValueError` for whatever reading damaged or hostile files of a model raises in this context.
+
+    The libraries that read them expect what a library wrote. Other files end in an `AttributeError`, a `KeyError`, ...
+
+    Args:
+        path: Directory or Hub id of the model.
+    """
+    try:
+        yield
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        _raise_damaged(path, error)
+    except (OSError, SafetensorError, UnpicklingError, ValueError):
+        raise  # with a message for users
+    except ImportError as error:  # of a quantization, for example
+        raise ValueError(f"{path}: expected a package that is not installed: {error}. Install it.") from error
+    except Exception as error:
+        if isinstance(error, NameError | RuntimeError) and not isinstance(error, RecursionError):
+            raise  # of the machine, or a bug
+        _raise_damaged(path, error)
+
+
+def _raise_damaged(path: str | Path, error: Exception) -> NoReturn:
+    reason = " ".join(str(error).split())[:300]
+    raise ValueError(
+        f"{path}: expected files of a model that transformers can read, got {type(error).__name__}: {reason}. Check "
+        "its configuration files, or download it again from a source that you trust."
+    ) from error
 
 
 def _redact_log(record: logging.LogRecord) -> bool:

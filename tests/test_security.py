@@ -9,6 +9,7 @@ polygons (`data/test_segmentation.py`), damaged annotations (`data/test_damaged_
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -21,9 +22,10 @@ from accelerate import Accelerator
 from fixtures.tiny_training import Items, build_model, make_item, make_trainer
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from safetensors.torch import load_file, save_file
 
 from data_scripts import load_source
-from lisa_hf import export
+from lisa_hf import LisaProcessor, export
 from lisa_hf.data.mixture import MixtureDataset
 from lisa_hf.errors import report_user_errors
 from lisa_hf.model.conversation_text import user_message
@@ -114,6 +116,88 @@ def test_a_chat_template_that_never_ends(directory, monkeypatch):
     with pytest.raises(ValueError, match="within 0.2 seconds"):
         _, processor = load_lisa(str(directory))
         processor.apply_chat_template([user_message("?")], add_generation_prompt=True, tokenize=False)
+
+
+BOMBS = {
+    "{{ 'a' * 10**11 }}": "without powers",
+    "{{ 'a' * 100000000000 }}": "MemoryError",
+    "{% set x = namespace(y='a') %}{% for i in range(40) %}{% set x.y = x.y ~ x.y %}{% endfor %}": "MemoryError",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ 'a' * 999999 }}": "100000 characters at most",
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited on Linux alone")
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_chat_template_that_takes_all_memory_or_fails(saved, bomb):
+    processor = LisaProcessor.from_pretrained(saved)
+    processor.chat_template = bomb + processor.chat_template
+    with pytest.raises(ValueError, match=BOMBS[bomb]):
+        processor.apply_chat_template([user_message("?")], add_generation_prompt=True)
+
+
+def test_a_model_without_a_chat_template(directory):
+    (directory / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="expected a model with a chat template.* Pass `chat_template`"):
+        load_lisa(str(directory))
+
+
+def change_config(**changes):
+    def change(directory: Path):
+        config = json.loads((directory / "config.json").read_text())
+        for path, value in changes.items():
+            *parents, name = path.split("__")
+            part = config
+            for parent in parents:
+                part = part[parent]
+            part[name] = value
+        (directory / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def write(name: str, text: str):
+    return lambda directory: (directory / name).write_text(text)
+
+
+def index_elsewhere(name: str):
+    def change(directory: Path):
+        (directory / "model.safetensors").rename(directory.parent / "private.safetensors")
+        write("model.safetensors.index.json", json.dumps({"weight_map": {"a": name}}))(directory)
+
+    return change
+
+
+def remove_weights(directory: Path):
+    weights = load_file(directory / "model.safetensors")
+    save_file(dict(list(weights.items())[1:]), directory / "model.safetensors", {"format": "pt"})
+
+
+HOSTILE_FILES = {
+    "index of a file elsewhere": (index_elsewhere("../private.safetensors"), "expected files in this directory"),
+    "index of a file anywhere": (index_elsewhere("/etc/passwd"), "expected files in this directory"),
+    "no index": (write("model.safetensors.index.json", "[]"), "expected an index"),
+    "missing weights": (remove_weights, r"got no .* \(1 such\)"),
+    "fewer layers than weights": (change_config(mask_config__vision_config__num_hidden_layers=0), "got also"),
+    "layers": (change_config(vlm_config__text_config__num_hidden_layers=10**9), "at most 10000"),
+    "code on the Hub": (change_config(attn_implementation="evil/kernel"), "not code on the Hub"),
+    "code of a part": (change_config(attn_implementation={"vlm_config": "a/b"}), "not code on the Hub"),
+    "quantization": (change_config(quantization_config={"quant_method": "gptq", "bits": 4}), "not installed"),
+    "value": (change_config(vlm_config__text_config__num_attention_heads=0), "ZeroDivisionError"),
+    "type": (change_config(vlm_config__text_config__hidden_size="x"), "'hidden_size' expected int"),
+    "list": (write("processor_config.json", "[]"), "AttributeError"),
+    "depth": (write("tokenizer_config.json", "[" * 100_000), "RecursionError"),
+    "tokenizer": (write("tokenizer.json", '{"added_tokens": [], "model": {"type": "evil"}}'), "expected files of a"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_FILES)
+def test_damaged_and_hostile_files_are_named_in_a_sentence(directory, name):
+    change, message = HOSTILE_FILES[name]
+    change(directory)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(directory))}[^\n]*{message}[^\n]*\.$"):
+        load_lisa(str(directory))
 
 
 CODE = f"import os\nos.mkdir({MARK!r})\n"

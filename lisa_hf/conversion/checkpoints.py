@@ -57,7 +57,7 @@ def _find_files(path: Path) -> tuple[list[Path], set[str]]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{name}.index.json"
         if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = read_index(index)
             return [path / shard for shard in sorted(set(weight_map.values()))] + beside, set(weight_map)
         if (path / name).is_file():
             return [path / name, *beside], set()
@@ -65,6 +65,29 @@ def _find_files(path: Path) -> tuple[list[Path], set[str]]:
         f"{path}: expected a checkpoint file, or a directory with pytorch_model.bin or model.safetensors (or their "
         "shards and index), got neither. Name another path."
     )
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Return the file of each tensor, by name, in the index of a checkpoint in several files.
+
+    Raises:
+        ValueError: It is no index, or names a file outside of its directory, which may be somebody else's.
+    """
+    try:
+        weight_map = json.loads(file.read_text("utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        strangers = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: expected an index with the file of each tensor as `weight_map`, got another file "
+            f"({type(error).__name__}: {error}). Download it again."
+        ) from error
+    if strangers:
+        raise ValueError(
+            f"{file}: expected files in this directory, got {strangers[0]}. Download it again, from a source that you "
+            "trust."
+        )
+    return weight_map
 
 
 def _open_safetensors(file: Path) -> dict[str, LazyTensor]:

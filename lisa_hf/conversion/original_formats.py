@@ -1,15 +1,18 @@
 """Tell which original's format a checkpoint has: by its tensors to convert it, by its config to refuse it."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .checkpoints import LISA_V0_FILES, close_files
+from .checkpoints import LISA_V0_FILES, close_files, read_index
 from .lazy_tensors import LORA_FACTOR, LazyTensor
 
 
 # RMSNorm scales are around 1 in a model, and their differences from the base's around 0 in a delta.
 MAX_NORM_OF_DELTA = 0.2
+MAX_LAYERS = 10_000  # more than any model has
 
 
 def recognize_source(tensors: dict[str, LazyTensor]) -> str | None:
@@ -44,7 +47,11 @@ def recognize_source(tensors: dict[str, LazyTensor]) -> str | None:
 
 
 def raise_if_original_format(path: str) -> None:
-    """Raise a `ValueError` with the conversion command if a directory, file or Hub id has an original format."""
+    """Raise a `ValueError` with the conversion command if a directory, file or Hub id has an original format.
+
+    Also if its configuration has more layers than any model or names code to download, or if its index names files
+    outside of the directory.
+    """
     local = Path(path)
     if local.is_file():
         source = "sam" if local.suffix == ".pth" else "lisa-train"
@@ -56,6 +63,9 @@ def raise_if_original_format(path: str) -> None:
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             raise OSError(f"There is no model in {path}, neither as a directory nor on the Hub: {reason}") from error
+        _raise_if_hostile(config, path)
+        for index in local.glob("*.index.json"):
+            read_index(index)
         source = _source_of_config(config, local)
         if source is None:
             return
@@ -67,6 +77,31 @@ def raise_if_original_format(path: str) -> None:
         f"{path}: expected a model in transformers' format, got an original one. Convert it with `{download}python "
         f"recipes/convert_weights.py {source} --checkpoint {checkpoint}{base} --output OUTPUT` and pass OUTPUT."
     )
+
+
+def _raise_if_hostile(config: Any, path: str, name: str = "") -> None:
+    """Raise a `ValueError` for what transformers would do without asking.
+
+    It would build any number of layers, and download and run the code of an attention that is named by its Hub id.
+    """
+    if isinstance(config, dict):
+        for key, value in config.items():
+            _raise_if_hostile(value, path, name if "implementation" in name else key)  # one for each part
+        return
+    if isinstance(config, list):
+        for value in config:
+            _raise_if_hostile(value, path, name)
+        return
+    expected = None
+    if re.search("layers|depth|blocks", name) and isinstance(config, int) and config > MAX_LAYERS:
+        expected = f"at most {MAX_LAYERS}"
+    elif "implementation" in name and "/" in str(config):
+        expected = "an implementation in transformers, not code on the Hub,"
+    if expected:
+        raise ValueError(
+            f"{path}: expected {expected} as {name} in config.json, got {config!r}. Change it, or download the model "
+            "from a source that you trust."
+        )
 
 
 def _source_of_config(config: dict, local: Path) -> str | None:

@@ -4,6 +4,8 @@ import functools
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,19 +143,26 @@ def _join_parts(parts: list, shape: torch.Size) -> torch.Tensor:
     return torch.cat(flat)[: shape.numel()].view(shape)
 
 
-def _read_zero_files(path: Path) -> _ZeroFiles:
+@contextmanager
+def allow_zero_states() -> Iterator[None]:
+    """Let `torch.load(weights_only=True)` read DeepSpeed's own states in this context."""
     # Imported here because it is slow and nothing else needs it.
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+        yield
+
+
+def _read_zero_files(path: Path) -> _ZeroFiles:
     def read(pattern: str) -> list[dict]:
         files = sorted(step.glob(pattern), key=lambda file: int(re.search(r"(\d+)_mp_rank|$", file.name)[1] or 0))
         return [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
 
     is_root = (path / "latest").is_file()
     step = path / (path / "latest").read_text().strip() if is_root else path
-    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+    with allow_zero_states():
         try:
             _check_zero_files(step)
             optimizers = [file["optimizer_state_dict"] for file in read("*_optim_states.pt")]

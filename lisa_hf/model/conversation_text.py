@@ -9,12 +9,14 @@ import datetime
 import re
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 
 import jinja2
-import jinja2.meta
+import jinja2.nodes
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -27,6 +29,8 @@ from .losses import IGNORE_INDEX
 ANSWER_MARK, THOUGHT_MARK, CUT_MARK = "\U0010f000", "\U0010f001", "\U0010f002"
 IMAGE_PLACEHOLDER = "<image>"
 RENDER_SECONDS = 20  # for a template's first text, which takes milliseconds
+RENDER_BYTES = 2**30  # of memory
+MAX_PROMPT = 100_000  # characters of a short question, with what the template writes around it
 # Names in chat templates of the variable that lets the model think before it answers.
 THINKING_VARIABLES = ("enable_thinking", "thinking")
 # The date that templates insert as today: with the real one, a model would never again see a text it was trained on.
@@ -119,6 +123,13 @@ class ChatTemplate:
         image_tokens: tuple[str, ...] = (),
         answer_tokens: tuple[str, ...] = (),
     ):
+        if isinstance(jinja, dict):  # several, by name
+            jinja = jinja.get("default")
+        if not isinstance(jinja, str):
+            raise ValueError(
+                "expected a model with a chat template, got one without. Pass `chat_template`: the name of one of "
+                "LISA's, such as llava_v1, or a file."
+            )
         self.tokenizer = tokenizer
         date_call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
         self.jinja = re.sub(date_call, lambda call: repr(TODAY.strftime(call[2])), jinja)
@@ -171,10 +182,10 @@ class ChatTemplate:
                 **self.tokenizer.special_tokens_map,
                 **self.variables,
             )
-        except (jinja2.TemplateError, TypeError) as error:  # a text-only template adds a list to a string
+        except Exception as error:  # a text-only template adds a list to a string; others divide by zero
             raise ValueError(
                 f"expected a chat template that takes messages with parts of content (text, image), got the error "
-                f"'{error}'. Pass another `chat_template`."
+                f"'{str(error) or type(error).__name__}'. Pass another `chat_template`."
             ) from error
         return text
 
@@ -183,8 +194,8 @@ class ChatTemplate:
         """The prompt of a question about an image.
 
         Raises:
-            ValueError: If the template does not finish within `RENDER_SECONDS`. Templates come with models and are not
-                trusted.
+            ValueError: If the template does not finish within `RENDER_SECONDS`, or takes more than `RENDER_BYTES`.
+                Templates come with models and are not trusted.
         """
         results: list[str | ValueError] = []
 
@@ -195,8 +206,9 @@ class ChatTemplate:
                 results.append(error)
 
         thread = threading.Thread(target=render, daemon=True)
-        thread.start()
-        thread.join(RENDER_SECONDS)
+        with limited_memory(RENDER_BYTES):
+            thread.start()
+            thread.join(RENDER_SECONDS)
         if not results:
             raise ValueError(
                 f"expected a chat template that writes a question within {RENDER_SECONDS} seconds, got one that does "
@@ -204,6 +216,11 @@ class ChatTemplate:
             )
         if isinstance(results[0], ValueError):
             raise results[0]
+        if len(results[0]) > MAX_PROMPT:
+            raise ValueError(
+                f"expected a chat template that writes a question in {MAX_PROMPT} characters at most, got "
+                f"{len(results[0])}. Pass another `chat_template`."
+            )
         return results[0]
 
     def rows(self, messages: list[dict]) -> list[Row]:
@@ -314,16 +331,37 @@ class ChatTemplate:
         return thought.strip(), text.strip()
 
 
+@contextmanager
+def limited_memory(num_bytes: int) -> Iterator[None]:
+    """Raise a `MemoryError` in all threads of this process that take more memory in this context; on Linux alone."""
+    statistics = Path("/proc/self/statm")
+    if not statistics.exists():
+        yield
+        return
+    import resource  # which Windows lacks
+
+    limits = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(statistics.read_text().split()[0]) * resource.getpagesize() + num_bytes
+    infinite = resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == infinite else min(limit, soft), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def _find_variables(template: str) -> set[str]:
     """Return the names of the variables that a template reads."""
     template = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)  # a tag specific to transformers
     try:
         parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
-            f"expected a chat template in Jinja, got '{error}' in line {error.lineno}. Correct it."
-        ) from error
-    return jinja2.meta.find_undeclared_variables(parsed)
+    except (jinja2.TemplateSyntaxError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise ValueError(f"expected a chat template in Jinja, got '{error}' in line {line}. Correct it.") from error
+    if parsed.find(jinja2.nodes.Pow):  # nothing stops Python while it computes one
+        raise ValueError("expected a chat template without powers (`**`), got one with them. Pass another.")
+    # Not `find_undeclared_variables`, which computes what is constant, of any size.
+    return {name.name for name in parsed.find_all(jinja2.nodes.Name)}
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------

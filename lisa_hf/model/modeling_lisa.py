@@ -63,6 +63,26 @@ MASK_PIXELS = 2**22
 UNQUANTIZED_MODULES = ["mask_model", "seg_projector", "lm_head"]
 
 
+def raise_if_others(model: nn.Module, info: dict, path: str) -> None:
+    """Raise a `ValueError` if a checkpoint has other weights than its configuration has.
+
+    transformers draws those that are missing at random and warns.
+
+    Args:
+        model: Model that was loaded.
+        info: What `from_pretrained` returns with `output_loading_info`.
+        path: Directory or Hub id.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    missing = sorted(parameters.intersection(info["missing_keys"]))
+    for problem, names in (("no", missing), ("also", sorted(info["unexpected_keys"]))):
+        if names:
+            raise ValueError(
+                f"{path}: expected the weights of its config.json, got {problem} {', '.join(names[:3])} "
+                f"({len(names)} such). Download it again, or restore the config.json that belongs to the weights."
+            )
+
+
 def _skip_modules(quantization_config):
     if isinstance(quantization_config, BitsAndBytesConfig) and quantization_config.llm_int8_skip_modules is None:
         quantization_config = copy.copy(quantization_config)
@@ -185,9 +205,17 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         Args:
             quantization_config: How to quantize weights. A `BitsAndBytesConfig` without `llm_int8_skip_modules`
                 quantizes the VLM alone, see `UNQUANTIZED_MODULES`.
+
+        Raises:
+            ValueError: If the checkpoint has not the weights of its configuration. Not with `output_loading_info`.
         """
+        kwargs["quantization_config"] = _skip_modules(quantization_config)
         with keep_random_state():
-            return super().from_pretrained(*args, quantization_config=_skip_modules(quantization_config), **kwargs)
+            if kwargs.get("output_loading_info"):
+                return super().from_pretrained(*args, **kwargs)
+            model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)
+        raise_if_others(model, info, args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+        return model
 
     @classmethod
     def from_vlm_mask_model_pretrained(
@@ -215,17 +243,25 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
         """
         raise_if_not_vlm(AutoConfig.from_pretrained(vlm))
         with keep_random_state():
-            vlm_model = AutoModelForImageTextToText.from_pretrained(
+            vlm_model, vlm_info = AutoModelForImageTextToText.from_pretrained(
                 vlm,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 quantization_config=_skip_modules(quantization_config),
                 device_map=device_map,
+                output_loading_info=True,
             )
             keep_loaded_tying(vlm_model, vocabulary_projection(vlm_model))
-            sam_model = AutoModelForMaskGeneration.from_pretrained(
-                mask_model, config=image_mask_config(AutoConfig.from_pretrained(mask_model)), dtype=vlm_model.dtype
-            ).to(vlm_model.device)
+            sam_model, sam_info = AutoModelForMaskGeneration.from_pretrained(
+                mask_model,
+                config=image_mask_config(AutoConfig.from_pretrained(mask_model)),
+                dtype=vlm_model.dtype,
+                output_loading_info=True,
+            )
+            sam_model = sam_model.to(vlm_model.device)
+        # Some checkpoints have weights of a video model or of a head that is not used.
+        raise_if_others(vlm_model, {**vlm_info, "unexpected_keys": ()}, vlm)
+        raise_if_others(sam_model, {**sam_info, "unexpected_keys": ()}, mask_model)
         separate_batch_entries(vlm_model)
         use_chunked_attention(sam_model)
         config = LisaConfig(vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id)

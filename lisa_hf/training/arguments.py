@@ -154,6 +154,11 @@ class ModelArguments:
             )
 
     @property
+    def source(self) -> str:
+        """What the model is built from, for messages."""
+        return self.model or " and ".join(filter(None, (self.vlm, self.mask_model))) or "vlm_config, mask_config"
+
+    @property
     def adaptation(self) -> dict:
         """Arguments of `prepare_for_training`."""
         names = ("trainable", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora")

@@ -12,6 +12,7 @@ import itertools
 import json
 from pathlib import Path
 
+import PIL.Image
 import torch
 from accelerate import init_empty_weights
 from datasets import Dataset, IterableDataset
@@ -36,7 +37,7 @@ from ..conversion.original_formats import raise_if_original_format
 from ..data.feature_cache import FeatureCache
 from ..data.mixture import EvaluationDataset, MixtureDataset
 from ..data.streaming import StreamingMixtureDataset
-from ..errors import nearest_name
+from ..errors import nearest_name, refuse_damaged_files
 from ..from_scratch.configuration import tiny_config_and_processor
 from ..from_scratch.initialization import initialize_weights
 from ..from_scratch.tokenizer import add_template_tokens, row_texts, train_tokenizer
@@ -65,8 +66,21 @@ def build_config_and_processor(
             image processor lacks one of `image_processor_kwargs`.
     """
     chat_template = load_chat_template(model_args.chat_template)
+    with refuse_damaged_files(model_args.source):
+        config, processor = _build_config_and_processor(model_args, chat_template, train_rows)
+    if model_args.thinking is not None:
+        processor.thinking = model_args.thinking == "on"
+    config.answer_end_token_id = processor.template.answer_end_token_id
+    if model_args.image_processor_kwargs:
+        _replace_image_options(processor, model_args.image_processor_kwargs)
+    return config, processor
+
+
+def _build_config_and_processor(
+    model_args: ModelArguments, chat_template: str | None, train_rows: dict | None
+) -> tuple[LisaConfig, LisaProcessor]:
     if model_args.model is not None:
-        config, processor = _load_lisa_config(model_args.model), LisaProcessor.from_pretrained(model_args.model)
+        config, processor = _load_lisa_config(model_args.model), _load_processor(model_args.model)
         processor.chat_template = chat_template or processor.chat_template
     elif model_args.vlm is not None:
         raise_if_original_format(model_args.vlm)
@@ -91,11 +105,6 @@ def build_config_and_processor(
         config, processor = tiny_config_and_processor(
             model_args.vlm_config, model_args.mask_config, tokenizer, chat_template, model_args.language_model
         )
-    if model_args.thinking is not None:
-        processor.thinking = model_args.thinking == "on"
-    config.answer_end_token_id = processor.template.answer_end_token_id
-    if model_args.image_processor_kwargs:
-        _replace_image_options(processor, model_args.image_processor_kwargs)
     return config, processor
 
 
@@ -113,7 +122,8 @@ def build_model(
     if empty:
         model = _build_empty_model(model_args, config)
     elif model_args.model is not None or model_args.vlm is not None:
-        model = _load_pretrained_model(model_args, config, device_map)
+        with refuse_damaged_files(model_args.source):
+            model = _load_pretrained_model(model_args, config, device_map)
     else:
         with disable_zero3_init():
             model = _initialize_model(model_args, config)
@@ -160,8 +170,17 @@ def load_lisa(path: str, **kwargs) -> tuple[LisaForConditionalGeneration, LisaPr
     Raises:
         ValueError: The checkpoint has another architecture or an original format, or is an adapter without its base.
     """
-    _load_lisa_config(path)
-    return LisaForConditionalGeneration.from_pretrained(path, **kwargs), LisaProcessor.from_pretrained(path)
+    with refuse_damaged_files(path):
+        _load_lisa_config(path)
+        model, processor = LisaForConditionalGeneration.from_pretrained(path, **kwargs), _load_processor(path)
+    return model, processor
+
+
+def _load_processor(path: str) -> LisaProcessor:
+    """Load a processor, and try it on a picture: some of its options are read then alone."""
+    processor = LisaProcessor.from_pretrained(path)
+    processor.preprocess_images(PIL.Image.new("RGB", (32, 32)))
+    return processor
 
 
 def load_vlm(path: str, **kwargs) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from accelerate.utils import patch_environment
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,7 +24,7 @@ from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_N
 from ..conversion.checkpoints import open_checkpoint
 from ..conversion.fsdp_checkpoints import FSDP_OPTIMIZER_DIRECTORY, is_fsdp_checkpoint, open_fsdp_checkpoint
 from ..conversion.lazy_tensors import LazyTensor
-from ..conversion.zero_checkpoints import open_zero_checkpoint, open_zero_optimizer
+from ..conversion.zero_checkpoints import allow_zero_states, open_zero_checkpoint, open_zero_optimizer
 from .zero import gather_parameters, is_sharded
 
 
@@ -73,7 +74,8 @@ def allow_other_engine(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
     """
     saved, running = saved_engine(checkpoint), running_engine(trainer)
     if saved == running:
-        yield
+        with mock.patch("transformers.trainer.deepspeed_load_checkpoint", _load_zero_checkpoint):
+            yield
         return
     load_weights(trainer.model, checkpoint)
     names = []  # of the weights, in the order of a plain optimizer
@@ -107,6 +109,13 @@ def allow_other_engine(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
         yield
 
 
+def _load_zero_checkpoint(*args, **kwargs) -> None:
+    """Load a checkpoint as transformers does, without running the code that DeepSpeed would run in its files."""
+    restricted = patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="0")
+    with restricted, allow_zero_states():
+        deepspeed_load_checkpoint(*args, **kwargs)
+
+
 def load_best_weights(trainer: Trainer, checkpoint: Path) -> bool:
     """Load the weights of the best checkpoint, possibly of another engine; return whether that was possible.
 
@@ -117,7 +126,7 @@ def load_best_weights(trainer: Trainer, checkpoint: Path) -> bool:
         return False
     saved, running = saved_engine(checkpoint), running_engine(trainer)
     if saved == running:
-        with mock.patch("transformers.trainer.deepspeed_load_checkpoint", deepspeed_load_checkpoint):
+        with mock.patch("transformers.trainer.deepspeed_load_checkpoint", _load_zero_checkpoint):
             Trainer._load_best_model(trainer)
         return True
     if trainer.is_deepspeed_enabled or not trainer.args.shards_weights:

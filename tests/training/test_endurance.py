@@ -6,6 +6,7 @@ says what each kill hit, and in how many seconds all processes had ended.
 """
 
 import json
+import os
 import random
 import re
 import signal
@@ -235,6 +236,29 @@ def test_when_one_process_is_killed_all_end(engine, tmp_path):
     outcome = run_training(tmp_path, engine, fault=Fault("kill", occurrence=3, rank=1))
     assert outcome.exit_codes[1] == -signal.SIGKILL and outcome.exit_codes[0] > 0, logs(tmp_path)
     assert find_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
+
+
+class Payload:
+    """An object whose pickle makes a directory where it is unpickled."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.directory / "executed"),)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+def test_resuming_runs_no_code_in_the_files_of_deepspeed(name, tmp_path):
+    assert run_training(tmp_path, "zero2", fault=Fault("signal", occurrence=2), num_ranks=1).is_good, logs(tmp_path)
+    checkpoint = Path(find_checkpoint(tmp_path / "run"))
+    (file,) = checkpoint.glob(f"global_step*/*{name}")
+    torch.save(torch.load(file, weights_only=False) | {"x": Payload(tmp_path)}, file)
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+    assert run_training(tmp_path, "zero2", num_ranks=1).exit_codes == [2], logs(tmp_path)
+    assert "expected a file with tensors only" in logs(tmp_path) and not (tmp_path / "executed").exists()
 
 
 FAILURES = {
