@@ -2,9 +2,12 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
 
 from .upstream_fixes import saved_custom_pipelines
 
+
+logger = logging.get_logger(__name__)
 
 # Code of `pipeline("reasoning-segmentation")` for environments without this package.
 CUSTOM_PIPELINES = {
@@ -18,6 +21,8 @@ SUPPORTED_MASK_MODELS = ("sam", "sam_hq", *FEATURE_PYRAMID_MODELS)
 # SAM 2, SAM 3 and EdgeTAM are published as video models, which contain an image model.
 IMAGE_MODEL_TYPES = {"sam2_video": "sam2", "sam3_tracker_video": "sam3_tracker", "edgetam_video": "edgetam"}
 
+PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")  # of each of these models
+
 SEG_STATES = ("predicting", "own", "own_before_norm")
 
 
@@ -28,10 +33,17 @@ def image_mask_config(config: PreTrainedConfig) -> PreTrainedConfig:
         config: Configuration of an image model, which is returned, or of a video model. Build the model from the
             returned one: the decoder reads its options only once.
     """
+    vision_config = getattr(config, "vision_config", None)
+    if isinstance(vision_config, dict):  # `model_type` is one that has none: the parts say what the model is
+        model_type = str(vision_config.get("model_type")).removesuffix("_vision_model")
+        logger.warning(
+            "A mask model of type %s has the parts of %s, and is used as such.", config.model_type, model_type
+        )
+        config = AutoConfig.for_model(model_type, **{name: getattr(config, name, None) for name in PARTS})
     config = getattr(config, "tracker_config", config)  # sam3_video is a detector and a tracker
     if config.model_type in IMAGE_MODEL_TYPES:
         parts = {}
-        for name in ("vision_config", "prompt_encoder_config", "mask_decoder_config"):
+        for name in PARTS:
             parts[name] = getattr(config, name).to_dict()
             if name != "vision_config":  # the image model has its own classes for these
                 del parts[name]["model_type"]

@@ -1,5 +1,6 @@
 """Mask models as published: SAM 2, SAM 3 and EdgeTAM are video models, of which LISA uses the image part."""
 
+import json
 from contextlib import ExitStack
 from unittest import mock
 
@@ -98,6 +99,21 @@ def published(request, tmp_path):
     processor_class = Sam3ImageProcessor if side == 56 else Sam2ImageProcessor
     processor_class(size={"height": side, "width": side}).save_pretrained(directory)
     return directory, model, model_type
+
+
+def test_a_model_under_the_name_of_another_is_what_its_parts_are(tmp_path):
+    """SAM 2 that calls itself SAM 3, whose configuration has no such parts."""
+    torch.manual_seed(0)
+    model = AutoModelForMaskGeneration.from_config(AutoConfig.for_model(**sam2_config()))
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"model_type": "sam3_video"}))
+    config = image_mask_config(AutoConfig.from_pretrained(tmp_path))
+    assert config.model_type == "sam2" and config.vision_config.to_dict() == model.config.vision_config.to_dict()
+    found, info = AutoModelForMaskGeneration.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert not any(info.values())
+    for name, weight in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
 
 
 @pytest.fixture
