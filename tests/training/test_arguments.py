@@ -142,7 +142,7 @@ def test_help_of_all_has_groups(capsys):
         parse_arguments(["--help-all"])
     printed = capsys.readouterr().out
     assert stop.value.code == 0
-    headings = ["Which model is built", "--lora_r", "Which data", "--sources", "--part_learning_rates"]
+    headings = ["Arguments for the model", "--lora_r", "Arguments for the data", "--sources", "--part_learning_rates"]
     places = [printed.index(text) for text in (*headings, "\ntransformers' TrainingArguments:", "--learning_rate")]
     assert places == sorted(places)
 
