@@ -92,7 +92,7 @@ def refuse_damaged_files(path: str | Path):
         yield
     except (JSONDecodeError, UnicodeDecodeError) as error:
         _raise_damaged(path, error)
-    except (OSError, SafetensorError, UnpicklingError, ValueError):
+    except (MemoryError, OSError, SafetensorError, UnpicklingError, ValueError):
         raise  # with a message for users
     except ImportError as error:  # of a quantization, for example
         raise ValueError(f"{path}: expected a package that is not installed: {error}. Install it.") from error

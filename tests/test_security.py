@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from data_scripts import load_source
 from lisa_hf import LisaProcessor, export
 from lisa_hf.data.mixture import MixtureDataset
 from lisa_hf.errors import report_user_errors
-from lisa_hf.model.conversation_text import user_message
+from lisa_hf.model.conversation_text import limited_memory, user_message
 from lisa_hf.redaction import redact
 from lisa_hf.training import model_card
 from lisa_hf.training.arguments import parse_arguments, parse_data_arguments
@@ -135,6 +137,30 @@ def test_a_chat_template_that_takes_all_memory_or_fails(saved, bomb):
     processor.chat_template = bomb + processor.chat_template
     with pytest.raises(ValueError, match=BOMBS[bomb]):
         processor.apply_chat_template([user_message("?")], add_generation_prompt=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited on Linux alone")
+def test_threads_that_limit_memory_leave_no_limit():
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    is_inside = threading.Event()
+
+    def first():
+        with limited_memory(2**30):
+            is_inside.set()
+            time.sleep(0.05)
+
+    def second():
+        is_inside.wait()
+        with limited_memory(2**30):
+            time.sleep(0.1)
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_a_model_without_a_chat_template(directory):

@@ -66,7 +66,7 @@ class LisaConfig(PreTrainedConfig):
             `edgetam_video`) is replaced with the image model's.
         seg_token_id: Id of `[SEG]`. The hidden state that predicts it becomes a mask (LISA, section 3.2).
         answer_end_token_id: Id of the token that ends answers in the chat template. Generation stops there, in
-        addition to the ids in the VLM's generation config, which may have a different end (Qwen3.5) or none.
+            addition to the ids in the VLM's generation config, which may have a different end (Qwen3.5) or none.
         ce_loss_weight, mask_bce_loss_weight, mask_dice_loss_weight: Weights of the three losses; the defaults are
             those of LISA's training script.
         mask_loss_points: Number of pixels per mask that the mask losses are computed on, see [`sampled_mask_losses`]

@@ -30,6 +30,7 @@ ANSWER_MARK, THOUGHT_MARK, CUT_MARK = "\U0010f000", "\U0010f001", "\U0010f002"
 IMAGE_PLACEHOLDER = "<image>"
 RENDER_SECONDS = 20  # for a template's first text, which takes milliseconds
 RENDER_BYTES = 2**30  # of memory
+_MEMORY_LOCK = threading.Lock()
 MAX_PROMPT = 100_000  # characters of a short question, with what the template writes around it
 # Names in chat templates of the variable that lets the model think before it answers.
 THINKING_VARIABLES = ("enable_thinking", "thinking")
@@ -340,14 +341,15 @@ def limited_memory(num_bytes: int) -> Iterator[None]:
         return
     import resource  # which Windows lacks
 
-    limits = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = int(statistics.read_text().split()[0]) * resource.getpagesize() + num_bytes
-    infinite = resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == infinite else min(limit, soft), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+    with _MEMORY_LOCK:  # another thread would take this limit for the one to restore
+        limits = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = int(statistics.read_text().split()[0]) * resource.getpagesize() + num_bytes
+        infinite = resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_AS, (limit if soft == infinite else min(limit, soft), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def _find_variables(template: str) -> set[str]:

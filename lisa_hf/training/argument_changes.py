@@ -14,6 +14,7 @@ FIXED = (
     *("vlm_config", "mask_config", "trainable", "lora_r", "lora_alpha", "lora_target_modules", "use_dora"),
     *("optim", "parts with a learning rate"),
 )
+LORA_OPTIONS = ("lora_alpha", "lora_dropout", "lora_target_modules", "use_dora")
 # Other arguments, by the effect of a new value on a resumed run.
 MEANINGS = {
     "has no effect, because the optimizer keeps the values in the checkpoint": (
@@ -91,9 +92,15 @@ def _comparable(arguments: dict[str, dict], num_processes: int) -> dict[str, Any
     arguments = json.loads(json.dumps(arguments["model"] | arguments["data"] | arguments["training"]))
     if arguments["max_steps"] > 0:
         del arguments["num_train_epochs"]
+    if arguments["lora_r"] == 0:
+        arguments = {name: value for name, value in arguments.items() if name not in LORA_OPTIONS}
+    for name in ("trainable", "lora_target_modules"):  # in any order
+        if arguments.get(name):
+            arguments[name] = sorted(arguments[name])
     is_muon = arguments.get("muon_learning_rate") is not None
     arguments["optim"] = "muon" if is_muon else arguments["optim"].removesuffix("_fused")
-    arguments["parts with a learning rate"] = sorted(arguments["part_learning_rates"])
+    if "part_learning_rates" in arguments:
+        arguments["parts with a learning rate"] = sorted(arguments["part_learning_rates"])
     images = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
     return arguments | {"images per step": images * num_processes}
 

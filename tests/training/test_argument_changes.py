@@ -1,5 +1,6 @@
 """What a resumed run reports about its arguments, compared with the record of the checkpoint."""
 
+import json
 import re
 
 import pytest
@@ -29,15 +30,19 @@ def compare(tmp_path):
         mixture = MixtureDataset(chosen, 8, weights=data_args.weights)
         return ModelArguments(**model), data_args, training_args, mixture
 
-    arguments = build()
-    Accelerator(cpu=True)  # as the trainer of a run has made one
-    write_run_record(*arguments, {})
+    def record(**arguments):
+        arguments = build(**arguments)
+        Accelerator(cpu=True)  # as the trainer of a run has made one
+        write_run_record(*arguments, {})
+
+    record()
 
     def compare(changed_rows=None, **changes):
         return compare_with_checkpoint(
             str(tmp_path / "checkpoint-2"), *build(**changes, rows=rows | (changed_rows or {}))
         )
 
+    compare.record = record
     compare.more_rows = dataset(*[segmentation_row("shapes", 0, image)] * 4)
     return compare
 
@@ -47,6 +52,25 @@ def test_nothing_is_told_where_nothing_that_counts_has_changed(compare):
     # The same images in a step, cut in another way
     assert compare(per_device_train_batch_size=6, gradient_accumulation_steps=1) == []
     assert compare(logging_steps=3, num_train_epochs=7, optim="adamw_torch") == []
+
+
+def test_what_trains_in_another_order_is_the_same(compare):
+    parts = {"trainable": ["mask_decoder", "seg_projector"], "lora_target_modules": ["q_proj", "v_proj"]}
+    compare.record(model=MODEL | parts)
+    assert compare(model=MODEL | {name: values[::-1] for name, values in parts.items()}) == []
+
+
+def test_options_of_lora_do_not_count_without_lora(compare):
+    compare.record(model=MODEL | {"lora_r": 0})
+    assert compare(model=MODEL | {"lora_r": 0, "lora_alpha": 32, "lora_target_modules": ["k_proj"]}) == []
+
+
+def test_a_record_of_an_older_version_is_compared_where_it_can_be(compare, tmp_path):
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["arguments"]["training"]["part_learning_rates"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (sentence,) = compare(part_learning_rates={"lora": 1e-4}, seed=2)
+    assert sentence.startswith("seed 1 -> 2")
 
 
 @pytest.mark.parametrize(
