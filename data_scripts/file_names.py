@@ -65,8 +65,9 @@ def find_image(directory: str, name: str, version: str = "") -> tuple[str, bool]
     if _is_relative(name) and os.path.isfile(direct):
         return direct, False
     images = _images_by_name(directory, version)
-    # Spreadsheets leave spaces around a name, and servers write "%20" for a space.
-    forms = dict.fromkeys([name, unquote(name.strip())])
+    # Spreadsheets leave spaces around a name, and servers write "%20" for a space. `split_name` unescapes URLs.
+    stripped = name.strip()
+    forms = dict.fromkeys([name, stripped if _is_url(stripped) else unquote(stripped)])
     found = next(filter(None, (_find_by_last_part(directory, images, form) for form in forms)), [])
     if len(found) > 1:
         raise ValueError(
@@ -88,6 +89,11 @@ def _is_relative(name: str) -> bool:
     return not OUTSIDE.match(name) and ".." not in split_name(name)
 
 
+def _is_url(name: str) -> bool:
+    """Return whether a name is a URL, or a path that Label Studio serves: `/data/local-files/?d=photos/a.jpg`."""
+    return name.startswith(("http://", "https://", "file://")) or "?d=" in name
+
+
 def _find_by_last_part(directory: str, images: dict[str, list[str]], name: str) -> list[str]:
     """Return the images that a name may mean, by its last part. The parts before it choose among several."""
     *folders, last = parts = split_name(name)
@@ -105,7 +111,7 @@ def _find_by_last_part(directory: str, images: dict[str, list[str]], name: str) 
 
 def split_name(name: str) -> list[str]:
     """Return the parts of a path or URL; for Label Studio's `/data/local-files/?d=photos/a.jpg`, those of `d`."""
-    if name.startswith(("http://", "https://", "file://")) or "?d=" in name:
+    if _is_url(name):
         address = urlsplit(name)
         name = parse_qs(address.query).get("d", [unquote(address.path)])[0]
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")] or [name]

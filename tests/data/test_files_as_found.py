@@ -83,6 +83,14 @@ def test_a_name_is_taken_as_it_is_before_it_is_unescaped(tmp_path):
     assert find_image(str(tmp_path), "a.jpg ") == (str(tmp_path / "a.jpg "), False)
 
 
+@pytest.mark.parametrize("name", ["https://x/a%23b.jpg", "https://x/a%3Fb.jpg", "/data/local-files/?d=x/a%23b.jpg"])
+def test_urls_are_unescaped_once(tmp_path, name):
+    """Twice, a "#" would end the path: the photo a.jpg is another one."""
+    write(tmp_path / "a.jpg", PHOTO)
+    with pytest.raises(ValueError, match="no image in there is called 'a[#?]b.jpg'"):
+        find_image(str(tmp_path), name)
+
+
 @pytest.mark.parametrize("name", ["..%2fsecret.jpg", "%2e%2e/secret.jpg", "/x/..%2f..%2fsecret.jpg", " ../secret.jpg"])
 def test_escaped_names_do_not_lead_out(tmp_path, name):
     write(tmp_path / "secret.jpg", PHOTO)
