@@ -100,7 +100,7 @@ def read_instances(path: str, remarks: list[str], encoding: str | None = "cp1252
         category name (None if it has none) and segmentation.
 
     Raises:
-        ValueError: If different images or categories share an id.
+        ValueError: If different images or categories share an id, or polygons are not in pixels.
     """
     content = read_json(path, encoding)
     with errors_naming(path):
@@ -126,6 +126,11 @@ def read_instances(path: str, remarks: list[str], encoding: str | None = "cp1252
             objects.setdefault(key, []).append(
                 (annotation["category_id"], named.get("name"), annotation.get("segmentation"))
             )
+        if _looks_normalized(objects, images):
+            raise ValueError(
+                "expected polygons in pixels, got coordinates that are all between 0 and 1. Multiply them by the "
+                "width and the height of their image."
+            )
         if num_text:
             remarks.append(f"matched {num_text} annotations by ids that are strings in one place, numbers in another")
         if num_joined:
@@ -135,6 +140,28 @@ def read_instances(path: str, remarks: list[str], encoding: str | None = "cp1252
 
 def _size_of(image: dict[str, Any]) -> tuple:
     return image.get("height"), image.get("width")
+
+
+def _looks_normalized(objects: dict[str, list[tuple]], images: dict[str, dict[str, Any]]) -> bool:
+    """Return whether all polygons lie in the first pixel of images that have more."""
+    has_fractions = False  # the rows of a mask are numbers from 0 to 1 too
+    for key, found in objects.items():
+        is_large = any(isinstance(side, int | float) and side > 2 for side in _size_of(images.get(key, {})))
+        for *_, segmentation in found:
+            for value in _numbers(segmentation) if isinstance(segmentation, list) else ():
+                if not 0 <= value <= 1:
+                    return False
+                has_fractions = has_fractions or (is_large and 0 < value < 1)
+    return has_fractions
+
+
+def _numbers(polygons: Any) -> Iterator[float]:
+    """Yield the numbers in nested lists and points with the keys x and y."""
+    if isinstance(polygons, int | float):
+        yield polygons
+    elif isinstance(polygons, list | dict):
+        for part in polygons.values() if isinstance(polygons, dict) else polygons:
+            yield from _numbers(part)
 
 
 def encode_objects(record: dict[str, Any], pass_over: Callable[[str], None]) -> Iterator[tuple[str, dict[str, Any]]]:

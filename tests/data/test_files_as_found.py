@@ -124,6 +124,35 @@ def test_copies_that_macos_and_jupyter_hide_are_no_data(tmp_path, load):
         assert_drawn(row)
 
 
+# COCO
+
+
+def coco(segmentations):
+    return {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": HEIGHT, "width": WIDTH}],
+        "annotations": [{"image_id": 1, "category_id": 1, "segmentation": s} for s in segmentations],
+        "categories": [{"id": 1, "name": "corner"}],
+    }
+
+
+@pytest.mark.parametrize("form", [lambda points: sum(points, []), lambda points: [dict(zip("xy", p)) for p in points]])
+def test_polygons_in_shares_are_refused(tmp_path, load, form):
+    write(tmp_path / "a.jpg", PHOTO)
+    shares = [[form([[0.0, 0.0], [0.5, 0.0], [0.5, 0.5], [0.0, 0.5]])]]
+    write(tmp_path / "a.json", coco([*shares, {"size": [HEIGHT, WIDTH], "counts": [0, 80, 2320]}]))
+    with pytest.raises(ValueError, match="a.json.*expected polygons in pixels, got coordinates .* between 0 and 1"):
+        load("coco_instances", annotations="a.json", images=".")
+
+
+def test_small_polygons_and_pixels_of_0_and_1_are_no_shares(tmp_path, load):
+    write(tmp_path / "a.jpg", PHOTO)
+    tiny = [[0.0, 0.0, 0.9, 0.0, 0.9, 0.9, 0.0, 0.9]]
+    for segmentations in ([tiny, [sum(CORNERS, [])]], [MASK.tolist()]):
+        write(tmp_path / "a.json", coco(segmentations))
+        (row,) = load("coco_instances", annotations="a.json", images=".")
+        assert np.array_equal(decode_mask(row["targets"][-1]["rle"]), MASK)
+
+
 # LabelMe
 
 
