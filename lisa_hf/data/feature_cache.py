@@ -172,7 +172,7 @@ class FeatureCache:
         num_images = self._count_fitting_images(sources, model, processor, args.shards_weights)
         mark = self._mark(sources, num_images)
         # Processes that have an entry and others that do not would wait for each other if encoders are sharded.
-        if mark is not None and not args.shards_weights and self._is_marked(mark):
+        if mark is not None and not args.shards_weights and self._is_marked(mark, args):
             logger.info("Feature cache: an earlier run has read these images.")
             model.train(was_training)
             return
@@ -206,6 +206,7 @@ class FeatureCache:
         if args.world_size > 1:
             torch.distributed.barrier()
         if mark is not None and args.process_index == args.world_size - 1:
+            mark.parent.mkdir(parents=True, exist_ok=True)  # without entries, it does not exist yet
             with atomic_file(mark) as path:
                 path.write_text(json.dumps(self._measure()), encoding="utf-8")
 
@@ -216,13 +217,19 @@ class FeatureCache:
         names = json.dumps([num_images, *(rows._fingerprint for rows in sources)])
         return self.directory / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.json"
 
-    def _is_marked(self, mark: Path) -> bool:
-        """Return whether a mark is there and the entries are as many and as large as then."""
+    def _is_marked(self, mark: Path, args: TrainingArguments) -> bool:
+        """Return whether all processes see a mark, and entries as many and as large as then."""
         try:
             expected = json.loads(mark.read_text(encoding="utf-8"))
+            is_marked = all(now >= then for now, then in zip(self._measure(), expected))
         except (FileNotFoundError, ValueError):
-            return False
-        return all(now >= then for now, then in zip(self._measure(), expected))
+            is_marked = False
+        if args.world_size == 1:
+            return is_marked
+        # On disks of their own, only some see it: those that go on would wait forever for those that build.
+        everywhere = torch.tensor(int(is_marked), device=args.device)
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
+        return bool(everywhere)
 
     def _measure(self) -> tuple[int, int]:
         """Return the number of entries and their bytes."""

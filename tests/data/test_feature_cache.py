@@ -195,6 +195,28 @@ def test_a_later_build_reads_no_image_unless_entries_are_missing(rows, tmp_path)
     assert entry.exists()
 
 
+def test_processes_skip_a_build_together(rows, tmp_path):
+    """Where each machine has its own disk, one may have a mark that another lacks."""
+    model, processor = make_model()
+    build(tmp_path, rows, model, processor)
+    others = []
+    with (
+        mock.patch.object(LisaTrainingArguments, "world_size", 2),
+        mock.patch("torch.distributed.barrier"),
+        mock.patch("torch.distributed.all_reduce", lambda value, op: value.mul_(others[0])),
+        mock.patch("lisa_hf.data.feature_cache.read_file", side_effect=AssertionError("reads")),
+    ):
+        others[:] = [1]
+        build(tmp_path, rows, model, processor)
+        others[:] = [0]
+        with pytest.raises(AssertionError, match="reads"):
+            build(tmp_path, rows, model, processor)
+
+
+def test_a_limit_below_one_entry_is_no_error(rows, tmp_path):
+    assert find_entries(build(tmp_path, rows, *make_model(), limit_gb=1e-9)) == []
+
+
 def test_interrupted_build_goes_on(rows, tmp_path):
     model, processor = make_model()
     runs = count_encoder_runs(model)
@@ -238,6 +260,7 @@ def test_processes_and_workers_share_the_images(streaming, rows, tmp_path):
             mock.patch.object(LisaTrainingArguments, "process_index", rank),
             mock.patch.object(LisaTrainingArguments, "world_size", 2),
             mock.patch("torch.distributed.barrier"),
+            mock.patch("torch.distributed.all_reduce"),
         ):
             cache = build(*(tmp_path, rows, model, processor), per_device_train_batch_size=1, dataloader_num_workers=1)
         counts.append((runs.count("mask") - 1, len(find_entries(cache))))
