@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def compare_evaluations(directories: list[Path], title: str = "") -> dict[str, A
 
     Returns:
         JSON values that [`~report.results_page`] shows: `title`, `evaluations`, the content of each `evaluation.json`
-        by directory name, and `differences`, dicts of `benchmark`, `protocol`, `model` and the fields of a
+        by directory name, `changed`, what was evaluated differently from the first by name of the others (see
+        [`changed_settings`]), and `differences`, dicts of `benchmark`, `protocol`, `model` and the fields of a
         [`Comparison`].
 
     Raises:
@@ -134,19 +136,25 @@ def compare_evaluations(directories: list[Path], title: str = "") -> dict[str, A
     differences = []
     for benchmark in dict.fromkeys(benchmark for benchmark, _ in shared):
         differences += _compare_benchmark(benchmark, [name for found, name in shared if found == benchmark], paths)
-    # A page of it, and the file, are there to be shared.
-    return hide_local_paths(
-        {"title": title or ", ".join(paths), "evaluations": evaluations, "differences": differences}
-    )
+    first, *others = evaluations
+    changed = {name: changed_settings(evaluations[first], evaluations[name]) for name in others}
+    # A page of it, and the file, are there to be shared. Different paths may be the same afterwards.
+    return {
+        "title": title or ", ".join(paths),
+        "evaluations": hide_local_paths(evaluations),
+        "changed": changed,
+        "differences": differences,
+    }
 
 
 def read_comparison(path: Path) -> dict[str, Any]:
     """Read what `recipes/compare.py --json` wrote."""
     try:
         comparison = json.loads(path.read_text("utf-8"))
-        if comparison.keys() >= {"title", "evaluations", "differences"} and comparison["evaluations"].keys():
+        evaluations = comparison["evaluations"]
+        if comparison.keys() >= {"title", "changed", "differences"} and evaluations.keys():
             return comparison
-    except (ValueError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ValueError(f"{path}: expected a file written by recipes/compare.py --json, got another one.")
 
@@ -218,9 +226,9 @@ def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
 
 
 def _name(path: Path, directories: list[Path]) -> str:
-    """Return the name of a directory, with its parent's name if another has the same."""
-    same = [other for other in directories if other.resolve().name == path.resolve().name]
-    return path.resolve().name if len(same) == 1 else str(path)
+    """Return the name of a directory, with those of its parents that tell it from others of the same name."""
+    same = [other.resolve() for other in directories if other.resolve().name == path.resolve().name]
+    return path.resolve().relative_to(os.path.commonpath([other.parent for other in same])).as_posix()
 
 
 def _read(directory: Path) -> dict:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .benchmarks import metric_columns
-from .comparison import changed_settings, environment, shared_results
+from .comparison import environment, shared_results
 from .leakage import describe_seen_images
 
 
@@ -20,9 +20,8 @@ def results_page(comparisons: list[dict[str, Any]]) -> str:
 
 
 def _section(comparison: dict[str, Any]) -> str:
-    evaluations = comparison["evaluations"]
-    first, *others = evaluations
-    changed = {name: changed_settings(evaluations[first], evaluations[name]) for name in others}
+    evaluations, changed = comparison["evaluations"], comparison["changed"]
+    first = next(iter(evaluations))
     lines = [f"## {comparison['title']}", ""]
     for name, settings in changed.items():
         if settings:

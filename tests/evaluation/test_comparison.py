@@ -116,8 +116,10 @@ def test_an_evaluation_that_failed_has_no_results(tmp_path):
 @pytest.fixture
 def evaluations(tmp_path):
     """Directories of two evaluations of one benchmark."""
+    metrics = {metric + end: 0.5 for metric in ("giou", "ciou") for end in ("", "_low", "_high")}
     for name in ("one", "two"):
-        result = {"num_items": 6, "split": "val", "protocols": {"generated": {"num_questions": 6}}}
+        protocols = {"generated": {"num_questions": 6, **metrics}}
+        result = {"num_items": 6, "split": "val", "protocols": protocols}
         content = {"model": f"/home/somebody/{name}", "settings": {}, "benchmarks": {"mine": result}}
         (tmp_path / name).mkdir()
         (tmp_path / name / "evaluation.json").write_text(json.dumps(content))
@@ -129,6 +131,28 @@ def test_what_others_see_of_a_comparison(evaluations):
     found = compare_evaluations([*evaluations])
     assert [entry["num_equal"] for entry in found["differences"]] == [6]
     assert [evaluation["model"] for evaluation in found["evaluations"].values()] == ["<local>/one", "<local>/two"]
+
+
+def test_directories_of_the_same_name_keep_their_differences(evaluations, tmp_path):
+    """As outputs/RUN/evaluation, also given by absolute paths, which are not shared."""
+    moved = [tmp_path / "runs" / directory.name / "evaluation" for directory in evaluations]
+    for directory, target in zip(evaluations, moved):
+        target.parent.mkdir(parents=True)
+        directory.rename(target)
+    found = compare_evaluations(moved)
+    assert [*found["evaluations"]] == ["one/evaluation", "two/evaluation"]
+    page = results_page([found])
+    assert "0 / 0 / 6" in page and "## one/evaluation, two/evaluation" in page and str(tmp_path) not in page
+
+
+def test_paths_that_differ_in_a_hidden_part_count(evaluations):
+    for directory in evaluations:
+        path = directory / "evaluation.json"
+        content = json.loads(path.read_text())
+        content["benchmarks"]["mine"]["images"] = f"/data/{directory.name}/photos"
+        path.write_text(json.dumps(content))
+    page = results_page([compare_evaluations([*evaluations])])
+    assert "**two was evaluated differently from one**: mine.images." in page and "/data" not in page
 
 
 @pytest.mark.parametrize(
@@ -165,6 +189,6 @@ def test_the_page_of_results_is_made_of_its_files(tmp_path):
     """`python recipes/compare.py docs/results/*.json --output docs/results.md --overwrite` makes it."""
     comparisons = [read_comparison(path) for path in sorted((ROOT / "docs" / "results").glob("*.json"))]
     assert comparisons and (ROOT / "docs" / "results.md").read_text() == results_page(comparisons)
-    (tmp_path / "other.json").write_text('{"title": "a", "evaluations": 3, "differences": []}')
+    (tmp_path / "other.json").write_text('{"title": "a", "evaluations": 3, "changed": {}, "differences": []}')
     with pytest.raises(ValueError, match="other.json: expected a file written by recipes/compare.py --json"):
         read_comparison(tmp_path / "other.json")
