@@ -22,14 +22,16 @@ from .annotation_files import answer_record
 
 
 # Suffixes of images in a directory. Unreadable ones, such as .heic without a Pillow plugin, are reported.
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+SUFFIXES |= {".heic", ".heif"}
 
 
 def find_images(sources: list[str]) -> dict[str, str]:
     """Find the images of files, directories, patterns and URLs, in a fixed order.
 
     Args:
-        sources: Paths, glob patterns and URLs. Directories are searched recursively.
+        sources: Paths, glob patterns and URLs. Directories are searched recursively, without hidden files: macOS puts
+            `._a.jpg` next to a.jpg on other disks, and Jupyter keeps copies of files.
 
     Returns:
         Paths and URLs by name. The name of a file is its path relative to the deepest directory that contains all of
@@ -47,7 +49,7 @@ def find_images(sources: list[str]) -> dict[str, str]:
         if path.is_file():
             found = [path]
         elif path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            found = sorted(file for file in path.rglob("*") if _is_visible_image(file.relative_to(path)))
         else:
             found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
         if not found:
@@ -55,6 +57,10 @@ def find_images(sources: list[str]) -> dict[str, str]:
         paths += [Path(os.path.abspath(file)) for file in found]
     root = os.path.commonpath([path.parent for path in paths]) if paths else ""
     return {path.relative_to(root).as_posix(): str(path) for path in paths} | {url: url for url in urls}
+
+
+def _is_visible_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
 def read_questions(path: Path) -> list[dict[str, str]]:

@@ -77,6 +77,11 @@ def test_images_are_found_by_file_directory_pattern_and_address(photos):
     assert list(find_images([str(photos)])) == names
     (photos / "phone.HEIC").write_bytes(b"not read here, but named")
     assert list(find_images([str(photos)])) == [*names, "phone.HEIC"]
+    (photos / "camera.mpo").write_bytes(b"")
+    (photos / ".ipynb_checkpoints").mkdir()
+    for hidden in ("._a.png", ".ipynb_checkpoints/a-checkpoint.png"):
+        (photos / hidden).write_bytes(b"left by a system")
+    assert list(find_images([str(photos)])) == sorted([*names, "phone.HEIC", "camera.mpo"])
     assert find_images([str(photos / "a.png")]) == {"a.png": str(photos / "a.png")}
     assert list(find_images([str(photos / "?.png"), str(photos / "more"), "http://host/x.jpg"])) == [
         *("a.png", "b.png", "c.png", "more/a.png", "more/d.JPG", "http://host/x.jpg")
