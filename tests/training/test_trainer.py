@@ -513,5 +513,5 @@ def test_a_best_metric_that_no_evaluation_computes(metric, message, tiny, tmp_pa
 
 def test_fewer_items_than_a_whole_batch_are_no_end_of_training(tiny, tmp_path):
     trainer = make_trainer(*tiny, tmp_path, Items(3), per_device_train_batch_size=4, dataloader_drop_last=True)
-    with pytest.raises(ValueError, match=r"whole batch \(4 for each process\), got 3 in all"):
+    with pytest.raises(ValueError, match=r"whole batch \(4 for each process\), got 3 in total"):
         trainer.train()
