@@ -132,20 +132,31 @@ def evaluate_and_save(trainer: LisaTrainer) -> None:
     trainer.save_state()
     if trainer.num_skipped_rows:
         logger.warning("%d rows could not be used and were skipped.", trainer.num_skipped_rows)
-    output_dir = Path(trainer.args.output_dir)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # without this it would end immediately
+    can_save = True
     try:
         if trainer.eval_dataset is not None:
             metrics = trainer.evaluate()
             trainer.log_metrics("eval", metrics)
             trainer.save_metrics("eval", metrics)
+    except Exception:
+        # Only this process may have failed. The others would go on evaluating instead of gathering weights with it.
+        is_gathered = trainer.args.shards_weights or getattr(trainer.model, "is_quantized", False)
+        can_save = trainer.args.world_size == 1 or not is_gathered
+        raise
     finally:
-        model = gather_trained_model(trainer)
-        if trainer.is_world_process_zero():
-            model.save_pretrained(output_dir)
-            trainer.processing_class.save_pretrained(output_dir)
+        if can_save:
+            save_final_model(trainer)
     if trainer.is_world_process_zero():
-        print(f"Done. Model, processor, metrics and predictions: {output_dir.resolve()}")
+        print(f"Done. Model, processor, metrics and predictions: {Path(trainer.args.output_dir).resolve()}")
+
+
+def save_final_model(trainer: LisaTrainer) -> None:
+    """Save the trained model and its processor; every process must call it."""
+    model = gather_trained_model(trainer)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(trainer.args.output_dir)
+        trainer.processing_class.save_pretrained(trainer.args.output_dir)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """Starts, stops and restarts of train.py in an output directory that matters."""
 
 import os
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import PIL.Image
 import pytest
+import torch
 from fixtures.golden_model import converted_directory, original_directory
 from fixtures.paths import GOLDEN, ROOT
 from fixtures.recipes import run, run_here, write_config
@@ -138,6 +141,20 @@ def test_the_model_is_saved_if_its_last_evaluation_does_not_end(config, tmp_path
         signal.signal(signal.SIGTERM, handler)
     assert stop.value.code == 143
     assert len(list(Path("run").glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(("world_size", "shards", "is_saved"), [(1, True, True), (2, True, False), (2, False, True)])
+def test_a_failed_last_evaluation_waits_for_no_other_process(world_size, shards, is_saved, monkeypatch, tmp_path):
+    recipe = runpy.run_path(str(ROOT / "recipes" / "train.py"))
+    evaluate_and_save, saved = recipe["evaluate_and_save"], []
+    monkeypatch.setitem(evaluate_and_save.__globals__, "save_final_model", saved.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    trainer = mock.Mock(num_skipped_rows=0, **{"evaluate.side_effect": ValueError("a bad row")})
+    trainer.args = mock.Mock(world_size=world_size, shards_weights=shards, output_dir=str(tmp_path))
+    trainer.model = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="a bad row"):
+        evaluate_and_save(trainer)
+    assert bool(saved) == is_saved
 
 
 def test_a_second_ctrl_c_quits_at_once(capfd):
