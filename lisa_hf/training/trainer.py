@@ -236,22 +236,10 @@ class LisaTrainer(Trainer):
             if self.stream_position:
                 place = None if self.args.ignore_data_skip else checkpoint
                 stack.enter_context(self.stream_position.resume(place))
-            try:
-                output = super().train(checkpoint, *args, **kwargs)
-            except ValueError:
-                self._save_before_error()
-                raise
+            output = super().train(checkpoint, *args, **kwargs)
         if self.nonfinite_steps.error:
             raise ValueError(self.nonfinite_steps.error)
         return output
-
-    def _save_before_error(self) -> None:
-        """Save the last finished step, for bad data have ended the run; alone, since other processes would wait."""
-        step = self.state.global_step
-        is_saved = find_fault(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")) is None
-        if self.args.world_size == 1 and step > 0 and not is_saved:
-            self._save_checkpoint(self.model, trial=None)
-            logger.warning("Saved a checkpoint of step %d. Resume from it once the error below is mended.", step)
 
     def _prepare_for_training(self, *args, **kwargs):
         with shard_before_loading() if self.is_fsdp_enabled else nullcontext():
@@ -261,8 +249,20 @@ class LisaTrainer(Trainer):
         # A run that resumes from its last step would otherwise run one step too many.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
+            return
+        try:
             super()._run_epoch(*args, **kwargs)
+        except ValueError:
+            self._save_before_error()
+            raise
+
+    def _save_before_error(self) -> None:
+        """Save the last finished step, for bad data have ended the run; alone, since other processes would wait."""
+        step = self.state.global_step
+        is_saved = find_fault(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")) is None
+        if self.args.world_size == 1 and step > self._initial_global_step and not is_saved:
+            self._save_checkpoint(self.model, trial=None)
+            logger.warning("Saved a checkpoint of step %d. Resume from it once the error below is corrected.", step)
 
     def _save_checkpoint(self, model, trial):
         if self.nonfinite_steps.spoils_weights:

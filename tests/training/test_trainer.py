@@ -464,6 +464,19 @@ def test_tied_weights_are_not_said_to_be_missing(tiny, tmp_path, monkeypatch):
     assert len(warnings) == 1 and "vlm.lm_head.weight" in warnings[0]
 
 
+def test_a_resumed_run_that_cannot_start_saves_nothing(tiny, tmp_path, monkeypatch):
+    make_trainer(*tiny, tmp_path / "first", Items(), save_strategy="steps", save_steps=1, max_steps=1).train()
+    trainer = make_trainer(*tiny, tmp_path / "second", Items(), save_strategy="steps", save_steps=1, max_steps=2)
+
+    def fail(checkpoint):
+        raise ValueError("loaded state dict contains a parameter group that doesn't match")
+
+    monkeypatch.setattr(trainer, "_load_optimizer_and_scheduler", fail)
+    with pytest.raises(ValueError, match="a parameter group"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
+    assert find_checkpoint(tmp_path / "second") is None
+
+
 @pytest.mark.parametrize("where", ["training", "evaluation"])
 def test_bad_data_that_end_a_run_lose_no_step(where, tmp_path):
     class ItemsWithBadOne(Items):
