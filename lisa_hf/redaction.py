@@ -17,7 +17,8 @@ SECRETS = [
     for pattern in (
         r"()\bhf_[A-Z0-9]{16,}",
         r"(://)[^/\s@]+(?=@)",  # https://user:password@server
-        rf"(--[\w-]*{SECRET_NAME}(?:=|\s+))\S+",  # --hub_token VALUE
+        # --hub_token VALUE, without the quotation mark that ends it in a shell's command line
+        rf"(--[\w-]*{SECRET_NAME}(?:=|\s+))(?:(?:'[^']*'|\"[^\"]*\")+|\S+?(?=[\"']?(?:\s|$)))",
         rf"([?&;\s][\w-]*{SECRET_NAME}=)[^\s&;\"']{{8,}}",  # https://server/file?token=VALUE
         rf"([{{,]\s*[\"']?[\w-]*{SECRET_NAME}[\"']?\s*:\s*[\"']?)[^\s\"',}}]{{8,}}",  # {token: VALUE}
     )

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -428,6 +429,15 @@ def test_no_secret_in_messages_nor_in_logs(secrets, capsys):
 
 def test_no_secret_in_a_model_card(secrets):
     assert [secret for secret in secrets if secret in str(escape([COMMAND, " ".join(COMMAND), WANDB_KEY]))] == []
+
+
+@pytest.mark.parametrize("value", ["plain", "x$y", "two words", "it's"])
+@pytest.mark.parametrize("form", ["--hub_token {}", "--hub_token={}"])
+def test_a_command_line_without_its_secret_can_still_be_read(form, value):
+    arguments = form.split(" ")
+    command = redact(shlex.join(["train.py", *[argument.format(value) for argument in arguments], "--bf16"]))
+    assert value not in command and "'s" not in command
+    assert shlex.split(command)[0] == "train.py" and shlex.split(command)[-1] == "--bf16"
 
 
 def test_special_tokens_are_no_secrets():
