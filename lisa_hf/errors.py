@@ -10,6 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import NoReturn
 
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -94,6 +95,8 @@ def refuse_damaged_files(path: str | Path):
         _raise_damaged(path, error)
     except (MemoryError, OSError, SafetensorError, UnpicklingError, ValueError):
         raise  # with a message for users
+    except HTTPError as error:  # such as a timeout; HfHubHTTPError is also an OSError
+        raise OSError(f"{path}: expected an answer from the Hub, got {type(error).__name__}. Try again.") from error
     except ImportError as error:  # of a quantization, for example
         raise ValueError(f"{path}: expected a package that is not installed: {error}. Install it.") from error
     except Exception as error:

@@ -198,7 +198,7 @@ def restore_adapter(checkpoint: Path, consolidated: Path | None = None) -> PeftM
     trained = {name for name, _ in model.named_parameters() if ".lora_" in name or ".modules_to_save." in name}
     if not consolidated and is_fsdp_checkpoint(checkpoint):  # named as in PEFT's files
         result = set_peft_model_state_dict(model, _load_all(weights))
-        _raise_if_others(trained, result, checkpoint)
+        _raise_if_weights_differ(trained, result, checkpoint)
         return model
     # ZeRO shards: they hold every weight, under PEFT's names in memory.
     _load_all_of(trained, model, weights, checkpoint)
@@ -207,10 +207,10 @@ def restore_adapter(checkpoint: Path, consolidated: Path | None = None) -> PeftM
 
 def _load_all_of(trained: set[str], model: torch.nn.Module, weights: dict[str, LazyTensor], checkpoint: Path) -> None:
     """Load weights, which must include the trained ones."""
-    _raise_if_others(trained, model.load_state_dict(_load_all(weights), strict=False), checkpoint)
+    _raise_if_weights_differ(trained, model.load_state_dict(_load_all(weights), strict=False), checkpoint)
 
 
-def _raise_if_others(trained: set[str], result, checkpoint: Path) -> None:
+def _raise_if_weights_differ(trained: set[str], result, checkpoint: Path) -> None:
     missing = sorted(trained.intersection(result.missing_keys))
     if missing or result.unexpected_keys:
         raise ValueError(

@@ -24,13 +24,14 @@ import yaml
 from accelerate import Accelerator
 from fixtures.tiny_training import Items, build_model, make_item, make_trainer
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 from data_scripts import load_source
 from lisa_hf import LisaProcessor, export
 from lisa_hf.data.mixture import MixtureDataset
-from lisa_hf.errors import report_user_errors
+from lisa_hf.errors import refuse_damaged_files, report_user_errors
 from lisa_hf.model.conversation_text import limited_memory, user_message
 from lisa_hf.redaction import redact
 from lisa_hf.training import model_card
@@ -225,6 +226,12 @@ def test_damaged_and_hostile_files_are_named_in_a_sentence(directory, name):
     change(directory)
     with pytest.raises(ValueError, match=rf"^{re.escape(str(directory))}[^\n]*{message}[^\n]*\.$"):
         load_lisa(str(directory))
+
+
+def test_a_hub_that_does_not_answer_is_no_damaged_model():
+    with pytest.raises(OSError, match="owner/name: expected an answer from the Hub, got HTTPError"):
+        with refuse_damaged_files("owner/name"):
+            raise HTTPError("timed out")
 
 
 CODE = f"import os\nos.mkdir({MARK!r})\n"

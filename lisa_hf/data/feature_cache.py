@@ -177,6 +177,29 @@ class FeatureCache:
             model.train(was_training)
             return
 
+        self._encode_missing(model, processor, sources, num_images, args)
+        model.train(was_training)
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if mark is not None and args.process_index == args.world_size - 1:
+            mark.parent.mkdir(parents=True, exist_ok=True)  # without entries, it does not exist yet
+            with atomic_file(mark) as path:
+                path.write_text(json.dumps(self._measure()), encoding="utf-8")
+
+    def _encode_missing(
+        self,
+        model: nn.Module,
+        processor: LisaProcessor,
+        sources: list,
+        num_images: int | None,
+        args: TrainingArguments,
+    ) -> None:
+        """Compute the missing entries of this process's share.
+
+        Args:
+            sources: Prepared rows, all or none of them streams.
+            num_images: Number of rows to read, over all processes; None for streams, which are read to their end.
+        """
         # 1. This process's share of the first `num_images` images, or of all streams
         if isinstance(sources[0], Dataset):
             share = Subset(ConcatDataset(sources), range(args.process_index, num_images, args.world_size))
@@ -202,13 +225,6 @@ class FeatureCache:
             if num_images is not None and num_seen >= num_images:
                 break
         progress.close()
-        model.train(was_training)
-        if args.world_size > 1:
-            torch.distributed.barrier()
-        if mark is not None and args.process_index == args.world_size - 1:
-            mark.parent.mkdir(parents=True, exist_ok=True)  # without entries, it does not exist yet
-            with atomic_file(mark) as path:
-                path.write_text(json.dumps(self._measure()), encoding="utf-8")
 
     def _mark(self, sources: list, num_images: int | None) -> Path | None:
         """Return the file that is there once these rows were read; None for streams, which may change unnoticed."""

@@ -63,7 +63,7 @@ MASK_PIXELS = 2**22
 UNQUANTIZED_MODULES = ["mask_model", "seg_projector", "lm_head"]
 
 
-def raise_if_others(model: nn.Module, info: dict, path: str) -> None:
+def raise_if_weights_differ(model: nn.Module, info: dict, path: str) -> None:
     """Raise a `ValueError` if a checkpoint has other weights than its configuration has.
 
     transformers draws those that are missing at random and warns.
@@ -207,14 +207,15 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
                 quantizes the VLM alone, see `UNQUANTIZED_MODULES`.
 
         Raises:
-            ValueError: If the checkpoint has not the weights of its configuration. Not with `output_loading_info`.
+            ValueError: If the checkpoint lacks weights of its configuration or has others. Not with
+                `output_loading_info`.
         """
         kwargs["quantization_config"] = _skip_modules(quantization_config)
         with keep_random_state():
             if kwargs.get("output_loading_info"):
                 return super().from_pretrained(*args, **kwargs)
             model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)
-        raise_if_others(model, info, args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+        raise_if_weights_differ(model, info, args[0] if args else kwargs.get("pretrained_model_name_or_path"))
         return model
 
     @classmethod
@@ -260,8 +261,8 @@ class LisaForConditionalGeneration(LisaGenerationMixin, UpstreamFixesMixin, PreT
             )
             sam_model = sam_model.to(vlm_model.device)
         # Some checkpoints have weights of a video model or of a head that is not used.
-        raise_if_others(vlm_model, {**vlm_info, "unexpected_keys": ()}, vlm)
-        raise_if_others(sam_model, {**sam_info, "unexpected_keys": ()}, mask_model)
+        raise_if_weights_differ(vlm_model, {**vlm_info, "unexpected_keys": ()}, vlm)
+        raise_if_weights_differ(sam_model, {**sam_info, "unexpected_keys": ()}, mask_model)
         separate_batch_entries(vlm_model)
         use_chunked_attention(sam_model)
         config = LisaConfig(vlm_config=vlm_model.config, mask_config=sam_model.config, seg_token_id=seg_token_id)
